@@ -1,0 +1,59 @@
+"""Group-relative advantages: a rollout is judged against the other rollouts of its prompt.
+
+Computed group by group in float64 with exactly rounded sums and rounded to float32 once, so the
+bits depend on a group's own rewards alone: not on the order of its rollouts, nor on how many groups
+a wave or a rank holds.
+"""
+
+from __future__ import annotations
+
+from math import fsum, isfinite, sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdvantageKind = Literal["std", "centred"]
+
+
+def group_advantages(rewards_PG: Tensor, kind: AdvantageKind, eps: float = 1e-6) -> Tensor:
+    """Advantages of P groups of G rollouts: rewards_PG -> float32 advantages_PG on the CPU.
+
+    `std`: (r - mean) / (std + eps), GRPO's outcome supervision (DeepSeekMath, arXiv:2402.03300,
+    section 4.1.2). The paper does not say which deviation; this is the sample one (divisor G - 1),
+    the default of `torch.std`, which TRL and verl call, so that published settings carry over. The
+    population one would only scale every advantage by sqrt(G / (G - 1)).
+    `centred`: r - mean (Dr. GRPO, arXiv:2503.20783, section 3.2), since dividing by the deviation
+    gives questions that are nearly all right or all wrong a larger weight.
+
+    A group of equal rewards gets exactly 0. Raises ValueError for an unknown kind, for G < 2, and
+    for a reward that is not finite.
+    """
+    if kind not in ("std", "centred"):
+        raise ValueError(f"advantage={kind!r}: choose 'std' or 'centred'")
+    if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
+        shape = tuple(rewards_PG.shape)
+        raise ValueError(f"rewards of shape {shape}: need [P, G] with group_size G of 2 or more")
+    groups = rewards_PG.to("cpu", torch.float64).tolist()
+    rows = [_row_advantages(row_G, kind, eps) for row_G in groups]
+    advantages_PG = torch.tensor(rows, dtype=torch.float64).reshape(rewards_PG.shape)
+    return advantages_PG.to(torch.float32)
+
+
+def equal_groups(rewards_PG: Tensor) -> Tensor:
+    """bool_P on the CPU: the groups whose rewards are all equal, which teach nothing."""
+    rewards_PG = rewards_PG.cpu()
+    return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+
+
+def _row_advantages(row_G: list[float], kind: AdvantageKind, eps: float) -> list[float]:
+    if not all(map(isfinite, row_G)):
+        raise ValueError(f"rewards {row_G} of one group: every reward must be finite")
+    if min(row_G) == max(row_G):  # the rounded mean of equal numbers may differ from them
+        return [0.0] * len(row_G)
+    mean = fsum(row_G) / len(row_G)
+    centred_G = [reward - mean for reward in row_G]
+    if kind == "centred":
+        return centred_G
+    variance = fsum(x * x for x in centred_G) / (len(row_G) - 1)
+    return [x / (sqrt(variance) + eps) for x in centred_G]

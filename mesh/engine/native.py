@@ -1,0 +1,233 @@
+"""The native engine: the trainer's own model with a paged KV cache and continuous batching.
+
+A step is schedule, run, postprocess. Prefill computes keys and values of all but a sequence's last
+token; the decode step of that last token draws the next one. So every token, the first one too, is
+drawn in one place, and the samples of a prompt differ only from their first decode step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mesh.engine.cache import PagePool, Sequence, allocate, copy_page, num_pages
+from mesh.engine.graphs import DecodeGraphs
+from mesh.engine.sampler import draw, token_keys
+from mesh.engine.scheduler import Fill, Scheduler
+from mesh.model.attention import AttentionContext
+from mesh.model.logprobs import score_tiles, shard_of, tile_logits, vocab_tiles
+from mesh.model.parallel import adopt, local
+from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.types import Completion, ModelShape, Request, Sampling
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes of one engine. kv_tokens: cache size in tokens; prefill_tokens: most per forward pass."""
+
+    max_length: int
+    max_sequences: int
+    kv_tokens: int
+    page_size: int
+    prefill_tokens: int
+    prefix_cache: bool
+    cuda_graphs: bool
+
+
+@dataclass
+class Span:
+    """New tokens of one sequence, `start` of whose tokens are in the cache already."""
+
+    tokens: Seq[int]
+    start: int
+    pages: list[int]
+
+
+def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
+    """Cut fills, in order, into batches of at most `limit` tokens; a long prompt is cut as well."""
+    batch: list[Span] = []
+    room = limit
+    for fill in fills:
+        start = 0
+        while start < len(fill.tokens):
+            piece = fill.tokens[start : start + room]
+            batch.append(Span(piece, start, fill.pages))
+            start += len(piece)
+            room -= len(piece)
+            if room == 0:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+class NativeEngine:
+    """Owns the KV cache of one generator replica. All its tp ranks make the same calls."""
+
+    def __init__(
+        self,
+        model: Qwen3,
+        shape: ModelShape,
+        settings: EngineSettings,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.shape = shape
+        self.settings = settings
+        self.group = group
+        self.version = -1
+        weight = local(model.norm.weight)
+        self.device = weight.device
+        # one page that only pads, and one in which a prompt's shared KV ends
+        self.pages = 2 + num_pages(settings.kv_tokens, settings.page_size)
+        self.table_width = num_pages(settings.max_length, settings.page_size)
+        _, tp = shard_of(group)
+        self.cache = allocate(shape, tp, self.pages, settings.page_size, self.device, weight.dtype)
+        graphs = settings.cuda_graphs and self.device.type == "cuda"
+        self.graphs = DecodeGraphs(self.model, self.cache, self.table_width) if graphs else None
+        self.preemptions = 0
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Live local shards by torchtitan's names; tied weights under each name; buffers included."""
+        return {name: local(tensor.detach()) for name, tensor in self._named().items()}
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {**named_weights(self.model), **dict(self.model.named_buffers())}
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these local tensors, of the same shapes and dtypes, in place of the engine's own."""
+        for name, mine in self._named().items():
+            adopt(self.model, name, mine, tensors[name])
+
+    def reset(self, version: int) -> None:
+        """Weights of `version` are in place. The cache holds nothing between calls of `generate`, so
+        there is nothing of another version to serve; it is zeroed all the same, so that keys and
+        values of a model that diverged cannot reach a masked product as 0 * inf.
+        """
+        self.version = version
+        for pages in (*self.cache.keys, *self.cache.values):
+            pages.zero_()
+
+    @torch.no_grad()
+    def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+        """Complete every sample of every request; see the contract in `mesh.engine`."""
+        self._check(requests, sampling)
+        settings = self.settings
+        pool = PagePool(self.pages)
+        scheduler = Scheduler(
+            pool, settings.page_size, settings.max_sequences, settings.prefix_cache
+        )
+        scheduler.add(requests)
+        done: list[Sequence] = []
+        while scheduler.unfinished:
+            admission = scheduler.admit()
+            for batch in spans_of(admission.fills, settings.prefill_tokens):
+                self._run(batch)
+            for source, target in admission.copies:
+                copy_page(self.cache, source, target)
+            scheduler.grow()
+            self._decode(scheduler.running, sampling)
+            done += scheduler.retire()
+        self.preemptions += scheduler.preemptions
+        assert len(pool.free) + sum(map(len, (p.pages for p in scheduler.prefixes.values()))) == (
+            self.pages - 1
+        ), "KV pages were lost"
+        return [_completion(s) for s in sorted(done, key=lambda s: (s.prompt_id, s.sample_id))]
+
+    def _check(self, requests: Seq[Request], sampling: Sampling) -> None:
+        if self.version < 0:
+            raise ValueError("the engine has no weights yet; sync the weight bridge first")
+        for request in requests:
+            longest = len(request.tokens) + sampling.max_new_tokens
+            limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
+            if not request.tokens or longest > limit:
+                raise ValueError(
+                    f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
+                    f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt has "
+                    "at least one token; raise model.max_length or generator.kv_tokens"
+                )
+
+    def _context(self, spans: Seq[Span]) -> tuple[torch.Tensor, torch.Tensor, AttentionContext]:
+        """(tokens_T, positions_T, context) of a batch of spans."""
+        page_size = self.settings.page_size
+        tokens, positions, slots, starts, lengths = [], [], [], [0], []
+        width = max(num_pages(span.start + len(span.tokens), page_size) for span in spans)
+        for span in spans:
+            last = span.start + len(span.tokens)
+            tokens += span.tokens
+            positions += range(span.start, last)
+            slots += [span.pages[p // page_size] * page_size + p % page_size
+                      for p in range(span.start, last)]  # fmt: skip
+            starts.append(len(tokens))
+            lengths.append(last)
+        table = [(span.pages + [0] * width)[:width] for span in spans]
+        context = AttentionContext(
+            cu_seqlens=self._tensor(starts, torch.int32),
+            lengths=self._tensor(lengths, torch.int32),
+            max_query=max(len(span.tokens) for span in spans),
+            max_length=max(lengths),
+            cache=self.cache,
+            block_table=self._tensor(table, torch.int32),
+            slots_T=self._tensor(slots, torch.int64),
+        )
+        return self._tensor(tokens, torch.int64), self._tensor(positions, torch.int64), context
+
+    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def _run(self, spans: Seq[Span]) -> torch.Tensor:
+        """Final hidden states [T, D] of a batch of spans; their keys and values enter the cache."""
+        tokens_T, positions_T, context = self._context(spans)
+        if self.graphs is not None and context.max_query == 1:
+            return self.graphs.run(tokens_T, positions_T, context)
+        return self.model.hidden(tokens_T, positions_T, context)
+
+    def _decode(self, running: list[Sequence], sampling: Sampling) -> None:
+        """Draw the next token of every running sequence."""
+        if not running:
+            return
+        hidden_SD = self._run([Span([s.last_token], s.length - 1, s.pages) for s in running])
+        ids_S2 = self._tensor([(s.prompt_id, s.sample_id) for s in running], torch.int64)
+        positions_S = self._tensor([len(s.tokens) for s in running], torch.int64)
+        keys_S = token_keys(sampling, ids_S2, positions_S)
+        tokens_S, logprobs_S = self._choose(hidden_SD, keys_S, sampling)
+        # one transfer for both: float64 holds token ids and fp32 logprobs exactly
+        tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
+        for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
+            sequence.tokens.append(int(token))
+            sequence.logprobs.append(logprob)
+            if int(token) in sampling.stop_tokens:
+                sequence.finish_reason = "stop"
+            elif len(sequence.tokens) == sampling.max_new_tokens:
+                sequence.finish_reason = "length"
+
+    def _choose(
+        self, hidden_SD: torch.Tensor, keys_S: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles."""
+        weight = local(self.model.lm_head.weight)
+        shard, num_shards = shard_of(self.group)
+        temperature = sampling.temperature or 1.0
+        edges = vocab_tiles(weight.shape[0] * num_shards, num_shards)
+        logits_SV = hidden_SD.new_empty(len(hidden_SD), weight.shape[0], dtype=torch.float32)
+        for first, last in edges:
+            logits_SV[:, first:last] = tile_logits(hidden_SD, weight[first:last], temperature)
+        tokens_S = draw(logits_SV, keys_S, sampling, self.group)
+        tiles = ((first, logits_SV[:, first:last]) for first, last in edges)
+        targets_S = tokens_S - shard * weight.shape[0]
+        return tokens_S, score_tiles(tiles, targets_S, self.group, with_entropy=False)[0]
+
+
+def _completion(sequence: Sequence) -> Completion:
+    assert sequence.finish_reason is not None
+    return Completion(
+        sequence.prompt_id,
+        sequence.sample_id,
+        tuple(sequence.tokens),
+        tuple(sequence.logprobs),
+        sequence.finish_reason,
+    )

@@ -1,0 +1,126 @@
+"""Counter-based sampling: the random numbers of a token are a hash of what the token is.
+
+Drawing is the Gumbel-max trick: argmax(logits / temperature + noise), one noise per (token key,
+vocabulary index). A maximum is the same in whatever order it is taken, so the drawn token has no
+rounding of its own: it is the same on any vocabulary sharding, batch, kernel and engine as long as
+the logits have the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from mesh.model.logprobs import shard_of
+from mesh.types import Sampling
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit constant as the int64 with the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64 bits (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64 bits (Steele, Lea, Flood 2014, fig. 16), wrapping."""
+    x = x + _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """The 64-bit key of each token to draw, int64 [S].
+
+    ids_S2: int64 (prompt_id, sample_id) of every sequence; positions_S: index of the new token in
+    its response.
+    """
+    key_S = torch.full_like(positions_S, sampling.seed, dtype=torch.int64)
+    for part in (sampling.step, ids_S2[:, 0], ids_S2[:, 1], positions_S):
+        key_S = mix64(key_S) ^ part
+    return mix64(key_S)
+
+
+def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first].
+
+    32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. -log of
+    an exponential variate, which is -log1p(-u) so that small variates, the winners, keep precision.
+    """
+    entry_V = torch.arange(first, last, device=keys_S.device, dtype=torch.int64)
+    low, high = keys_S & _MASK32, _shift_right(keys_S, 32)
+    bits = low[:, None] ^ (entry_V * 0x9E3779B1 & _MASK32)
+    bits = _murmur3(bits) ^ high[:, None]
+    bits = _murmur3(bits)
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform)).float()
+
+
+def _murmur3(x: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finaliser (Appleby), on int64 tensors that hold 32-bit values."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
+    return x ^ (x >> 16)
+
+
+def truncate(logits_SV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Logits with all but the `top_k` likeliest (0: all) and the nucleus of mass `top_p` at -inf.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p
+    (arXiv:1904.09751); it is taken after top_k, and never empty. Ties at the edge go to the lower id.
+    """
+    if top_k <= 0 and top_p >= 1.0:
+        return logits_SV
+    ordered, order = logits_SV.sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < logits_SV.shape[-1]:
+        ordered[:, top_k:] = -torch.inf
+    if top_p < 1.0:
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        ordered[before >= top_p] = -torch.inf
+    return torch.full_like(logits_SV, -torch.inf).scatter(-1, order, ordered)
+
+
+def _gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Concatenate the ranks' parts along the last dim."""
+    if group is None:
+        return part_SX
+    parts = [torch.empty_like(part_SX) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part_SX.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def draw(
+    logits_SV: torch.Tensor,
+    keys_S: torch.Tensor,
+    sampling: Sampling,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """One token per row, int64 [S], the same on every rank of `group`.
+
+    logits_SV: this rank's vocabulary shard of logits / temperature, fp32. Greedy at temperature 0.
+    """
+    shard, _ = shard_of(group)
+    if sampling.top_k > 0 or sampling.top_p < 1.0:
+        logits_SV, shard, group = _gather_shards(logits_SV, group), 0, None
+    first = shard * logits_SV.shape[-1]
+    if sampling.temperature > 0:
+        logits_SV = truncate(logits_SV, sampling.top_k, sampling.top_p)
+        logits_SV = logits_SV + gumbel(keys_S, first, first + logits_SV.shape[-1])
+    best_S, token_S = logits_SV.max(-1)
+    if group is None:
+        return token_S
+    best_SX = _gather_shards(best_S[:, None], group)
+    token_SX = _gather_shards(token_S[:, None] + first, group)
+    return token_SX.gather(-1, best_SX.argmax(-1, keepdim=True))[:, 0]

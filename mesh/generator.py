@@ -1,0 +1,131 @@
+"""The generator: prompts in, scored rollouts out, on the generator's submesh.
+
+Data-parallel replicas split the prompts by their ids; the tp ranks of a replica compute the same.
+Off the submesh every verb returns an empty result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mesh.conf import Conf
+from mesh.engine.cache import num_pages
+from mesh.engine.native import EngineSettings, NativeEngine
+from mesh.exchange import replica_of
+from mesh.layout import Meshes, dp_rank
+from mesh.model.qwen3 import build_model
+from mesh.reshard import ParamLayout
+from mesh.tasks import Task, score_all
+from mesh.tokenizer import Tokenizer
+from mesh.trainer import role_layouts
+from mesh.types import Completion, ModelShape, Prompt, Request, Rollout, Sampling
+
+EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
+
+
+class Generator:
+    """Owns this rank's engine."""
+
+    def __init__(
+        self,
+        conf: Conf,
+        meshes: Meshes,
+        shape: ModelShape,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.conf = conf
+        self.tokenizer = tokenizer
+        self.device = device
+        mesh = meshes.generator_mesh
+        self.replicas = meshes.layout.generator.dp
+        self.replica = dp_rank(mesh)
+        self.layouts: list[ParamLayout] = role_layouts(
+            shape, conf.model.max_length, mesh.mesh, fsdp=False
+        )
+        # the tp ranks of a replica have the same rollouts: the first one speaks for them
+        self.speaks = meshes.on_generator and mesh.get_local_rank("tp") == 0
+        self.engine: NativeEngine | None = None
+        if meshes.on_generator:
+            model = build_model(shape, conf.model.max_length, device, dtype, mesh)
+            group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
+            self.engine = NativeEngine(model, shape, engine_settings(conf, device), group)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The engine's live local tensors; empty off the generator."""
+        return self.engine.weights() if self.engine is not None else {}
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let the engine's weights be these tensors instead of its own storage."""
+        if self.engine is not None:
+            self.engine.bind(tensors)
+
+    def reset(self, version: int) -> None:
+        """The weights have changed: drop what was cached under the old ones."""
+        if self.engine is not None:
+            self.engine.reset(version)
+
+    def sampling(self, step: int, temperature: float | None = None) -> Sampling:
+        """How rollouts of a step are drawn; `temperature` 0 asks for greedy decoding."""
+        generator = self.conf.generator
+        greedy = temperature == 0
+        return Sampling(
+            temperature=generator.temperature if temperature is None else temperature,
+            max_new_tokens=generator.max_new_tokens,
+            seed=self.conf.seed,
+            step=step,
+            top_k=0 if greedy else generator.top_k,
+            top_p=1.0 if greedy else generator.top_p,
+            stop_tokens=self.tokenizer.eos_ids,
+        )
+
+    def complete(
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+    ) -> list[Completion]:
+        """Completions of this replica's share of the prompts."""
+        if self.engine is None:
+            return []
+        requests = [
+            Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
+            for p in self._share(prompts)
+        ]
+        return self.engine.generate(requests, sampling)
+
+    def rollout(
+        self, task: Task, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+    ) -> list[Rollout]:
+        """Generate and score this replica's share of the prompts."""
+        completions = self.complete(prompts, num_samples, sampling)
+        by_id = {prompt.prompt_id: prompt for prompt in self._share(prompts)}
+        asked = [by_id[c.prompt_id] for c in completions]
+        rewards = score_all(task, asked, [self.tokenizer.decode(c.tokens) for c in completions])
+        return [
+            Rollout(c.prompt_id, c.sample_id, tuple(self.tokenizer.encode(p.text)), c.tokens,
+                    c.logprobs, reward, c.finish_reason)
+            for c, p, reward in zip(completions, asked, rewards, strict=True)
+        ]  # fmt: skip
+
+    def _share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        if self.engine is None:
+            return []
+        return [p for p in prompts if replica_of(p.prompt_id, self.replicas) == self.replica]
+
+
+def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
+    """The engine's sizes, with what the configuration leaves open filled in."""
+    generator = conf.generator
+    page_size = generator.page_size or (256 if device.type == "cuda" else 16)
+    full_response = num_pages(generator.max_new_tokens + page_size, page_size) * page_size
+    room = max(generator.max_sequences * full_response, conf.model.max_length)
+    return EngineSettings(
+        max_length=conf.model.max_length,
+        max_sequences=generator.max_sequences,
+        kv_tokens=generator.kv_tokens or room,
+        page_size=page_size,
+        prefill_tokens=generator.prefill_tokens,
+        prefix_cache=generator.prefix_cache,
+        cuda_graphs=generator.cuda_graphs,
+    )

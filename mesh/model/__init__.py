@@ -1,0 +1,1 @@
+"""The policy: torchtitan's Qwen3 with leaf modules of ours, the same object in both roles."""

@@ -1,0 +1,153 @@
+"""Attention of packed sequences, with and without a paged KV cache: one function for both roles.
+
+A batch is a row of spans, one per sequence: `query_lengths` new tokens that end at `lengths` tokens.
+Without a cache (training) the new tokens are all there is. With one, they are written to the
+cache first, and keys and values are read from its pages, for prefill, chunked prefill and decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torchtitan.protocols.module import Module
+
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Pages of keys and values: one [num_pages, page_size, K, H] pair per layer."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys[0].shape[1]
+
+
+@dataclass
+class AttentionContext:
+    """Where the tokens of a forward pass belong.
+
+    cu_seqlens: int32 [S + 1], starts of the spans in the packed row; lengths: int32 [S], tokens of a
+    sequence with its span; max_query, max_length: ints, at least the largest span and length.
+    With a cache: block_table int32 [S, pages] and slots_T int64, the flat place of each new token.
+    """
+
+    cu_seqlens: torch.Tensor
+    lengths: torch.Tensor
+    max_query: int
+    max_length: int
+    cache: KVCache | None = None
+    block_table: torch.Tensor | None = None
+    slots_T: torch.Tensor | None = None
+    num_tokens: int = field(default=0)
+
+    @cached_property
+    def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows_SL, columns): where padded [S, max_query] rows read packed tokens, and the inverse."""
+        query_lengths = self.cu_seqlens.diff()
+        offsets_SL = torch.arange(self.max_query, device=self.cu_seqlens.device)[None]
+        inside_SL = offsets_SL < query_lengths[:, None]
+        rows_SL = torch.where(inside_SL, self.cu_seqlens[:-1, None] + offsets_SL, 0).long()
+        return rows_SL, inside_SL.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def causal_mask(self) -> torch.Tensor:
+        """bool [S, 1, max_query, keys]: a query sees the keys up to its own position."""
+        query_lengths = self.cu_seqlens.diff()
+        device = self.cu_seqlens.device
+        first_S = (self.lengths - query_lengths)[:, None, None]
+        positions_SL = first_S + torch.arange(self.max_query, device=device)[None, :, None]
+        return (torch.arange(self.num_keys, device=device) <= positions_SL)[:, None]
+
+    @property
+    def num_keys(self) -> int:
+        if self.cache is None:
+            return self.max_query
+        assert self.block_table is not None
+        return self.block_table.shape[1] * self.cache.page_size
+
+
+def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContext:
+    """The context of whole sequences without a cache: training, and the oracle of generation."""
+    return AttentionContext(cu_seqlens, cu_seqlens.diff(), max_seqlen, max_seqlen)
+
+
+def _flash(
+    q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
+) -> torch.Tensor:
+    """FlashAttention inside torch. num_splits=1 fixes the order over the keys (see DESIGN)."""
+    paged = ctx.cache is not None
+    return varlen_attn(
+        q_TNH, k, v, ctx.cu_seqlens, None if paged else ctx.cu_seqlens, ctx.max_query, ctx.max_length,
+        scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1,
+        seqused_k=ctx.lengths if paged else None, block_table=ctx.block_table,
+    )  # fmt: skip
+
+
+def _padded(
+    q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
+) -> torch.Tensor:
+    """Plain attention over rows padded to the longest span; what a CPU and fp32 use."""
+    rows_SL, packed = ctx.padding
+    if ctx.cache is None:
+        k_SLKH, v_SLKH = k[rows_SL], v[rows_SL]
+    else:
+        k_SLKH, v_SLKH = (cache[ctx.block_table].flatten(1, 2) for cache in (k, v))
+    out_SNLH = F.scaled_dot_product_attention(
+        q_TNH[rows_SL].transpose(1, 2), k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2),
+        attn_mask=ctx.causal_mask, scale=scale, enable_gqa=q_TNH.shape[1] != k_SLKH.shape[2],
+    )  # fmt: skip
+    return out_SNLH.transpose(1, 2).flatten(0, 1)[packed]
+
+
+def attention(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    ctx: AttentionContext,
+    layer: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal grouped-query attention of every span over its own sequence. Returns [T, N, H].
+
+    With a cache, the new keys and values are written to `layer`'s pages first (in place).
+    """
+    k, v = k_TKH, v_TKH
+    if ctx.cache is not None:
+        k, v = ctx.cache.keys[layer], ctx.cache.values[layer]
+        k.flatten(0, 1).index_copy_(0, ctx.slots_T, k_TKH)
+        v.flatten(0, 1).index_copy_(0, ctx.slots_T, v_TKH)
+    flash = q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16)
+    return (_flash if flash else _padded)(q_TNH, k, v, ctx, scale)
+
+
+class PackedAttention(Module):
+    """torchtitan's inner attention, replaced: forwards to `attention` with its layer's cache."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        layer: int
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.layer = config.layer
+
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        attention_masks: AttentionContext,
+        scale: float,
+        **_: Any,
+    ) -> torch.Tensor:
+        out = attention(q_BLNH[0], k_BLNH[0], v_BLNH[0], attention_masks, self.layer, scale)
+        return out[None]

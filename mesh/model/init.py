@@ -1,0 +1,38 @@
+"""Random weights that do not depend on the mesh."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from mesh.reshard import Block
+
+STD = 0.02
+
+
+@torch.no_grad()
+def random_weights(
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: Mapping[str, Block | None],
+    seed: int,
+) -> None:
+    """Fill local shards: norms with ones, the rest from N(0, 0.02^2), Qwen3's `initializer_range`.
+
+    Every weight has a stream of its own, of (seed, name), drawn whole on the tensor's device and cut:
+    one weight at a time exists whole. Names are filled in order, so weights that are tied, and share
+    their storage, have the numbers of the last of their names.
+    """
+    for name in sorted(tensors):
+        target, block = tensors[name], blocks[name]
+        if len(shapes[name]) == 1:
+            target.fill_(1.0)
+            continue
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator(target.device).manual_seed(int.from_bytes(digest, "little"))
+        whole = torch.empty(shapes[name], device=target.device)
+        whole.normal_(0.0, STD, generator=generator)
+        if block is not None and target.numel():
+            target.copy_(whole[block.slices])

@@ -1,0 +1,209 @@
+"""The leaf modules of the policy, one file for both roles.
+
+Each replaces torchtitan's module of the same name through its config, so that the model's structure
+and parameter names stay torchtitan's while every operation that trainer and generator execute is
+one function here. Activations are packed: x_BTD with B = 1, tokens of many sequences in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torchtitan.models.common.attention import QKVLinear as TitanQKVLinear
+from torchtitan.models.common.embedding import Embedding as TitanEmbedding
+from torchtitan.models.common.feed_forward import FeedForward as TitanFeedForward
+from torchtitan.models.common.linear import Linear as TitanLinear
+from torchtitan.models.common.nn_modules import RMSNorm as TitanRMSNorm
+from torchtitan.models.common.rope import RoPE as TitanRoPE
+
+from mesh.model.logprobs import TokenScores, token_logprobs
+from mesh.model.parallel import copy_to, local, reduce_from
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's gate, silu(gate) * up (arXiv:2002.05202, eq. 5). Any shape, elementwise."""
+    return F.silu(gate) * up
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dim (arXiv:1910.07467, eq. 4)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(x_BTNH: torch.Tensor, rope_TE: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, rotate-half form (arXiv:2104.09864, eq. 34), in fp32.
+
+    rope_TE: [T, 2H] rows of `rope_table`, cosines then sines.
+    """
+    head_dim = x_BTNH.shape[-1]
+    cos_TH, sin_TH = rope_TE[:, None, :head_dim], rope_TE[:, None, head_dim:]
+    x = x_BTNH.float()
+    half = head_dim // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos_TH + turned * sin_TH).type_as(x_BTNH)
+
+
+def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of every position, fp32 [max_length, 2 * head_dim].
+
+    Computed on the CPU whatever the device, so that every rank and role has the same bits.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    angles = torch.outer(torch.arange(max_length, device="cpu").float(), inverse)
+    angles = torch.cat([angles, angles], dim=-1)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+
+
+class ColumnLinear(TitanLinear):
+    """Linear whose output features are sharded over tp. The caller hands in `copy_to` inputs."""
+
+    tp_dim = 0
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanLinear.Config):
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, local(self.weight))
+
+
+class RowLinear(TitanLinear):
+    """Linear whose input features are sharded over tp: partial products are summed."""
+
+    tp_dim = 1
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanLinear.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce_from(F.linear(x, local(self.weight)), self.tp_group)
+
+
+class RMSNorm(TitanRMSNorm):
+    """RMSNorm of replicated activations: every tp rank computes the same."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanRMSNorm.Config):
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, local(self.weight), self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """RMSNorm over the head dim of this rank's heads: the weight's gradient is summed over tp."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RMSNorm.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, copy_to(local(self.weight), self.tp_group), self.eps)
+
+
+class QKVLinear(TitanQKVLinear):
+    """Queries, keys and values of this rank's heads."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanQKVLinear.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = copy_to(x, self.tp_group)
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv)
+        )
+        return q, k, v
+
+
+class FeedForward(TitanFeedForward):
+    """SwiGLU feed-forward layer."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanFeedForward.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to(x, self.tp_group)
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class Rotary(TitanRoPE):
+    """Rotary embedding without a table of its own: the model gathers the rows once per forward.
+
+    torchtitan's attention passes on what the model hands it as `positions`: here rope_TE.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanRoPE.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        torch.nn.Module.__init__(self)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        pass
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, positions: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate(query, positions), rotate(key, positions)
+
+
+class Embedding(TitanEmbedding):
+    """Token embedding, vocabulary-parallel: a rank contributes zeros for tokens it does not hold."""
+
+    tp_dim = 0
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanEmbedding.Config):
+        pass
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        weight = local(self.weight)
+        if self.tp_group is None:
+            return F.embedding(tokens, weight)
+        first = dist.get_rank(self.tp_group) * weight.shape[0]
+        mine = (tokens >= first) & (tokens < first + weight.shape[0])
+        rows = F.embedding((tokens - first).clamp(0, weight.shape[0] - 1), weight)
+        return reduce_from(rows * mine.unsqueeze(-1).to(rows.dtype), self.tp_group)
+
+
+class LMHead(TitanLinear):
+    """The output projection, fused with the logprobs so that [T, V] logits need not exist."""
+
+    tp_dim = 0
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanLinear.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
+    def forward(
+        self, hidden_AD: torch.Tensor, targets_A: torch.Tensor, temperature: float
+    ) -> TokenScores:
+        return token_logprobs(hidden_AD, local(self.weight), targets_A, temperature, self.tp_group)

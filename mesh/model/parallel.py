@@ -1,0 +1,109 @@
+"""Tensor parallelism on local tensors: who holds which part of a weight, and the two collectives.
+
+Weights are DTensors on the tp axis (FSDP and checkpoints need to know what a shard is a shard of),
+but the arithmetic runs on local tensors with explicit collectives: that pins the order of every sum
+to this file, and DTensor dispatch costs more than a small model's arithmetic.
+The pair of conjugate functions is Megatron's f and g (arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of `tensor` that this rank holds (differentiable)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Hand a replicated tensor to rank-local work: its gradients are summed over the group."""
+    return x if group is None else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum rank-local partial results into a replicated tensor."""
+    return x if group is None else _ReduceFrom.apply(x, group)
+
+
+def tp_dims(model: nn.Module) -> dict[str, int | None]:
+    """The dim that tensor parallelism shards, for every parameter and buffer by its name.
+
+    None means replicated. A module says so in its class attribute `tp_dim`; parameters of modules
+    without one are replicated.
+    """
+    dims: dict[str, int | None] = {}
+    for prefix, module in model.named_modules():
+        for name, _ in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            dims[f"{prefix}.{name}" if prefix else name] = getattr(module, "tp_dim", None)
+    return dims
+
+
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Turn every parameter of `model` into a DTensor on the tp axis and hand modules their group.
+
+    Parameters shared between modules (tied weights) stay shared.
+    """
+    group = tp_mesh.get_group()
+    done: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        if hasattr(module, "tp_group"):
+            module.tp_group = group
+        dim = getattr(module, "tp_dim", None)
+        placement = Replicate() if dim is None else Shard(dim)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in done:
+                sharded = distribute_tensor(parameter.detach(), tp_mesh, [placement])
+                done[parameter] = nn.Parameter(sharded)
+            module.register_parameter(name, done[parameter])
+
+
+def adopt(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Make `tensor` the local storage of the parameter or buffer `name`, which is `old` so far."""
+    assert tensor.shape == local(old).shape and tensor.dtype == old.dtype, f"{name} does not fit"
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(old, DTensor):
+        tensor = DTensor.from_local(
+            tensor, old.device_mesh, old.placements, shape=old.shape, stride=old.stride()
+        )
+    if leaf in module._parameters:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(leaf, tensor, persistent=False)

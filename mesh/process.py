@@ -1,0 +1,136 @@
+"""The life of one SPMD process: joining the world, asking whether to stop, leaving it.
+
+    with start(device="auto", timeout_seconds=1800) as process:
+        for step in range(steps):
+            ...
+            if process.should_stop():
+                break
+
+How it ends when something goes wrong is `mesh/guard.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mesh.ending import write_error_files
+from mesh.guard import Guard
+
+
+@dataclass
+class Process:
+    """One rank of the world. `cpu_group` is a gloo group of all ranks for metadata.
+
+    As a context manager: a clean end destroys the process groups; an exception ends every rank of
+    the world within seconds, non-zero, and the first exception is the last thing printed.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup
+    guard: Guard
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all."""
+        flag = torch.tensor(int(self.guard.stop_requested))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(flag)
+
+    def from_rank0(self, value: Any) -> Any:
+        """Rank 0's value of a small picklable object, on every rank. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        clean = error is None or (isinstance(error, SystemExit) and not error.code)
+        if not clean and self.world_size > 1:
+            self.guard.fail(error)
+        if not clean:
+            write_error_files(error, self.rank, self.guard.run_dir)
+        self.guard.leave(exit_code=0 if clean else 1)
+        dist.destroy_process_group()
+        self.guard.close()
+
+
+def start(device: str = "auto", timeout_seconds: float = 1800) -> Process:
+    """Join the world that the launcher describes in the environment (torchrun's variables), or
+    make a world of one where there is no launcher.
+
+    `device` is auto, cpu or cuda; a collective that takes longer than `timeout_seconds` ends the
+    run. Raises ValueError where the device is not there.
+    """
+    _be_a_world_of_one_without_launcher()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = _choose_device(device, local_rank)
+    _share_cores(local_world_size)
+
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    first_local = rank - local_rank
+    local_peers = [r for r in range(first_local, first_local + local_world_size) if r != rank]
+    guard = Guard(rank, world_size, local_peers)
+    return Process(rank, world_size, local_rank, chosen, cpu_group, guard)
+
+
+def _be_a_world_of_one_without_launcher() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(alone)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise ValueError(
+            f"device={device}: local rank {local_rank} has no GPU of its own, {count} are there; "
+            f"start at most {count} processes per host, or set device=cpu"
+        )
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _share_cores(local_world_size: int) -> None:
+    """Threads of several processes on the same cores slow each other tenfold."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
+        num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // local_world_size))

@@ -1,0 +1,180 @@
+"""Tasks: where prompts come from and what a response is worth.
+
+A task is a dataclass with a `seed` field; its other fields are the keys of `task_args`. A user's
+own is named as `task=MODULE:CLASS` and needs nothing of ours but the `Prompt` noun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from mesh.tasks.arithmetic import Arithmetic
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.types import Prompt
+
+SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arithmetic}
+METHODS = ("train_prompts", "eval_prompts", "solution", "score")
+
+
+class Task(Protocol):
+    """What the recipes ask of a task."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        """Prompts 0..num-1 of a step, a pure function of (seed, step, index)."""
+        ...
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        """Distinct held-out prompts, never drawn in training; ValueError where there are fewer."""
+        ...
+
+    def solution(self, prompt: Prompt) -> str:
+        """A right response, for the supervised warm start."""
+        ...
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        """The reward of a response: a finite number."""
+        ...
+
+
+def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
+    """The task that `task=name` and `task_args` ask for; ValueError naming the key otherwise."""
+    task_class = _import_class(name) if ":" in name else _shipped_class(name)
+    hints = get_type_hints(task_class)
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(task_class)
+        if field.init and field.name != "seed"
+    }
+    problems = [
+        *(_arg_problem(key, value, name, hints, fields) for key, value in args.items()),
+        *(f"task_args.{key} is missing: task={name} needs it" for key in _required(fields, args)),
+    ]
+    if any(problems):
+        raise ValueError("\n".join(problem for problem in problems if problem))
+    return task_class(seed=seed, **args)
+
+
+def score_all(task: Task, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """One reward per response; `prompts[i]` is what `responses[i]` answers.
+
+    Raises ValueError that shows prompt and response where the scorer raises or returns something
+    other than a finite number: a reward made up in its place would be trained on unnoticed.
+    """
+    assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
+    return [_score(task, *pair) for pair in zip(prompts, responses, strict=True)]
+
+
+def _score(task: Task, prompt: Prompt, response: str) -> float:
+    try:
+        reward = task.score(prompt, response)
+        is_number = isinstance(reward, numbers.Real)
+        number = float(reward) if is_number else math.nan
+    except Exception as error:  # a scorer is the user's code and may raise anything
+        outcome = f"raised {type(error).__name__}: {error}"
+        raise ValueError(_score_problem(task, prompt, response, outcome)) from error
+    if not math.isfinite(number):
+        outcome = f"returned {reward!r}"
+        raise ValueError(_score_problem(task, prompt, response, outcome))
+    return number
+
+
+def _score_problem(task: Task, prompt: Prompt, response: str, outcome: str) -> str:
+    return (
+        f"the score function of {task!r} {outcome}\n"
+        f"  prompt:   {prompt.text!r}\n"
+        f"  response: {response!r}\n"
+        f"  answer:   {prompt.answer!r}\n"
+        "make it return a finite number for every response a model may give, 0.0 for nonsense"
+    )
+
+
+def _shipped_class(name: str) -> type:
+    if name not in SHIPPED:
+        raise ValueError(
+            f"task={name}: no such task; the nearest is {_nearest(name, SHIPPED)}. "
+            f"Give one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
+        )
+    return SHIPPED[name]
+
+
+def _import_class(name: str) -> type:
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name or module_name.startswith("."):
+        raise ValueError(f"task={name}: write it as MODULE:CLASS, e.g. my_package.tasks:Chess")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"task={name}: cannot import {module_name} ({error}); "
+            "install it, or put its directory on PYTHONPATH"
+        ) from error
+    task_class = getattr(module, class_name, None)
+    if task_class is None:
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(
+            f"task={name}: {module_name} has no {class_name}; "
+            f"the nearest class is {_nearest(class_name, classes)}"
+        )
+    _check_class(name, task_class)
+    return task_class
+
+
+def _check_class(name: str, task_class: Any) -> None:
+    if not (isinstance(task_class, type) and dataclasses.is_dataclass(task_class)):
+        raise ValueError(f"task={name}: a task is a dataclass; put @dataclass on the class")
+    missing = [f"method {method}" for method in METHODS if not hasattr(task_class, method)]
+    if not any(field.init and field.name == "seed" for field in dataclasses.fields(task_class)):
+        missing.append("field seed: int")
+    if missing:
+        raise ValueError(f"task={name}: the class lacks {', '.join(missing)}; add what is missing")
+
+
+def _arg_problem(
+    key: str, value: Any, name: str, hints: dict[str, Any], fields: dict[str, Any]
+) -> str:
+    if key not in fields:
+        return f"task_args.{key}={value!r}: task={name} has no such key; {_choice(key, fields)}"
+    if not _fits(value, hints[key]):
+        wanted = getattr(hints[key], "__name__", str(hints[key]))
+        return f"task_args.{key}={value!r}: this is {type(value).__name__}; give {wanted}"
+    return ""
+
+
+def _choice(key: str, fields: dict[str, Any]) -> str:
+    if not fields:
+        return "it takes none, leave task_args empty"
+    return f"the nearest is task_args.{_nearest(key, fields)} (of {', '.join(fields)})"
+
+
+def _required(fields: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    nothing = dataclasses.MISSING
+    return [
+        key
+        for key, field in fields.items()
+        if field.default is nothing and field.default_factory is nothing and key not in args
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    # bool is an int to Python, not to a user
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else origin or hint)
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)), "none")

@@ -1,0 +1,90 @@
+"""The nouns that more than one part of the program shares.
+
+Shape suffixes, one key for the whole package: P prompts, G rollouts per prompt, R = P*G rollouts,
+L padded length, T packed tokens, V vocabulary, D model dim, N heads, K kv heads, H head dim,
+S sequences in a decode batch. A suffix names logical dims, never the sharding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of a task: `prompt_id` is unique in the step, `answer` goes to the scorer."""
+
+    prompt_id: int
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for: `num_samples` independent completions of one prompt."""
+
+    prompt_id: int
+    tokens: tuple[int, ...]
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine draws tokens.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
+    token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    step: int
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `logprobs[i]` belongs to `tokens[i]`: log_softmax(logits / temperature)
+    before any truncation (temperature 1 where sampling is greedy). A stop token is in `tokens`.
+    """
+
+    prompt_id: int
+    sample_id: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion with its prompt and its reward: what crosses from generator to trainer."""
+
+    prompt_id: int
+    sample_id: int
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reward: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a Qwen3 is: the sizes that a layout has to divide, and the constants of its maths."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = True

@@ -1,0 +1,118 @@
+"""GRPO as one SPMD program: every rank runs these lines in lockstep.
+
+    torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny
+
+prompts -> rollouts -> rewards -> exchange -> advantages -> pack -> forward, loss, backward ->
+optimizer -> reshard into the generator -> next step. Off its submesh a verb returns an empty shard;
+data crosses submeshes in two places, `exchange` and `sync`.
+
+Left out: several updates per batch and off-policy rollouts (the generator always has the newest
+weights, so the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+
+from mesh.batch import PackedBatch
+from mesh.cli import load_conf, to_yaml
+from mesh.conf import Conf
+from mesh.evaluate import evaluate
+from mesh.loss import policy_loss_T
+from mesh.metrics import MetricsLogger
+from mesh.phases import Phases, phase_metrics
+from mesh.process import Process, start
+from mesh.program import (
+    Program,
+    assemble,
+    check,
+    rules_of,
+    samples_of,
+    save_model,
+    step_normaliser,
+    sync,
+)
+from mesh.run import create_run_dir
+from mesh.step import rollout_metrics, share_of, waves_of
+
+Metrics = dict[str, float]
+
+
+def main(argv: list[str]) -> None:
+    name, conf = load_conf(argv)
+    with start(conf.device, conf.timeout_seconds) as process:
+        parts = check(conf, process.world_size)
+        run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf))
+        program = assemble(conf, process, parts)
+        phases = Phases(process.device)
+        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps) as logger:
+            sync(program)
+            logger.log(0, held_out(conf, program, process))
+            for step in range(conf.steps):
+                metrics, samples = train_step(conf, program, phases, step)
+                metrics |= timings(phases, metrics, process)
+                if is_due(step + 1, conf.eval.every, conf.steps):
+                    metrics |= held_out(conf, program, process)
+                logger.log(step + 1, metrics)
+                logger.log_samples(step + 1, samples)
+                if process.should_stop():
+                    break
+            save_model(conf, program, run_dir / "model")
+
+
+def train_step(conf: Conf, program: Program, phases: Phases, step: int) -> tuple[Metrics, list]:
+    """One step: generate, score, exchange and backpropagate wave by wave, update once, sync."""
+    task, trainer, generator = program.parts.task, program.trainer, program.generator
+    rules, objective = rules_of(conf), partial(policy_objective, conf)
+    prompts = task.train_prompts(step, conf.num_prompts)
+    waves, tokens, sequences = [], 0, 0
+    for part in waves_of(prompts, conf.waves):
+        with phases("generate"):
+            rollouts = generator.rollout(task, part, conf.group_size, generator.sampling(step))
+        with phases("exchange"):
+            wave = program.exchange([p.prompt_id for p in part], rollouts)
+            share = share_of(wave, rules, trainer.dp)
+        with phases("train"):
+            trainer.accumulate(share.leaves, share.token_counts, objective)
+        waves.append(wave)
+        tokens, sequences = tokens + share.tokens, sequences + share.sequences
+    program.exchange.flush()
+    with phases("train"):
+        metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
+    with phases("sync"):
+        sync(program)
+    metrics |= rollout_metrics(waves, conf.group_size)
+    return metrics, samples_of(program, prompts, waves)
+
+
+def policy_objective(
+    conf: Conf, batch: PackedBatch, logprobs_A: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss_A, clipped_A): the clipped surrogate against the policy that generated the tokens."""
+    return policy_loss_T(
+        logprobs_A, batch.generator_logprobs_A, batch.advantages_A, conf.clip_low, conf.clip_high
+    )
+
+
+def held_out(conf: Conf, program: Program, process: Process) -> Metrics:
+    """Accuracy on prompts that training never draws."""
+    return evaluate(conf, program.generator, program.parts.task, process.cpu_group)
+
+
+def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
+    """Seconds of each phase, the slowest rank's, and tokens per second."""
+    seconds = phases.seconds(process.cpu_group)
+    tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
+    return phase_metrics(seconds, {k: int(metrics.get(name, 0)) for k, name in tokens.items()})
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,108 @@
+"""A program for `test_process.py` to end: `torchrun process_program.py WHAT PID_DIR`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mesh.phases import Phases
+from mesh.process import Process, start
+from mesh.run import create_run_dir
+
+STEPS = 400
+
+
+def in_collective(process: Process) -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def in_sleep(process: Process) -> None:
+    while True:
+        time.sleep(0.2)
+
+
+def in_compute(process: Process) -> None:
+    matrix = torch.randn(600, 600)
+    while True:
+        matrix = torch.mm(matrix, matrix).clamp(-1, 1)
+
+
+def raise_error() -> None:
+    raise KeyError("the first error")
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank1_ends(process: Process, end) -> None:
+    """The others sit where each kind of program sits: in a collective, in Python, in C code."""
+    time.sleep(0.3)
+    if process.rank == 1:
+        end()
+    {0: in_collective, 2: in_compute, 3: in_sleep}[process.rank](process)
+
+
+def two_fail(process: Process) -> None:
+    if process.rank == 0:
+        time.sleep(0.4)  # within the time in which rank 1 settles: both errors are real
+        raise RuntimeError("a later error")
+    time.sleep(0.3)
+    raise_error()
+
+
+def all_fail(process: Process) -> None:
+    raise ValueError("steps=-1: the same on all ranks")
+
+
+def train(process: Process) -> None:
+    for step in range(STEPS):
+        time.sleep(0.05)
+        if step == 5 and process.rank == 0:
+            print("running", flush=True)
+        if process.should_stop():
+            break
+    print(f"rank {process.rank} stopped at step {step}", flush=True)
+
+
+def train_slowly(process: Process) -> None:
+    process.guard.run_dir = "runs/example"
+    if process.rank == 0:
+        print("running", flush=True)
+    in_compute(process)
+
+
+def finish(process: Process) -> None:
+    phases = Phases(process.device)
+    with phases("wait"):
+        time.sleep(0.1 * process.rank)
+    slowest = phases.seconds(process.cpu_group)["wait"]
+    run_dir = create_run_dir(process, None, "tiny", "seed: 0\n")
+    try:
+        create_run_dir(process, run_dir, "tiny", "seed: 1\n")
+    except ValueError as error:
+        refusal = error
+    print(process.from_rank0(process.rank + 7), 0.1 < slowest < 1, run_dir, refusal, flush=True)
+    time.sleep(0.5 * process.rank)
+
+
+WHAT = {
+    "error": lambda process: rank1_ends(process, raise_error),
+    "killed": lambda process: rank1_ends(process, be_killed),
+    "two-fail": two_fail,
+    "all-fail": all_fail,
+    "train": train,
+    "train-slowly": train_slowly,
+    "finish": finish,
+}
+
+
+if __name__ == "__main__":
+    with start(device="cpu", timeout_seconds=120) as process:
+        Path(sys.argv[2], str(os.getpid())).touch()
+        process.should_stop()  # a barrier: every rank has its signal handlers
+        WHAT[sys.argv[1]](process)
