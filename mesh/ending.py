@@ -71,7 +71,9 @@ def write_and_close(descriptor: int, text: str) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr in one piece: torchrun unbuffers, and `print` writes the newline alone."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def alive(pid: int) -> bool:

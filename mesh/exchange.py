@@ -1,9 +1,9 @@
 """The first crossing: rollouts from the generator's ranks to the trainer's.
 
-Point-to-point on a gloo group of its own, so that nothing else can get between. A generator replica
-sends every trainer rank the outline of all its rollouts (what the step's statistics and the schedule
-need), and only the owner of a prompt the tokens. Sends are asynchronous: a generator goes on with the
-next wave while the trainer works on this one.
+Point-to-point on a gloo group of its own, so that nothing else can get between. A generator
+replica sends every trainer rank the outline of all its rollouts (what the step's statistics and the
+schedule need), and only the owner of a prompt the tokens. Sends are asynchronous: a generator goes
+on with the next wave while the trainer works on this one.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokeniz
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
 from mesh.weights import WeightBridge
+from mesh.weights import weights_digest as digest_of
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,14 @@ def sync(program: Program) -> float:
     report = program.bridge.sync()
     program.generator.reset(report.version)
     return report.seconds
+
+
+def weights_digest(program: Program) -> str:
+    """One number of all master weights, the same on any mesh and on every rank. Collective."""
+    trainer = program.trainer
+    names = trainer.weight_names
+    layouts = [layout for layout in trainer.layouts if layout.name in names]
+    return digest_of(trainer.parameters(), layouts, program.bridge.cpu_group)
 
 
 def rules_of(conf: Conf) -> Rules:

@@ -97,7 +97,6 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": package_versions(),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
         "cpu": cpu_model(),
         "cpu_cores": os.cpu_count(),
         "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},

@@ -1,4 +1,4 @@
-"""From a wave of scored rollouts to what one trainer rank trains on: pure, and the same on any mesh.
+"""From a wave of scored rollouts to what one trainer rank trains on: pure, the same on any mesh.
 
 Every rank derives advantages, which groups count, and all ranks' schedules from the outlines of all
 rollouts; only its own leaves hold tokens.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 
@@ -24,8 +25,8 @@ class Rules:
     """How rollouts become losses. leaf_tokens: groups of more tokens are cut into pieces."""
 
     group_size: int
-    advantage: str
-    aggregation: str
+    advantage: Literal["std", "centred"]
+    aggregation: Literal["token", "sequence", "constant"]
     drop_equal_groups: bool
     leaf_tokens: int
 

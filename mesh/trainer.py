@@ -53,6 +53,12 @@ def role_layouts(
     return layouts_of(shapes, tp_dims(model), grid.numpy(), fsdp, buffers=buffers)
 
 
+def weight_names(shape: ModelShape) -> set[str]:
+    """The names of all weights, without buffers; a tied weight has two."""
+    with torch.device("meta"):
+        return set(named_weights(Qwen3(model_config(shape, 1))))
+
+
 def lr_at(step: int, peak: float, warmup_steps: int) -> float:
     """Linear warm-up to the peak, then constant. The first of `warmup_steps` gets peak / steps."""
     return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
@@ -76,6 +82,7 @@ class Trainer:
         self.device = device
         self.mesh: DeviceMesh = meshes.trainer_mesh
         self.layouts = role_layouts(shape, conf.model.max_length, self.mesh.mesh, fsdp=True)
+        self.weight_names = weight_names(shape)
         self.dp = meshes.layout.trainer.dp
         self.dp_rank = dp_rank(self.mesh)
         self.steps = 0
@@ -129,8 +136,9 @@ class Trainer:
     ) -> None:
         """Forward and backward over this rank's leaves, adding to the gradients.
 
-        objective: (loss_A, clipped_A) from a batch and its logprobs_A; token_counts: tokens of the leaves of every data-parallel rank, in order; all ranks derive
-        the same number of microbatches from it.
+        objective: (loss_A, clipped_A) from a batch and its logprobs_A; token_counts: tokens of the
+        leaves of every data-parallel rank, in order; all ranks derive the same number of
+        microbatches from it.
         """
         if self.model is None:
             return

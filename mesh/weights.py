@@ -119,7 +119,7 @@ class WeightBridge:
         for copy in self.local_copies:
             target = destination[copy.name][copy.destination.slices]
             target.copy_(source[copy.name][copy.source.slices])
-        # one buffer each way for all rounds bounds memory, however far the host runs ahead of the GPU
+        # one buffer each way for all rounds bounds memory, however far the host runs ahead
         outgoing, incoming = self._buffer(self.sends), self._buffer(self.receives)
         for sends, receives in zip(self.sends, self.receives, strict=True):
             packed, arriving = self._slots(sends, outgoing), self._slots(receives, incoming)

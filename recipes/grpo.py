@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,11 +35,12 @@ from mesh.program import (
     save_model,
     step_normaliser,
     sync,
+    weights_digest,
 )
 from mesh.run import create_run_dir
 from mesh.step import rollout_metrics, share_of, waves_of
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
@@ -84,6 +86,7 @@ def train_step(conf: Conf, program: Program, phases: Phases, step: int) -> tuple
         metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
     with phases("sync"):
         sync(program)
+        metrics |= {"digest/weights": weights_digest(program)}
     metrics |= rollout_metrics(waves, conf.group_size)
     return metrics, samples_of(program, prompts, waves)
 

@@ -131,6 +131,17 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path):
     assert seconds < 10
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
+    launch = Launch("train", 2, tmp_path)
+    launch.wait_until_running()
+    os.kill(int(next(launch.pid_dir.iterdir()).name), signal.SIGTERM)
+    status, out, _, seconds = launch.finish(2)
+    assert status == 0
+    assert len({line.rsplit(" ", 1)[1] for line in out.splitlines()}) == 1
+    assert len(out.splitlines()) == 2
+    assert seconds < 10
+
+
 def test_second_ctrl_c_ends_at_once_and_says_where_the_run_lies(tmp_path):
     launch = Launch("train-slowly", 2, tmp_path)
     launch.wait_until_running()

@@ -5,8 +5,8 @@
   (seed, step, prompt_id, sample_id, position), never on what shares the batch. Logprobs are
   `mesh.model.logprobs`': log_softmax(logits / temperature) before truncation. An empty list of
   requests gives an empty list. ValueError for a prompt that does not fit the context or the cache.
-- `weights() -> dict[str, Tensor]`: the live local shards by torchtitan's names, buffers included; the
-  weight bridge writes into them.
-- `reset(version)`: the weights have changed. Cached keys and values are dropped, and what was cached
-  under another version is unusable.
+- `weights() -> dict[str, Tensor]`: the live local shards by torchtitan's names, buffers included;
+  the weight bridge writes into them.
+- `reset(version)`: the weights have changed. Cached keys and values are dropped, and what was
+  cached under another version is unusable.
 """

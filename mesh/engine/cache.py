@@ -1,8 +1,8 @@
 """The paged KV cache: which pages are free, who shares them, and the sequences that hold them.
 
-Pages are counted references: the samples of one prompt share the full pages of its KV, and copy the
-page that the prompt fills only in part. Page 0 is never handed out: rows that only pad a batch write
-there.
+Pages are counted references: the samples of one prompt share the full pages of its KV, and copy
+the page that the prompt fills only in part. Page 0 is never handed out: rows that only pad a batch
+write there.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from mesh.types import Completion, ModelShape, Request, Sampling
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Sizes of one engine. kv_tokens: cache size in tokens; prefill_tokens: most per forward pass."""
+    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass."""
 
     max_length: int
     max_sequences: int
@@ -92,7 +92,7 @@ class NativeEngine:
         self.preemptions = 0
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Live local shards by torchtitan's names; tied weights under each name; buffers included."""
+        """Live local shards by torchtitan's names, tied weights under each; buffers included."""
         return {name: local(tensor.detach()) for name, tensor in self._named().items()}
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -104,9 +104,9 @@ class NativeEngine:
             adopt(self.model, name, mine, tensors[name])
 
     def reset(self, version: int) -> None:
-        """Weights of `version` are in place. The cache holds nothing between calls of `generate`, so
-        there is nothing of another version to serve; it is zeroed all the same, so that keys and
-        values of a model that diverged cannot reach a masked product as 0 * inf.
+        """Weights of `version` are in place. The cache holds nothing between calls of `generate`,
+        so there is nothing of another version to serve; it is zeroed all the same, so that keys
+        and values of a model that diverged cannot reach a masked product as 0 * inf.
         """
         self.version = version
         for pages in (*self.cache.keys, *self.cache.values):
@@ -147,14 +147,17 @@ class NativeEngine:
             if not request.tokens or longest > limit:
                 raise ValueError(
                     f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
-                    f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt has "
-                    "at least one token; raise model.max_length or generator.kv_tokens"
+                    f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
+                    "has at least one token; raise model.max_length or generator.kv_tokens"
                 )
 
     def _context(self, spans: Seq[Span]) -> tuple[torch.Tensor, torch.Tensor, AttentionContext]:
         """(tokens_T, positions_T, context) of a batch of spans."""
         page_size = self.settings.page_size
-        tokens, positions, slots, starts, lengths = [], [], [], [0], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, lengths = [0], []
         width = max(num_pages(span.start + len(span.tokens), page_size) for span in spans)
         for span in spans:
             last = span.start + len(span.tokens)

@@ -55,8 +55,9 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
 def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first].
 
-    32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. -log of
-    an exponential variate, which is -log1p(-u) so that small variates, the winners, keep precision.
+    32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. -log
+    of an exponential variate, which is -log1p(-u) so that small variates, the winners, keep
+    precision.
     """
     entry_V = torch.arange(first, last, device=keys_S.device, dtype=torch.int64)
     low, high = keys_S & _MASK32, _shift_right(keys_S, 32)
@@ -78,7 +79,8 @@ def truncate(logits_SV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Logits with all but the `top_k` likeliest (0: all) and the nucleus of mass `top_p` at -inf.
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches top_p
-    (arXiv:1904.09751); it is taken after top_k, and never empty. Ties at the edge go to the lower id.
+    (arXiv:1904.09751); it is taken after top_k, and never empty. Ties at the edge go to the lower
+    id.
     """
     if top_k <= 0 and top_p >= 1.0:
         return logits_SV

@@ -1,8 +1,8 @@
 """Continuous batching: which sequences run, admitted by the cache that is free.
 
-A sequence is admitted when the cache has room for what it has so far; pages are taken one at a time as
-it grows. When none is left the youngest sequence goes back to the queue and is computed again later:
-its tokens do not change, because random numbers depend on positions only.
+A sequence is admitted when the cache has room for what it has so far; pages are taken one at a time
+as it grows. When none is left the youngest sequence goes back to the queue and is computed again
+later: its tokens do not change, because random numbers depend on positions only.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Scheduler:
         return True
 
     def _fork(self, sequence: Sequence, pages: int, admission: Admission) -> bool:
-        """Start a sample from its prompt's shared KV, computed when the first sample asks for it."""
+        """Start a sample from its prompt's shared KV, computed when the first one asks for it."""
         cached = len(sequence.prompt) - 1
         full = cached // self.page_size
         prefix = self.prefixes.get(sequence.prompt_id)

@@ -1,21 +1,19 @@
 """Attention of packed sequences, with and without a paged KV cache: one function for both roles.
 
-A batch is a row of spans, one per sequence: `query_lengths` new tokens that end at `lengths` tokens.
-Without a cache (training) the new tokens are all there is. With one, they are written to the
+A batch is a row of spans, one per sequence: new tokens that end where the sequence does. Without a cache (training) the new tokens are all there is. With one, they are written to the
 cache first, and keys and values are read from its pages, for prefill, chunked prefill and decode.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torchtitan.protocols.module import Module
-
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class KVCache:
 class AttentionContext:
     """Where the tokens of a forward pass belong.
 
-    cu_seqlens: int32 [S + 1], starts of the spans in the packed row; lengths: int32 [S], tokens of a
-    sequence with its span; max_query, max_length: ints, at least the largest span and length.
-    With a cache: block_table int32 [S, pages] and slots_T int64, the flat place of each new token.
+    cu_seqlens: int32 [S + 1], starts of the spans in the packed row; lengths: int32 [S], tokens of
+    a sequence with its span; max_query, max_length: at least the largest span and length. With a
+    cache: block_table int32 [S, pages] and slots_T int64, the flat place of each new token.
     """
 
     cu_seqlens: torch.Tensor
@@ -46,11 +44,10 @@ class AttentionContext:
     cache: KVCache | None = None
     block_table: torch.Tensor | None = None
     slots_T: torch.Tensor | None = None
-    num_tokens: int = field(default=0)
 
     @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows_SL, columns): where padded [S, max_query] rows read packed tokens, and the inverse."""
+        """Where padded [S, max_query] rows read packed tokens, and the inverse (flat)."""
         query_lengths = self.cu_seqlens.diff()
         offsets_SL = torch.arange(self.max_query, device=self.cu_seqlens.device)[None]
         inside_SL = offsets_SL < query_lengths[:, None]
@@ -85,7 +82,7 @@ def _flash(
     """FlashAttention inside torch. num_splits=1 fixes the order over the keys (see DESIGN)."""
     paged = ctx.cache is not None
     return varlen_attn(
-        q_TNH, k, v, ctx.cu_seqlens, None if paged else ctx.cu_seqlens, ctx.max_query, ctx.max_length,
+        q_TNH, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_query, ctx.max_length,
         scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1,
         seqused_k=ctx.lengths if paged else None, block_table=ctx.block_table,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def load_weights(
     """Copy this rank's blocks of the weights in `path` into `tensors`, in their dtype.
 
     tensors: local shards by torchtitan's names; blocks: where each lies in its weight (None: this
-    rank has nothing of it). Raises ValueError naming the weight that is missing or of another shape.
+    rank has nothing of it). Raises ValueError naming the weight that is missing or misshapen.
     """
     files = weight_files(path)
     theirs = hf_names(list(tensors), shape)

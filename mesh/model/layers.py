@@ -172,7 +172,7 @@ class Rotary(TitanRoPE):
 
 
 class Embedding(TitanEmbedding):
-    """Token embedding, vocabulary-parallel: a rank contributes zeros for tokens it does not hold."""
+    """Token embedding, vocabulary-parallel: a rank gives zeros for tokens it does not hold."""
 
     tp_dim = 0
 

@@ -2,9 +2,9 @@
 
     logprob = z[target] - logsumexp(z),  z = hidden @ weight^T / temperature
 
-The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A vocabulary-parallel rank
-holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so ranks are
-nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's logits
+The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A vocabulary-parallel
+rank holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so
+ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's logits
 (as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
 """
 
@@ -61,8 +61,8 @@ def tile_logits(
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """log(sum(exp(logits))) over the last dim, by way of log_softmax.
 
-    At the largest logit log_softmax is minus the log of the sum of exp(z - max), exactly; log_softmax
-    does not depend on the number of rows where `logsumexp` does (see DESIGN).
+    At the largest logit log_softmax is minus the log of the sum of exp(z - max), exactly; and
+    log_softmax does not depend on the number of rows on CUDA, where `logsumexp` does.
     """
     return logits.amax(-1) - F.log_softmax(logits, dim=-1).amax(-1)
 

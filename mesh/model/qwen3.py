@@ -225,8 +225,8 @@ def apply_fsdp(
 ) -> None:
     """Activation checkpointing, then FSDP2 (HSDP where dp_replicate > 1), both torchtitan's.
 
-    Gradients are reduced in fp32 by plain sums: no division by the world size, and no pre-multiplied
-    sum, which gloo does not have.
+    Gradients are reduced in fp32 by plain sums: no division by the world size, and no
+    pre-multiplied sum, which gloo does not have.
     """
     if activation_checkpointing != "none":
         policy = {"full": FullAC, "selective": SelectiveAC}[activation_checkpointing]

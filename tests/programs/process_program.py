@@ -16,6 +16,11 @@ from mesh.run import create_run_dir
 STEPS = 400
 
 
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")  # torchrun unbuffers: print would write the newline by itself
+    sys.stdout.flush()
+
+
 def in_collective(process: Process) -> None:
     dist.all_reduce(torch.ones(1))
 
@@ -63,16 +68,16 @@ def train(process: Process) -> None:
     for step in range(STEPS):
         time.sleep(0.05)
         if step == 5 and process.rank == 0:
-            print("running", flush=True)
+            say("running")
         if process.should_stop():
             break
-    print(f"rank {process.rank} stopped at step {step}", flush=True)
+    say(f"rank {process.rank} stopped at step {step}")
 
 
 def train_slowly(process: Process) -> None:
     process.guard.run_dir = "runs/example"
     if process.rank == 0:
-        print("running", flush=True)
+        say("running")
     in_compute(process)
 
 
@@ -86,7 +91,7 @@ def finish(process: Process) -> None:
         create_run_dir(process, run_dir, "tiny", "seed: 1\n")
     except ValueError as error:
         refusal = error
-    print(process.from_rank0(process.rank + 7), 0.1 < slowest < 1, run_dir, refusal, flush=True)
+    say(f"{process.from_rank0(process.rank + 7)} {0.1 < slowest < 1} {run_dir} {refusal}")
     time.sleep(0.5 * process.rank)
 
 
