@@ -202,7 +202,16 @@ def typed(value: Any, annotation: Any) -> Any:
         return str(value)
     if kind is str or get_origin(kind) is Literal:
         return None if optional and value == "null" else value
+    if kind == list[str]:
+        return texts(value)
     return parsed(value)
+
+
+def texts(value: Any) -> Any:
+    """A list of texts as YAML writes it, each as it stands; a word that is no list is its one."""
+    if isinstance(value, str):
+        value = yaml.load(value, TextLoader) if value.startswith("[") else [value]
+    return [str(text) for text in value]
 
 
 def parsed(value: Any) -> Any:

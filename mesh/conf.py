@@ -110,6 +110,16 @@ class EvalConf:
     every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
     num_prompts: int = key(256, "held-out prompts", ge=1)
     num_samples: int = key(4, "samples per held-out prompt; k of pass@k", ge=1)
+    output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
+
+
+@dataclass
+class GenerateConf:
+    prompts: list[str] = key(
+        [], "what recipes/generate.py answers; -: the lines of stdin; unset: held-out prompts"
+    )
+    num_samples: int = key(1, "answers per prompt", ge=1)
+    greedy: bool = key(True, "always the likeliest token; false: sampled, as in training")
 
 
 @dataclass
@@ -162,6 +172,7 @@ class Conf:
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
+    generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
     log: LogConf = field(default_factory=LogConf)
 

@@ -52,7 +52,7 @@ class Guard:
         self.rank = rank
         self.run_dir: str | None = None
         self._peers = [r for r in range(world_size) if r != rank]
-        self._store = _open_store() if self._peers else None
+        self._store: dist.Store = _open_store() if self._peers else dist.HashStore()
         self._local_pids = self._exchange_pids(local_peers)
         self._parent = os.getppid()
         # Whoever ends the process holds the lock for ever; it also keeps the store to one thread.
@@ -92,7 +92,7 @@ class Guard:
             self._leave_at, self._exit_code = time.monotonic(), exit_code
             self._announce("left")
         hosts_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if self._store is not None and hosts_store:
+        if self._peers and hosts_store:
             self._wait_for_peers(LEAVE_SECONDS / 2)
 
     def close(self) -> None:
@@ -129,14 +129,13 @@ class Guard:
             self._vanish("torchrun is gone")
         if self._stop_at is not None and now > self._stop_at + patience_seconds():
             self._abandon("the step did not end in time")
-        if self._store is not None:
-            if self._store.check(["first"]):
-                self._follow()
-            if lost := self._lost_peer():
-                first = self._record(lost)
-                if first.reporter == self.rank:
-                    self._report(first)
-                self._follow()
+        if self._store.check(["first"]):
+            self._follow()
+        if lost := self._lost_peer():
+            first = self._record(lost)
+            if first.reporter == self.rank:
+                self._report(first)
+            self._follow()
 
     def _on_signal(self) -> None:
         now = time.monotonic()
@@ -194,16 +193,13 @@ class Guard:
 
     def _exchange_pids(self, local_peers: list[int]) -> dict[int, int]:
         """Process ids of the peers that this process can see."""
-        if self._store is None:
-            return {}
         self._store.set(f"pid/{self.rank}", f"{place()} {os.getpid()}")
         answers = {r: self._store.get(f"pid/{r}").decode().rsplit(" ", 1) for r in local_peers}
         return {r: int(pid) for r, (where, pid) in answers.items() if where == place()}
 
     def _announce(self, state: str) -> None:
-        if self._store is not None:
-            with contextlib.suppress(dist.DistError):
-                self._store.set(f"out/{self.rank}", state)
+        with contextlib.suppress(dist.DistError):
+            self._store.set(f"out/{self.rank}", state)
 
     def _wait_for_peers(self, seconds: float) -> None:
         """Until every living peer has left or gone mute, but no longer than this."""

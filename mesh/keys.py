@@ -118,6 +118,8 @@ def expected(annotation: Any) -> str:
     kind, optional = alternatives(annotation)
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(get_args(kind))}"
+    elif get_origin(kind) is list:
+        words = "a list of texts like [one, two]"
     elif get_origin(kind) is tuple:
         words = f"a list of {len(get_args(kind))} numbers"
     else:

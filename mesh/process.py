@@ -52,6 +52,17 @@ class Process:
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value of a small picklable object, by rank, on every rank. Collective."""
+        boxes = [None] * self.world_size
+        dist.all_gather_object(boxes, value, group=self.cpu_group)
+        return boxes
+
+    def say(self, text: str) -> None:
+        """Rank 0 prints; every rank may call."""
+        if self.rank == 0:
+            print(text, flush=True)
+
     def __enter__(self) -> Process:
         return self
 
@@ -61,12 +72,12 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        clean = error is None or (isinstance(error, SystemExit) and not error.code)
-        if not clean and self.world_size > 1:
+        failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
+        if error is not None and failed and self.world_size > 1:
             self.guard.fail(error)
-        if not clean:
+        if error is not None and failed:
             write_error_files(error, self.rank, self.guard.run_dir)
-        self.guard.leave(exit_code=0 if clean else 1)
+        self.guard.leave(exit_code=1 if failed else 0)
         dist.destroy_process_group()
         self.guard.close()
 

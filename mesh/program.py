@@ -24,12 +24,12 @@ from mesh.loss import normaliser
 from mesh.model.hf import export
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.process import Process
-from mesh.step import Rules
+from mesh.step import Advantage, Aggregation, Rules
 from mesh.tasks import Task, load_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
-from mesh.weights import WeightBridge
+from mesh.weights import Verify, WeightBridge
 from mesh.weights import weights_digest as digest_of
 
 
@@ -67,8 +67,16 @@ def check(conf: Conf, world_size: int) -> Parts:
     assert shape is not None, "check_start let a directory without config.json through"
     tokenizer = load_tokenizer(tokenizer_directory(conf))
     task = load_task(conf.task, conf.seed, conf.task_args)
-    refuse(check_vocabulary(tokenizer, shape.vocab_size) + prompt_problems(conf, tokenizer, task))
+    prompts = task.train_prompts(0, conf.num_prompts) + task.eval_prompts(conf.eval.num_prompts)
+    wrong = prompt_problems(conf, tokenizer, prompts)
+    refuse(check_vocabulary(tokenizer, shape.vocab_size) + wrong)
     return Parts(shape, tokenizer, task)
+
+
+def without_training(conf: Conf) -> Conf:
+    """The configuration of a program that only generates: no run directory, one wave."""
+    conf.run_dir, conf.waves = None, 1
+    return conf
 
 
 def tokenizer_directory(conf: Conf) -> Path:
@@ -77,10 +85,9 @@ def tokenizer_directory(conf: Conf) -> Path:
     return CHARACTERS if named is None else resolve_path(named)
 
 
-def prompt_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
-    """Prompts of the first step and held-out ones that leave no room for a response."""
+def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Whether the longest of these prompts leaves no room for a response."""
     room = conf.model.max_length - conf.generator.max_new_tokens
-    prompts = task.train_prompts(0, conf.num_prompts) + task.eval_prompts(conf.eval.num_prompts)
     longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt.text)))
     length = len(tokenizer.encode(longest.text))
     if length <= room:
@@ -124,7 +131,8 @@ def connect(
     """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
     storage instead of its own.
     """
-    default = "first" if resolve_device(conf) == "cuda" else "every"
+    default: Verify = "first" if resolve_device(conf) == "cuda" else "every"
+    assert dist.group.WORLD is not None, "the process group is not there"
     bridge = WeightBridge(
         trainer.weights(),
         generator.weights(),
@@ -163,10 +171,11 @@ def rules_of(conf: Conf) -> Rules:
 
     grpo: arXiv:2402.03300; dr_grpo: arXiv:2503.20783.
     """
-    advantage, aggregation = {
+    presets: dict[str, tuple[Advantage, Aggregation]] = {
         "grpo": ("std", "sequence"),
         "dr_grpo": ("centred", "constant"),
-    }[conf.loss]
+    }
+    advantage, aggregation = presets[conf.loss]
     return Rules(
         conf.group_size,
         conf.advantage or advantage,

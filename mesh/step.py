@@ -19,14 +19,17 @@ from mesh.exchange import Outline, Wave
 from mesh.loss import token_weights
 from mesh.types import Prompt
 
+Advantage = Literal["std", "centred"]
+Aggregation = Literal["token", "sequence", "constant"]
+
 
 @dataclass(frozen=True)
 class Rules:
     """How rollouts become losses. leaf_tokens: groups of more tokens are cut into pieces."""
 
     group_size: int
-    advantage: Literal["std", "centred"]
-    aggregation: Literal["token", "sequence", "constant"]
+    advantage: Advantage
+    aggregation: Aggregation
     drop_equal_groups: bool
     leaf_tokens: int
 

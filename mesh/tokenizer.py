@@ -37,7 +37,7 @@ class Tokenizer:
         """Token ids, no special tokens added; ValueError naming a character it does not know."""
         encoding = _try_encode(self.backend, text)
         unknown = _unknown_part(self, text, encoding)
-        if unknown is not None:
+        if unknown is not None or encoding is None:
             raise ValueError(
                 f"the tokenizer in {self.directory} does not know {unknown!r}, which is in "
                 f"{text!r}: change the text, or set model.tokenizer to one that knows it"
@@ -101,7 +101,7 @@ def make_character_tokenizer(directory: str | Path) -> None:
     specials = ["<pad>", "<eos>"]
     characters = ["\n", *(chr(code) for code in range(ord(" "), ord("~") + 1))]
     vocabulary = {token: index for index, token in enumerate([*specials, *characters])}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -174,7 +174,7 @@ def _unknown_id(path: Path, backend: Backend) -> int | None:
 
 def _eos_ids(directory: Path, backend: Backend) -> tuple[int, ...]:
     """The union over the files, each of which may be absent: chat models name a second one."""
-    ids = set()
+    ids: set[int | None] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         ids.update(value if isinstance(value, list) else [value])
@@ -184,7 +184,7 @@ def _eos_ids(directory: Path, backend: Backend) -> tuple[int, ...]:
     if token is not None and backend.token_to_id(token) is None:
         raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it there")
     ids.add(backend.token_to_id(token) if token is not None else None)
-    return tuple(sorted(ids - {None}))
+    return tuple(sorted(i for i in ids if i is not None))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class Trainer:
         self.dp = meshes.layout.trainer.dp
         self.dp_rank = dp_rank(self.mesh)
         self.steps = 0
+        self.stats: TokenStats
+        self.extra: torch.Tensor
+        self._trained_due: int
         self.model: Qwen3 | None = None
         self.reference: Qwen3 | None = None
         if meshes.on_trainer:
@@ -96,7 +99,7 @@ class Trainer:
                 self.optimizer = torch.optim.AdamW(
                     self.model.parameters(),
                     lr=conf.trainer.lr,
-                    betas=tuple(conf.trainer.betas),
+                    betas=(conf.trainer.betas[0], conf.trainer.betas[1]),
                     eps=conf.trainer.eps,
                     weight_decay=conf.trainer.weight_decay,
                 )
@@ -140,12 +143,12 @@ class Trainer:
         leaves of every data-parallel rank, in order; all ranks derive the same number of
         microbatches from it.
         """
-        if self.model is None:
+        if self.model is None or self.dp_rank is None:
             return
         microbatches = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
         for indices in microbatches:
             batch = pack([leaves[i] for i in indices]).to(self.device)
-            self._backward(batch, objective)
+            self._backward(self.model, batch, objective)
         trained = sum(len(r.tokens) for leaf in leaves for r in leaf.rollouts)
         due = self._trained_due + trained
         assert int(self.stats.sums[0]) == due, (
@@ -159,8 +162,8 @@ class Trainer:
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
                      temperature)  # fmt: skip
 
-    def _backward(self, batch: PackedBatch, objective: Objective) -> None:
-        logprobs_A, entropy_A = self._score(self.model, batch)
+    def _backward(self, model: Qwen3, batch: PackedBatch, objective: Objective) -> None:
+        logprobs_A, entropy_A = self._score(model, batch)
         loss_A, clipped_A = objective(batch, logprobs_A)
         if self.reference is not None:
             with torch.no_grad():
@@ -178,7 +181,7 @@ class Trainer:
 
     def _reset(self) -> None:
         nothing = torch.zeros(0, device=self.device)
-        self.stats: TokenStats = token_stats(nothing, nothing, nothing.bool())
+        self.stats = token_stats(nothing, nothing, nothing.bool())
         # sums over tokens of the loss (weighted), the entropy and the KL to the reference
         self.extra = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._trained_due = 0

@@ -26,6 +26,9 @@ from mesh.program import Parts, Program, assemble, check, save_model, sync
 from mesh.run import create_run_dir
 from mesh.types import Prompt, Rollout
 
+# metrics that compare with the policy that generated the tokens, which here is nobody's
+OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+
 
 def main(argv: list[str]) -> None:
     name, conf = load_conf(argv)
@@ -64,7 +67,8 @@ def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
     counts = [[leaf.num_tokens for leaf in share] for share in shares]
     tokens = sum(len(r.tokens) for share in shares for leaf in share for r in leaf.rollouts)
     trainer.accumulate(shares[trainer.dp_rank or 0], counts, cross_entropy)
-    return trainer.update(normaliser=tokens, tokens=tokens)
+    metrics = trainer.update(normaliser=tokens, tokens=tokens)
+    return {name: value for name, value in metrics.items() if not name.startswith(OF_A_GENERATOR)}
 
 
 def examples(parts: Parts, prompts: list[Prompt]) -> list[Leaf]:

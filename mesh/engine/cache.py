@@ -85,7 +85,8 @@ def allocate(
     )
 
 
-def copy_page(cache: KVCache, source: int, target: int) -> None:
-    """Copy one page in every layer."""
+def copy_slots(cache: KVCache, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy keys and values between flat token slots (int64) in every layer."""
     for pages in (*cache.keys, *cache.values):
-        pages[target].copy_(pages[source])
+        slots = pages.flatten(0, 1)
+        slots[targets] = slots[sources]

@@ -7,18 +7,25 @@ drawn in one place, and the samples of a prompt differ only from their first dec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from mesh.engine.cache import PagePool, Sequence, allocate, copy_page, num_pages
+from mesh.engine.batches import (
+    KEY,
+    decode_inputs,
+    decode_rows,
+    prefill_inputs,
+    slot_copies,
+    spans_of,
+)
+from mesh.engine.cache import PagePool, Sequence, allocate, copy_slots, num_pages
 from mesh.engine.graphs import DecodeGraphs
-from mesh.engine.sampler import draw, token_keys
-from mesh.engine.scheduler import Fill, Scheduler
-from mesh.model.attention import AttentionContext
+from mesh.engine.sampler import draw
+from mesh.engine.scheduler import Admission, Scheduler
 from mesh.model.logprobs import score_tiles, shard_of, tile_logits, vocab_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
@@ -36,33 +43,6 @@ class EngineSettings:
     prefill_tokens: int
     prefix_cache: bool
     cuda_graphs: bool
-
-
-@dataclass
-class Span:
-    """New tokens of one sequence, `start` of whose tokens are in the cache already."""
-
-    tokens: Seq[int]
-    start: int
-    pages: list[int]
-
-
-def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
-    """Cut fills, in order, into batches of at most `limit` tokens; a long prompt is cut as well."""
-    batch: list[Span] = []
-    room = limit
-    for fill in fills:
-        start = 0
-        while start < len(fill.tokens):
-            piece = fill.tokens[start : start + room]
-            batch.append(Span(piece, start, fill.pages))
-            start += len(piece)
-            room -= len(piece)
-            if room == 0:
-                yield batch
-                batch, room = [], limit
-    if batch:
-        yield batch
 
 
 class NativeEngine:
@@ -124,11 +104,7 @@ class NativeEngine:
         scheduler.add(requests)
         done: list[Sequence] = []
         while scheduler.unfinished:
-            admission = scheduler.admit()
-            for batch in spans_of(admission.fills, settings.prefill_tokens):
-                self._run(batch)
-            for source, target in admission.copies:
-                copy_page(self.cache, source, target)
+            self._prefill(scheduler.admit())
             scheduler.grow()
             self._decode(scheduler.running, sampling)
             done += scheduler.retire()
@@ -151,53 +127,24 @@ class NativeEngine:
                     "has at least one token; raise model.max_length or generator.kv_tokens"
                 )
 
-    def _context(self, spans: Seq[Span]) -> tuple[torch.Tensor, torch.Tensor, AttentionContext]:
-        """(tokens_T, positions_T, context) of a batch of spans."""
-        page_size = self.settings.page_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, lengths = [0], []
-        width = max(num_pages(span.start + len(span.tokens), page_size) for span in spans)
-        for span in spans:
-            last = span.start + len(span.tokens)
-            tokens += span.tokens
-            positions += range(span.start, last)
-            slots += [span.pages[p // page_size] * page_size + p % page_size
-                      for p in range(span.start, last)]  # fmt: skip
-            starts.append(len(tokens))
-            lengths.append(last)
-        table = [(span.pages + [0] * width)[:width] for span in spans]
-        context = AttentionContext(
-            cu_seqlens=self._tensor(starts, torch.int32),
-            lengths=self._tensor(lengths, torch.int32),
-            max_query=max(len(span.tokens) for span in spans),
-            max_length=max(lengths),
-            cache=self.cache,
-            block_table=self._tensor(table, torch.int32),
-            slots_T=self._tensor(slots, torch.int64),
-        )
-        return self._tensor(tokens, torch.int64), self._tensor(positions, torch.int64), context
-
-    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
-
-    def _run(self, spans: Seq[Span]) -> torch.Tensor:
-        """Final hidden states [T, D] of a batch of spans; their keys and values enter the cache."""
-        tokens_T, positions_T, context = self._context(spans)
-        if self.graphs is not None and context.max_query == 1:
-            return self.graphs.run(tokens_T, positions_T, context)
-        return self.model.hidden(tokens_T, positions_T, context)
+    def _prefill(self, admission: Admission) -> None:
+        """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
+        for spans in spans_of(admission.fills, self.settings.prefill_tokens):
+            self.model.hidden(*prefill_inputs(spans, self.cache, self.device))
+        if admission.copies:
+            slots = slot_copies(admission.copies, self.settings.page_size)
+            copy_slots(self.cache, *(torch.from_numpy(s).to(self.device) for s in slots))
 
     def _decode(self, running: list[Sequence], sampling: Sampling) -> None:
         """Draw the next token of every running sequence."""
         if not running:
             return
-        hidden_SD = self._run([Span([s.last_token], s.length - 1, s.pages) for s in running])
-        ids_S2 = self._tensor([(s.prompt_id, s.sample_id) for s in running], torch.int64)
-        positions_S = self._tensor([len(s.tokens) for s in running], torch.int64)
-        keys_S = token_keys(sampling, ids_S2, positions_S)
-        tokens_S, logprobs_S = self._choose(hidden_SD, keys_S, sampling)
+        rows_SX = decode_rows(running, sampling, self.settings.page_size).to(self.device)
+        if self.graphs is not None:
+            hidden_SD = self.graphs.run(rows_SX)
+        else:
+            hidden_SD = self.model.hidden(*decode_inputs(rows_SX, self.cache))
+        tokens_S, logprobs_S = self._choose(hidden_SD, rows_SX[:, KEY], sampling)
         # one transfer for both: float64 holds token ids and fp32 logprobs exactly
         tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from mesh.engine.kernels import draw_shard
 from mesh.model.logprobs import shard_of
 from mesh.types import Sampling
 
@@ -55,17 +56,17 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
 def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first].
 
-    32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. -log
-    of an exponential variate, which is -log1p(-u) so that small variates, the winners, keep
-    precision.
+    32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. The
+    noise is -log(E), E = -log(1 - u) exponential; small E, the winners, come from the power series of
+    the logarithm (exact to fp32 below 2^-8), because 1 - u would round their bits away.
     """
     entry_V = torch.arange(first, last, device=keys_S.device, dtype=torch.int64)
     low, high = keys_S & _MASK32, _shift_right(keys_S, 32)
-    bits = low[:, None] ^ (entry_V * 0x9E3779B1 & _MASK32)
-    bits = _murmur3(bits) ^ high[:, None]
-    bits = _murmur3(bits)
-    uniform = (bits.double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform)).float()
+    bits = _murmur3(low[:, None] ^ (entry_V * 0x9E3779B1 & _MASK32))
+    bits = _murmur3(bits ^ high[:, None])
+    uniform = (bits.float() + 0.5) * 2.0**-32
+    series = uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + uniform * 0.25)))
+    return -torch.log(torch.where(uniform < 2.0**-8, series, -torch.log(1 - uniform)))
 
 
 def _murmur3(x: torch.Tensor) -> torch.Tensor:
@@ -111,18 +112,29 @@ def draw(
 ) -> torch.Tensor:
     """One token per row, int64 [S], the same on every rank of `group`.
 
-    logits_SV: this rank's vocabulary shard of logits / temperature, fp32. Greedy at temperature 0.
+    logits_SV: this rank's vocabulary shard of logits / temperature, fp32. Greedy at temperature 0,
+    where truncation changes nothing.
     """
     shard, _ = shard_of(group)
     if sampling.top_k > 0 or sampling.top_p < 1.0:
         logits_SV, shard, group = _gather_shards(logits_SV, group), 0, None
-    first = shard * logits_SV.shape[-1]
-    if sampling.temperature > 0:
         logits_SV = truncate(logits_SV, sampling.top_k, sampling.top_p)
-        logits_SV = logits_SV + gumbel(keys_S, first, first + logits_SV.shape[-1])
-    best_S, token_S = logits_SV.max(-1)
+    first = shard * logits_SV.shape[-1]
+    best_S, token_S = _draw_shard(logits_SV, keys_S, first, noise=sampling.temperature > 0)
     if group is None:
         return token_S
     best_SX = _gather_shards(best_S[:, None], group)
     token_SX = _gather_shards(token_S[:, None] + first, group)
     return token_SX.gather(-1, best_SX.argmax(-1, keepdim=True))[:, 0]
+
+
+def _draw_shard(
+    logits_SV: torch.Tensor, keys_S: torch.Tensor, first: int, noise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest perturbed logit [S], its index in the shard [S]); see `kernels.draw_shard`."""
+    if logits_SV.is_cuda:
+        return draw_shard(logits_SV, keys_S, first, noise)
+    if noise:
+        logits_SV = logits_SV + gumbel(keys_S, first, first + logits_SV.shape[-1])
+    best_S, token_S = logits_SV.max(-1)
+    return best_S, token_S

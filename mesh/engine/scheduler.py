@@ -33,10 +33,13 @@ class Prefix:
 
 @dataclass
 class Admission:
-    """What has to be done before the next decode step: page copies follow the fills."""
+    """What has to be done before the next decode step: copies follow the fills.
+
+    copies: (source page, target page, tokens), each from the page's first slot.
+    """
 
     fills: list[Fill]
-    copies: list[tuple[int, int]]
+    copies: list[tuple[int, int, int]]
 
 
 class Scheduler:
@@ -99,7 +102,8 @@ class Scheduler:
             admission.fills.append(Fill(sequence.cached, prefix.pages))
         sequence.pages = self.pool.share(prefix.pages[:full]) + self.pool.take(pages - full)
         if cached % self.page_size:
-            admission.copies.append((prefix.pages[full], sequence.pages[full]))
+            copied = (prefix.pages[full], sequence.pages[full], cached % self.page_size)
+            admission.copies.append(copied)
         prefix.waiting -= 1
         return True
 

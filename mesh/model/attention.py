@@ -1,7 +1,8 @@
 """Attention of packed sequences, with and without a paged KV cache: one function for both roles.
 
-A batch is a row of spans, one per sequence: new tokens that end where the sequence does. Without a cache (training) the new tokens are all there is. With one, they are written to the
-cache first, and keys and values are read from its pages, for prefill, chunked prefill and decode.
+A batch is a row of spans, one per sequence: new tokens that end where the sequence does. Without a
+cache (training) the new tokens are all there is. With one, they are written to the cache first, and
+keys and values are read from its pages, for prefill, chunked prefill and decode.
 """
 
 from __future__ import annotations
@@ -81,11 +82,13 @@ def _flash(
 ) -> torch.Tensor:
     """FlashAttention inside torch. num_splits=1 fixes the order over the keys (see DESIGN)."""
     paged = ctx.cache is not None
-    return varlen_attn(
+    out = varlen_attn(
         q_TNH, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_query, ctx.max_length,
         scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1,
         seqused_k=ctx.lengths if paged else None, block_table=ctx.block_table,
     )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def _padded(
@@ -117,7 +120,7 @@ def attention(
     With a cache, the new keys and values are written to `layer`'s pages first (in place).
     """
     k, v = k_TKH, v_TKH
-    if ctx.cache is not None:
+    if ctx.cache is not None and ctx.slots_T is not None:
         k, v = ctx.cache.keys[layer], ctx.cache.values[layer]
         k.flatten(0, 1).index_copy_(0, ctx.slots_T, k_TKH)
         v.flatten(0, 1).index_copy_(0, ctx.slots_T, v_TKH)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from mesh.model.qwen3 import adapter
+from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
 from mesh.reshard import Block
 from mesh.types import ModelShape
 
@@ -65,6 +65,7 @@ def load_weights(
     """
     files = weight_files(path)
     theirs = hf_names(list(tensors), shape)
+    sizes = whole_sizes(shape)
     by_file: dict[Path, list[str]] = {}
     for name in tensors:
         if theirs[name] not in files:
@@ -76,24 +77,21 @@ def load_weights(
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as handle:
             for name in names:
-                _load_block(handle, file, theirs[name], tensors[name], blocks[name])
+                stored, block = handle.get_slice(theirs[name]), blocks[name]
+                if tuple(stored.get_shape()) != sizes[name]:
+                    raise ValueError(
+                        f"{file}: {theirs[name]} has shape {stored.get_shape()}, which does not "
+                        f"fit config.json ({list(sizes[name])}); use both of one model"
+                    )
+                if block is not None and tensors[name].numel():
+                    tensors[name].copy_(stored[block.slices])
 
 
-def _load_block(
-    handle: safe_open, file: Path, name: str, target: torch.Tensor, block: Block | None
-) -> None:
-    if block is None or not target.numel():
-        return
-    stored = handle.get_slice(name)
-    ends = [offset + size for offset, size in zip(block.offset, block.size, strict=True)]
-    if len(stored.get_shape()) != len(ends) or any(
-        end > size for end, size in zip(ends, stored.get_shape(), strict=True)
-    ):
-        raise ValueError(
-            f"{file}: {name} has shape {stored.get_shape()}, which does not fit config.json; "
-            "use weights and config.json of one model"
-        )
-    target.copy_(stored[block.slices])
+def whole_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The size of every whole weight, by torchtitan's names."""
+    with torch.device("meta"):
+        weights = named_weights(Qwen3(model_config(shape, 1)))
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def config_entries(
@@ -163,7 +161,10 @@ def save_weights(
 
 def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
     file = path / f"shard-{number}.safetensors"
+    file.touch()
+    mode = file.stat().st_mode  # by the user's umask; safetensors keeps its files to their owner
     save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
     return file
 
 

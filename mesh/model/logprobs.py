@@ -4,8 +4,8 @@
 
 The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A vocabulary-parallel
 rank holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so
-ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's logits
-(as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
+ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's
+logits (as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     done: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         if hasattr(module, "tp_group"):
-            module.tp_group = group
+            setattr(module, "tp_group", group)  # noqa: B010
         dim = getattr(module, "tp_dim", None)
         placement = Replicate() if dim is None else Shard(dim)
         for name, parameter in list(module.named_parameters(recurse=False)):

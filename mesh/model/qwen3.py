@@ -114,7 +114,7 @@ def shape_of_directory(path: Path) -> ModelShape:
     """The shape that a Hugging Face `config.json` describes.
 
     Raises ValueError naming the entry that this program cannot run: another architecture, biases,
-    scaled RoPE, sliding windows.
+    scaled RoPE, sliding windows. What it leaves out has `transformers`' default.
     """
     entries = json.loads((path / "config.json").read_text())
     if entries.get("model_type") != "qwen3":
@@ -126,6 +126,7 @@ def shape_of_directory(path: Path) -> ModelShape:
     scaling = entries.get("rope_scaling") or {k: v for k, v in rope.items() if k == "rope_type"}
     refused = {
         "attention_bias": entries.get("attention_bias"),
+        "hidden_act": entries.get("hidden_act", "silu") != "silu",
         "use_sliding_window": entries.get("use_sliding_window"),
         "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
     }
@@ -138,10 +139,9 @@ def shape_of_directory(path: Path) -> ModelShape:
         num_layers=entries["num_hidden_layers"],
         num_heads=entries["num_attention_heads"],
         num_kv_heads=entries["num_key_value_heads"],
-        head_dim=entries.get("head_dim")
-        or entries["hidden_size"] // entries["num_attention_heads"],
+        head_dim=entries.get("head_dim") or 128,
         ffn_dim=entries["intermediate_size"],
-        rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 1e6),
+        rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 1e4),
         norm_eps=entries.get("rms_norm_eps", 1e-6),
         tied=entries.get("tie_word_embeddings", False),
     )

@@ -1,0 +1,48 @@
+"""Evaluation alone: how well a checkpoint answers the task's held-out prompts.
+
+    torchrun --nproc-per-node=2 recipes/evaluate.py conf=qwen3_tiny model.path=RUN_DIR/model
+
+weights -> trainer's layout -> reshard into the generator -> samples -> rewards -> pass@k. The same
+bridge, engine, prompts and random numbers as the evaluations of a run, so the numbers compare.
+Left out: confidence intervals, several tasks at once, and a run directory: only eval.output, where
+it is set, is written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from mesh.cli import load_conf
+from mesh.conf import Conf, resolve_path
+from mesh.evaluate import evaluate
+from mesh.process import Process, start
+from mesh.program import assemble, check, sync, without_training
+
+
+def main(argv: list[str]) -> None:
+    _, conf = load_conf(argv)
+    conf = without_training(conf)
+    with start(conf.device, conf.timeout_seconds) as process:
+        program = assemble(conf, process, check(conf, process.world_size), with_optimizer=False)
+        sync(program)
+        metrics = evaluate(conf, program.generator, program.parts.task, process.cpu_group)
+        process.say(table(conf, metrics))
+        save(process, metrics, conf.eval.output)
+
+
+def table(conf: Conf, metrics: dict[str, float]) -> str:
+    """The metrics, one a line, under what they were measured on."""
+    title = f"{conf.task}: {conf.eval.num_prompts} held-out prompts x {conf.eval.num_samples}"
+    lines = [f"  {name:<22}{value:.4f}" for name, value in metrics.items()]
+    return "\n".join([f"{title} samples, model {conf.model.path or conf.model.init}", *lines])
+
+
+def save(process: Process, metrics: dict[str, float], output: str | None) -> None:
+    """Write the metrics as one JSON object to `output`, on rank 0."""
+    if output is not None and process.rank == 0:
+        resolve_path(output).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Answers from a checkpoint, through the engine and the weight bridge that training uses.
+
+    torchrun recipes/generate.py conf=qwen3_tiny model.path=RUN_DIR/model 'generate.prompts=[abc>]'
+    cat questions.txt | torchrun recipes/generate.py conf=qwen3_tiny generate.prompts=-
+
+Without generate.prompts the first held-out prompts of the task are answered. Several processes
+share the prompts as the configuration lays them out. Left out: streaming, chat templates, a server,
+and more prompts than fit in memory; answers are printed when all are there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mesh.cli import load_conf
+from mesh.conf import Conf
+from mesh.generator import EVAL_STEP
+from mesh.keys import refuse
+from mesh.process import Process, start
+from mesh.program import Parts, Program, assemble, check, prompt_problems, sync, without_training
+from mesh.types import Completion, Prompt
+
+NUM_SHOWN = 8  # held-out prompts that are answered where none are given
+
+
+def main(argv: list[str]) -> None:
+    _, conf = load_conf(argv)
+    conf = without_training(conf)
+    with start(conf.device, conf.timeout_seconds) as process:
+        parts = check(conf, process.world_size)
+        prompts = asked(conf, process, parts)
+        refuse(prompt_problems(conf, parts.tokenizer, prompts))
+        program = assemble(conf, process, parts, with_optimizer=False)
+        sync(program)
+        process.say(table(parts, prompts, answers(conf, process, program, prompts)))
+
+
+def asked(conf: Conf, process: Process, parts: Parts) -> list[Prompt]:
+    """The prompts of the command line, of stdin's lines, or the first held-out ones."""
+    texts = conf.generate.prompts
+    if not texts:
+        return parts.task.eval_prompts(min(NUM_SHOWN, conf.eval.num_prompts))
+    if texts == ["-"]:
+        texts = process.from_rank0(sys.stdin.read().splitlines() if process.rank == 0 else None)
+    prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
+    refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
+    return prompts
+
+
+def answers(
+    conf: Conf, process: Process, program: Program, prompts: Sequence[Prompt]
+) -> list[Completion]:
+    """The completions of all prompts, by (prompt_id, sample_id), on every rank. Collective."""
+    generator = program.generator
+    sampling = generator.sampling(EVAL_STEP, temperature=0 if conf.generate.greedy else None)
+    mine = generator.complete(prompts, conf.generate.num_samples, sampling)
+    shares = process.gather(mine if generator.speaks else [])
+    return sorted((c for share in shares for c in share), key=lambda c: (c.prompt_id, c.sample_id))
+
+
+def table(parts: Parts, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
+    """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
+    marks = {"stop": "", "length": " ..."}
+    return "\n".join(
+        f"{prompts[c.prompt_id].text} -> {parts.tokenizer.decode(c.tokens)}{marks[c.finish_reason]}"
+        for c in completions
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
