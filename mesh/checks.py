@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ CPU_PAGE = 16
 INDEX = "model.safetensors.index.json"
 
 
-def check_start(conf: Conf, world_size: int, shape: ModelShape | None) -> None:
+def check_start(
+    conf: Conf, world_size: int, shape: ModelShape | None, found: Sequence[str] = ()
+) -> None:
     """Raises one ValueError that lists everything which keeps the run from starting.
 
-    `shape` None leaves out what the model's sizes ask of the layout. Call it before rank 0 writes
-    into `run_dir`, on every rank.
+    `shape` None leaves out what the model's sizes ask of the layout; `found`: problems that are
+    known already. Call it before rank 0 writes into `run_dir`, on every rank.
     """
-    refuse(conf_problems(conf) + layout_problems(conf, world_size, shape))
+    refuse([*found, *conf_problems(conf), *layout_problems(conf, world_size, shape)])
 
 
 def conf_problems(conf: Conf) -> list[str]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -62,6 +64,15 @@ class Process:
         """Rank 0 prints; every rank may call."""
         if self.rank == 0:
             print(text, flush=True)
+
+    def write(self, path: Path, text: str) -> None:
+        """Rank 0 writes a file; every rank may call."""
+        if self.rank == 0:
+            path.write_text(text)
+
+    def read_lines(self) -> list[str]:
+        """The lines of rank 0's stdin, on every rank. Collective."""
+        return self.from_rank0(sys.stdin.read().splitlines() if self.rank == 0 else None)
 
     def __enter__(self) -> Process:
         return self

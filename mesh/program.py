@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mesh.checks import check_start
+from mesh.checks import check_start, readable_json
 from mesh.conf import Conf, resolve_path
 from mesh.exchange import Exchange, Wave
 from mesh.generator import Generator
@@ -56,21 +56,31 @@ class Program:
 
 def check(conf: Conf, world_size: int) -> Parts:
     """Read what `conf` names. Raises one ValueError that lists everything that cannot run."""
-    directory = resolve_path(conf.model.path) if conf.model.path is not None else None
-    described = directory is not None and (directory / "config.json").is_file()
-    shape = None
-    if directory is None:
-        shape = shape_of_flavor(conf.model.flavor)
-    elif described:
-        shape = shape_of_directory(directory)
-    check_start(conf, world_size, shape)
+    shape, wrong = read_shape(conf)
+    check_start(conf, world_size, shape, wrong)
     assert shape is not None, "check_start let a directory without config.json through"
     tokenizer = load_tokenizer(tokenizer_directory(conf))
     task = load_task(conf.task, conf.seed, conf.task_args)
     prompts = task.train_prompts(0, conf.num_prompts) + task.eval_prompts(conf.eval.num_prompts)
-    wrong = prompt_problems(conf, tokenizer, prompts)
-    refuse(check_vocabulary(tokenizer, shape.vocab_size) + wrong)
+    too_long = prompt_problems(conf, tokenizer, prompts)
+    refuse(check_vocabulary(tokenizer, shape.vocab_size) + too_long)
     return Parts(shape, tokenizer, task)
+
+
+def read_shape(conf: Conf) -> tuple[ModelShape | None, list[str]]:
+    """The model's shape, or None and what is wrong with what names it.
+
+    A config.json that is missing or no JSON is `check_start`'s to report.
+    """
+    try:
+        if conf.model.path is None:
+            return shape_of_flavor(conf.model.flavor), []
+        directory = resolve_path(conf.model.path)
+        if readable_json(directory / "config.json")[1] is not None:
+            return None, []
+        return shape_of_directory(directory), []
+    except ValueError as error:
+        return None, [str(error)]
 
 
 def without_training(conf: Conf) -> Conf:

@@ -16,7 +16,7 @@ import sys
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.evaluate import evaluate
-from mesh.process import Process, start
+from mesh.process import start
 from mesh.program import assemble, check, sync, without_training
 
 
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
         sync(program)
         metrics = evaluate(conf, program.generator, program.parts.task, process.cpu_group)
         process.say(table(conf, metrics))
-        save(process, metrics, conf.eval.output)
+        if conf.eval.output is not None:
+            process.write(resolve_path(conf.eval.output), json.dumps(metrics, indent=2) + "\n")
 
 
 def table(conf: Conf, metrics: dict[str, float]) -> str:
@@ -36,12 +37,6 @@ def table(conf: Conf, metrics: dict[str, float]) -> str:
     title = f"{conf.task}: {conf.eval.num_prompts} held-out prompts x {conf.eval.num_samples}"
     lines = [f"  {name:<22}{value:.4f}" for name, value in metrics.items()]
     return "\n".join([f"{title} samples, model {conf.model.path or conf.model.init}", *lines])
-
-
-def save(process: Process, metrics: dict[str, float], output: str | None) -> None:
-    """Write the metrics as one JSON object to `output`, on rank 0."""
-    if output is not None and process.rank == 0:
-        resolve_path(output).write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 if __name__ == "__main__":

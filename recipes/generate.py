@@ -42,7 +42,7 @@ def asked(conf: Conf, process: Process, parts: Parts) -> list[Prompt]:
     if not texts:
         return parts.task.eval_prompts(min(NUM_SHOWN, conf.eval.num_prompts))
     if texts == ["-"]:
-        texts = process.from_rank0(sys.stdin.read().splitlines() if process.rank == 0 else None)
+        texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
     refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
     return prompts

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging
 
 from mesh.holdings import local_tensors
 from mesh.model.attention import packed_context
@@ -22,9 +21,11 @@ from mesh.model.qwen3 import Qwen3, build_model, named_weights, shape_of_directo
 from mesh.trainer import role_layouts
 from mesh.types import ModelShape
 
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
 CPU = torch.device("cpu")
 MAX_LENGTH = 128
-logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,20 @@ class Variant:
     kv_heads: int = 2
     theta: float = 5e5
     vocab_size: int = 96
+    dim: int = 64
 
 
 def save_checkpoint(path: Path, variant: Variant, **options) -> Qwen3ForCausalLM:
     """Write a random checkpoint to `path` and return `transformers`' model of it."""
+    # imported here because four ranks of a program, which only load, need not wait for it
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     torch.manual_seed(variant.seed)
     config = Qwen3Config(
         vocab_size=variant.vocab_size,
-        hidden_size=64,
+        hidden_size=variant.dim,
         num_hidden_layers=2,
         num_attention_heads=variant.heads,
         num_key_value_heads=variant.kv_heads,

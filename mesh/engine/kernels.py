@@ -7,7 +7,6 @@ differ in the last bit, which moves a token only where two perturbed logits all 
 
 from __future__ import annotations
 
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +16,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _murmur3(x: Any) -> Any:
+def _murmur3(x):
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)

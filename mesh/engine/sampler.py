@@ -57,8 +57,8 @@ def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first].
 
     32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. The
-    noise is -log(E), E = -log(1 - u) exponential; small E, the winners, come from the power series of
-    the logarithm (exact to fp32 below 2^-8), because 1 - u would round their bits away.
+    noise is -log(E), E = -log(1 - u) exponential; small E, the winners, come from the power series
+    of the logarithm (exact to fp32 below 2^-8), because 1 - u would round their bits away.
     """
     entry_V = torch.arange(first, last, device=keys_S.device, dtype=torch.int64)
     low, high = keys_S & _MASK32, _shift_right(keys_S, 32)

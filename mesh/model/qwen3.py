@@ -110,13 +110,26 @@ def shape_of_flavor(flavor: str) -> ModelShape:
     )
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
+
+
 def shape_of_directory(path: Path) -> ModelShape:
     """The shape that a Hugging Face `config.json` describes.
 
-    Raises ValueError naming the entry that this program cannot run: another architecture, biases,
-    scaled RoPE, sliding windows. What it leaves out has `transformers`' default.
+    Raises ValueError naming the entry that is missing, or that this program cannot run: another
+    architecture, biases, scaled RoPE, sliding windows. What may be left out has `transformers`'
+    default.
     """
     entries = json.loads((path / "config.json").read_text())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"model.path={path}: config.json describes no model; copy it again")
     if entries.get("model_type") != "qwen3":
         raise ValueError(
             f"model.path={path}: model_type {entries.get('model_type')!r} is not supported; "
@@ -133,6 +146,11 @@ def shape_of_directory(path: Path) -> ModelShape:
     for name, value in refused.items():
         if value:
             raise ValueError(f"model.path={path}: {name} in config.json is not supported; unset it")
+    missing = [name for name in SIZES if name not in entries]
+    if missing:
+        raise ValueError(
+            f"model.path={path}: config.json lacks {', '.join(missing)}; copy it again"
+        )
     return ModelShape(
         vocab_size=entries["vocab_size"],
         dim=entries["hidden_size"],

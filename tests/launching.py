@@ -1,0 +1,68 @@
+"""Starting the real recipes as a user does, and reading what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def launch(
+    program: str, num_ranks: int, *words: str, status: int = 0, path: Path | None = None, **options
+) -> subprocess.CompletedProcess[str]:
+    """Run `program` (relative to the repository) on `num_ranks`; one rank needs no torchrun.
+
+    `status` 0: it must succeed, else it must not. `path` goes in front of PYTHONPATH.
+    """
+    launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else [sys.executable]
+    places = [str(place) for place in (path, REPOSITORY) if place is not None]
+    result = subprocess.run(
+        [*launcher, str(REPOSITORY / program), *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )
+    assert (result.returncode == 0) == (status == 0), result.stdout + result.stderr
+    return result
+
+
+class Run:
+    """A run's directory, read."""
+
+    def __init__(self, path: Path, output: str) -> None:
+        self.path = path
+        self.output = output
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return _lines(self.path / "metrics.jsonl")
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        return _lines(self.path / "samples.jsonl")
+
+    def answers(self, step: int) -> dict[tuple[int, int], tuple[str, float]]:
+        """(response, reward) by (prompt_id, sample_id) of what was written down of a step."""
+        return {
+            (s["prompt_id"], s["sample_id"]): (s["response"], s["reward"])
+            for s in self.samples
+            if s["step"] == step
+        }
+
+
+def run(recipe: str, path: Path, num_ranks: int, *words: str) -> Run:
+    """Launch a recipe with `path` as its run directory."""
+    return Run(path, launch(recipe, num_ranks, *words, f"run_dir={path}").stdout)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

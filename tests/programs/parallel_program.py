@@ -1,0 +1,141 @@
+"""Four gloo ranks that load, score, train and export one model in one layout after another.
+
+Arguments: a directory with checkpoints `tied` and `untied`; each rank writes what it saw of every
+case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_qwen3 import CPU, MAX_LENGTH, load_role, packed, random_sequences
+
+from mesh.batch import Leaf, PackedBatch, leaves, owner
+from mesh.conf import Conf
+from mesh.engine.native import EngineSettings, NativeEngine
+from mesh.holdings import local_tensors
+from mesh.layout import Meshes, build_meshes, plan_layout
+from mesh.model.hf import export
+from mesh.model.qwen3 import shape_of_directory
+from mesh.trainer import Start, Trainer
+from mesh.types import Request, Rollout, Sampling
+
+TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp)
+    "fsdp4": ("tied", 1, 4, 1),
+    "ddp4": ("tied", 4, 1, 1),
+    "hsdp": ("tied", 2, 2, 1),
+    "fsdp2_tp2": ("tied", 1, 2, 2),
+    "ddp2_tp2": ("tied", 2, 1, 2),
+    "tp4": ("tied", 1, 1, 4),
+    "untied_fsdp4": ("untied", 1, 4, 1),
+    "untied_fsdp2_tp2": ("untied", 1, 2, 2),
+}
+ENGINES = {"engine_tp1": 1, "engine_tp2": 2, "engine_tp4": 4}
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0.0, max_new_tokens=12, seed=0, step=0),
+    "sampled": Sampling(temperature=1.2, max_new_tokens=12, seed=1, step=4, stop_tokens=(7,)),
+    "truncated": Sampling(
+        temperature=1.0, max_new_tokens=12, seed=2, step=0, top_k=9, top_p=0.9
+    ),
+}  # fmt: skip
+SEQUENCES = random_sequences([21, 2, 13, 30], seed=1)
+TEMPERATURE, NORMALISER, CLIP, LR, EPS, SEED = 0.8, 17.0, 0.05, 1e-2, 1e-2, 12
+
+
+def rollouts() -> list[Rollout]:
+    """Two answers to each of seven prompts, so that four ranks have different numbers of them."""
+    made = []
+    for prompt_id in range(7):
+        for sample_id in range(2):
+            sizes = [3 + prompt_id, 1 + (5 * prompt_id + 3 * sample_id) % 9]
+            prompt, answer = random_sequences(sizes, seed=10 * prompt_id + sample_id)
+            logprobs = (-1.0,) * len(answer)
+            ids = (prompt_id, sample_id)
+            made.append(Rollout(*ids, tuple(prompt), tuple(answer), logprobs, 0.0, "stop"))
+    return made
+
+
+def all_leaves() -> list[Leaf]:
+    made = rollouts()
+    advantages_R = torch.linspace(-1.5, 1.0, len(made))
+    weights_R = torch.tensor([1.0 / len(r.tokens) for r in made])
+    return leaves(made, advantages_R, weights_R)
+
+
+def objective(batch: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return -logprobs_A * batch.advantages_A, torch.zeros_like(logprobs_A, dtype=torch.bool)
+
+
+def requests() -> list[Request]:
+    prompts = random_sequences([1, 20, 7, 33], seed=3)
+    return [Request(i, tuple(prompt), 3) for i, prompt in enumerate(prompts)]
+
+
+def meshes_of(replicate: int, shard: int, tp: int) -> tuple[Conf, Meshes]:
+    conf = Conf()
+    conf.model.max_length = MAX_LENGTH
+    conf.generator.temperature, conf.generator.tp = TEMPERATURE, tp
+    conf.trainer.dp_replicate, conf.trainer.dp_shard, conf.trainer.tp = replicate, shard, tp
+    conf.trainer.microbatch_tokens, conf.trainer.clip_norm = 40, CLIP
+    conf.trainer.lr, conf.trainer.eps = LR, EPS
+    return conf, build_meshes(plan_layout(conf, 4), "cpu")
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().full_tensor().clone() for name, tensor in tensors.items()}
+
+
+def train(root: Path, case: str) -> dict:
+    """Everything a trainer says of one layout. All ranks call it alike."""
+    checkpoint, *degrees = TRAINERS[case]
+    conf, meshes = meshes_of(*degrees)
+    path = root / checkpoint
+    shape = shape_of_directory(path)
+    build = (conf, meshes, shape, CPU, torch.float32)
+    trainer = Trainer(*build, Start(path, 0))
+    seen = {"loaded": whole(trainer.parameters())}
+    write = dist.get_rank() == 0
+    tokenizer = root  # has no tokenizer files
+    export(root / "exports" / case, trainer.parameters(), shape, MAX_LENGTH, tokenizer, (1,), write)
+    with torch.no_grad():
+        seen["scores"] = tuple(packed(SEQUENCES).scores(trainer.model, TEMPERATURE))
+    by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]
+    for leaf in all_leaves():
+        by_rank[owner(leaf.prompt_id, trainer.dp)].append(leaf)
+    counts = [[leaf.num_tokens for leaf in mine] for mine in by_rank]
+    trainer.accumulate(by_rank[trainer.dp_rank], counts, objective)
+    seen["gradients"] = whole({n: p.grad for n, p in trainer.parameters().items()})
+    seen["metrics"] = trainer.update(NORMALISER, sum(len(r.tokens) for r in rollouts()))
+    seen["updated"] = whole(trainer.parameters())
+    random = Trainer(*build, Start(None, SEED), with_optimizer=False)
+    return seen | {"random": whole(random.parameters())}
+
+
+def generate(root: Path, tp: int) -> dict:
+    """Completions of every sampling, and this rank's elements of the weights."""
+    _, meshes = meshes_of(1, 4, 1) if tp == 1 else meshes_of(1, 4 // tp, tp)
+    mesh = meshes.generator_mesh
+    model, shape = load_role(root / "tied", mesh, dist.get_rank())
+    settings = EngineSettings(MAX_LENGTH, 5, 90, 4, 16, prefix_cache=True, cuda_graphs=False)
+    engine = NativeEngine(model, shape, settings, mesh.get_group("tp") if tp > 1 else None)
+    engine.reset(version=0)
+    seen: dict = {name: engine.generate(requests(), s) for name, s in SAMPLINGS.items()}
+    sizes = {name: x.numel() for name, x in local_tensors(engine.weights()).items()}
+    return seen | {"sizes": sizes, "preemptions": engine.preemptions}
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    seen = {case: train(root, case) for case in TRAINERS}
+    seen |= {case: generate(root, tp) for case, tp in ENGINES.items()}
+    torch.save(seen, root / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

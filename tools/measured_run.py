@@ -1,0 +1,106 @@
+"""Runs a recipe under torchrun, as a user would, and measures it from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class MeasuredRun:
+    """One finished run. Wall time is the whole command's, from start to exit.
+
+    peak_rss: bytes by rank, the kernel's own high-water mark, shared libraries included.
+    peak_gpu: bytes in use by everything on the first GPU, less what was in use before.
+    """
+
+    run_dir: Path
+    wall_seconds: float = 0.0
+    peak_rss: dict[int, int] = field(default_factory=dict)
+    peak_gpu: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> MeasuredRun:
+    """Run `recipes/RECIPE.py` with `key=value` words; SystemExit with its last lines if it fails.
+
+    Its output goes to `RUN_DIR.log`, beside the run directory.
+    """
+    log = run_dir.with_suffix(".log")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
+        *(str(ROOT / "recipes" / f"{recipe}.py"), *words, f"run_dir={run_dir}"),
+    ]
+    measured, began, gpu = MeasuredRun(run_dir), time.monotonic(), gpu_bytes()
+    with log.open("w") as output:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while launcher.poll() is None:
+                observe(launcher.pid, measured, gpu)
+                time.sleep(POLL_SECONDS)
+        finally:
+            launcher.terminate()
+            launcher.wait()
+    measured.wall_seconds = time.monotonic() - began
+    if launcher.returncode:
+        last = "\n".join(log.read_text().splitlines()[-40:])
+        failed = f"exit status {launcher.returncode} of {' '.join(command)}"
+        raise SystemExit(f"{last}\n\n{failed}\nall it printed: {log}")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    measured.metrics = [json.loads(line) for line in lines]
+    return measured
+
+
+def observe(launcher: int, measured: MeasuredRun, gpu_before: int) -> None:
+    """Note what the launcher's ranks use at this moment."""
+    for pid in children(launcher):
+        try:
+            rank, peak = rank_of(pid), peak_rss(pid)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended between the two looks
+        if rank is not None:
+            measured.peak_rss[rank] = max(measured.peak_rss.get(rank, 0), peak)
+    measured.peak_gpu = max(measured.peak_gpu, gpu_bytes() - gpu_before)
+
+
+def children(parent: int) -> list[int]:
+    """Process ids of the direct children of a process (Linux)."""
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    try:
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def rank_of(pid: int) -> int | None:
+    """The RANK that torchrun gave a process; None for its other children."""
+    for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if variable.startswith(b"RANK="):
+            return int(variable.removeprefix(b"RANK="))
+    return None
+
+
+def peak_rss(pid: int) -> int:
+    """Most resident memory that a process ever had [bytes]; 0 for one that has just ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def gpu_bytes() -> int:
+    """Memory in use on the first GPU, by whichever process [bytes]; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free
