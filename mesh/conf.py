@@ -25,6 +25,13 @@ INF = float("inf")
 
 
 @dataclass
+class InvariantConf:
+    chunks: int = key(
+        4, "pieces of every row-parallel sum, a power of two; bounds tensor parallelism", ge=1
+    )
+
+
+@dataclass
 class MeshConf:
     mode: Literal["colocated", "split"] = key(
         "colocated", "trainer and generator on the same ranks, or on disjoint ones"
@@ -166,6 +173,10 @@ class Conf:
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    batch_invariant: bool = key(
+        False, "bits of a token do not depend on its batch, nor on the layout"
+    )
+    invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)

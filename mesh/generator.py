@@ -68,6 +68,11 @@ class Generator:
         if self.engine is not None:
             self.engine.reset(version)
 
+    def close(self) -> None:
+        """Let go of what would keep the process groups from ending."""
+        if self.engine is not None:
+            self.engine.close()
+
     def sampling(self, step: int, temperature: float | None = None) -> Sampling:
         """How rollouts of a step are drawn; `temperature` 0 asks for greedy decoding."""
         generator = self.conf.generator

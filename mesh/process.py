@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,8 @@ from mesh.guard import Guard
 
 @dataclass
 class Process:
-    """One rank of the world. `cpu_group` is a gloo group of all ranks for metadata.
+    """One rank of the world. `cpu_group` is a gloo group of all ranks for metadata; `closers` are
+    called before the process groups go.
 
     As a context manager: a clean end destroys the process groups; an exception ends every rank of
     the world within seconds, non-zero, and the first exception is the last thing printed.
@@ -41,6 +43,7 @@ class Process:
     device: torch.device
     cpu_group: dist.ProcessGroup
     guard: Guard
+    closers: list[Callable[[], None]] = field(default_factory=list)
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all."""
@@ -89,6 +92,8 @@ class Process:
         if error is not None and failed:
             write_error_files(error, self.rank, self.guard.run_dir)
         self.guard.leave(exit_code=1 if failed else 0)
+        for close in self.closers:
+            close()
         dist.destroy_process_group()
         self.guard.close()
 

@@ -6,7 +6,8 @@ crossings between them, and brings the first weights to the generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from mesh.checks import check_start, readable_json
 from mesh.conf import Conf, resolve_path
 from mesh.exchange import Exchange, Wave
 from mesh.generator import Generator
+from mesh.invariant.switch import batch_invariant
 from mesh.keys import problem, refuse
 from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
 from mesh.loss import normaliser
 from mesh.model.hf import export
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
-from mesh.process import Process
+from mesh.process import Process, start
 from mesh.step import Advantage, Aggregation, Rules
 from mesh.tasks import Task, load_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
@@ -52,6 +54,17 @@ class Program:
     generator: Generator
     exchange: Exchange
     bridge: WeightBridge
+
+
+@contextmanager
+def launch(conf: Conf) -> Iterator[Process]:
+    """This rank's process for the length of a run, batch-invariant if `conf` asks for it."""
+    device = resolve_device(conf)
+    with (
+        batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
+        start(conf.device, conf.timeout_seconds) as process,
+    ):
+        yield process
 
 
 def check(conf: Conf, world_size: int) -> Parts:
@@ -130,6 +143,7 @@ def assemble(conf: Conf, process: Process, parts: Parts, with_optimizer: bool = 
     )  # fmt: skip
     dtype = dtype_of(conf.generator.dtype, process.device)
     generator = Generator(conf, meshes, parts.shape, process.device, dtype, parts.tokenizer)
+    process.closers.append(generator.close)
     exchange = Exchange(meshes.layout, conf.group_size)
     bridge = connect(conf, process, trainer, generator, dtype)
     return Program(meshes, parts, trainer, generator, exchange, bridge)

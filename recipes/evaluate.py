@@ -16,14 +16,13 @@ import sys
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.evaluate import evaluate
-from mesh.process import start
-from mesh.program import assemble, check, sync, without_training
+from mesh.program import assemble, check, launch, sync, without_training
 
 
 def main(argv: list[str]) -> None:
     _, conf = load_conf(argv)
     conf = without_training(conf)
-    with start(conf.device, conf.timeout_seconds) as process:
+    with launch(conf) as process:
         program = assemble(conf, process, check(conf, process.world_size), with_optimizer=False)
         sync(program)
         metrics = evaluate(conf, program.generator, program.parts.task, process.cpu_group)

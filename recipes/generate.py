@@ -17,7 +17,7 @@ from mesh.cli import load_conf
 from mesh.conf import Conf
 from mesh.generator import EVAL_STEP
 from mesh.keys import refuse
-from mesh.process import Process, start
+from mesh.process import Process
 from mesh.program import Parts, Program, assemble, check, prompt_problems, sync, without_training
 from mesh.types import Completion, Prompt
 
@@ -27,7 +27,7 @@ NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 def main(argv: list[str]) -> None:
     _, conf = load_conf(argv)
     conf = without_training(conf)
-    with start(conf.device, conf.timeout_seconds) as process:
+    with launch(conf) as process:
         parts = check(conf, process.world_size)
         prompts = asked(conf, process, parts)
         refuse(prompt_problems(conf, parts.tokenizer, prompts))

@@ -25,11 +25,12 @@ from mesh.evaluate import evaluate
 from mesh.loss import policy_loss_T
 from mesh.metrics import MetricsLogger
 from mesh.phases import Phases, phase_metrics
-from mesh.process import Process, start
+from mesh.process import Process
 from mesh.program import (
     Program,
     assemble,
     check,
+    launch,
     rules_of,
     samples_of,
     save_model,
@@ -45,7 +46,7 @@ Metrics = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     name, conf = load_conf(argv)
-    with start(conf.device, conf.timeout_seconds) as process:
+    with launch(conf) as process:
         parts = check(conf, process.world_size)
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf))
         program = assemble(conf, process, parts)

@@ -21,8 +21,7 @@ from mesh.conf import Conf
 from mesh.evaluate import evaluate
 from mesh.metrics import MetricsLogger
 from mesh.phases import Phases, phase_metrics
-from mesh.process import start
-from mesh.program import Parts, Program, assemble, check, save_model, sync
+from mesh.program import Parts, Program, assemble, check, launch, save_model, sync
 from mesh.run import create_run_dir
 from mesh.types import Prompt, Rollout
 
@@ -33,7 +32,7 @@ OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
 def main(argv: list[str]) -> None:
     name, conf = load_conf(argv)
     conf = supervised(conf)
-    with start(conf.device, conf.timeout_seconds) as process:
+    with launch(conf) as process:
         parts = check(conf, process.world_size)
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(conf, process, parts)

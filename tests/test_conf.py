@@ -273,3 +273,20 @@ def test_resolve_path(monkeypatch):
     assert resolve_path("package:qwen3_tiny").parts[-3:] == ("mesh", "data", "qwen3_tiny")
     assert str(resolve_path("~/model")) == "/home/someone/model"
     assert str(resolve_path("a/b")) == "a/b"
+
+
+@pytest.mark.parametrize(
+    "word, texts",
+    [
+        ("[abc>,1e3>, 007]", ["abc>", "1e3>", "007"]),
+        ("[12+34=,'a, b']", ["12+34=", "a, b"]),
+        ("hello there>", ["hello there>"]),
+        ("-", ["-"]),
+        ("[]", []),
+    ],
+)
+def test_a_list_of_texts_keeps_every_text_as_it_stands(tmp_path: Path, word, texts):
+    _, conf = load_conf(["conf=qwen3_tiny", f"generate.prompts={word}"])
+    assert conf.generate.prompts == texts
+    save_conf(conf, tmp_path / "config.yaml")
+    assert read_conf(tmp_path / "config.yaml") == conf

@@ -197,7 +197,7 @@ def test_exports_are_the_checkpoint_bit_for_bit(root, results, case):
 @pytest.mark.parametrize("sampling", ["greedy", "sampled", "truncated"])
 def test_tensor_parallel_engines_draw_the_same_tokens(results, case, sampling):
     expected = results[0]["engine_tp1"][sampling]
-    assert len({token for c in expected for token in c.tokens}) > 15
+    assert len({token for c in expected for token in c.tokens}) > 10
     for rank in RANKS:
         completions = results[rank][case][sampling]
         assert [replace(c, logprobs=()) for c in completions] == [

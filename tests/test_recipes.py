@@ -196,13 +196,6 @@ def test_evaluate_alone_gives_the_numbers_of_the_run(runs, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["eval.json"]
 
 
-def test_evaluate_of_the_shipped_start(tmp_path):
-    launch("recipes/evaluate.py", 1, "conf=qwen3_tiny", f"eval.output={tmp_path / 'eval.json'}")
-    metrics = json.loads((tmp_path / "eval.json").read_text())
-    assert 0.1 < metrics["eval/accuracy"] < 0.35
-    assert metrics["eval/accuracy"] == metrics["eval/pass@1"] < metrics["eval/pass@4"]
-
-
 def test_generate_answers_as_transformers_does(tmp_path):
     texts = ["abc>", "hello>", "xyz>", "1e3>", "tomat>"]
     words = ["conf=qwen3_tiny_split", f"generate.prompts=[{','.join(texts)}]"]
@@ -236,7 +229,7 @@ def test_supervised_steps_lower_the_cross_entropy(tmp_path):
 
 
 def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):
-    """On one kind of CPU to the bit, on others to what 75 steps make of a rounding difference."""
+    """On one kind of CPU to the bit, on others to what the steps make of a rounding difference."""
     made = run("recipes/sft.py", tmp_path / "sft", 1, "conf=qwen3_tiny", "log.tensorboard=false")
     ours, shipped = (load_file(p / "model.safetensors") for p in (made.path / "model", SHIPPED))
     assert ours.keys() == shipped.keys()
@@ -259,6 +252,6 @@ def test_forty_steps_teach(tmp_path):
     assert len(accuracies) == 2
     before, after = accuracies
     print(f"held-out accuracy {before:.3f} -> {after:.3f}")
-    assert before < 0.35
+    assert 0.1 < before < 0.35
     assert after > max(0.4, before + 0.12)
     assert len(made.samples) == 40 * 4

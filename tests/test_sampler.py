@@ -1,4 +1,4 @@
-"""Sampling: keys against a hash in Python's integers, noise and draws against their distributions."""
+"""Sampling: keys against a hash in plain integers, noise and draws against distributions."""
 
 from __future__ import annotations
 

@@ -73,10 +73,11 @@ def hardware() -> str:
 def bench_learning(modes: list[str], seeds: int, words: list[str], runs: Path) -> list[str]:
     """A row for each mode and seed; returns the targets missed."""
     print_row(
-        "mode", "seed", "start", "end", "0.85 at step", "wall s", "peak RSS MB by rank",
-        "generate tok/s", "train tok/s", "generate/exchange/train/sync s per step",
+        "mode", "seed", "start", "end", "0.85 at step", "wall s", "CPU s",
+        "peak RSS MB by rank", "generate tok/s", "train tok/s",
+        "generate/exchange/train/sync s per step",
     )  # fmt: skip
-    print_row(*["---"] * 10)
+    print_row(*["---"] * 11)
     missed = []
     for mode in modes:
         for seed in range(seeds):
@@ -97,6 +98,7 @@ def learning_row(run: MeasuredRun) -> list[str]:
         f"{curve[-1][1]:.3f}",
         str(reached[0]) if reached else "never",
         f"{run.wall_seconds:.0f}",
+        f"{run.cpu_seconds:.0f}",
         " ".join(f"{peak / 1e6:.0f}" for _, peak in sorted(run.peak_rss.items())),
         *phase_columns(run),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -18,14 +19,16 @@ POLL_SECONDS = 0.1
 
 @dataclass
 class MeasuredRun:
-    """One finished run. Wall time is the whole command's, from start to exit.
+    """One finished run. Both times are the whole command's, from start to exit.
 
+    cpu_seconds: of all ranks together; far below ranks x wall where the machine was busy elsewhere.
     peak_rss: bytes by rank, the kernel's own high-water mark, shared libraries included.
     peak_gpu: bytes in use by everything on the first GPU, less what was in use before.
     """
 
     run_dir: Path
     wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_rss: dict[int, int] = field(default_factory=dict)
     peak_gpu: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -41,7 +44,8 @@ def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> 
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
         *(str(ROOT / "recipes" / f"{recipe}.py"), *words, f"run_dir={run_dir}"),
     ]
-    measured, began, gpu = MeasuredRun(run_dir), time.monotonic(), gpu_bytes()
+    measured, gpu = MeasuredRun(run_dir), gpu_bytes()
+    began, cpu_began = time.monotonic(), children_cpu_seconds()
     with log.open("w") as output:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -52,6 +56,7 @@ def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> 
             launcher.terminate()
             launcher.wait()
     measured.wall_seconds = time.monotonic() - began
+    measured.cpu_seconds = children_cpu_seconds() - cpu_began
     if launcher.returncode:
         last = "\n".join(log.read_text().splitlines()[-40:])
         failed = f"exit status {launcher.returncode} of {' '.join(command)}"
@@ -71,6 +76,12 @@ def observe(launcher: int, measured: MeasuredRun, gpu_before: int) -> None:
         if rank is not None:
             measured.peak_rss[rank] = max(measured.peak_rss.get(rank, 0), peak)
     measured.peak_gpu = max(measured.peak_gpu, gpu_bytes() - gpu_before)
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of this process's finished children and theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def children(parent: int) -> list[int]:

@@ -7,7 +7,6 @@ differ in the last bit, which moves a token only where two perturbed logits all 
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

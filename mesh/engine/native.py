@@ -92,6 +92,10 @@ class NativeEngine:
         for pages in (*self.cache.keys, *self.cache.values):
             pages.zero_()
 
+    def close(self) -> None:
+        """Free the captured graphs: those with collectives in them keep NCCL from shutting down."""
+        self.graphs = None
+
     @torch.no_grad()
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
         """Complete every sample of every request; see the contract in `mesh.engine`."""

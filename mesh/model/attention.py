@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torchtitan.protocols.module import Module
 
+from mesh.invariant.switch import current
+
+TILE = 32
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -46,30 +50,41 @@ class AttentionContext:
     block_table: torch.Tensor | None = None
     slots_T: torch.Tensor | None = None
 
+    @property
+    def tile(self) -> int:
+        """Query rows of one call, 0: all of them."""
+        return TILE if current() is not None else 0
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a padded span."""
+        return -(-self.max_query // TILE) * TILE if self.tile else self.max_query
+
+    @property
+    def keys(self) -> int:
+        """Keys of a padded sequence."""
+        keys = self.max_query
+        if self.cache is not None and self.block_table is not None:
+            keys = self.block_table.shape[1] * self.cache.page_size
+        return -(-keys // TILE) * TILE if self.tile else keys
+
     @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where padded [S, max_query] rows read packed tokens, and the inverse (flat)."""
+        """Where padded [S, rows] queries read packed tokens, and the inverse (flat)."""
         query_lengths = self.cu_seqlens.diff()
-        offsets_SL = torch.arange(self.max_query, device=self.cu_seqlens.device)[None]
+        offsets_SL = torch.arange(self.rows, device=self.cu_seqlens.device)[None]
         inside_SL = offsets_SL < query_lengths[:, None]
         rows_SL = torch.where(inside_SL, self.cu_seqlens[:-1, None] + offsets_SL, 0).long()
         return rows_SL, inside_SL.flatten().nonzero()[:, 0]
 
     @cached_property
     def causal_mask(self) -> torch.Tensor:
-        """bool [S, 1, max_query, keys]: a query sees the keys up to its own position."""
+        """bool [S, 1, rows, keys]: a query sees the keys up to its own position."""
         query_lengths = self.cu_seqlens.diff()
         device = self.cu_seqlens.device
         first_S = (self.lengths - query_lengths)[:, None, None]
-        positions_SL = first_S + torch.arange(self.max_query, device=device)[None, :, None]
-        return (torch.arange(self.num_keys, device=device) <= positions_SL)[:, None]
-
-    @property
-    def num_keys(self) -> int:
-        if self.cache is None:
-            return self.max_query
-        assert self.block_table is not None
-        return self.block_table.shape[1] * self.cache.page_size
+        positions_SL = first_S + torch.arange(self.rows, device=device)[None, :, None]
+        return (torch.arange(self.keys, device=device) <= positions_SL)[:, None]
 
 
 def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContext:
@@ -94,17 +109,29 @@ def _flash(
 def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """Plain attention over rows padded to the longest span; what a CPU and fp32 use."""
+    """Plain attention over rows padded to the longest span; what a CPU and fp32 use.
+
+    Batch-invariant, queries run in tiles of TILE rows over keys padded to a multiple of TILE: then
+    a query's bits do not depend on how many others share its call.
+    """
     rows_SL, packed = ctx.padding
     if ctx.cache is None:
         k_SLKH, v_SLKH = k[rows_SL], v[rows_SL]
     else:
         k_SLKH, v_SLKH = (cache[ctx.block_table].flatten(1, 2) for cache in (k, v))
-    out_SNLH = F.scaled_dot_product_attention(
-        q_TNH[rows_SL].transpose(1, 2), k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2),
-        attn_mask=ctx.causal_mask, scale=scale, enable_gqa=q_TNH.shape[1] != k_SLKH.shape[2],
-    )  # fmt: skip
-    return out_SNLH.transpose(1, 2).flatten(0, 1)[packed]
+    padding = (0, 0, 0, 0, 0, ctx.causal_mask.shape[-1] - k_SLKH.shape[1])
+    k_SKLH, v_SKLH = (F.pad(x, padding).transpose(1, 2) for x in (k_SLKH, v_SLKH))
+    q_SNLH, mask = q_TNH[rows_SL].transpose(1, 2), ctx.causal_mask
+    tiles = [
+        F.scaled_dot_product_attention(
+            q_tile, k_SKLH, v_SKLH, attn_mask=mask_tile, scale=scale,
+            enable_gqa=q_TNH.shape[1] != k_SKLH.shape[1],
+        )
+        for q_tile, mask_tile in zip(
+            q_SNLH.split(ctx.tile or ctx.rows, 2), mask.split(ctx.tile or ctx.rows, 2), strict=True
+        )
+    ]  # fmt: skip
+    return torch.cat(tiles, 2).transpose(1, 2).flatten(0, 1)[packed]
 
 
 def attention(

@@ -20,12 +20,19 @@ from torchtitan.models.common.linear import Linear as TitanLinear
 from torchtitan.models.common.nn_modules import RMSNorm as TitanRMSNorm
 from torchtitan.models.common.rope import RoPE as TitanRoPE
 
-from mesh.model.logprobs import TokenScores, token_logprobs
+from mesh.invariant.linear import column_linear, row_linear
+from mesh.invariant.switch import current
+from mesh.model.logprobs import TokenScores, shard_of, token_logprobs
 from mesh.model.parallel import copy_to, local, reduce_from
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's gate, silu(gate) * up (arXiv:2002.05202, eq. 5). Any shape, elementwise."""
+    switch = current()
+    if switch is not None and switch.device_type == "cpu":
+        # F.silu's vector lanes and its scalar tail round differently there; these three do not
+        wide = gate.float()
+        return (wide / (1 + torch.exp(-wide))).to(gate.dtype) * up
     return F.silu(gate) * up
 
 
@@ -67,8 +74,16 @@ class ColumnLinear(TitanLinear):
     class Config(TitanLinear.Config):
         pass
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tp_group: dist.ProcessGroup | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, local(self.weight))
+        switch = current()
+        if switch is None:
+            return F.linear(x, local(self.weight))
+        _, ranks = shard_of(self.tp_group)
+        return column_linear(x, local(self.weight), switch.chunks // ranks)
 
 
 class RowLinear(TitanLinear):
@@ -85,7 +100,10 @@ class RowLinear(TitanLinear):
         self.tp_group: dist.ProcessGroup | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce_from(F.linear(x, local(self.weight)), self.tp_group)
+        switch = current()
+        if switch is None:
+            return reduce_from(F.linear(x, local(self.weight)), self.tp_group)
+        return row_linear(x, local(self.weight), switch.chunks, self.tp_group)
 
 
 class RMSNorm(TitanRMSNorm):

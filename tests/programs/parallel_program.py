@@ -35,10 +35,10 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp)
 }
 ENGINES = {"engine_tp1": 1, "engine_tp2": 2, "engine_tp4": 4}
 SAMPLINGS = {
-    "greedy": Sampling(temperature=0.0, max_new_tokens=12, seed=0, step=0),
-    "sampled": Sampling(temperature=1.2, max_new_tokens=12, seed=1, step=4, stop_tokens=(7,)),
+    "greedy": Sampling(temperature=0.0, max_new_tokens=8, seed=0, step=0),
+    "sampled": Sampling(temperature=1.2, max_new_tokens=8, seed=1, step=4, stop_tokens=(7,)),
     "truncated": Sampling(
-        temperature=1.0, max_new_tokens=12, seed=2, step=0, top_k=9, top_p=0.9
+        temperature=1.0, max_new_tokens=8, seed=2, step=0, top_k=9, top_p=0.9
     ),
 }  # fmt: skip
 SEQUENCES = random_sequences([21, 2, 13, 30], seed=1)
@@ -71,7 +71,7 @@ def objective(batch: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tenso
 
 def requests() -> list[Request]:
     prompts = random_sequences([1, 20, 7, 33], seed=3)
-    return [Request(i, tuple(prompt), 3) for i, prompt in enumerate(prompts)]
+    return [Request(i, tuple(prompt), 2) for i, prompt in enumerate(prompts)]
 
 
 def meshes_of(replicate: int, shard: int, tp: int) -> tuple[Conf, Meshes]:
@@ -119,7 +119,7 @@ def generate(root: Path, tp: int) -> dict:
     _, meshes = meshes_of(1, 4, 1) if tp == 1 else meshes_of(1, 4 // tp, tp)
     mesh = meshes.generator_mesh
     model, shape = load_role(root / "tied", mesh, dist.get_rank())
-    settings = EngineSettings(MAX_LENGTH, 5, 90, 4, 16, prefix_cache=True, cuda_graphs=False)
+    settings = EngineSettings(MAX_LENGTH, 6, 68, 4, 16, prefix_cache=True, cuda_graphs=False)
     engine = NativeEngine(model, shape, settings, mesh.get_group("tp") if tp > 1 else None)
     engine.reset(version=0)
     seen: dict = {name: engine.generate(requests(), s) for name, s in SAMPLINGS.items()}

@@ -1,0 +1,81 @@
+"""The switch: set once, before the first process group; undone in `finally`.
+
+It replaces matrix products and means below autograd, for the device's dispatch key, so that
+whatever calls them - this program's model or a library's - gets the invariant ones. What PyTorch
+computes row by row already (softmax, log_softmax, RMSNorm, embedding) is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mesh.invariant.kernels import overrides
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """The switch while it is on. chunks: pieces in which every row-parallel layer sums its input
+    features, along one fixed binary tree; tensor parallelism is at most that.
+    """
+
+    device_type: str
+    chunks: int
+
+
+_current: Invariance | None = None
+
+
+def current() -> Invariance | None:
+    """The switch, None while it is off."""
+    return _current
+
+
+@contextmanager
+def batch_invariant(enabled: bool, device_type: str, chunks: int = 4) -> Iterator[None]:
+    """Turn the switch on for a block, or (not `enabled`) leave everything as it is.
+
+    Afterwards the ordinary kernels are back in the same process. It cannot be nested.
+    """
+    global _current
+    if not enabled:
+        yield
+        return
+    assert _current is None, "batch invariance is on already"
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    restore = _replace(key, overrides(device_type))
+    blas = _order_cuda_blas() if device_type == "cuda" else None
+    _current = Invariance(device_type, chunks)
+    try:
+        yield
+    finally:
+        _current = None
+        restore()
+        if blas is not None:
+            blas()
+
+
+def _replace(key: str, kernels: dict[str, Callable[..., Any]]) -> Callable[[], None]:
+    library = torch.library.Library("aten", "IMPL")
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+    return library._destroy
+
+
+def _order_cuda_blas() -> Callable[[], None]:
+    """cuBLASLt without split-K: then the order over K does not depend on the number of rows."""
+    matmul = torch.backends.cuda.matmul
+    library = torch.backends.cuda.preferred_blas_library()
+    reduction = matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
+
+    def restore() -> None:
+        torch.backends.cuda.preferred_blas_library(library)
+        matmul.allow_bf16_reduced_precision_reduction = reduction
+
+    return restore
