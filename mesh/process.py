@@ -14,18 +14,21 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mesh.ending import write_error_files
 from mesh.guard import Guard
+
+REFUSAL_SECONDS = 5.0  # a launcher ends all ranks when one leaves: the one that prints goes first
 
 
 @dataclass
@@ -120,6 +123,21 @@ def start(device: str = "auto", timeout_seconds: float = 1800) -> Process:
     local_peers = [r for r in range(first_local, first_local + local_world_size) if r != rank]
     guard = Guard(rank, world_size, local_peers)
     return Process(rank, world_size, local_rank, chosen, cpu_group, guard)
+
+
+def refuse_to_start(error: ValueError) -> NoReturn:
+    """End this process over a command line that cannot run, before there is a world to tell.
+
+    Every rank reads the same words, so the first one prints for all; torchrun's summary gets the
+    error from whichever rank it names.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    write_error_files(error, rank, None)
+    if rank == 0:
+        print(f"ValueError: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(REFUSAL_SECONDS)
+    sys.exit(1)
 
 
 def _be_a_world_of_one_without_launcher() -> None:

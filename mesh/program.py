@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.checks import check_start, readable_json
+from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.exchange import Exchange, Wave
 from mesh.generator import Generator
@@ -25,7 +26,7 @@ from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
 from mesh.loss import normaliser
 from mesh.model.hf import export
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
-from mesh.process import Process, start
+from mesh.process import Process, refuse_to_start, start
 from mesh.step import Advantage, Aggregation, Rules
 from mesh.tasks import Task, load_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
@@ -54,6 +55,14 @@ class Program:
     generator: Generator
     exchange: Exchange
     bridge: WeightBridge
+
+
+def read_command(argv: list[str]) -> tuple[str, Conf]:
+    """(config name, configuration) of a command line; one that cannot be read ends the process."""
+    try:
+        return load_conf(argv)
+    except ValueError as error:
+        refuse_to_start(error)
 
 
 @contextmanager

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import sys
 
-from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.evaluate import evaluate
-from mesh.program import assemble, check, launch, sync, without_training
+from mesh.program import assemble, check, launch, read_command, sync, without_training
 
 
 def main(argv: list[str]) -> None:
-    _, conf = load_conf(argv)
+    _, conf = read_command(argv)
     conf = without_training(conf)
     with launch(conf) as process:
         program = assemble(conf, process, check(conf, process.world_size), with_optimizer=False)

@@ -13,19 +13,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mesh.cli import load_conf
 from mesh.conf import Conf
 from mesh.generator import EVAL_STEP
 from mesh.keys import refuse
 from mesh.process import Process
-from mesh.program import Parts, Program, assemble, check, prompt_problems, sync, without_training
+from mesh.program import (
+    Parts,
+    Program,
+    assemble,
+    check,
+    launch,
+    prompt_problems,
+    read_command,
+    sync,
+    without_training,
+)
 from mesh.types import Completion, Prompt
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 
 
 def main(argv: list[str]) -> None:
-    _, conf = load_conf(argv)
+    _, conf = read_command(argv)
     conf = without_training(conf)
     with launch(conf) as process:
         parts = check(conf, process.world_size)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mesh.batch import PackedBatch
-from mesh.cli import load_conf, to_yaml
+from mesh.cli import to_yaml
 from mesh.conf import Conf
 from mesh.evaluate import evaluate
 from mesh.loss import policy_loss_T
@@ -31,6 +31,7 @@ from mesh.program import (
     assemble,
     check,
     launch,
+    read_command,
     rules_of,
     samples_of,
     save_model,
@@ -45,7 +46,7 @@ Metrics = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    name, conf = load_conf(argv)
+    name, conf = read_command(argv)
     with launch(conf) as process:
         parts = check(conf, process.world_size)
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf))
@@ -84,11 +85,11 @@ def train_step(conf: Conf, program: Program, phases: Phases, step: int) -> tuple
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()
     with phases("train"):
-        metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
+        updated = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
     with phases("sync"):
         sync(program)
-        metrics |= {"digest/weights": weights_digest(program)}
-    metrics |= rollout_metrics(waves, conf.group_size)
+        digest = weights_digest(program)
+    metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
     return metrics, samples_of(program, prompts, waves)
 
 

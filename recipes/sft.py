@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from mesh.batch import Leaf, PackedBatch, assign, leaves
-from mesh.cli import load_conf, to_yaml
+from mesh.cli import to_yaml
 from mesh.conf import Conf
 from mesh.evaluate import evaluate
 from mesh.metrics import MetricsLogger
 from mesh.phases import Phases, phase_metrics
-from mesh.program import Parts, Program, assemble, check, launch, save_model, sync
+from mesh.program import Parts, Program, assemble, check, launch, read_command, save_model, sync
 from mesh.run import create_run_dir
 from mesh.types import Prompt, Rollout
 
@@ -30,7 +30,7 @@ OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
 
 
 def main(argv: list[str]) -> None:
-    name, conf = load_conf(argv)
+    name, conf = read_command(argv)
     conf = supervised(conf)
     with launch(conf) as process:
         parts = check(conf, process.world_size)

@@ -285,7 +285,7 @@ def test_resolve_path(monkeypatch):
         ("[]", []),
     ],
 )
-def test_a_list_of_texts_keeps_every_text_as_it_stands(tmp_path: Path, word, texts):
+def test_a_list_of_texts_keeps_every_text_as_it_stands(tmp_path, word, texts):
     _, conf = load_conf(["conf=qwen3_tiny", f"generate.prompts={word}"])
     assert conf.generate.prompts == texts
     save_conf(conf, tmp_path / "config.yaml")

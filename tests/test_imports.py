@@ -15,6 +15,7 @@ HOUSE = """
     keys
     usage cli
     advantage loss batch reshard
+    invariant
     fit layout
     exchange step
     digest holdings weights

@@ -245,13 +245,13 @@ def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):
         assert (made.path / "model" / name).read_text() == (SHIPPED / name).read_text()
 
 
-def test_forty_steps_teach(tmp_path):
-    words = ["conf=qwen3_tiny", "steps=40", "eval.every=0", "log.tensorboard=false"]
+def test_thirty_steps_teach(tmp_path):
+    words = ["conf=qwen3_tiny", "steps=30", "eval.every=0", "log.tensorboard=false"]
     made = run("recipes/grpo.py", tmp_path / "run", 2, *words)
     accuracies = [line["eval/accuracy"] for line in made.metrics if "eval/accuracy" in line]
     assert len(accuracies) == 2
     before, after = accuracies
     print(f"held-out accuracy {before:.3f} -> {after:.3f}")
     assert 0.1 < before < 0.35
-    assert after > max(0.4, before + 0.12)
-    assert len(made.samples) == 40 * 4
+    assert after > max(0.38, before + 0.1)
+    assert len(made.samples) == 30 * 4

@@ -44,6 +44,7 @@ def _draw_kernel(
         entry = (index + first).to(tl.uint32) * 0x9E3779B1
         bits = _murmur3(_murmur3(low ^ entry) ^ high)
         uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        uniform = tl.minimum(uniform, 0.999999940395355)
         series = uniform * (1 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * 0.25)))
         value -= tl.log(tl.where(uniform < 0.00390625, series, -tl.log(1 - uniform)))
         value = tl.where(inside, value, float("-inf"))

@@ -121,6 +121,10 @@ class NativeEngine:
     def _check(self, requests: Seq[Request], sampling: Sampling) -> None:
         if self.version < 0:
             raise ValueError("the engine has no weights yet; sync the weight bridge first")
+        if sampling.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
+        if len({request.prompt_id for request in requests}) < len(requests):
+            raise ValueError("two requests have the same prompt_id; give each its own")
         for request in requests:
             longest = len(request.tokens) + sampling.max_new_tokens
             limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)

@@ -64,7 +64,8 @@ def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
     low, high = keys_S & _MASK32, _shift_right(keys_S, 32)
     bits = _murmur3(low[:, None] ^ (entry_V * 0x9E3779B1 & _MASK32))
     bits = _murmur3(bits ^ high[:, None])
-    uniform = (bits.float() + 0.5) * 2.0**-32
+    # fp32 rounds the largest bits to 2^32: kept below 1, where the noise would be -inf
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     series = uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + uniform * 0.25)))
     return -torch.log(torch.where(uniform < 2.0**-8, series, -torch.log(1 - uniform)))
 
