@@ -28,7 +28,8 @@ def check_start(
     `shape` None leaves out what the model's sizes ask of the layout; `found`: problems that are
     known already. Call it before rank 0 writes into `run_dir`, on every rank.
     """
-    refuse([*found, *conf_problems(conf), *layout_problems(conf, world_size, shape)])
+    exact = invariant_problems(conf, shape) if conf.batch_invariant else []
+    refuse([*found, *conf_problems(conf), *layout_problems(conf, world_size, shape), *exact])
 
 
 def conf_problems(conf: Conf) -> list[str]:
@@ -41,6 +42,34 @@ def conf_problems(conf: Conf) -> list[str]:
         *run_dir_problems(conf),
         *model_problems(conf),
     ]
+
+
+def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """What cannot be exact: layouts beyond the chunks, dtypes that differ, fp32 on a GPU."""
+    chunks, found = conf.invariant.chunks, []
+    if chunks & (chunks - 1):
+        wrong = "is no power of two, so its sums are no binary tree"
+        found.append(problem("invariant.chunks", chunks, wrong, "use 1, 2, 4 or 8"))
+    for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
+        if chunks % tp:
+            wrong = f"row-parallel layers are summed in invariant.chunks={chunks} pieces, by whole"
+            wrong += " pieces a rank"
+            remedy = f"use a divisor of {chunks}, or set invariant.chunks={tp}"
+            found.append(problem(name, tp, wrong, remedy))
+    if shape is not None:
+        widths = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim)
+        uneven = [width for width in (*widths, shape.ffn_dim) if width % chunks]
+        if uneven:
+            wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
+            found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
+    if conf.trainer.dtype != conf.generator.dtype:
+        wrong = f"differs from trainer.dtype={conf.trainer.dtype}: their bits cannot be equal"
+        remedy = "give both roles one dtype"
+        found.append(problem("generator.dtype", conf.generator.dtype, wrong, remedy))
+    if resolve_device(conf) == "cuda" and "float32" in (conf.trainer.dtype, conf.generator.dtype):
+        wrong = "fp32 matrix products on CUDA depend on the batch"
+        found.append(problem("generator.dtype", "float32", wrong, "use bfloat16, or device=cpu"))
+    return found
 
 
 def device_problems(conf: Conf) -> list[str]:

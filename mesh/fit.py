@@ -9,7 +9,7 @@ import math
 
 from mesh.conf import Conf
 from mesh.keys import problem, range_problems
-from mesh.types import ModelShape
+from mesh.types import MAX_TP, ModelShape
 
 DEGREES = (
     "trainer.dp_replicate",
@@ -125,9 +125,11 @@ def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
         "vocabulary entries": shape.vocab_size,
     }
     uneven = [f"{count} {what}" for what, count in parts.items() if count % tp]
-    if not uneven:
+    if not uneven and MAX_TP % tp == 0:
         return []
-    common = math.gcd(*parts.values())
+    common = math.gcd(MAX_TP, *parts.values())
     choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     wrong = f"does not divide the model's {', '.join(uneven)}"
+    if not uneven:
+        wrong = f"does not divide {MAX_TP}, the parts into which a vocabulary can be cut"
     return [problem(name, tp, wrong, f"choose one of {choices}")]

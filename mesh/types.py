@@ -12,6 +12,9 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
+MAX_TP = 8
+"""The largest tensor-parallel degree: vocabularies are cut into tiles by it, whatever the layout."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -259,7 +259,9 @@ def test_every_key_has_a_meaning_and_its_default():
     for key in conf_keys().values():
         assert key.meaning and key.default == value_of(conf, key.name)
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
-    assert sections == ["mesh", "model", "trainer", "generator", "sync", "eval", "sft", "log"]
+    assert sections == [
+        "invariant", "mesh", "model", "trainer", "generator", "sync", "eval", "generate", "sft", "log",
+    ]  # fmt: skip
 
 
 def test_refuse_lists_each_problem_once_and_nothing_where_there_is_none():

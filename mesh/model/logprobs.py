@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mesh.types import MAX_TP
+
 MAX_TILE = 32768
-MAX_TP = 4
 
 
 class TokenScores(NamedTuple):
