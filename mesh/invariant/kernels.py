@@ -14,17 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-ROWS = {"cpu": 16, "cuda": 2}
+ROWS = 16
+
+
+def missing_rows(rows: int, device_type: str) -> int:
+    """How many rows of zeros a product of `rows` rows gets below them."""
+    if device_type == "cuda":
+        return int(rows == 1)
+    return -rows % ROWS
 
 
 def overrides(device_type: str) -> dict[str, Callable[..., Any]]:
     """The kernels to register, by operator name. Call it while the ordinary ones are in place."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     mm = torch.library.get_kernel("aten::mm", key)
-    rows = ROWS[device_type]
 
     def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        padding = -a.shape[0] % rows if a.shape[0] else 0
+        padding = missing_rows(a.shape[0], device_type)
         if not padding:
             return mm.call_boxed(keyset, a, b)
         return mm.call_boxed(keyset, F.pad(a, (0, 0, 0, padding)), b)[: a.shape[0]]

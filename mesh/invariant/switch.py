@@ -26,6 +26,11 @@ class Invariance:
     device_type: str
     chunks: int
 
+    @property
+    def tiles(self) -> int:
+        """Tiles in which output features are computed: on CUDA their number changes no bits."""
+        return self.chunks if self.device_type == "cpu" else 1
+
 
 _current: Invariance | None = None
 

@@ -83,7 +83,7 @@ class ColumnLinear(TitanLinear):
         if switch is None:
             return F.linear(x, local(self.weight))
         _, ranks = shard_of(self.tp_group)
-        return column_linear(x, local(self.weight), switch.chunks // ranks)
+        return column_linear(x, local(self.weight), max(switch.tiles // ranks, 1))
 
 
 class RowLinear(TitanLinear):
