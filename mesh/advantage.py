@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-AdvantageKind = Literal["std", "centred"]
+Advantage = Literal["std", "centred"]
 
 
-def group_advantages(rewards_PG: Tensor, kind: AdvantageKind, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> Tensor:
     """Advantages of P groups of G rollouts: rewards_PG -> float32 advantages_PG on the CPU.
 
     `std`: (r - mean) / (std + eps), GRPO's outcome supervision (DeepSeekMath, arXiv:2402.03300,
@@ -46,7 +46,7 @@ def equal_groups(rewards_PG: Tensor) -> Tensor:
     return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
 
 
-def _row_advantages(row_G: list[float], kind: AdvantageKind, eps: float) -> list[float]:
+def _row_advantages(row_G: list[float], kind: Advantage, eps: float) -> list[float]:
     if not all(map(isfinite, row_G)):
         raise ValueError(f"rewards {row_G} of one group: every reward must be finite")
     if min(row_G) == max(row_G):  # the rounded mean of equal numbers may differ from them

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -57,11 +58,11 @@ def replica_of(prompt_id: int, num_replicas: int) -> int:
 class Exchange:
     """Owns the crossing's process group and the sends under way. Made by all ranks of the world."""
 
-    def __init__(self, layout: Layout, group_size: int) -> None:
+    def __init__(self, layout: Layout, group_size: int, timeout: timedelta) -> None:
         self.layout = layout
         self.group_size = group_size
         self.rank = dist.get_rank()
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.pending: list[tuple[dist.Work | None, torch.Tensor]] = []
         generator, tp = layout.generator_ranks, layout.generator.tp
         self.sources = generator[::tp]
@@ -114,7 +115,8 @@ class Exchange:
 
     def _receive(self, source: int, num_prompts: int) -> tuple[torch.Tensor, list[Rollout]]:
         table = torch.empty(num_prompts * self.group_size, 6, dtype=torch.float64)
-        dist.recv(table, source, group=self.group)
+        if table.numel():
+            dist.recv(table, source, group=self.group)
         dp = self._trainer_dp(self.rank)
         outlines = [o for o in _outlines(table) if owner(o.prompt_id, self.layout.trainer.dp) == dp]
         lengths = [(o.prompt_length, o.response_length) for o in outlines]

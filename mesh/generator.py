@@ -104,13 +104,15 @@ class Generator:
     ) -> list[Rollout]:
         """Generate and score this replica's share of the prompts."""
         completions = self.complete(prompts, num_samples, sampling)
-        by_id = {prompt.prompt_id: prompt for prompt in self._share(prompts)}
-        asked = [by_id[c.prompt_id] for c in completions]
+        by_id = {
+            p.prompt_id: (p, tuple(self.tokenizer.encode(p.text))) for p in self._share(prompts)
+        }
+        asked = [by_id[c.prompt_id][0] for c in completions]
         rewards = score_all(task, asked, [self.tokenizer.decode(c.tokens) for c in completions])
         return [
-            Rollout(c.prompt_id, c.sample_id, tuple(self.tokenizer.encode(p.text)), c.tokens,
-                    c.logprobs, reward, c.finish_reason)
-            for c, p, reward in zip(completions, asked, rewards, strict=True)
+            Rollout(c.prompt_id, c.sample_id, by_id[c.prompt_id][1], c.tokens, c.logprobs, reward,
+                    c.finish_reason)
+            for c, reward in zip(completions, rewards, strict=True)
         ]  # fmt: skip
 
     def _share(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -24,10 +24,9 @@ class MetricsLogger:
         conf: LogConf,
         rank: int,
         steps: int,
-        first_step: int = 0,
         config: dict[str, Any] | None = None,
     ):
-        """`first_step` steps lie behind a resumed run; `config` is shown by W&B.
+        """`config` is shown by W&B.
 
         Raises ValueError where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
@@ -41,7 +40,7 @@ class MetricsLogger:
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
         self._last: Metrics = {}
-        self._pace = Pace(steps, step=first_step)
+        self._pace = Pace(steps)
         self._progress = open_progress(self._pace, conf.progress)
 
     def log(self, step: int, metrics: Metrics) -> None:

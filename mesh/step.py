@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 
-from mesh.advantage import equal_groups, group_advantages
+from mesh.advantage import Advantage, equal_groups, group_advantages
 from mesh.batch import Leaf, assert_complete, leaves, microbatches, owner
 from mesh.exchange import Outline, Wave
-from mesh.loss import token_weights
+from mesh.loss import Aggregation, token_weights
 from mesh.types import Prompt
-
-Advantage = Literal["std", "centred"]
-Aggregation = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True)

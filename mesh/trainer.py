@@ -145,6 +145,10 @@ class Trainer:
         """
         if self.model is None or self.dp_rank is None:
             return
+        counts = [leaf.num_tokens for leaf in leaves]
+        assert counts == list(token_counts[self.dp_rank]), (
+            "these are not the leaves of the schedule"
+        )
         microbatches = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
         for indices in microbatches:
             batch = pack([leaves[i] for i in indices]).to(self.device)

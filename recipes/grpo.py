@@ -13,6 +13,7 @@ weights, so the ratio differs from 1 by rounding only), refilling dropped groups
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -41,8 +42,10 @@ from mesh.program import (
 )
 from mesh.run import create_run_dir
 from mesh.step import rollout_metrics, share_of, waves_of
+from mesh.tasks import drawn
 
 Metrics = dict[str, Any]
+Sample = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
@@ -52,26 +55,29 @@ def main(argv: list[str]) -> None:
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf))
         program = assemble(conf, process, parts)
         phases = Phases(process.device)
-        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps) as logger:
+        words = asdict(conf)
+        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
             sync(program)
             logger.log(0, held_out(conf, program, process))
             for step in range(conf.steps):
                 metrics, samples = train_step(conf, program, phases, step)
-                metrics |= timings(phases, metrics, process)
                 if is_due(step + 1, conf.eval.every, conf.steps):
-                    metrics |= held_out(conf, program, process)
-                logger.log(step + 1, metrics)
-                logger.log_samples(step + 1, samples)
+                    with phases("eval"):
+                        metrics |= held_out(conf, program, process)
+                logger.log(step + 1, metrics | timings(phases, metrics, process))
+                logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
                 if process.should_stop():
                     break
             save_model(conf, program, run_dir / "model")
 
 
-def train_step(conf: Conf, program: Program, phases: Phases, step: int) -> tuple[Metrics, list]:
+def train_step(
+    conf: Conf, program: Program, phases: Phases, step: int
+) -> tuple[Metrics, list[Sample]]:
     """One step: generate, score, exchange and backpropagate wave by wave, update once, sync."""
     task, trainer, generator = program.parts.task, program.trainer, program.generator
     rules, objective = rules_of(conf), partial(policy_objective, conf)
-    prompts = task.train_prompts(step, conf.num_prompts)
+    prompts = drawn(task.train_prompts(step, conf.num_prompts), conf.num_prompts, "train_prompts")
     waves, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, conf.waves):
         with phases("generate"):
@@ -90,7 +96,8 @@ def train_step(conf: Conf, program: Program, phases: Phases, step: int) -> tuple
         sync(program)
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
-    return metrics, samples_of(program, prompts, waves)
+    samples = samples_of(program, prompts, waves)
+    return metrics, samples if conf.log.samples < 0 else samples[: conf.log.samples]
 
 
 def policy_objective(
@@ -112,6 +119,15 @@ def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
     seconds = phases.seconds(process.cpu_group)
     tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
     return phase_metrics(seconds, {k: int(metrics.get(name, 0)) for k, name in tokens.items()})
+
+
+def chosen(conf: Conf, parts: list[list[Sample]]) -> list[Sample]:
+    """What all ranks have of a step's samples, in order, each once; the first `log.samples`."""
+    by_id = {
+        (sample["prompt_id"], sample["sample_id"]): sample for part in parts for sample in part
+    }
+    ordered = [by_id[key] for key in sorted(by_id)]
+    return ordered if conf.log.samples < 0 else ordered[: conf.log.samples]
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -35,7 +35,7 @@ def test_metrics_file(tmp_path):
 
 def test_a_second_logger_appends(tmp_path, capsys):
     for step in (1, 2):
-        with MetricsLogger(tmp_path, QUIET, rank=0, steps=2, first_step=step - 1) as metrics:
+        with MetricsLogger(tmp_path, QUIET, rank=0, steps=2) as metrics:
             metrics.log(step, {"loss": step})
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     assert "s/step  ETA 0:00" in capsys.readouterr().out

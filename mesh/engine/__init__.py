@@ -9,4 +9,7 @@
   the weight bridge writes into them.
 - `reset(version)`: the weights have changed. Cached keys and values are dropped, and what was
   cached under another version is unusable.
+- `bind(tensors)`: take these tensors, of the same names, shapes and dtypes, in place of its own:
+  the trainer's storage, where layouts match.
+- `close()`: let go of what keeps process groups alive.
 """

@@ -110,6 +110,7 @@ class NativeEngine:
         while scheduler.unfinished:
             self._prefill(scheduler.admit())
             scheduler.grow()
+            assert scheduler.running, "no sequence can run: the KV cache is too small"
             self._decode(scheduler.running, sampling)
             done += scheduler.retire()
         self.preemptions += scheduler.preemptions
@@ -145,8 +146,6 @@ class NativeEngine:
 
     def _decode(self, running: list[Sequence], sampling: Sampling) -> None:
         """Draw the next token of every running sequence."""
-        if not running:
-            return
         rows_SX = decode_rows(running, sampling, self.settings.page_size).to(self.device)
         if self.graphs is not None:
             hidden_SD = self.graphs.run(rows_SX)

@@ -7,7 +7,7 @@ later: its tokens do not change, because random numbers depend on positions only
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -54,9 +54,11 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.prefixes: dict[int, Prefix] = {}
         self.preemptions = 0
+        self._samples: Counter[int] = Counter()  # by prompt: samples that will ask for its prefix
 
     def add(self, requests: Seq[Request]) -> None:
         for request in requests:
+            self._samples[request.prompt_id] += request.num_samples
             for sample in range(request.num_samples):
                 self.waiting.append(Sequence(request.prompt_id, sample, request.tokens))
 
@@ -94,10 +96,7 @@ class Scheduler:
         if len(self.pool.free) < own + pages - full:
             return False
         if prefix is None:
-            siblings = sum(
-                other.prompt_id == sequence.prompt_id and not other.tokens for other in self.waiting
-            )
-            prefix = Prefix(self.pool.take(own), siblings)
+            prefix = Prefix(self.pool.take(own), self._samples[sequence.prompt_id])
             self.prefixes[sequence.prompt_id] = prefix
             admission.fills.append(Fill(sequence.cached, prefix.pages))
         sequence.pages = self.pool.share(prefix.pages[:full]) + self.pool.take(pages - full)
@@ -105,6 +104,7 @@ class Scheduler:
             copied = (prefix.pages[full], sequence.pages[full], cached % self.page_size)
             admission.copies.append(copied)
         prefix.waiting -= 1
+        self._samples[sequence.prompt_id] -= 1
         return True
 
     def release_prefixes(self, idle_only: bool) -> None:
@@ -134,6 +134,7 @@ class Scheduler:
         youngest = self.running.pop()
         self.pool.release(youngest.pages)
         youngest.pages = []
+        self._samples[youngest.prompt_id] += not youngest.tokens
         self.waiting.appendleft(youngest)
         self.preemptions += 1
 

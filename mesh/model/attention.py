@@ -106,6 +106,15 @@ def _flash(
     return out
 
 
+def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
+    """Keys or values of every sequence, [S, keys, K, H], zeros beyond its pages."""
+    assert ctx.block_table is not None
+    table = ctx.block_table.long()
+    rows = pages.index_select(0, table.flatten()).view(len(table), -1, *pages.shape[2:])
+    missing = ctx.keys - rows.shape[1]
+    return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+
+
 def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
@@ -118,9 +127,8 @@ def _padded(
     if ctx.cache is None:
         k_SLKH, v_SLKH = k[rows_SL], v[rows_SL]
     else:
-        k_SLKH, v_SLKH = (cache[ctx.block_table].flatten(1, 2) for cache in (k, v))
-    padding = (0, 0, 0, 0, 0, ctx.causal_mask.shape[-1] - k_SLKH.shape[1])
-    k_SKLH, v_SKLH = (F.pad(x, padding).transpose(1, 2) for x in (k_SLKH, v_SLKH))
+        k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
+    k_SKLH, v_SKLH = k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2)
     q_SNLH, mask = q_TNH[rows_SL].transpose(1, 2), ctx.causal_mask
     tiles = [
         F.scaled_dot_product_attention(

@@ -63,7 +63,7 @@ def mine(layout: Layout, ids: list[int]) -> list[Rollout]:
 
 def cross(conf: Conf) -> list[Wave]:
     layout = plan_layout(conf, dist.get_world_size())
-    exchange = Exchange(layout, GROUP_SIZE)
+    exchange = Exchange(layout, GROUP_SIZE, timedelta(seconds=60))
     split_trainer = layout.mode == "split" and dist.get_rank() in layout.trainer_ranks
     if split_trainer:
         dist.barrier()
