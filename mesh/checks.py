@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,44 @@ import torch
 from mesh.conf import Conf, resolve_path
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
-from mesh.types import ModelShape
-
-CUDA_PAGE = 256
-CPU_PAGE = 16
-INDEX = "model.safetensors.index.json"
+from mesh.model.hf import weight_problems
+from mesh.tokenizer import Tokenizer
+from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape, Prompt
 
 
 def check_start(
-    conf: Conf, world_size: int, shape: ModelShape | None, found: Sequence[str] = ()
+    conf: Conf,
+    world_size: int,
+    shape: ModelShape | None,
+    found: Sequence[str] = (),
+    training: bool = True,
 ) -> None:
     """Raises one ValueError that lists everything which keeps the run from starting.
 
-    `shape` None leaves out what the model's sizes ask of the layout; `found`: problems that are
-    known already. Call it before rank 0 writes into `run_dir`, on every rank.
+    `shape` None leaves out what the model's sizes ask; `found`: problems that are known already;
+    `training` False leaves out what only training asks. Call it before rank 0 writes into
+    `run_dir`, on every rank.
     """
+    layout = layout_problems(conf, world_size, shape, training)
     exact = invariant_problems(conf, shape) if conf.batch_invariant else []
-    refuse([*found, *conf_problems(conf), *layout_problems(conf, world_size, shape), *exact])
+    refuse([*found, *conf_problems(conf, shape, training), *layout, *exact])
 
 
-def conf_problems(conf: Conf) -> list[str]:
+def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = True) -> list[str]:
     """Every problem that `conf` has on this machine, whatever the world's size."""
     return [
         *range_problems(conf),
         *device_problems(conf),
-        *length_problems(conf),
+        *length_problems(conf, shape),
         *page_problems(conf),
-        *run_dir_problems(conf),
-        *model_problems(conf),
+        *(training_problems(conf) if training else []),
+        *model_problems(conf, shape),
     ]
+
+
+def training_problems(conf: Conf) -> list[str]:
+    """What a program that trains asks beyond one that only generates."""
+    return [*microbatch_problems(conf), *run_dir_problems(conf), *log_problems(conf)]
 
 
 def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
@@ -88,19 +98,62 @@ def device_problems(conf: Conf) -> list[str]:
     return [problem("device", conf.device, wrong, f"start at most {gpus}, or set device=cpu")]
 
 
-def length_problems(conf: Conf) -> list[str]:
-    """Token counts that leave no room: for a prompt, or for one whole sequence."""
+def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """A context that leaves no room for a prompt, or is longer than the model's own."""
     limit, response = conf.model.max_length, conf.generator.max_new_tokens
-    packed, found = conf.trainer.microbatch_tokens, []
+    found = []
+    if shape is not None and limit > shape.max_positions:
+        own = shape.max_positions
+        wrong = f"the model's own context is {own} tokens (max_position_embeddings)"
+        found.append(problem("model.max_length", limit, wrong, f"use at most {own}"))
     if response >= limit:
         wrong = f"leaves no room for a prompt in model.max_length={limit}"
         remedy = f"use at most {limit - 1}, or raise model.max_length"
         found.append(problem("generator.max_new_tokens", response, wrong, remedy))
-    if packed < limit:
-        wrong = f"one sequence of model.max_length={limit} does not fit"
-        remedy = f"use at least {limit}, or lower model.max_length"
-        found.append(problem("trainer.microbatch_tokens", packed, wrong, remedy))
     return found
+
+
+def microbatch_problems(conf: Conf) -> list[str]:
+    """A packed row that is too short for one whole sequence."""
+    limit, packed = conf.model.max_length, conf.trainer.microbatch_tokens
+    if packed >= limit:
+        return []
+    wrong = f"one sequence of model.max_length={limit} does not fit"
+    remedy = f"use at least {limit}, or lower model.max_length"
+    return [problem("trainer.microbatch_tokens", packed, wrong, remedy)]
+
+
+def log_problems(conf: Conf) -> list[str]:
+    """Loggers that are asked for and not installed."""
+    found = []
+    if conf.log.wandb is not None and find_spec("wandb") is None:
+        remedy = "pip install wandb, or unset it (null)"
+        found.append(problem("log.wandb", conf.log.wandb, "wandb is not installed", remedy))
+    if conf.log.tensorboard and find_spec("tensorboard") is None:
+        remedy = "pip install tensorboard, or set log.tensorboard=false"
+        found.append(problem("log.tensorboard", True, "tensorboard is not installed", remedy))
+    return found
+
+
+def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Whether the longest of these prompts leaves no room for a response.
+
+    Where there is no room for any prompt, that is `check_start`'s to report. Raises ValueError
+    naming a character that the tokenizer does not know.
+    """
+    room = conf.model.max_length - conf.generator.max_new_tokens
+    if room < 1 or not prompts:
+        return []
+    longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt.text)))
+    length = len(tokenizer.encode(longest.text))
+    if length <= room:
+        return []
+    wrong = (
+        f"the prompt {longest.text[:200]!r} has {length} tokens, which with "
+        f"generator.max_new_tokens={conf.generator.max_new_tokens} is longer than the context"
+    )
+    remedy = f"use at least {length + conf.generator.max_new_tokens}, or shorter prompts"
+    return [problem("model.max_length", conf.model.max_length, wrong, remedy)]
 
 
 def page_problems(conf: Conf) -> list[str]:
@@ -139,7 +192,7 @@ def run_dir_problems(conf: Conf) -> list[str]:
     ]
 
 
-def model_problems(conf: Conf) -> list[str]:
+def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     """Files that `model.path` and `model.tokenizer` lack or that were cut short."""
     model = conf.model
     if model.path is None and model.init == "checkpoint":
@@ -147,7 +200,7 @@ def model_problems(conf: Conf) -> list[str]:
         remedy = "set model.path=DIRECTORY (Hugging Face form), or model.init=random"
         found = [problem("model.path", None, wrong, remedy)]
     else:
-        found = [] if model.path is None else directory_problems(conf, model.path)
+        found = [] if model.path is None else directory_problems(conf, model.path, shape)
     if model.tokenizer is not None:
         path = resolve_path(model.tokenizer)
         remedy = "name a directory that has one, or unset it (null)"
@@ -156,35 +209,23 @@ def model_problems(conf: Conf) -> list[str]:
     return found
 
 
-def directory_problems(conf: Conf, name: str) -> list[str]:
-    """What the directory `model.path` lacks, of all that this configuration reads from it."""
+def directory_problems(conf: Conf, name: str, shape: ModelShape | None) -> list[str]:
+    """What the directory `model.path` lacks, of all that this configuration reads from it.
+
+    A tokenizer.json that is there and cannot be read is `load_tokenizer`'s to report.
+    """
     path = resolve_path(name)
     if not path.is_dir():
         remedy = "name a Hugging Face model directory on this machine"
         return [problem("model.path", name, f"no such directory ({path})", remedy)]
     wrong = [(readable_json(path / "config.json")[1], "copy it from the model's source")]
-    if conf.model.tokenizer is None:
+    if conf.model.tokenizer is None and not (path / "tokenizer.json").is_file():
         remedy = "copy it there, or set model.tokenizer=DIRECTORY"
-        wrong.append((readable_json(path / "tokenizer.json")[1], remedy))
+        wrong.append(("tokenizer.json is missing", remedy))
     if conf.model.init == "checkpoint":
         remedy = "copy it from the model's source, or set model.init=random"
-        wrong += [(line, remedy) for line in weight_problems(path)]
+        wrong += [(line, remedy) for line in weight_problems(path, shape)]
     return [problem("model.path", name, line, remedy) for line, remedy in wrong if line]
-
-
-def weight_problems(path: Path) -> list[str]:
-    """Weight files that are missing or damaged: one model.safetensors, or all the index names."""
-    if (path / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    elif (path / INDEX).is_file():
-        index, wrong = readable_json(path / INDEX)
-        shard_of = index.get("weight_map") if isinstance(index, dict) else None
-        if wrong or not isinstance(shard_of, dict):
-            return [wrong or f"{INDEX} has no weight_map"]
-        shards = sorted({str(shard) for shard in shard_of.values()})
-    else:
-        return [f"neither model.safetensors nor {INDEX} is there"]
-    return [line for shard in shards if (line := shard_problem(path / shard))]
 
 
 def readable_json(path: Path) -> tuple[Any, str | None]:
@@ -195,24 +236,3 @@ def readable_json(path: Path) -> tuple[Any, str | None]:
         return json.loads(path.read_text()), None
     except ValueError as error:
         return None, f"{path.name} is not JSON ({error})"
-
-
-def shard_problem(path: Path) -> str | None:
-    """What is wrong with a safetensors file: missing, or not as long as its own header says.
-
-    Its form: 8 bytes of little-endian header length, a JSON header with each tensor's
-    `data_offsets`, then the data (https://huggingface.co/docs/safetensors, "Format").
-    """
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else b""
-    try:
-        header = json.loads(text)
-        ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        return f"{path.name} is not a safetensors file, or was cut short"
-    expected = 8 + length + max(ends, default=0)
-    return None if size == expected else f"{path.name} has {size} bytes instead of {expected}"

@@ -149,7 +149,7 @@ class LogConf:
 class Conf:
     run_dir: str | None = key(None, "where the run is written; unset: runs/CONF-DATE-TIME")
     steps: int = key(100, "optimizer steps", ge=1)
-    seed: int = key(0, "seed of every random number of the run", ge=0)
+    seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
     timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
     engine: Literal["native"] = key("native", "what generates")

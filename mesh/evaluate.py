@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from mesh.conf import Conf
 from mesh.generator import EVAL_STEP, Generator
-from mesh.tasks import Task
-from mesh.types import Rollout
+from mesh.tasks import Task, drawn
+from mesh.types import Prompt, Rollout
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -25,15 +25,21 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
+def held_out_prompts(conf: Conf, task: Task) -> list[Prompt]:
+    """The prompts of every evaluation; ValueError where the task does not give them."""
+    num = conf.eval.num_prompts
+    return drawn(task.eval_prompts(num), num, "eval_prompts")
+
+
 def evaluate(
     conf: Conf, generator: Generator, task: Task, cpu_group: dist.ProcessGroup
 ) -> dict[str, float]:
     """The metrics `eval/*` of the generator's present weights, on every rank. Collective.
 
     A response counts as right when its reward is at least 1. The same prompts and random numbers at
-    every call, whatever the step: curves compare like with like.
+    every call, whatever the step: curves compare like with like. A replica's share may be empty.
     """
-    prompts = task.eval_prompts(conf.eval.num_prompts)
+    prompts = held_out_prompts(conf, task)
     samples = conf.eval.num_samples
     sampled = generator.rollout(task, prompts, samples, generator.sampling(EVAL_STEP))
     greedy = generator.rollout(task, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))

@@ -20,7 +20,16 @@ from mesh.reshard import ParamLayout
 from mesh.tasks import Task, score_all
 from mesh.tokenizer import Tokenizer
 from mesh.trainer import role_layouts
-from mesh.types import Completion, ModelShape, Prompt, Request, Rollout, Sampling
+from mesh.types import (
+    CPU_PAGE,
+    CUDA_PAGE,
+    Completion,
+    ModelShape,
+    Prompt,
+    Request,
+    Rollout,
+    Sampling,
+)
 
 EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
 
@@ -124,7 +133,7 @@ class Generator:
 def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
     """The engine's sizes, with what the configuration leaves open filled in."""
     generator = conf.generator
-    page_size = generator.page_size or (256 if device.type == "cuda" else 16)
+    page_size = generator.page_size or (CUDA_PAGE if device.type == "cuda" else CPU_PAGE)
     full_response = num_pages(generator.max_new_tokens + page_size, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
     return EngineSettings(

@@ -6,6 +6,11 @@ process group: it polls the rendezvous store through a client of its own, looks 
 peers and the launcher still live, and receives signals through a wake-up pipe. It ends the
 process with `os._exit`, because tearing down NCCL or gloo after a failure can hang.
 
+A first Ctrl-C is a request where the program asks for it (`Process.should_stop`), and has the
+patience of one step: a step that lasts longer is given up before torchrun kills it. Once all ranks
+know that they stop there is no limit of ours; torchrun still kills what it has signalled after
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds. A program that never asked ends at once.
+
 The first failure is recorded by an atomic `compare_set`. The other ranks print what they have to
 say, go mute and acknowledge it; then the rank that recorded it prints it and leaves first, so
 that torchrun's own summary names it too.
@@ -43,6 +48,8 @@ MUTE_SECONDS = 6.0  # the longest wait for other ranks before the first error is
 ECHO_SECONDS = 1.0  # launchers repeat a signal; a person presses Ctrl-C again later than this
 LEAVE_SECONDS = 20.0  # the longest a clean teardown may take
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = "stopping at the end of this step; Ctrl-C again ends at once"
+LIMIT = "; torchrun kills what then still runs after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s if unset)"
 
 
 class Guard:
@@ -57,6 +64,9 @@ class Guard:
         self._parent = os.getppid()
         # Whoever ends the process holds the lock for ever; it also keeps the store to one thread.
         self._lock = threading.Lock()
+        self._patience = patience_seconds()
+        self._polled = False
+        self._obeyed = False
         self._stop_at: float | None = None
         self._leave_at: float | None = None
         self._exit_code = 0
@@ -69,6 +79,10 @@ class Guard:
     @property
     def stop_requested(self) -> bool:
         return self._stop_at is not None
+
+    def told(self, stop: bool) -> None:
+        """All ranks have asked whether to stop, and were told this."""
+        self._polled, self._obeyed = True, self._obeyed or stop
 
     def fail(self, error: BaseException) -> NoReturn:
         """End all ranks because of `error`, which is being handled."""
@@ -127,7 +141,7 @@ class Guard:
             return
         if under_torchrun() and os.getppid() != self._parent:
             self._vanish("torchrun is gone")
-        if self._stop_at is not None and now > self._stop_at + patience_seconds():
+        if self._stop_at is not None and not self._obeyed and now > self._stop_at + self._patience:
             self._abandon("the step did not end in time")
         if self._store.check(["first"]):
             self._follow()
@@ -139,11 +153,15 @@ class Guard:
 
     def _on_signal(self) -> None:
         now = time.monotonic()
+        if self._leave_at is not None:
+            return  # a clean end has begun
+        if not self._polled:
+            self._abandon("ended at once")
         if self._stop_at is None:
             self._stop_at = now
             if self.rank == 0:
-                say("stopping at the end of this step; Ctrl-C again ends at once")
-        elif now > self._stop_at + ECHO_SECONDS and self._leave_at is None:
+                say(STOPPING + (LIMIT if under_torchrun() else ""))
+        elif now > self._stop_at + ECHO_SECONDS:
             self._abandon("ended at once")
 
     def _record(self, failure: Failure) -> Failure:

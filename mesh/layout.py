@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -79,24 +80,24 @@ def plan_layout(conf: Conf, world_size: int) -> Layout:
     )
 
 
-def layout_problems(conf: Conf, world_size: int, shape: ModelShape | None) -> list[str]:
+def layout_problems(
+    conf: Conf, world_size: int, shape: ModelShape | None, training: bool = True
+) -> list[str]:
     """What keeps `conf` from running on `world_size` ranks with a model of `shape`, all of it.
 
-    `shape` None leaves out the model's part, for when its config.json cannot be read.
+    `shape` None leaves out the model's part, for when its config.json cannot be read; `training`
+    False how a training batch is shared out.
     """
     problems = degree_problems(conf)
     if problems:
         return problems
-    problems = size_problems(conf, world_size) or batch_problems(conf, world_size)
+    problems = size_problems(conf, world_size)
+    if training and not problems:
+        problems = batch_problems(conf, world_size)
     if shape is not None:
         problems += tp_problems("trainer.tp", conf.trainer.tp, shape)
         problems += tp_problems("generator.tp", conf.generator.tp, shape)
     return problems
-
-
-def check_layout(conf: Conf, world_size: int, shape: ModelShape | None) -> None:
-    """Raises one ValueError that lists all `layout_problems`."""
-    refuse(layout_problems(conf, world_size, shape))
 
 
 def batch_problems(conf: Conf, world_size: int) -> list[str]:
@@ -140,8 +141,10 @@ class Meshes:
         return self.rank in self.layout.generator_ranks
 
 
-def build_meshes(layout: Layout, device_type: str) -> Meshes:
+def build_meshes(layout: Layout, device_type: str, timeout: timedelta | None = None) -> Meshes:
     """The world's mesh (axis `world`) and both roles' (`AXES`), as a collective of all ranks.
+
+    timeout: of every collective on the roles' axes; a group of its own would take torch's default.
 
     The default process group must exist and be `layout.world_size` large. Every rank builds both
     roles' meshes, its own or not, because making a process group is a collective of the world.
@@ -153,6 +156,10 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     generator_mesh = (
         trainer_mesh if same else _role_mesh(layout.generator, layout.generator_ranks, device_type)
     )
+    for mesh in (trainer_mesh, generator_mesh):
+        if timeout is not None and mesh.get_coordinate() is not None:
+            for axis in AXES:
+                dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(axis))
     return Meshes(layout, world_mesh, trainer_mesh, generator_mesh, dist.get_rank())
 
 

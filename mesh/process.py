@@ -49,9 +49,14 @@ class Process:
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all."""
+        """Whether any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all.
+
+        Until a program has called this, a first Ctrl-C ends it at once: nobody would obey. After
+        True it has all the time that its launcher gives it (torchrun: 30 s).
+        """
         flag = torch.tensor(int(self.guard.stop_requested))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        self.guard.told(stop=bool(flag))
         return bool(flag)
 
     def from_rank0(self, value: Any) -> Any:
@@ -113,7 +118,7 @@ def start(device: str = "auto", timeout_seconds: float = 1800) -> Process:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = _choose_device(device, local_rank)
-    _share_cores(local_world_size)
+    _limit_threads(chosen, local_world_size)
 
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -173,9 +178,16 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return chosen
 
 
-def _share_cores(local_world_size: int) -> None:
-    """Threads of several processes on the same cores slow each other tenfold."""
-    if "OMP_NUM_THREADS" not in os.environ:
+def _limit_threads(device: torch.device, local_world_size: int) -> None:
+    """One thread where the model runs on the CPU, as torchrun has it for several processes: threads
+    that wait for each other make a small model's operators many times slower. Else an equal share
+    of the cores. OMP_NUM_THREADS is what a user says otherwise with.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    else:
         has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
         num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, num_cores // local_world_size))

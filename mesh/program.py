@@ -6,34 +6,37 @@ crossings between them, and brings the first weights to the generator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mesh.checks import check_start, readable_json
+from mesh.checks import check_start, prompt_problems, readable_json
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
+from mesh.evaluate import held_out_prompts
 from mesh.exchange import Exchange, Wave
 from mesh.generator import Generator
 from mesh.invariant.switch import batch_invariant
-from mesh.keys import problem, refuse
 from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
 from mesh.loss import normaliser
 from mesh.model.hf import export
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.process import Process, refuse_to_start, start
 from mesh.step import Advantage, Aggregation, Rules
-from mesh.tasks import Task, load_task
+from mesh.tasks import Task, drawn, load_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
 from mesh.weights import Verify, WeightBridge
 from mesh.weights import weights_digest as digest_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,69 @@ def launch(conf: Conf) -> Iterator[Process]:
         yield process
 
 
-def check(conf: Conf, world_size: int) -> Parts:
-    """Read what `conf` names. Raises one ValueError that lists everything that cannot run."""
-    shape, wrong = read_shape(conf)
-    check_start(conf, world_size, shape, wrong)
-    assert shape is not None, "check_start let a directory without config.json through"
-    tokenizer = load_tokenizer(tokenizer_directory(conf))
-    task = load_task(conf.task, conf.seed, conf.task_args)
-    prompts = task.train_prompts(0, conf.num_prompts) + task.eval_prompts(conf.eval.num_prompts)
-    too_long = prompt_problems(conf, tokenizer, prompts)
-    refuse(check_vocabulary(tokenizer, shape.vocab_size) + too_long)
+def check(conf: Conf, world_size: int, training: bool = True, held_out: bool = True) -> Parts:
+    """Read what `conf` names. Raises one ValueError that lists everything that cannot run.
+
+    `training` False leaves out what only training asks, `held_out` False the task's held-out
+    prompts: for a program that asks others.
+    """
+    wrong: list[str] = []
+    shape = attempt(wrong, read_shape, conf)
+    tokenizer = attempt(wrong, read_tokenizer, conf)
+    task = attempt(wrong, load_task, conf.task, conf.seed, conf.task_args)
+    prompts: list[Prompt] = []
+    if task is not None and training:
+        prompts += attempt(wrong, train_prompts, conf, task) or []
+    if task is not None and held_out:
+        prompts += attempt(wrong, held_out_prompts, conf, task) or []
+    if tokenizer is not None:
+        wrong += attempt(wrong, prompt_problems, conf, tokenizer, prompts) or []
+        wrong += check_vocabulary(tokenizer, shape.vocab_size) if shape is not None else []
+    check_start(conf, world_size, shape, wrong, training)
+    assert shape is not None and tokenizer is not None, "check_start let a missing file through"
+    assert task is not None, "a task that cannot be loaded was not listed"
     return Parts(shape, tokenizer, task)
 
 
-def read_shape(conf: Conf) -> tuple[ModelShape | None, list[str]]:
-    """The model's shape, or None and what is wrong with what names it.
-
-    A config.json that is missing or no JSON is `check_start`'s to report.
-    """
+def attempt(wrong: list[str], read: Callable[..., T], *args: Any) -> T | None:
+    """What `read` gives; None where it raises ValueError, whose lines are added to `wrong`."""
     try:
-        if conf.model.path is None:
-            return shape_of_flavor(conf.model.flavor), []
-        directory = resolve_path(conf.model.path)
-        if readable_json(directory / "config.json")[1] is not None:
-            return None, []
-        return shape_of_directory(directory), []
+        return read(*args)
     except ValueError as error:
-        return None, [str(error)]
+        wrong += str(error).splitlines() or [repr(error)]
+        return None
+
+
+def read_shape(conf: Conf) -> ModelShape | None:
+    """The model's shape; ValueError where what names it describes none that we can run.
+
+    None: config.json is missing or no JSON, which is `check_start`'s to report.
+    """
+    if conf.model.path is None:
+        return shape_of_flavor(conf.model.flavor)
+    directory = resolve_path(conf.model.path)
+    if readable_json(directory / "config.json")[1] is not None:
+        return None
+    return shape_of_directory(directory)
+
+
+def read_tokenizer(conf: Conf) -> Tokenizer | None:
+    """The tokenizer; ValueError where its files are damaged.
+
+    None: tokenizer.json is missing, or the model's config.json, which may name end tokens, is not
+    what it should be; both are reported elsewhere.
+    """
+    directory = tokenizer_directory(conf)
+    config = directory / "config.json"
+    of_model = conf.model.tokenizer is None and config.is_file()
+    if of_model and not isinstance(readable_json(config)[0], dict):
+        return None
+    return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+
+
+def train_prompts(conf: Conf, task: Task) -> list[Prompt]:
+    """The first step's prompts."""
+    return drawn(task.train_prompts(0, conf.num_prompts), conf.num_prompts, "train_prompts")
 
 
 def without_training(conf: Conf) -> Conf:
@@ -117,21 +156,6 @@ def tokenizer_directory(conf: Conf) -> Path:
     return CHARACTERS if named is None else resolve_path(named)
 
 
-def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Whether the longest of these prompts leaves no room for a response."""
-    room = conf.model.max_length - conf.generator.max_new_tokens
-    longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt.text)))
-    length = len(tokenizer.encode(longest.text))
-    if length <= room:
-        return []
-    wrong = (
-        f"the prompt {longest.text[:200]!r} has {length} tokens, which with "
-        f"generator.max_new_tokens={conf.generator.max_new_tokens} is longer than the context"
-    )
-    remedy = f"use at least {length + conf.generator.max_new_tokens}, or shorter prompts"
-    return [problem("model.max_length", conf.model.max_length, wrong, remedy)]
-
-
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
     if name is None:
@@ -141,7 +165,9 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
 
 def assemble(conf: Conf, process: Process, parts: Parts, with_optimizer: bool = True) -> Program:
     """Build both roles and sync the first weights. A collective of the world."""
-    meshes = build_meshes(plan_layout(conf, process.world_size), process.device.type)
+    timeout = timedelta(seconds=conf.timeout_seconds)
+    layout = plan_layout(conf, process.world_size)
+    meshes = build_meshes(layout, process.device.type, timeout)
     path = None
     if conf.model.init == "checkpoint":
         assert conf.model.path is not None, "check let init=checkpoint without a path through"
@@ -153,7 +179,7 @@ def assemble(conf: Conf, process: Process, parts: Parts, with_optimizer: bool = 
     dtype = dtype_of(conf.generator.dtype, process.device)
     generator = Generator(conf, meshes, parts.shape, process.device, dtype, parts.tokenizer)
     process.closers.append(generator.close)
-    exchange = Exchange(meshes.layout, conf.group_size)
+    exchange = Exchange(layout, conf.group_size, timeout)
     bridge = connect(conf, process, trainer, generator, dtype)
     return Program(meshes, parts, trainer, generator, exchange, bridge)
 
@@ -232,7 +258,6 @@ def save_model(conf: Conf, program: Program, path: Path) -> None:
         path,
         trainer.parameters(),
         program.parts.shape,
-        conf.model.max_length,
         tokenizer_directory(conf),
         program.parts.tokenizer.eos_ids,
         write=dist.get_rank() == program.meshes.layout.trainer_ranks[0],

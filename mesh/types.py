@@ -13,7 +13,13 @@ from typing import Literal
 FinishReason = Literal["stop", "length"]
 
 MAX_TP = 8
-"""The largest tensor-parallel degree: vocabularies are cut into tiles by it, whatever the layout."""
+"""The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
+
+CUDA_PAGE = 256
+"""Tokens of a KV page on CUDA: its attention kernel takes multiples of this alone."""
+
+CPU_PAGE = 16
+"""Tokens of a KV page on the CPU, which takes any number."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Qwen3 is: the sizes that a layout has to divide, and the constants of its maths."""
+    """What a Qwen3 is: the sizes that a layout has to divide, and the constants of its maths.
+
+    `max_positions`: the longest context it was made for.
+    """
 
     vocab_size: int
     dim: int
@@ -91,3 +100,4 @@ class ModelShape:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = True
+    max_positions: int = 32768

@@ -4,8 +4,8 @@
 
 weights -> trainer's layout -> reshard into the generator -> samples -> rewards -> pass@k. The same
 bridge, engine, prompts and random numbers as the evaluations of a run, so the numbers compare.
-Left out: confidence intervals, several tasks at once, and a run directory: only eval.output, where
-it is set, is written.
+Ctrl-C ends it at once: there is nothing to save. Left out: confidence intervals, several tasks at
+once, and a run directory: only eval.output, where it is set, is written.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
     conf = without_training(conf)
     with launch(conf) as process:
-        program = assemble(conf, process, check(conf, process.world_size), with_optimizer=False)
+        parts = check(conf, process.world_size, training=False)
+        program = assemble(conf, process, parts, with_optimizer=False)
         sync(program)
-        metrics = evaluate(conf, program.generator, program.parts.task, process.cpu_group)
+        metrics = evaluate(conf, program.generator, parts.task, process.cpu_group)
         process.say(table(conf, metrics))
         if conf.eval.output is not None:
             process.write(resolve_path(conf.eval.output), json.dumps(metrics, indent=2) + "\n")

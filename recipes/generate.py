@@ -4,8 +4,9 @@
     cat questions.txt | torchrun recipes/generate.py conf=qwen3_tiny generate.prompts=-
 
 Without generate.prompts the first held-out prompts of the task are answered. Several processes
-share the prompts as the configuration lays them out. Left out: streaming, chat templates, a server,
-and more prompts than fit in memory; answers are printed when all are there.
+share the prompts as the configuration lays them out; answers are printed when all are there, and
+Ctrl-C ends it at once. Left out: streaming, chat templates, a server, and more prompts than fit in
+memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mesh.checks import prompt_problems
 from mesh.conf import Conf
 from mesh.generator import EVAL_STEP
 from mesh.keys import refuse
@@ -23,11 +25,11 @@ from mesh.program import (
     assemble,
     check,
     launch,
-    prompt_problems,
     read_command,
     sync,
     without_training,
 )
+from mesh.tasks import drawn
 from mesh.types import Completion, Prompt
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
     conf = without_training(conf)
     with launch(conf) as process:
-        parts = check(conf, process.world_size)
+        parts = check(conf, process.world_size, training=False, held_out=False)
         prompts = asked(conf, process, parts)
         refuse(prompt_problems(conf, parts.tokenizer, prompts))
         program = assemble(conf, process, parts, with_optimizer=False)
@@ -49,7 +51,8 @@ def asked(conf: Conf, process: Process, parts: Parts) -> list[Prompt]:
     """The prompts of the command line, of stdin's lines, or the first held-out ones."""
     texts = conf.generate.prompts
     if not texts:
-        return parts.task.eval_prompts(min(NUM_SHOWN, conf.eval.num_prompts))
+        shown = min(NUM_SHOWN, conf.eval.num_prompts)
+        return drawn(parts.task.eval_prompts(shown), shown, "eval_prompts")
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]

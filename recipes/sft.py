@@ -3,41 +3,63 @@
     torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny
 
 prompts -> solutions -> pack -> forward, cross entropy, backward -> optimizer -> saved model.
-Starts from random weights. Left out: epochs, learning-rate decay, packing by length; the warm start
-of a small task needs none of them. It also made the checkpoint that ships with the package
-(one process, `sft.output=mesh/data/qwen3_tiny`).
+
+It reads the configuration of the GRPO run that it prepares, with three differences. It takes
+sft.steps steps of sft.batch_size examples at learning rate sft.lr, not `steps` of `num_prompts` at
+trainer.lr (the other trainer.* keys hold). It starts from random weights: model.path, where it is
+set, gives shape and tokenizer, and its weights are not read. There is no reference model. A word of
+the command line that cannot be obeyed for that reason is refused.
+
+The cross entropy is that of the policy at generator.temperature, so that rollouts drawn at this
+temperature have the probabilities that were taught.
+
+Left out: starting from a checkpoint, epochs, learning-rate decay, packing by length; the warm start
+of a small task needs none of them. It also made the checkpoint that ships with the package (one
+process, `sft.output=mesh/data/qwen3_tiny`, and `model.path=null` where there was none yet).
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
-from mesh.batch import Leaf, PackedBatch, assign, leaves
-from mesh.cli import to_yaml
-from mesh.conf import Conf
+from mesh.batch import PackedBatch, assign, leaves
+from mesh.cli import read_words, to_yaml
+from mesh.conf import Conf, resolve_path
 from mesh.evaluate import evaluate
+from mesh.keys import problem, refuse, value_of
 from mesh.metrics import MetricsLogger
 from mesh.phases import Phases, phase_metrics
 from mesh.program import Parts, Program, assemble, check, launch, read_command, save_model, sync
 from mesh.run import create_run_dir
+from mesh.tasks import drawn
 from mesh.types import Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+# what to do instead of setting a key that `supervised` sets
+INSTEAD = {
+    "steps": "set sft.steps",
+    "trainer.lr": "set sft.lr",
+    "kl_coef": "leave it out, there is no reference model",
+    "model.init": "leave it out, the weights start random",
+}
 
 
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
-    conf = supervised(conf)
     with launch(conf) as process:
+        conf = supervised(conf, argv)
         parts = check(conf, process.world_size)
+        examples(conf, parts, step=0)  # what does not fit is refused before anything is built
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(conf, process, parts)
         phases = Phases(process.device)
-        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps) as logger:
+        words = asdict(conf)
+        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
             for step in range(conf.steps):
                 with phases("train"):
                     metrics = train_step(conf, program, step)
@@ -47,40 +69,74 @@ def main(argv: list[str]) -> None:
                     sync(program)
                     metrics |= evaluate(conf, program.generator, parts.task, process.cpu_group)
                 logger.log(step + 1, metrics)
-            save_model(conf, program, Path(conf.sft.output or run_dir / "model"))
+                if process.should_stop():
+                    break
+            output = conf.sft.output
+            save_model(conf, program, resolve_path(output) if output else run_dir / "model")
 
 
-def supervised(conf: Conf) -> Conf:
-    """The configuration with the supervised steps and learning rate, from random weights."""
-    conf.trainer.lr, conf.steps, conf.kl_coef = conf.sft.lr, conf.sft.steps, 0.0
-    conf.model.path, conf.model.init = None, "random"
+def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
+    """The configuration with the supervised steps and learning rate, from random weights.
+
+    Raises ValueError that lists the words of the command line `argv` which this overrules.
+    """
+    words, _ = read_words(list(argv))
+    typed = {word.name: value_of(conf, word.name) for word in words if word.name in INSTEAD}
+    conf.steps, conf.trainer.lr, conf.kl_coef = conf.sft.steps, conf.sft.lr, 0.0
+    conf.model.init = "random"
+    overruled = [name for name in typed if typed[name] != value_of(conf, name)]
+    wrong = "recipes/sft.py does not read it"
+    refuse([problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled])
     return conf
 
 
 def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
     """Cross entropy of the solutions of one batch of training prompts, and one update."""
     trainer = program.trainer
-    prompts = program.parts.task.train_prompts(step, conf.sft.batch_size)
-    owned = assign(range(len(prompts)), trainer.dp)
-    shares = [examples(program.parts, [prompts[i] for i in ids]) for ids in owned]
+    rollouts = examples(conf, program.parts, step)
+    ones_R = torch.ones(len(rollouts))
+    batch = leaves(rollouts, ones_R, ones_R)
+    shares = [[batch[i] for i in ids] for ids in assign(range(len(batch)), trainer.dp)]
     counts = [[leaf.num_tokens for leaf in share] for share in shares]
-    tokens = sum(len(r.tokens) for share in shares for leaf in share for r in leaf.rollouts)
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)
     trainer.accumulate(shares[trainer.dp_rank or 0], counts, cross_entropy)
     metrics = trainer.update(normaliser=tokens, tokens=tokens)
     return {name: value for name, value in metrics.items() if not name.startswith(OF_A_GENERATOR)}
 
 
-def examples(parts: Parts, prompts: list[Prompt]) -> list[Leaf]:
-    """A leaf per prompt: the prompt, then its solution and the end-of-sequence token."""
-    rollouts = []
-    for prompt in prompts:
-        question = tuple(parts.tokenizer.encode(prompt.text))
-        answer = tuple(parts.tokenizer.encode(parts.task.solution(prompt)))
-        tokens = (*answer, parts.tokenizer.eos_ids[0])
-        unknown = (0.0,) * len(tokens)
-        rollouts.append(Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop"))
-    ones_R = torch.ones(len(rollouts))
-    return leaves(rollouts, ones_R, ones_R)
+def examples(conf: Conf, parts: Parts, step: int) -> list[Rollout]:
+    """A rollout per prompt of a step: its solution and the end-of-sequence token.
+
+    Raises ValueError where the longest of them does not fit into the context.
+    """
+    num = conf.sft.batch_size
+    prompts = drawn(parts.task.train_prompts(step, num), num, "train_prompts")
+    rollouts = [example(parts, prompt) for prompt in prompts]
+    refuse(length_problems(conf, prompts, rollouts))
+    return rollouts
+
+
+def example(parts: Parts, prompt: Prompt) -> Rollout:
+    """What a generator would have answered that knows the solution."""
+    question = tuple(parts.tokenizer.encode(prompt.text))
+    answer = tuple(parts.tokenizer.encode(parts.task.solution(prompt)))
+    tokens = (*answer, parts.tokenizer.eos_ids[0])
+    unknown = (0.0,) * len(tokens)
+    return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
+
+
+def length_problems(
+    conf: Conf, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+) -> list[str]:
+    """The longest example, where it is longer than the context."""
+    lengths = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    length, limit = lengths[longest], conf.model.max_length
+    if length <= limit:
+        return []
+    text = prompts[longest].text[:200]
+    wrong = f"the prompt {text!r} has {length} tokens with its solution and the end of sequence"
+    return [problem("model.max_length", limit, wrong, f"use at least {length}, or shorter ones")]
 
 
 def cross_entropy(_: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,24 +1,28 @@
 """What a user can get wrong: one ValueError with key, value and remedy, before a model is built.
 
 All through the recipes' own entry: the command line is read and checked as `main` does it. Three
-cases are launched for real, two of them because a reward function is only called by a run.
+cases are launched for real, because a reward function is only called by a run.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import launch
 from safetensors.torch import load_file, save_file
 
-import mesh.model.qwen3
 from mesh.cli import load_conf
 from mesh.conf import PACKAGE_DATA
 from mesh.program import check
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.types import Prompt
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 BAD_TASK = """
@@ -40,6 +44,23 @@ class Raises(SpellBackward):
 """
 
 
+@dataclass(frozen=True)
+class FromOne(SpellBackward):
+    """Numbers its training prompts from 1."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        prompts = super().train_prompts(step, num)
+        return [replace(prompt, prompt_id=prompt.prompt_id + 1) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Short(SpellBackward):
+    """Has one held-out prompt less than it is asked for."""
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return super().eval_prompts(num - 1)
+
+
 def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
     """The message with which a start on `world_size` ranks is refused."""
     with pytest.raises(ValueError) as caught:
@@ -53,18 +74,25 @@ def lines(message: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_model_is_built(monkeypatch):
-    """Building anything fails; `check` must not come that far."""
+    """Giving a model memory fails; `check` must not come that far."""
 
     def build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built before the configuration was checked")
 
-    monkeypatch.setattr(mesh.model.qwen3.Qwen3, "__init__", build)
+    monkeypatch.setattr(torch.nn.Module, "to_empty", build)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A copy of the shipped checkpoint, to be damaged."""
     return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of model.safetensors."""
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit(model: Path, **entries: Any) -> None:
@@ -86,6 +114,22 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
     "prompt too long": (
         ["model.max_length=12", "generator.max_new_tokens=8"], 2,
         ["model.max_length=12: the prompt '", "longer than the context", "use at least 14"],
+    ),
+    "context too long": (
+        ["model.max_length=4097"], 2,
+        ["model.max_length=4097: the model's own context is 4096 tokens", "use at most 4096"],
+    ),
+    "prompts from 1": (
+        [f"task={__name__}:FromOne"], 2,
+        ["train_prompts was asked for 64", "from index 0 on with prompt_id 1, 2", "counts 0, 1"],
+    ),
+    "too few prompts": (
+        [f"task={__name__}:Short"], 2,
+        ["eval_prompts was asked for 256 prompts and gave 255; return 256"],
+    ),
+    "too few questions": (
+        ["eval.num_prompts=60", "task_args.min_length=1", "task_args.max_length=1"], 2,
+        ["eval.num_prompts=60: found only ", "ask for at most"],
     ),
     "response too long": (
         ["model.max_length=8"], 2,
@@ -138,12 +182,6 @@ def test_unknown_task_and_task_key_name_the_nearest():
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 
 
-def test_more_held_out_prompts_than_there_are():
-    message = refusal("eval.num_prompts=60", "task_args.min_length=1", "task_args.max_length=1")
-    assert message.startswith("eval.num_prompts=60: found only ")
-    assert "ask for at most" in message
-
-
 def test_several_problems_are_listed_together():
     message = refusal("model.path=/nope", "num_prompts=63", "trainer.clip_norm=inf")
     assert "clip_norm" in message  # a range is refused as soon as it is read
@@ -151,6 +189,23 @@ def test_several_problems_are_listed_together():
     assert [line.partition("=")[0] for line in found] == [
         "generator.kv_tokens", "model.path", "num_prompts",
     ]  # fmt: skip
+
+
+def test_tokenizer_task_weights_and_layout_are_in_the_same_list(model):
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    rewrite(model, lambda weights: weights.pop("model.norm.weight"))
+    words = [f"model.path={model}", "task_args.maxlength=4", "task_args.minlength=2"]
+    found = lines(refusal(*words, "num_prompts=63"))
+    starts = [
+        f"{model}/tokenizer.json is not a tokenizer",
+        "task_args.maxlength=4",
+        "task_args.minlength=2",
+        f"model.path={model}: the safetensors files lack model.norm.weight",
+        "num_prompts=63",
+    ]
+    assert len(found) == len(starts)
+    for line, start in zip(found, starts, strict=True):
+        assert line.startswith(start)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -189,7 +244,7 @@ def test_config_json_without_a_size(model):
 
 def test_vocabulary_of_another_model(model):
     edit(model, vocab_size=64)
-    (line,) = lines(refusal(f"model.path={model}"))
+    (line,) = lines(refusal(f"model.path={model}", "model.init=random"))
     assert "its ids go up to 97, the model's vocabulary up to 63" in line
     assert "use the tokenizer that belongs to the model" in line
 
@@ -223,13 +278,25 @@ def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, out
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_weight_that_is_missing_from_the_file_is_named(model):
-    """Known only where the weights are read, after the start: still a ValueError with its name."""
-    weights = load_file(model / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    result = launch("recipes/evaluate.py", 1, "conf=qwen3_tiny", f"model.path={model}", status=1)
-    assert f"model.path={model}: model.norm.weight is missing" in result.stderr
+def test_weights_that_are_missing_from_the_file_are_named(model):
+    rewrite(model, lambda weights: weights.pop("model.norm.weight"))
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert line.startswith(
+        f"model.path={model}: the safetensors files lack model.norm.weight; copy it from"
+    )
+    rewrite(model, lambda weights: [weights.pop(name) for name in sorted(weights)[:9]])
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert "lack model.embed_tokens.weight, " in line and " and 6 more; " in line
+    assert "config.json" not in line
+
+
+def test_weights_of_other_sizes_are_named(model):
+    edit(model, vocab_size=256)
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert (
+        "sizes that do not fit config.json: model.embed_tokens.weight [128, 128] instead of "
+        "[256, 128]; copy it from"
+    ) in line
 
 
 def test_generate_refuses_prompts_it_cannot_answer():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mesh.checks import check_start, conf_problems
-from mesh.conf import Conf, GeneratorConf, MeshConf, ModelConf, TrainerConf
+from mesh.conf import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, TrainerConf
 from mesh.types import ModelShape
 
 TINY = ModelShape(128, 128, 2, 4, 4, 32, 384)
@@ -159,6 +161,12 @@ def test_run_dir_that_holds_a_run(tmp_path: Path, name: str):
     ]
 
 
+def test_seed_is_at_most_what_the_random_numbers_take():
+    assert conf_problems(random_conf(seed=2**63 - 1)) == []
+    (line,) = conf_problems(random_conf(seed=2**63))
+    assert line.startswith(f"seed={2**63}: must be >= 0 and < {2**63}")
+
+
 def test_run_dir_that_is_a_file(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("")
@@ -204,14 +212,47 @@ def test_token_counts_that_leave_no_room():
     assert conf_problems(conf) == [
         "generator.max_new_tokens=100: leaves no room for a prompt in model.max_length=100; use at "
         "most 99, or raise model.max_length",
-        "trainer.microbatch_tokens=99: one sequence of model.max_length=100 does not fit; use at "
-        "least 100, or lower model.max_length",
         "generator.kv_tokens=111: in pages of 16 it does not hold one sequence of "
         "model.max_length=100; use at least 112, or 0 for the default",
+        "trainer.microbatch_tokens=99: one sequence of model.max_length=100 does not fit; use at "
+        "least 100, or lower model.max_length",
     ]
+    assert len(conf_problems(conf, training=False)) == 2  # no row is packed
     conf.trainer.microbatch_tokens = 100
     conf.generator = GeneratorConf(max_new_tokens=99, kv_tokens=112)
     assert conf_problems(conf) == []
+
+
+def test_context_longer_than_the_models_own():
+    conf = random_conf(model=ModelConf(init="random", max_length=4097))
+    shape = dataclasses.replace(TINY, max_positions=4096)
+    assert conf_problems(conf, shape) == [
+        "model.max_length=4097: the model's own context is 4096 tokens (max_position_embeddings); "
+        "use at most 4096"
+    ]
+    conf.model.max_length = 4096
+    assert conf_problems(conf, shape) == []
+
+
+def test_loggers_that_are_not_installed(monkeypatch):
+    for package in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    conf = random_conf(log=LogConf(wandb="mine"))
+    assert conf_problems(conf) == [
+        "log.wandb=mine: wandb is not installed; pip install wandb, or unset it (null)",
+        "log.tensorboard=true: tensorboard is not installed; pip install tensorboard, or set "
+        "log.tensorboard=false",
+    ]
+    assert conf_problems(conf, training=False) == []
+    assert conf_problems(random_conf(log=LogConf(tensorboard=False))) == []
+
+
+def test_one_file_is_read_before_an_index_with_missing_shards(sharded: Path):
+    """As `transformers` does, and as the loader does."""
+    for shard in sharded.glob("*-of-2.safetensors"):
+        shard.unlink()
+    save_file({"a": torch.zeros(5)}, sharded / "model.safetensors")
+    assert path_problems(sharded) == []
 
 
 def test_check_start_lists_everything_together(tmp_path: Path):

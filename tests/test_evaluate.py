@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from itertools import combinations
 
 import pytest
+from launching import launch
 
-from mesh.evaluate import _sums, pass_at_k
-from mesh.types import Rollout
+from mesh.cli import load_conf
+from mesh.conf import Conf, EvalConf
+from mesh.evaluate import _sums, held_out_prompts, pass_at_k
+from mesh.program import Parts, check, without_training
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Short(SpellBackward):
+    """Gives one prompt less than it is asked for, always."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        return super().train_prompts(step, num - 1)
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return super().eval_prompts(num - 1)
+
+
+@dataclass(frozen=True)
+class ShortTraining(Short):
+    """The same, of training prompts alone."""
+
+    eval_prompts = SpellBackward.eval_prompts
+
+
+def generating(*words: str, held_out: bool = True) -> Parts:
+    """A start on 3 ranks of a program that does not train."""
+    conf = without_training(load_conf(["conf=qwen3_tiny", *words])[1])
+    return check(conf, 3, training=False, held_out=held_out)
 
 
 @pytest.mark.parametrize("num_samples", range(1, 7))
@@ -35,3 +66,33 @@ def test_sums_by_hand():
     rollouts = [rollout(p, g, rewards[p][g]) for p in rewards for g in range(2)]
     assert _sums(rollouts, 2, [1, 2]) == [0 + 0.5 + 1, 0 + 1 + 1, 3]
     assert _sums([], 2, [1, 2]) == [0, 0, 0]
+
+
+def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():
+    conf = Conf(eval=EvalConf(num_prompts=5))
+    assert held_out_prompts(conf, SpellBackward(0)) == SpellBackward(0).eval_prompts(5)
+    with pytest.raises(ValueError, match="eval_prompts was asked for 5 prompts and gave 4"):
+        held_out_prompts(conf, Short(0))
+
+
+def test_what_only_training_asks_does_not_keep_a_program_from_generating():
+    long = ["task_args.min_length=30", "task_args.max_length=30"]
+    generating("num_prompts=64", "trainer.microbatch_tokens=1", f"task={__name__}:ShortTraining")
+    generating(*long, f"task={__name__}:Short", held_out=False)
+    with pytest.raises(ValueError, match=r"the prompt '[a-z]{30}>' has 31 tokens"):
+        generating(*long)
+    with pytest.raises(ValueError, match="eval_prompts was asked for 256 prompts and gave 255"):
+        generating(f"task={__name__}:Short")
+    with pytest.raises(ValueError, match="trainer.tp=3"):
+        generating("trainer.tp=3")
+
+
+def test_fewer_prompts_than_replicas_leave_one_an_empty_share(tmp_path):
+    """A replica without prompts joins in the reduction: the numbers are those of one rank."""
+    seen = []
+    for num_ranks in (1, 2):
+        output = tmp_path / f"{num_ranks}.json"
+        words = ["conf=qwen3_tiny", "eval.num_prompts=1", f"eval.output={output}"]
+        launch("recipes/evaluate.py", num_ranks, *words)
+        seen.append(json.loads(output.read_text()))
+    assert seen[0] == seen[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_qwen3 import MAX_LENGTH, Variant, load_role, packed, random_sequences, save_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mesh.conf import PACKAGE_DATA
 from mesh.model import hf
-from mesh.model.qwen3 import named_weights, shape_of_directory
+from mesh.model.qwen3 import TINY, named_weights, shape_of_directory, shape_of_flavor
 from mesh.tokenizer import CHARACTERS
 from mesh.types import ModelShape
 
@@ -24,9 +26,9 @@ def checkpoint(request, tmp_path):
     return tmp_path / "theirs", save_checkpoint(tmp_path / "theirs", request.param)
 
 
-def export(path, model, shape, eos_ids=(1,)):
+def export(path, model, shape, eos_ids=(1,), tokenizer=CHARACTERS):
     weights = named_weights(model)
-    hf.export(path, weights, shape, MAX_LENGTH, CHARACTERS, eos_ids, write=True)
+    hf.export(path, weights, shape, tokenizer, eos_ids, write=True)
 
 
 def equal_files(path, other):
@@ -68,10 +70,60 @@ def test_several_end_tokens_are_written_as_a_list(tmp_path, solo_mesh):
 
 
 def test_the_shape_comes_back_from_our_config(tmp_path, solo_mesh):
-    shape = ModelShape(96, 64, 3, 8, 2, 24, 80, rope_theta=3e4, norm_eps=1e-5, tied=False)
-    entries = hf.config_entries(shape, MAX_LENGTH, (1,))
+    shape = ModelShape(
+        96, 64, 3, 8, 2, 24, 80, rope_theta=3e4, norm_eps=1e-5, tied=False, max_positions=777
+    )
+    entries = hf.config_entries(shape, (1,))
     (tmp_path / "config.json").write_text(json.dumps(entries))
     assert shape_of_directory(tmp_path) == shape
+
+
+def test_the_models_own_context_and_generation_config_are_exported(tmp_path, solo_mesh):
+    theirs = tmp_path / "theirs"
+    save_checkpoint(theirs, TIED)
+    (theirs / "generation_config.json").write_text('{"top_k": 20}')
+    model, shape = load_role(theirs, solo_mesh)
+    shape = dataclasses.replace(shape, max_positions=5 * MAX_LENGTH)
+    export(tmp_path / "ours", model, shape, tokenizer=theirs)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 5 * MAX_LENGTH  # not what it was trained with
+    assert (tmp_path / "ours" / "generation_config.json").read_text() == '{"top_k": 20}'
+
+
+def test_an_export_that_is_cut_leaves_no_model_behind(tmp_path, solo_mesh, monkeypatch):
+    save_checkpoint(tmp_path / "theirs", TIED)
+    model, shape = load_role(tmp_path / "theirs", solo_mesh)
+
+    def cut(*_, **__):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(hf, "save_file", cut)
+        export(tmp_path / "ours", model, shape)
+    assert not (tmp_path / "ours").exists()
+    export(tmp_path / "ours", model, shape)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_an_export_replaces_the_weights_of_a_directory_that_is_there(
+    tmp_path, solo_mesh, monkeypatch
+):
+    """A sharded export over a single file: whatever is read, it is the new weights."""
+    save_checkpoint(tmp_path, Variant(3))
+    (tmp_path / "notes.txt").write_text("mine")
+    save_checkpoint(tmp_path / "other", TIED)
+    model, shape = load_role(tmp_path / "other", solo_mesh)
+    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    export(tmp_path, model, shape, tokenizer=CHARACTERS)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    again, _ = load_role(tmp_path, solo_mesh)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_shapes_of_sizes_and_of_the_shipped_checkpoint_name_their_context():
+    assert shape_of_directory(PACKAGE_DATA / "qwen3_tiny") == TINY
+    assert shape_of_flavor("0.6B").max_positions == 40960
+    assert TINY.max_positions == 4096
 
 
 def test_exports_in_shards_come_back(checkpoint, tmp_path, solo_mesh, monkeypatch):
@@ -122,7 +174,7 @@ def rewrite(path, change):
 def test_a_missing_weight_is_named(tmp_path, solo_mesh, name):
     save_checkpoint(tmp_path, UNTIED)
     rewrite(tmp_path, lambda tensors: tensors.pop(name))
-    with pytest.raises(ValueError, match=f"{name} is missing"):
+    with pytest.raises(ValueError, match=f"the safetensors files lack {name};"):
         load_role(tmp_path, solo_mesh)
 
 
@@ -134,7 +186,8 @@ def test_a_missing_weight_is_named(tmp_path, solo_mesh, name):
 def test_a_weight_of_another_shape_is_named(tmp_path, solo_mesh, change):
     save_checkpoint(tmp_path, UNTIED)
     rewrite(tmp_path, lambda t: t.update({WQ: change(t[WQ]).contiguous()}))
-    with pytest.raises(ValueError, match=f"{WQ} has shape .*does not fit config.json"):
+    sizes = rf"{WQ} \[[\d, ]+\] instead of \[96, 64\];"
+    with pytest.raises(ValueError, match=f"sizes that do not fit config.json: {sizes}"):
         load_role(tmp_path, solo_mesh)
 
 
@@ -159,12 +212,14 @@ def test_configs_of_models_that_we_cannot_run_are_refused(tmp_path, case):
 
 
 def test_entries_left_out_of_a_config_have_the_defaults_of_transformers(tmp_path):
-    entries = hf.config_entries(ModelShape(96, 64, 2, 4, 2, 16, 80), MAX_LENGTH, (1,))
-    optional = ("rope_theta", "head_dim", "rms_norm_eps", "attention_bias", "tie_word_embeddings")
+    entries = hf.config_entries(ModelShape(96, 64, 2, 4, 2, 16, 80), (1,))
+    optional = ("rope_theta", "head_dim", "rms_norm_eps", "attention_bias", "tie_word_embeddings",
+                "max_position_embeddings")  # fmt: skip
     kept = {name: value for name, value in entries.items() if name not in optional}
     (tmp_path / "config.json").write_text(json.dumps(kept))
     shape, theirs = shape_of_directory(tmp_path), AutoConfig.from_pretrained(tmp_path)
     assert shape.tied == theirs.tie_word_embeddings
     assert shape.head_dim == theirs.head_dim
     assert shape.norm_eps == theirs.rms_norm_eps
+    assert shape.max_positions == theirs.max_position_embeddings
     assert shape.rope_theta == theirs.rope_parameters["rope_theta"]

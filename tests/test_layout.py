@@ -11,7 +11,6 @@ from mesh.conf import Conf, GeneratorConf, MeshConf, TrainerConf
 from mesh.layout import (
     Layout,
     Parallelism,
-    check_layout,
     layout_problems,
     plan_layout,
     resolve_device,
@@ -182,14 +181,19 @@ OTHER = "or start another number of processes"
 )
 def test_a_layout_that_does_not_fit_is_refused(conf: Conf, world: int, lines: list[str]):
     assert layout_problems(conf, world, TINY) == lines
-    with pytest.raises(ValueError) as caught:
-        check_layout(conf, world, TINY)
-    assert str(caught.value).splitlines()[1:] == [f"- {line}" for line in lines]
 
 
 def test_a_layout_that_fits_has_no_problems():
     assert layout_problems(conf_of("split", (1, 2, 1), (None, 2)), 4, TINY) == []
-    check_layout(conf_of("colocated", (1, None, 4), (None, 2)), 4, TINY)
+    assert layout_problems(conf_of("colocated", (1, None, 4), (None, 2)), 4, TINY) == []
+
+
+def test_without_training_a_batch_need_not_divide_but_a_layout_must_fit():
+    conf = conf_of("colocated", num_prompts=64)
+    assert len(layout_problems(conf, 3, TINY)) == 1
+    assert layout_problems(conf, 3, TINY, training=False) == []
+    (line,) = layout_problems(conf_of("split"), 1, TINY, training=False)
+    assert line.startswith("mesh.mode=split: a world of 1")
 
 
 def test_without_a_shape_only_the_model_is_left_out():

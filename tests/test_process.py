@@ -165,6 +165,29 @@ def test_step_is_abandoned_before_torchrun_kills(tmp_path):
     assert 1.5 < seconds < 6
 
 
+@pytest.mark.parametrize("num_ranks", [0, 2])
+def test_program_that_never_asks_ends_at_the_first_ctrl_c(tmp_path, num_ranks):
+    launch = Launch("never-ask", num_ranks, tmp_path)
+    launch.wait_until_running()
+    launch.press_ctrl_c()
+    status, _, err, seconds = launch.finish(max(num_ranks, 1))
+    assert status != 0
+    assert err.count("stopped: ended at once; the run lies in runs/example") == 1
+    assert STOPPING not in err
+    assert seconds < 10
+
+
+def test_what_follows_the_stop_has_the_time_that_torchrun_gives(tmp_path):
+    """The patience for a step ends here 2 s after Ctrl-C, the export takes 4 s, torchrun's is 7."""
+    launch = Launch("export", 2, tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7")
+    launch.wait_until_running()
+    launch.press_ctrl_c()
+    _, out, err, _ = launch.finish(2)
+    assert sorted(out.splitlines()) == ["rank 0 saved", "rank 1 saved"]
+    assert f"{STOPPING}; torchrun kills what then still runs after TORCH_ELASTIC" in err
+    assert "stopped:" not in err
+
+
 def test_ranks_do_not_outlive_torchrun(tmp_path):
     launch = Launch("train-slowly", 2, tmp_path)
     launch.wait_until_running()

@@ -6,6 +6,7 @@ Each launch costs seconds, so a run is made once and looked at by several tests.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -226,6 +227,51 @@ def test_supervised_steps_lower_the_cross_entropy(tmp_path):
     others = {"logprob_diff/max", "ratio/max", "clip_fraction", "digest/weights"}
     assert not any(line.keys() & others for line in made.metrics)
     AutoModelForCausalLM.from_pretrained(made.path / "model")
+
+
+def sft_refusal(path, *words: str) -> list[str]:
+    """The lines of a refused warm start, which leaves no run directory behind."""
+    words = ("conf=qwen3_tiny", *words, f"run_dir={path / 'run'}")
+    result = launch("recipes/sft.py", 1, *words, status=1)
+    assert not (path / "run").exists()
+    lines = [line.removeprefix("[rank0]: ") for line in result.stderr.splitlines()]
+    return [line for line in lines if line.startswith("- ")]
+
+
+def test_supervised_refuses_words_that_it_does_not_obey(tmp_path):
+    words = ["steps=7", "trainer.lr=5", "kl_coef=0.1", "model.init=checkpoint", "seed=3"]
+    assert sft_refusal(tmp_path, *words, "trainer.warmup_steps=2") == [
+        "- steps=7: recipes/sft.py does not read it; set sft.steps",
+        "- trainer.lr=5.0: recipes/sft.py does not read it; set sft.lr",
+        "- kl_coef=0.1: recipes/sft.py does not read it; leave it out, there is no reference model",
+        "- model.init=checkpoint: recipes/sft.py does not read it; leave it out, the weights start "
+        "random",
+    ]
+    (line,) = sft_refusal(tmp_path, "model.path=/nope", "sft.steps=7")
+    assert line.startswith("- model.path=/nope: no such directory")
+
+
+def test_supervised_example_longer_than_the_context_is_refused(tmp_path):
+    words = ["generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5"]
+    (line,) = sft_refusal(tmp_path, *words, "model.max_length=11")
+    assert re.fullmatch(
+        r"- model.max_length=11: the prompt '[a-z]{5}>' has 12 tokens with its solution and the "
+        "end of sequence; use at least 12, or shorter ones",
+        line,
+    )
+    words += ["model.max_length=12", "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+    made = run("recipes/sft.py", tmp_path / "fits", 1, "conf=qwen3_tiny", *words)
+    assert made.metrics[0]["tokens/trained"] == 4 * 6
+
+
+def test_supervised_needs_no_directory_for_shape_and_tokenizer(tmp_path):
+    """As when the shipped checkpoint is made for the first time: from its flavor, the same bits."""
+    words = ["sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+    path = tmp_path / "sft"
+    shipped = run("recipes/sft.py", path / "path", 1, "conf=qwen3_tiny", *words)
+    flavor = run("recipes/sft.py", path / "flavor", 1, "conf=qwen3_tiny", "model.path=null", *words)
+    for item in (shipped.path / "model").iterdir():
+        assert item.read_bytes() == (flavor.path / "model" / item.name).read_bytes()
 
 
 def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):

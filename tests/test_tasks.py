@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.tasks import load_task, score_all
-from mesh.tasks.draw import is_held_out
+from mesh.tasks import drawn, load_task, score_all
+from mesh.tasks.draw import is_held_out, training_prompts
 from mesh.types import Prompt
 
 NAMES = ("spell_backward", "arithmetic")
@@ -117,6 +117,41 @@ def test_too_few_held_out_questions_is_an_error():
 def test_a_small_task_still_has_training_questions():
     task = load_task("spell_backward", 0, {"min_length": 1, "max_length": 1})
     assert len({prompt.text for prompt in task.train_prompts(0, 500)}) > 15
+
+
+def test_a_task_whose_every_question_is_held_out_is_refused():
+    text = next(f"{number}?" for number in range(1000) if is_held_out(f"{number}?"))
+    with pytest.raises(ValueError, match=r"task_args: .* no question to train on.*widen the task"):
+        training_prompts(lambda prompt_id, _: Prompt(prompt_id, text, ""), 0, 0, 1)
+
+
+def numbered(*ids: int) -> list[Prompt]:
+    return [Prompt(i, f"{i}?", "") for i in ids]
+
+
+def test_prompts_numbered_from_zero_pass_as_they_are():
+    assert drawn(numbered(0, 1, 2), 3, "train_prompts") == numbered(0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [
+        ((0, 1), "gave 2; return 3"),
+        ((), "gave 0; return 3"),
+        ((1, 2, 3), "gave 3, from index 0 on with prompt_id 1, 2, 3; return 3"),
+        ((0, 2, 1), "gave 3, from index 1 on with prompt_id 2, 1; return 3"),
+        ((0, 1, 1), "gave 3, from index 2 on with prompt_id 1; return 3"),
+        (range(9), "gave 9; return 3"),
+        (range(-9, 0), "gave 9, from index 0 on with prompt_id -9, -8, -7, -6; return 3"),
+    ],
+)
+def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
+    with pytest.raises(ValueError) as caught:
+        drawn(numbered(*ids), 3, "train_prompts")
+    assert str(caught.value) == (
+        f"the task's train_prompts was asked for 3 prompts and {got} whose prompt_id counts "
+        "0, 1, 2, ... in order"
+    )
 
 
 def test_spell_backward_asks_for_the_reversed_word():

@@ -20,9 +20,11 @@ from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
 from mesh.reshard import Block
 from mesh.types import ModelShape
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-TOKENIZER_FILES = (
+COPIED_FILES = (
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,14 +43,79 @@ def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
     return theirs
 
 
-def weight_files(path: Path) -> dict[str, Path]:
-    """The file that holds each weight of a directory, by Hugging Face's names."""
-    if (path / INDEX).exists():
-        entries = json.loads((path / INDEX).read_text())["weight_map"]
-        return {name: path / file for name, file in entries.items()}
-    file = path / "model.safetensors"
-    with safe_open(file, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), file)
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory: the single one if it is there, as in `transformers`,
+    else all that the index names. Raises ValueError where there is neither.
+    """
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if not (path / INDEX).is_file():
+        raise ValueError(f"neither {SINGLE} nor {INDEX} is there")
+    try:
+        files = json.loads((path / INDEX).read_text())["weight_map"].values()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{INDEX} has no weight_map") from error
+    return [path / name for name in sorted({str(file) for file in files})]
+
+
+def header_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """The size of every tensor in a safetensors file.
+
+    Raises ValueError where it is missing, or not as long as its own header says. Its form: 8 bytes
+    of little-endian header length, a JSON header with each tensor's `data_offsets`, then the data
+    (https://huggingface.co/docs/safetensors, "Format").
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        text = handle.read(length) if 8 + length <= size else b""
+    try:
+        tensors = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        end = max((item["data_offsets"][1] for item in tensors.values()), default=0)
+        shapes = {name: tuple(item["shape"]) for name, item in tensors.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file.name} is not a safetensors file, or was cut short") from error
+    if size != 8 + length + end:
+        raise ValueError(f"{file.name} has {size} bytes instead of {8 + length + end}")
+    return shapes
+
+
+def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
+    """Weight files of a directory that are missing or damaged; where all are whole, which weights
+    of a model of `shape` they lack or have in another size. `shape` None leaves that out.
+    """
+    stored: dict[str, tuple[int, ...]] = {}
+    wrong = []
+    try:
+        files = weight_files(path)
+    except ValueError as error:
+        return [str(error)]
+    for file in files:
+        try:
+            stored |= header_of(file)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong if wrong or shape is None else _misfits(stored, shape)
+
+
+def _misfits(stored: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[str]:
+    sizes = whole_sizes(shape)
+    expected = {name: sizes[ours] for ours, name in hf_names(list(sizes), shape).items()}
+    missing = [name for name in expected if name not in stored]
+    other = [
+        f"{name} {list(stored[name])} instead of {list(size)}"
+        for name, size in expected.items()
+        if stored.get(name, size) != size
+    ]
+    found = [f"the safetensors files lack {_some(missing)}"] if missing else []
+    return found + ([f"sizes that do not fit config.json: {_some(other)}"] if other else [])
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return ", ".join(items[:4]) + more
 
 
 @torch.no_grad()
@@ -61,30 +128,19 @@ def load_weights(
     """Copy this rank's blocks of the weights in `path` into `tensors`, in their dtype.
 
     tensors: local shards by torchtitan's names; blocks: where each lies in its weight (None: this
-    rank has nothing of it). Raises ValueError naming the weight that is missing or misshapen.
+    rank has nothing of it). Raises ValueError that lists the weights that are missing or misshapen.
     """
-    files = weight_files(path)
+    wrong = weight_problems(path, shape)
+    if wrong:
+        raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a whole checkpoint")
     theirs = hf_names(list(tensors), shape)
-    sizes = whole_sizes(shape)
-    by_file: dict[Path, list[str]] = {}
-    for name in tensors:
-        if theirs[name] not in files:
-            raise ValueError(
-                f"model.path={path}: {theirs[name]} is missing from the safetensors files; "
-                "use a complete checkpoint of this architecture"
-            )
-        by_file.setdefault(files[theirs[name]], []).append(name)
-    for file, names in by_file.items():
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as handle:
-            for name in names:
-                stored, block = handle.get_slice(theirs[name]), blocks[name]
-                if tuple(stored.get_shape()) != sizes[name]:
-                    raise ValueError(
-                        f"{file}: {theirs[name]} has shape {stored.get_shape()}, which does not "
-                        f"fit config.json ({list(sizes[name])}); use both of one model"
-                    )
-                if block is not None and tensors[name].numel():
-                    tensors[name].copy_(stored[block.slices])
+            held = set(handle.keys())
+            for name in tensors:
+                block = blocks[name]
+                if theirs[name] in held and block is not None and tensors[name].numel():
+                    tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])
 
 
 def whole_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -94,9 +150,7 @@ def whole_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
-def config_entries(
-    shape: ModelShape, max_length: int, eos_ids: tuple[int, ...]
-) -> dict[str, object]:
+def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
     """The `config.json` from which `transformers` builds a model of this shape."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -111,7 +165,7 @@ def config_entries(
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied,
-        "max_position_embeddings": max_length,
+        "max_position_embeddings": shape.max_positions,
         "hidden_act": "silu",
         "attention_bias": False,
         "eos_token_id": list(eos_ids) if len(eos_ids) != 1 else eos_ids[0],
@@ -171,7 +225,7 @@ def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> P
 def _name_shards(path: Path, files: list[Path], placed: dict[str, int]) -> None:
     """Hugging Face's file names say how many shards there are, known only now."""
     if len(files) == 1:
-        files[0].rename(path / "model.safetensors")
+        files[0].rename(path / SINGLE)
         return
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     total = sum(file.stat().st_size for file in files)
@@ -188,20 +242,38 @@ def export(
     path: Path,
     weights: Mapping[str, torch.Tensor],
     shape: ModelShape,
-    max_length: int,
     tokenizer: Path,
     eos_ids: tuple[int, ...],
     write: bool,
 ) -> None:
     """A Hugging Face directory that `transformers` loads: weights, config.json, tokenizer files.
 
-    `tokenizer`: the directory whose tokenizer files are copied. A collective as `save_weights`.
+    `tokenizer`: the directory whose tokenizer files and generation_config.json are copied. A
+    collective as `save_weights`. What is cut short leaves a directory `path`.partial behind and
+    `path` as it was.
     """
+    partial = path.with_name(path.name + ".partial")
     if write:
-        path.mkdir(parents=True, exist_ok=True)
-        entries = config_entries(shape, max_length, eos_ids)
-        (path / "config.json").write_text(json.dumps(entries, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists() and tokenizer.resolve() != path.resolve():
-                shutil.copyfile(tokenizer / name, path / name)
-    save_weights(path, weights, shape, write)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(
+            json.dumps(config_entries(shape, eos_ids), indent=2) + "\n"
+        )
+        for name in COPIED_FILES:
+            if (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, partial / name)
+    save_weights(partial, weights, shape, write)
+    if write:
+        _put_in_place(partial, path)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Into a directory that is there already the files go one by one: it may hold others."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    for name in (SINGLE, INDEX):  # which of them is there decides what is read
+        (path / name).unlink(missing_ok=True)
+    for file in partial.iterdir():
+        file.replace(path / file.name)
+    partial.rmdir()

@@ -40,7 +40,14 @@ from mesh.model.parallel import apply_tp
 from mesh.types import ModelShape
 
 TINY = ModelShape(
-    vocab_size=128, dim=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=384
+    vocab_size=128,
+    dim=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    ffn_dim=384,
+    max_positions=4096,
 )
 
 
@@ -107,6 +114,7 @@ def shape_of_flavor(flavor: str) -> ModelShape:
         rope_theta=attention.rope.theta,
         norm_eps=config.norm.eps,
         tied=config.enable_weight_tying,
+        max_positions=attention.rope.max_seq_len,
     )
 
 
@@ -162,6 +170,7 @@ def shape_of_directory(path: Path) -> ModelShape:
         rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 1e4),
         norm_eps=entries.get("rms_norm_eps", 1e-6),
         tied=entries.get("tie_word_embeddings", False),
+        max_positions=entries.get("max_position_embeddings") or 32768,
     )
 
 

@@ -61,6 +61,25 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     return task_class(seed=seed, **args)
 
 
+def drawn(prompts: Sequence[Prompt], num: int, what: str) -> list[Prompt]:
+    """`prompts`, if they are numbered 0..num-1 in order, as the `num` that were asked for.
+
+    what: the task's method that gave them. Raises ValueError otherwise: ranks share prompts out by
+    their ids, so other ids would leave ranks waiting for each other, and fewer prompts would be
+    trained on unnoticed.
+    """
+    ids = [prompt.prompt_id for prompt in prompts]
+    if ids == list(range(num)):
+        return list(prompts)
+    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != i), len(ids))
+    shown = ", ".join(map(str, ids[start : start + 4]))
+    numbered = f", from index {start} on with prompt_id {shown}" if shown else ""
+    raise ValueError(
+        f"the task's {what} was asked for {num} prompts and gave {len(ids)}{numbered}; "
+        f"return {num} whose prompt_id counts 0, 1, 2, ... in order"
+    )
+
+
 def score_all(task: Task, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """One reward per response; `prompts[i]` is what `responses[i]` answers.
 

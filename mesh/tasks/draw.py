@@ -19,10 +19,14 @@ Draw = Callable[[int, random.Random], Prompt]
 """Makes the prompt with this prompt_id from these random numbers."""
 
 HELD_OUT_ONE_IN = 8
+MOST_DRAWS = 1000
 
 
 def training_prompts(draw: Draw, seed: int, step: int, num: int) -> list[Prompt]:
-    """The `num` training prompts of a step; a question may come up twice."""
+    """The `num` training prompts of a step; a question may come up twice.
+
+    Raises ValueError where every question seems to be held out.
+    """
     return [_training_prompt(draw, seed, step, index) for index in range(num)]
 
 
@@ -52,11 +56,16 @@ def is_held_out(question: str) -> bool:
 
 
 def _training_prompt(draw: Draw, seed: int, step: int, index: int) -> Prompt:
+    """ValueError where `MOST_DRAWS` draws give held-out questions alone."""
     numbers = _counter_random("train", seed, step, index)
-    prompt = draw(index, numbers)
-    while is_held_out(prompt.text):
+    for _ in range(MOST_DRAWS):
         prompt = draw(index, numbers)
-    return prompt
+        if not is_held_out(prompt.text):
+            return prompt
+    raise ValueError(
+        f"task_args: {MOST_DRAWS} draws gave no question to train on, all are held out for "
+        f"evaluation, e.g. {prompt.text!r}; widen the task with task_args"
+    )
 
 
 def _counter_random(*counter: int | str) -> random.Random:

@@ -99,7 +99,7 @@ def train(root: Path, case: str) -> dict:
     seen = {"loaded": whole(trainer.parameters())}
     write = dist.get_rank() == 0
     tokenizer = root  # has no tokenizer files
-    export(root / "exports" / case, trainer.parameters(), shape, MAX_LENGTH, tokenizer, (1,), write)
+    export(root / "exports" / case, trainer.parameters(), shape, tokenizer, (1,), write)
     with torch.no_grad():
         seen["scores"] = tuple(packed(SEQUENCES).scores(trainer.model, TEMPERATURE))
     by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]

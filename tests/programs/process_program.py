@@ -76,6 +76,25 @@ def train(process: Process) -> None:
 
 def train_slowly(process: Process) -> None:
     process.guard.run_dir = "runs/example"
+    process.should_stop()
+    if process.rank == 0:
+        say("running")
+    in_compute(process)
+
+
+def export(process: Process) -> None:
+    """Stops when asked to, and then needs longer than a step may."""
+    process.should_stop()
+    if process.rank == 0:
+        say("running")
+    while not process.should_stop():
+        time.sleep(0.05)
+    time.sleep(4)
+    say(f"rank {process.rank} saved")
+
+
+def never_ask(process: Process) -> None:
+    process.guard.run_dir = "runs/example"
     if process.rank == 0:
         say("running")
     in_compute(process)
@@ -102,6 +121,8 @@ WHAT = {
     "all-fail": all_fail,
     "train": train,
     "train-slowly": train_slowly,
+    "export": export,
+    "never-ask": never_ask,
     "finish": finish,
 }
 
@@ -109,5 +130,5 @@ WHAT = {
 if __name__ == "__main__":
     with start(device="cpu", timeout_seconds=120) as process:
         Path(sys.argv[2], str(os.getpid())).touch()
-        process.should_stop()  # a barrier: every rank has its signal handlers
+        process.gather(None)  # a barrier: every rank has its signal handlers
         WHAT[sys.argv[1]](process)
