@@ -15,11 +15,11 @@ from mesh.engine.cache import num_pages
 from mesh.engine.native import EngineSettings, NativeEngine
 from mesh.exchange import replica_of
 from mesh.layout import Meshes, dp_rank
+from mesh.model.layouts import role_layouts
 from mesh.model.qwen3 import build_model
 from mesh.reshard import ParamLayout
 from mesh.tasks import Task, score_all
 from mesh.tokenizer import Tokenizer
-from mesh.trainer import role_layouts
 from mesh.types import (
     CPU_PAGE,
     CUDA_PAGE,

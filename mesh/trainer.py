@@ -23,9 +23,10 @@ from mesh.loss import TokenStats, kl_T, loss_sum, merge, stats_metrics, token_st
 from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
 from mesh.model.init import random_weights
+from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.parallel import tp_dims
-from mesh.model.qwen3 import Qwen3, build_model, model_config, named_weights
-from mesh.reshard import Block, ParamLayout, layouts_of
+from mesh.model.qwen3 import Qwen3, build_model, named_weights
+from mesh.reshard import Block
 from mesh.types import ModelShape
 
 Objective = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -37,26 +38,6 @@ class Start:
 
     path: Path | None
     seed: int
-
-
-def role_layouts(
-    shape: ModelShape, max_length: int, grid: torch.Tensor, fsdp: bool
-) -> list[ParamLayout]:
-    """The layouts of every weight and buffer of a role on ranks `grid[dp_replicate, dp_shard, tp]`.
-
-    Pure: every rank knows both roles' layouts, also of the role it has no part in.
-    """
-    with torch.device("meta"):
-        model = Qwen3(model_config(shape, max_length))
-    buffers = dict(model.named_buffers())
-    shapes = {name: tuple(x.shape) for name, x in {**named_weights(model), **buffers}.items()}
-    return layouts_of(shapes, tp_dims(model), grid.numpy(), fsdp, buffers=buffers)
-
-
-def weight_names(shape: ModelShape) -> set[str]:
-    """The names of all weights, without buffers; a tied weight has two."""
-    with torch.device("meta"):
-        return set(named_weights(Qwen3(model_config(shape, 1))))
 
 
 def lr_at(step: int, peak: float, warmup_steps: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -268,7 +269,9 @@ def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, out
     (tmp_path / "bad_task.py").write_text(BAD_TASK)
     words = ["conf=qwen3_tiny", f"task=bad_task:{name}", "num_prompts=4", "eval.num_prompts=4"]
     words += [f"run_dir={tmp_path / 'run'}", "log.tensorboard=false"]
+    began = time.monotonic()
     result = launch("recipes/grpo.py", num_ranks, *words, status=1, path=tmp_path)
+    assert time.monotonic() - began < 60, "start-up, one step, and at most 30 s to end"
     message = result.stderr[result.stderr.index("ValueError: the score function of ") :]
     first, prompt, response, answer, remedy = message.splitlines()[:5]
     assert first.startswith(f"ValueError: the score function of {name}(") and outcome in first

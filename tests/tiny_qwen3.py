@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from mesh.holdings import local_tensors
 from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
+from mesh.model.layouts import role_layouts
 from mesh.model.qwen3 import Qwen3, build_model, named_weights, shape_of_directory
-from mesh.trainer import role_layouts
 from mesh.types import ModelShape
 
 if TYPE_CHECKING:

@@ -1,0 +1,30 @@
+"""Which rank holds which part of every weight; every rank knows it of both roles."""
+
+from __future__ import annotations
+
+import torch
+
+from mesh.model.parallel import tp_dims
+from mesh.model.qwen3 import Qwen3, model_config, named_weights
+from mesh.reshard import ParamLayout, layouts_of
+from mesh.types import ModelShape
+
+
+def role_layouts(
+    shape: ModelShape, max_length: int, grid: torch.Tensor, fsdp: bool
+) -> list[ParamLayout]:
+    """The layouts of every weight and buffer of a role on ranks `grid[dp_replicate, dp_shard, tp]`.
+
+    Pure: every rank knows both roles' layouts, also of the role it has no part in.
+    """
+    with torch.device("meta"):
+        model = Qwen3(model_config(shape, max_length))
+    buffers = dict(model.named_buffers())
+    shapes = {name: tuple(x.shape) for name, x in {**named_weights(model), **buffers}.items()}
+    return layouts_of(shapes, tp_dims(model), grid.numpy(), fsdp, buffers=buffers)
+
+
+def weight_names(shape: ModelShape) -> set[str]:
+    """The names of all weights, without buffers; a tied weight has two."""
+    with torch.device("meta"):
+        return set(named_weights(Qwen3(model_config(shape, 1))))
