@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 REPOSITORY = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -66,3 +68,21 @@ def run(recipe: str, path: Path, num_ranks: int, *words: str) -> Run:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def greedy(path, texts: list[str], max_new_tokens: int = 8) -> list[str]:
+    """What `transformers` answers, a prompt at a time."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
+    answers = []
+    for text in texts:
+        prompt = tokenizer(text, return_tensors="pt")
+        output = model.generate(
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = output[0, prompt["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
