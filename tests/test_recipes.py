@@ -145,6 +145,11 @@ def test_first_update_is_the_same_to_rounding_on_any_layout_and_number_of_waves(
     assert other[2]["entropy"] == pytest.approx(alone[2]["entropy"], rel=1e-3)
 
 
+def test_control_without_the_invariant_switch_logprobs_differ(runs):
+    """The layout of `test_invariant`'s run whose tensor parallelism differs, there exactly 0."""
+    assert all(line["logprob_diff/max"] > 0 for line in runs("split_tp").metrics[1:])
+
+
 def test_dropped_groups_are_not_trained_on_and_the_kl_starts_at_zero(runs):
     first, second = runs("split_tp").metrics[1:]
     assert first["kl"] < 1e-9 < second["kl"]

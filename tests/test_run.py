@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_writes_config_and_environment(process: Process, tmp_path, monkeypatch):
     assert environment["packages"].keys() >= {"torch", "torchtitan", "transformers", "omegaconf"}
     assert environment["world_size"] == 1
     assert [(rank["rank"], bool(rank["device"])) for rank in environment["ranks"]] == [(0, True)]
-    assert "pytest" in environment["command"]
+    assert sys.argv[0] in environment["command"]
     assert process.guard.run_dir == str(path)
 
 
