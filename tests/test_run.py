@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_writes_config_and_environment(process: Process, tmp_path, monkeypatch):
     assert environment["packages"].keys() >= {"torch", "torchtitan", "transformers", "omegaconf"}
     assert environment["world_size"] == 1
     assert [(rank["rank"], bool(rank["device"])) for rank in environment["ranks"]] == [(0, True)]
-    assert sys.argv[0] in environment["command"]
+    assert environment["command"] == shlex.join(sys.orig_argv)
     assert process.guard.run_dir == str(path)
 
 
