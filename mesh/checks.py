@@ -51,24 +51,27 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
 
 def training_problems(conf: Conf) -> list[str]:
     """What a program that trains asks beyond one that only generates."""
-    return [*microbatch_problems(conf), *run_dir_problems(conf), *log_problems(conf)]
+    return [
+        *strict_problems(conf),
+        *sequence_problems(conf),
+        *microbatch_problems(conf),
+        *run_dir_problems(conf),
+        *log_problems(conf),
+    ]
 
 
 def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     """What cannot be exact: layouts beyond the chunks, dtypes that differ, fp32 on a GPU."""
     chunks, found = conf.invariant.chunks, []
-    if chunks & (chunks - 1):
-        wrong = "is no power of two, so its sums are no binary tree"
-        found.append(problem("invariant.chunks", chunks, wrong, "use 1, 2, 4 or 8"))
     for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
         if chunks % tp:
-            wrong = f"row-parallel layers are summed in invariant.chunks={chunks} pieces, by whole"
-            wrong += " pieces a rank"
+            wrong = f"a rank computes whole ones of the invariant.chunks={chunks} pieces into which"
+            wrong += " every layer's output features are cut"
             remedy = f"use a divisor of {chunks}, or set invariant.chunks={tp}"
             found.append(problem(name, tp, wrong, remedy))
     if shape is not None:
-        widths = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim)
-        uneven = [width for width in (*widths, shape.ffn_dim) if width % chunks]
+        heads = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim)
+        uneven = [width for width in (*heads, shape.ffn_dim, shape.dim) if width % chunks]
         if uneven:
             wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
             found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
@@ -111,6 +114,23 @@ def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         remedy = f"use at most {limit - 1}, or raise model.max_length"
         found.append(problem("generator.max_new_tokens", response, wrong, remedy))
     return found
+
+
+def strict_problems(conf: Conf) -> list[str]:
+    """Equal logprobs asked for without the kernels that give them."""
+    if conf.check is None or conf.batch_invariant:
+        return []
+    wrong = "with ordinary kernels trainer and generator round differently"
+    return [problem("check", conf.check, wrong, "set batch_invariant=true, or leave it out")]
+
+
+def sequence_problems(conf: Conf) -> list[str]:
+    """Sequence parallelism without the ranks that would share the tokens."""
+    if not conf.trainer.sequence_parallel or conf.trainer.tp > 1:
+        return []
+    wrong = f"with trainer.tp={conf.trainer.tp} there are no ranks to share the tokens"
+    remedy = "set trainer.tp=2 or more, or leave it out"
+    return [problem("trainer.sequence_parallel", True, wrong, remedy)]
 
 
 def microbatch_problems(conf: Conf) -> list[str]:

@@ -27,7 +27,7 @@ INF = float("inf")
 @dataclass
 class InvariantConf:
     chunks: int = key(
-        4, "pieces of every row-parallel sum, a power of two; bounds tensor parallelism", ge=1
+        4, "pieces of every layer's output features, whole ones a rank: bounds its tp", ge=1
     )
 
 
@@ -76,6 +76,9 @@ class TrainerConf:
     microbatch_tokens: int = key(16384, "most tokens packed into one forward [tokens]", ge=1)
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "recompute activations in the backward pass"
+    )
+    sequence_parallel: bool = key(
+        False, "between tensor-parallel layers a rank keeps only its share of the tokens"
     )
 
 
@@ -138,6 +141,18 @@ class SFTConf:
 
 
 @dataclass
+class ValidateConf:
+    steps: int = key(3, "training steps that recipes/validate.py compares", ge=1)
+    sequences: int = key(257, "sequences of the batch that it generates in many ways", ge=2)
+    layouts: Literal["all", "cover", "own"] = key(
+        "cover", "every pair of layouts of this world, each of a role's at least once, or conf's"
+    )
+    control: bool = key(
+        False, "compare the same with ordinary kernels as well, to show that it would be seen"
+    )
+
+
+@dataclass
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
@@ -176,6 +191,11 @@ class Conf:
     batch_invariant: bool = key(
         False, "bits of a token do not depend on its batch, nor on the layout"
     )
+    check: Literal["strict"] | None = key(
+        None,
+        "strict: end at the first token whose trainer and generator logprobs differ, and name the "
+        "module; all ranks wait for each other after every wave",
+    )
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
@@ -185,6 +205,7 @@ class Conf:
     eval: EvalConf = field(default_factory=EvalConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
+    validate: ValidateConf = field(default_factory=ValidateConf)
     log: LogConf = field(default_factory=LogConf)
 
 

@@ -24,6 +24,7 @@ from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
 from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
+from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import tp_dims
 from mesh.model.qwen3 import Qwen3, build_model, named_weights
 from mesh.reshard import Block
@@ -90,8 +91,9 @@ class Trainer:
         recompute = self.conf.trainer.activation_checkpointing
         fsdp = {"compute_dtype": dtype, "activation_checkpointing": recompute}
         model = build_model(
-            self.shape, self.conf.model.max_length, self.device, torch.float32, self.mesh, fsdp
-        )
+            self.shape, self.conf.model.max_length, self.device, torch.float32, self.mesh, fsdp,
+            self.conf.trainer.sequence_parallel,
+        )  # fmt: skip
         blocks = self._blocks()
         with torch.no_grad():
             tensors = local_tensors(named_weights(model))
@@ -117,42 +119,55 @@ class Trainer:
 
     def accumulate(
         self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]], objective: Objective
-    ) -> None:
-        """Forward and backward over this rank's leaves, adding to the gradients.
+    ) -> torch.Tensor:
+        """Forward and backward over this rank's leaves, adding to the gradients. Returns the
+        logprobs of all their response tokens, in the order of leaves and rollouts, fp32.
 
         objective: (loss_A, clipped_A) from a batch and its logprobs_A; token_counts: tokens of the
         leaves of every data-parallel rank, in order; all ranks derive the same number of
         microbatches from it.
         """
-        if self.model is None or self.dp_rank is None:
-            return
-        counts = [leaf.num_tokens for leaf in leaves]
-        assert counts == list(token_counts[self.dp_rank]), (
-            "these are not the leaves of the schedule"
-        )
-        microbatches = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
-        for indices in microbatches:
-            batch = pack([leaves[i] for i in indices]).to(self.device)
-            self._backward(self.model, batch, objective)
+        if self.model is None:
+            return torch.zeros(0)
+        logprobs = [
+            self._backward(self.model, pack(microbatch).to(self.device), objective)
+            for microbatch in self.microbatches(leaves, token_counts)
+        ]
         trained = sum(len(r.tokens) for leaf in leaves for r in leaf.rollouts)
         due = self._trained_due + trained
         assert int(self.stats.sums[0]) == due, (
             f"{int(self.stats.sums[0])} response tokens were trained on, {due} were due"
         )
         self._trained_due = due
+        return torch.cat([torch.zeros(0, device=self.device), *logprobs])
 
-    def _score(self, model: Qwen3, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def microbatches(
+        self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]]
+    ) -> list[list[Leaf]]:
+        """What this rank runs together of its leaves; see `accumulate`. Empty off the trainer."""
+        if self.dp_rank is None:
+            return []
+        counts = [leaf.num_tokens for leaf in leaves]
+        assert counts == list(token_counts[self.dp_rank]), (
+            "these are not the leaves of the schedule"
+        )
+        planned = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
+        return [[leaves[i] for i in indices] for indices in planned]
+
+    def score(self, model: Qwen3, batch: PackedBatch) -> TokenScores:
+        """(logprobs_A, entropy_A) of a batch's response tokens, by the policy or the reference."""
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
         temperature = self.conf.generator.temperature
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
                      temperature)  # fmt: skip
 
-    def _backward(self, model: Qwen3, batch: PackedBatch, objective: Objective) -> None:
-        logprobs_A, entropy_A = self._score(model, batch)
+    def _backward(self, model: Qwen3, batch: PackedBatch, objective: Objective) -> torch.Tensor:
+        """Adds to the gradients and the step's statistics. Returns logprobs_A, detached."""
+        logprobs_A, entropy_A = self.score(model, batch)
         loss_A, clipped_A = objective(batch, logprobs_A)
         if self.reference is not None:
             with torch.no_grad():
-                reference_A, _ = self._score(self.reference, batch)
+                reference_A, _ = self.score(self.reference, batch)
             divergence_A = kl_T(logprobs_A, reference_A)
             loss_A = loss_A + self.conf.kl_coef * divergence_A
             self.extra[2] += divergence_A.detach().double().sum()
@@ -163,6 +178,7 @@ class Trainer:
         )
         self.extra[0] += loss.detach().double()
         self.extra[1] += entropy_A.double().sum()
+        return logprobs_A.detach()
 
     def _reset(self) -> None:
         nothing = torch.zeros(0, device=self.device)

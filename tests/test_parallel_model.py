@@ -6,18 +6,22 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from programs.parallel_program import (
     CLIP,
+    DTYPES,
     ENGINES,
     EPS,
     LR,
     NORMALISER,
+    RECOMPUTED,
     SEED,
     SEQUENCES,
+    SHARDED_ROWS,
     TEMPERATURE,
     TRAINERS,
     all_leaves,
@@ -38,6 +42,8 @@ PROGRAM = TESTS / "programs" / "parallel_program.py"
 RANKS = range(4)
 # a width that four ranks do not share evenly, and heads that they do
 TIED = Variant(0, tied=True, kv_heads=4, dim=66)
+# batch-invariant, the width is shared, too
+EVEN = Variant(2, tied=False, kv_heads=4, dim=64)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,7 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
     save_checkpoint(directory / "tied", TIED)
     save_checkpoint(directory / "untied", replace(TIED, seed=1, tied=False))
+    save_checkpoint(directory / "even", EVEN)
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
@@ -191,6 +198,57 @@ def test_exports_are_the_checkpoint_bit_for_bit(root, results, case):
     exported = load_file(root / "exports" / case / "model.safetensors")
     assert exported.keys() == original.keys()
     assert [name for name in original if not torch.equal(exported[name], original[name])] == []
+
+
+def differing_logprobs(results, enabled: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """(differing, compared) logprobs of sequence-parallel layouts against those without tp."""
+    differing = compared = 0
+    for rank, tp, num_tokens in product(RANKS, (2, 4), SHARDED_ROWS):
+        key = (enabled, dtype, num_tokens)
+        seen, right = (results[rank][f"rows_tp{n}"]["logprobs"][key] for n in (tp, 1))
+        assert len(right) == num_tokens and right.isfinite().all()
+        atol = 3e-5 if dtype == torch.float32 else 0.5
+        torch.testing.assert_close(seen, right, rtol=0, atol=atol)
+        differing += int((seen != right).sum())
+        compared += num_tokens
+    return differing, compared
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_sequence_parallel_norms_see_a_share_of_the_tokens(results, tp):
+    for rank in RANKS:
+        rows = results[rank][f"rows_tp{tp}"]["normed_rows"]
+        assert len(rows) == 5
+        assert all(seen == [-(-37 // tp)] for seen in rows.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_invariant_sequence_parallel_logprobs_have_the_bits_of_one_rank(results, dtype):
+    assert differing_logprobs(results, True, dtype) == (0, 4 * 2 * (37 + 3 + 1))
+    differing, _ = differing_logprobs(results, False, dtype)
+    assert differing > 0, "control: without the switch the same rows differ"
+
+
+@pytest.mark.parametrize("num_tokens", SHARDED_ROWS)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sequence_parallel_gradients_are_those_of_one_rank(results, num_tokens, tp):
+    for rank in RANKS:
+        seen, right = (results[rank][f"rows_tp{n}"]["gradients"][num_tokens] for n in (tp, 1))
+        assert seen.keys() == right.keys() and len(right) == 25
+        # where a token sees almost only itself, its queries' and keys' gradients cancel
+        noise = 1e-7 * sum(gradient.norm() ** 2 for gradient in right.values()) ** 0.5
+        for name, gradient in right.items():
+            assert gradient.norm() > 0, name
+            assert (seen[name] - gradient).norm() <= 1e-5 * gradient.norm() + noise, name
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+def test_recomputation_keeps_the_bits_of_sequence_parallel_gradients(results, recompute):
+    for rank in RANKS:
+        gradients = results[rank]["rows_tp2"]["gradients"]
+        seen, right = gradients[recompute], gradients[37]
+        assert seen.keys() == right.keys()
+        assert [name for name in right if not torch.equal(seen[name], right[name])] == []
 
 
 @pytest.mark.parametrize("case", ENGINES)

@@ -1,112 +1,87 @@
-"""What the switch puts in the place of PyTorch's kernels, on the CPU and on CUDA.
+"""What the switch registers in the place of PyTorch's kernels, on the CPU and on CUDA.
 
-Matrix products keep the vendor library and pad the rows: to a multiple of ROWS, the library's
-result for a row no longer depends on how many rows there are (MKL and oneDNN, one thread; on CUDA
-only a single row takes another path once split-K is off). That was measured on some machines and is
-promised by nobody: validation compares it for the model's own shapes.
+Matrix products, softmaxes and means, with their `.out` variants, each a function of ours that is
+invariant by the way it computes (`matmul`, `reductions`). The ordinary softmax kernels are faster
+and were found to go row by row on every machine tried: they stay in place for the widths where the
+self-test has confirmed that on this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-ROWS = 16
+from mesh.invariant.matmul import Product, product_of
+from mesh.invariant.reductions import mean_dim, softmax
 
-
-def missing_rows(rows: int, device_type: str) -> int:
-    """How many rows of zeros a product of `rows` rows gets below them."""
-    if device_type == "cuda":
-        return int(rows == 1)
-    return -rows % ROWS
+Kernel = Callable[..., Any]
 
 
-def overrides(device_type: str) -> dict[str, Callable[..., Any]]:
+@dataclass(frozen=True)
+class Choices:
+    """What the self-test found on this machine; all ranks have to have the same.
+
+    tiled: (K, N) of the products that do not go through the vendor library; widths: sizes of the
+    last dim over which softmaxes are PyTorch's own.
+    """
+
+    tiled: set[tuple[int, int]] = field(default_factory=set)
+    widths: set[int] = field(default_factory=set)
+
+
+def overrides(device_type: str, choices: Choices) -> dict[str, Kernel]:
     """The kernels to register, by operator name. Call it while the ordinary ones are in place."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     mm = torch.library.get_kernel("aten::mm", key)
+    kernels = {
+        **products(product_of(device_type, mm, choices.tiled)),
+        "_softmax": softmax_over("_softmax", key, choices),
+        "_log_softmax": softmax_over("_log_softmax", key, choices),
+        "mean.dim": mean_dim,
+    }
+    return kernels | {name.partition(".")[0] + ".out": into(kernels[name]) for name in kernels}
 
-    def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        padding = missing_rows(a.shape[0], device_type)
-        if not padding:
-            return mm.call_boxed(keyset, a, b)
-        return mm.call_boxed(keyset, F.pad(a, (0, 0, 0, padding)), b)[: a.shape[0]]
 
-    def mm_out(keyset: Any, a: Any, b: Any, *, out: torch.Tensor) -> torch.Tensor:
-        return out.copy_(product(keyset, a, b))
+def into(kernel: Kernel) -> Kernel:
+    """The `.out` variant of a kernel."""
+
+    def write(*args: Any, out: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if kernel is mean_dim and keywords.get("dtype") is None:
+            keywords["dtype"] = out.dtype
+        result = kernel(*args, **keywords)
+        if out.shape != result.shape:
+            out.resize_(result.shape)
+        return out.copy_(result)
+
+    return write
+
+
+def products(product: Product) -> dict[str, Kernel]:
+    """The operators that are matrix products."""
 
     def addmm(keyset: Any, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         total = product(keyset, a, b)
         total = total if alpha == 1 else total * alpha
         return total if beta == 0 else total + (bias if beta == 1 else bias * beta)
 
-    def addmm_out(
-        keyset: Any, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, out: torch.Tensor
-    ) -> torch.Tensor:
-        return out.copy_(addmm(keyset, bias, a, b, beta=beta, alpha=alpha))
-
     def bmm(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if not len(a):
             return a.new_empty(len(a), a.shape[1], b.shape[2])
         return torch.stack([product(keyset, x, y) for x, y in zip(a, b, strict=True)])
 
-    def bmm_out(keyset: Any, a: Any, b: Any, *, out: torch.Tensor) -> torch.Tensor:
-        return out.copy_(bmm(keyset, a, b))
-
-    return {
-        "mm": product,
-        "mm.out": mm_out,
-        "addmm": addmm,
-        "addmm.out": addmm_out,
-        "bmm": bmm,
-        "bmm.out": bmm_out,
-        "mean.dim": mean_dim,
-        "mean.out": mean_out,
-    }
+    return {"mm": product, "addmm": addmm, "bmm": bmm}
 
 
-def mean_dim(
-    _: Any,
-    x: torch.Tensor,
-    dim: Sequence[int] | None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Mean over `dim` along a fixed binary tree of its elements, fp32 inside (float64 kept)."""
-    dims = [d % max(x.ndim, 1) for d in (dim or range(x.ndim))]
-    kept = [d for d in range(x.ndim) if d not in dims]
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), -1).to(work)
-    mean = (tree_sum(rows) / rows.shape[-1]).to(dtype or x.dtype)
-    if keepdim:
-        mean = mean.reshape([1 if d in dims else x.shape[d] for d in range(x.ndim)])
-    return mean
+def softmax_over(name: str, key: str, choices: Choices) -> Kernel:
+    """`_softmax` or `_log_softmax`: the ordinary kernel for confirmed widths, else ours."""
+    ordinary = torch.library.get_kernel(f"aten::{name}", key)
 
+    def kernel(keyset: Any, x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
+        if x.ndim and dim in (-1, x.ndim - 1) and x.shape[-1] in choices.widths:
+            return ordinary.call_boxed(keyset, x, dim, half_to_float)
+        return softmax(x, dim, half_to_float, log=name == "_log_softmax")
 
-def mean_out(
-    keyset: Any,
-    x: torch.Tensor,
-    dim: Sequence[int] | None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """`mean_dim` into `out`."""
-    return out.copy_(mean_dim(keyset, x, dim, keepdim, dtype=dtype or out.dtype))
-
-
-def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dim along a balanced binary tree that its size alone fixes.
-
-    Only elementwise additions, which round alike in every lane of every kernel.
-    """
-    while x.shape[-1] > 1:
-        if x.shape[-1] % 2:
-            x = F.pad(x, (0, 1))
-        x = x[..., ::2] + x[..., 1::2]
-    return x[..., 0] if x.shape[-1] else x.sum(-1)
+    return kernel

@@ -1,8 +1,12 @@
-"""Linear layers whose bits do not depend on the tensor-parallel degree.
+"""Linear layers whose bits do not depend on the tensor-parallel degree: no sum crosses ranks.
 
-Output features are computed in `chunks` fixed tiles, whatever part of them a rank holds. Input
-features are summed in `chunks` fixed pieces: partial products in fp32, added along one binary tree
-whose upper levels are the ranks, rounded to the activations' dtype once.
+A rank computes its part of the output features, each as one whole sum over all input features. So
+the layer that ends a tensor-parallel region, row-parallel in Megatron (arXiv:1909.08053), gathers
+its inputs instead of adding partial products, and its outputs after: about the bytes of an
+all-reduce, but nothing to round, nothing to order, and nothing to pay with one rank. (Sums in fixed
+pieces of the input features cost a GPU twice the time of that layer on every rank.) Its backward
+pass gathers the weight for the same reason. On a CPU the width of a product changes its bits, so
+output features are computed in a fixed number of pieces, of which a rank has whole ones.
 """
 
 from __future__ import annotations
@@ -13,60 +17,79 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mesh.invariant.collectives import gather_tokens, pad_tokens, shard_size
+
 
 def column_linear(x: torch.Tensor, weight: torch.Tensor, tiles: int) -> torch.Tensor:
     """x @ weight^T in `tiles` tiles of output features."""
+    if tiles == 1:
+        return F.linear(x, weight)
     return torch.cat([F.linear(x, tile) for tile in weight.chunk(tiles)], dim=-1)
 
 
-def add_tree(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of a power of two of tensors along a balanced binary tree, neighbours first."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+def gather_features(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' features, in their order: [..., D / ranks] -> [..., D]."""
+    ranks = dist.get_world_size(group)
+    parts = x.new_empty(ranks * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
-def _partial(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight^T in fp32: products of bf16 are exact in it."""
-    if x.is_cuda and x.dtype != torch.float32:
-        rows = x.flatten(0, -2)
-        rows = rows if len(rows) > 1 else F.pad(rows, (0, 0, 0, 1))
-        product = torch.mm(rows, weight.t(), out_dtype=torch.float32)
-        return product[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
-    return F.linear(x.float(), weight.float())
+def features_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All features of this rank's tokens: [..., T, D / ranks] -> [..., T / ranks, D].
+
+    The last ranks' tokens are filled up with zeros where T does not divide.
+    """
+    ranks, rows = dist.get_world_size(group), shard_size(x.shape[-2], group)
+    sent = pad_tokens(x, rows * ranks)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    mine = received.view(ranks, rows, -1).movedim(0, 1).flatten(1)
+    return mine.view(*x.shape[:-2], *mine.shape)
 
 
-class _RowLinear(torch.autograd.Function):
+class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        pieces: int,
-        group: dist.ProcessGroup | None,
+        tiles: int,
+        group: dist.ProcessGroup,
+        to_shards: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        pairs = zip(x.chunk(pieces, -1), weight.chunk(pieces, -1), strict=True)
-        total = add_tree([_partial(a, b) for a, b in pairs])
-        if group is not None:
-            parts = [torch.empty_like(total) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, total.contiguous(), group=group)
-            total = add_tree(parts)
-        return total.to(x.dtype)
+        ctx.group, ctx.to_shards = group, to_shards
+        part = column_linear(gather_features(x, group), weight, tiles)
+        return (features_to_tokens if to_shards else gather_features)(part, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        return grad @ weight, grad_rows.t() @ rows, None, None
+        group = ctx.group
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        if ctx.to_shards:
+            grad = gather_tokens(grad, x.shape[-2], group)
+        whole = weight.new_empty(ranks * len(weight), weight.shape[1])
+        dist.all_gather_into_tensor(whole, weight.contiguous(), group=group)
+        grad_x = grad @ whole.chunk(ranks, 1)[rank]
+        rows, mine = gather_features(x, group).flatten(0, -2), grad.chunk(ranks, -1)[rank]
+        return grad_x, mine.flatten(0, -2).t() @ rows, None, None, None
 
 
-def row_linear(
-    x: torch.Tensor, weight: torch.Tensor, chunks: int, group: dist.ProcessGroup | None
+def gathered_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tiles: int,
+    group: dist.ProcessGroup | None,
+    to_shards: bool = False,
 ) -> torch.Tensor:
-    """The sum over all ranks of x @ weight^T, where each has a part of the input features.
+    """The linear layer that ends a tensor-parallel region.
 
-    x: [..., K / ranks]; weight: [N, K / ranks]. `chunks` pieces over all ranks together.
+    x: [..., T, K / ranks], this rank's input features; weight: [N / ranks, K], its output features;
+    `tiles`: pieces in which it computes those. Returns [..., T, N] on every rank; `to_shards`
+    (sequence parallelism): all features of this rank's tokens, [..., T / ranks, N].
     """
-    ranks = 1 if group is None else dist.get_world_size(group)
-    return _RowLinear.apply(x, weight, chunks // ranks, group)
+    if group is None:
+        return column_linear(x, weight, tiles)
+    return _GatheredLinear.apply(x, weight, tiles, group, to_shards)

@@ -1,30 +1,31 @@
 """The switch: set once, before the first process group; undone in `finally`.
 
-It replaces matrix products and means below autograd, for the device's dispatch key, so that
-whatever calls them - this program's model or a library's - gets the invariant ones. What PyTorch
-computes row by row already (softmax, log_softmax, RMSNorm, embedding) is left alone.
+It replaces matrix products, softmaxes and means below autograd, for the device's dispatch key, so
+that whatever calls them - this program's model or a library's - gets the invariant ones. What
+PyTorch computes row by row already (RMSNorm, embedding, elementwise arithmetic) is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mesh.invariant.kernels import overrides
+from mesh.invariant.kernels import Choices, overrides
 
 
 @dataclass(frozen=True)
 class Invariance:
-    """The switch while it is on. chunks: pieces in which every row-parallel layer sums its input
-    features, along one fixed binary tree; tensor parallelism is at most that.
+    """The switch while it is on. chunks: pieces into which the output features of every linear layer
+    are cut, of which a rank has whole ones; tensor parallelism is at most that.
     """
 
     device_type: str
     chunks: int
+    choices: Choices = field(default_factory=Choices)
 
     @property
     def tiles(self) -> int:
@@ -40,6 +41,19 @@ def current() -> Invariance | None:
     return _current
 
 
+def use_fallback(shapes: Iterable[tuple[int, int]]) -> None:
+    """From now on, products of these (K, N) do not go through the vendor library."""
+    assert _current is not None, "batch invariance is off"
+    _current.choices.tiled.update(shapes)
+
+
+def use_ordinary_softmax(widths: Iterable[int]) -> None:
+    """From now on, softmaxes over a last dim of these sizes, and no other, are PyTorch's own."""
+    assert _current is not None, "batch invariance is off"
+    _current.choices.widths.clear()
+    _current.choices.widths.update(widths)
+
+
 @contextmanager
 def batch_invariant(enabled: bool, device_type: str, chunks: int = 4) -> Iterator[None]:
     """Turn the switch on for a block, or (not `enabled`) leave everything as it is.
@@ -52,9 +66,10 @@ def batch_invariant(enabled: bool, device_type: str, chunks: int = 4) -> Iterato
         return
     assert _current is None, "batch invariance is on already"
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    restore = _replace(key, overrides(device_type))
+    switch = Invariance(device_type, chunks)
+    restore = _replace(key, overrides(device_type, switch.choices))
     blas = _order_cuda_blas() if device_type == "cuda" else None
-    _current = Invariance(device_type, chunks)
+    _current = switch
     try:
         yield
     finally:

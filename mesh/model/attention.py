@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torchtitan.protocols.module import Module
 
+from mesh.invariant.cpu_attention import KEYS, attention_by_query
 from mesh.invariant.switch import current
-
-TILE = 32
 
 
 @dataclass(frozen=True)
@@ -51,39 +50,29 @@ class AttentionContext:
     slots_T: torch.Tensor | None = None
 
     @property
-    def tile(self) -> int:
-        """Query rows of one call, 0: all of them."""
-        return TILE if current() is not None else 0
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a padded span."""
-        return -(-self.max_query // TILE) * TILE if self.tile else self.max_query
-
-    @property
     def keys(self) -> int:
         """Keys of a padded sequence."""
         keys = self.max_query
         if self.cache is not None and self.block_table is not None:
             keys = self.block_table.shape[1] * self.cache.page_size
-        return -(-keys // TILE) * TILE if self.tile else keys
+        return keys if current() is None else -(-keys // KEYS) * KEYS
 
     @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where padded [S, rows] queries read packed tokens, and the inverse (flat)."""
+        """Where padded [S, max_query] queries read packed tokens, and the inverse (flat)."""
         query_lengths = self.cu_seqlens.diff()
-        offsets_SL = torch.arange(self.rows, device=self.cu_seqlens.device)[None]
+        offsets_SL = torch.arange(self.max_query, device=self.cu_seqlens.device)[None]
         inside_SL = offsets_SL < query_lengths[:, None]
         rows_SL = torch.where(inside_SL, self.cu_seqlens[:-1, None] + offsets_SL, 0).long()
         return rows_SL, inside_SL.flatten().nonzero()[:, 0]
 
     @cached_property
     def causal_mask(self) -> torch.Tensor:
-        """bool [S, 1, rows, keys]: a query sees the keys up to its own position."""
+        """bool [S, 1, max_query, keys]: a query sees the keys up to its own position."""
         query_lengths = self.cu_seqlens.diff()
         device = self.cu_seqlens.device
         first_S = (self.lengths - query_lengths)[:, None, None]
-        positions_SL = first_S + torch.arange(self.rows, device=device)[None, :, None]
+        positions_SL = first_S + torch.arange(self.max_query, device=device)[None, :, None]
         return (torch.arange(self.keys, device=device) <= positions_SL)[:, None]
 
 
@@ -95,11 +84,18 @@ def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContex
 def _flash(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """FlashAttention inside torch. num_splits=1 fixes the order over the keys (see DESIGN)."""
+    """FlashAttention inside torch. num_splits=1 fixes the order over the keys; batch-invariant, its
+    backward, which adds with atomics, is replaced.
+    """
     paged = ctx.cache is not None
+    if not paged and current() is not None:
+        from mesh.invariant.triton_attention import varlen_attention  # needs a GPU's driver
+
+        return varlen_attention(q_TNH, k, v, ctx.cu_seqlens, ctx.max_query, scale)
+    num_splits = 1 if current() is not None else None
     out = varlen_attn(
         q_TNH, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_query, ctx.max_length,
-        scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1,
+        scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=num_splits,
         seqused_k=ctx.lengths if paged else None, block_table=ctx.block_table,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
@@ -118,28 +114,26 @@ def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
 def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """Plain attention over rows padded to the longest span; what a CPU and fp32 use.
-
-    Batch-invariant, queries run in tiles of TILE rows over keys padded to a multiple of TILE: then
-    a query's bits do not depend on how many others share its call.
-    """
+    """Plain attention over queries padded to the longest span; what a CPU and fp32 use."""
     rows_SL, packed = ctx.padding
     if ctx.cache is None:
         k_SLKH, v_SLKH = k[rows_SL], v[rows_SL]
+        if missing := ctx.keys - ctx.max_query:
+            k_SLKH, v_SLKH = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_SLKH, v_SLKH))
     else:
         k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
-    k_SKLH, v_SKLH = k_SLKH.transpose(1, 2), v_SLKH.transpose(1, 2)
-    q_SNLH, mask = q_TNH[rows_SL].transpose(1, 2), ctx.causal_mask
-    tiles = [
-        F.scaled_dot_product_attention(
-            q_tile, k_SKLH, v_SKLH, attn_mask=mask_tile, scale=scale,
-            enable_gqa=q_TNH.shape[1] != k_SKLH.shape[1],
-        )
-        for q_tile, mask_tile in zip(
-            q_SNLH.split(ctx.tile or ctx.rows, 2), mask.split(ctx.tile or ctx.rows, 2), strict=True
-        )
-    ]  # fmt: skip
-    return torch.cat(tiles, 2).transpose(1, 2).flatten(0, 1)[packed]
+    q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_TNH[rows_SL], k_SLKH, v_SLKH))
+    of_all = _whole if current() is None else attention_by_query
+    out_SNLH = of_all(q_SNLH, k_SKLH, v_SKLH, ctx.causal_mask, scale)
+    return out_SNLH.transpose(1, 2).flatten(0, 1)[packed]
+
+
+def _whole(
+    q_SNLH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        q_SNLH, k, v, attn_mask=mask, scale=scale, enable_gqa=q_SNLH.shape[1] != k.shape[1]
+    )
 
 
 def attention(

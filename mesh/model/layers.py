@@ -3,6 +3,8 @@
 Each replaces torchtitan's module of the same name through its config, so that the model's structure
 and parameter names stay torchtitan's while every operation that trainer and generator execute is
 one function here. Activations are packed: x_BTD with B = 1, tokens of many sequences in a row.
+With sequence parallelism a rank has its shard of the tokens between the tensor-parallel regions,
+which begin in TransformerBlock and end in RowLinear (`mesh/model/parallel.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from torchtitan.models.common.feed_forward import FeedForward as TitanFeedForwar
 from torchtitan.models.common.linear import Linear as TitanLinear
 from torchtitan.models.common.nn_modules import RMSNorm as TitanRMSNorm
 from torchtitan.models.common.rope import RoPE as TitanRoPE
+from torchtitan.models.qwen3.model import Qwen3TransformerBlock as TitanTransformerBlock
 
-from mesh.invariant.linear import column_linear, row_linear
-from mesh.invariant.switch import current
+from mesh.invariant.linear import column_linear, gathered_linear
+from mesh.invariant.switch import Invariance, current
 from mesh.model.logprobs import TokenScores, shard_of, token_logprobs
-from mesh.model.parallel import copy_to, local, reduce_from
+from mesh.model.parallel import copy_to, enter, leave, local
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -65,8 +68,14 @@ def rope_table(head_dim: int, max_length: int, theta: float, device: torch.devic
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
+def tiles_of(switch: Invariance, group: dist.ProcessGroup | None) -> int:
+    """Pieces of its output features that one of the group's ranks computes."""
+    _, ranks = shard_of(group)
+    return max(switch.tiles // ranks, 1)
+
+
 class ColumnLinear(TitanLinear):
-    """Linear whose output features are sharded over tp. The caller hands in `copy_to` inputs."""
+    """Linear whose output features are sharded over tp. The caller hands in `enter`ed inputs."""
 
     tp_dim = 0
 
@@ -82,14 +91,15 @@ class ColumnLinear(TitanLinear):
         switch = current()
         if switch is None:
             return F.linear(x, local(self.weight))
-        _, ranks = shard_of(self.tp_group)
-        return column_linear(x, local(self.weight), max(switch.tiles // ranks, 1))
+        return column_linear(x, local(self.weight), tiles_of(switch, self.tp_group))
 
 
 class RowLinear(TitanLinear):
-    """Linear whose input features are sharded over tp: partial products are summed."""
+    """Linear that ends a tensor-parallel region: its inputs are sharded over tp, its output is not.
 
-    tp_dim = 1
+    Its input features are sharded and partial products summed (row-parallel); batch-invariant, its
+    output features are, and inputs and outputs gathered, so that no sum crosses ranks.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanLinear.Config):
@@ -98,30 +108,43 @@ class RowLinear(TitanLinear):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
+        self.token_group: dist.ProcessGroup | None = None
+
+    @property
+    def tp_dim(self) -> int:
+        return 1 if current() is None else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         switch = current()
         if switch is None:
-            return reduce_from(F.linear(x, local(self.weight)), self.tp_group)
-        return row_linear(x, local(self.weight), switch.chunks, self.tp_group)
+            return leave(F.linear(x, local(self.weight)), self.tp_group, self.token_group)
+        tiles = tiles_of(switch, self.tp_group)
+        to_shards = self.token_group is not None
+        return gathered_linear(x, local(self.weight), tiles, self.tp_group, to_shards)
 
 
 class RMSNorm(TitanRMSNorm):
-    """RMSNorm of replicated activations: every tp rank computes the same."""
+    """RMSNorm of replicated activations, which every tp rank computes alike, or of the shards of
+    `token_group`, over which the weight's gradient is then summed.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanRMSNorm.Config):
         pass
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.token_group: dist.ProcessGroup | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, local(self.weight), self.eps)
+        return rms_norm(x, copy_to(local(self.weight), self.token_group), self.eps)
 
 
-class HeadRMSNorm(RMSNorm):
+class HeadRMSNorm(TitanRMSNorm):
     """RMSNorm over the head dim of this rank's heads: the weight's gradient is summed over tp."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(RMSNorm.Config):
+    class Config(TitanRMSNorm.Config):
         pass
 
     def __init__(self, config: Config) -> None:
@@ -139,12 +162,7 @@ class QKVLinear(TitanQKVLinear):
     class Config(TitanQKVLinear.Config):
         pass
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.tp_group: dist.ProcessGroup | None = None
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = copy_to(x, self.tp_group)
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv)
         )
@@ -158,13 +176,33 @@ class FeedForward(TitanFeedForward):
     class Config(TitanFeedForward.Config):
         pass
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class TransformerBlock(TitanTransformerBlock):
+    """Attention and feed-forward layer, each a tensor-parallel region behind its norm."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanTransformerBlock.Config):
+        pass
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
+        self.token_group: dist.ProcessGroup | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to(x, self.tp_group)
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+    def forward(
+        self, x: torch.Tensor, attention_masks: Any, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x_BTD, or this rank's shard of its tokens. `positions` are rope_TE, of all tokens."""
+        assert positions is not None, "Rotary takes its rows of the table from the model"
+        groups = (len(positions), self.tp_group, self.token_group)
+        attended = self.attention(
+            enter(self.attention_norm(x), *groups), attention_masks, positions
+        )
+        x = x + attended
+        return x + self.feed_forward(enter(self.ffn_norm(x), *groups))
 
 
 class Rotary(TitanRoPE):
@@ -198,6 +236,10 @@ class Embedding(TitanEmbedding):
     class Config(TitanEmbedding.Config):
         pass
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.token_group: dist.ProcessGroup | None = None
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = local(self.weight)
         if self.tp_group is None:
@@ -205,7 +247,8 @@ class Embedding(TitanEmbedding):
         first = dist.get_rank(self.tp_group) * weight.shape[0]
         mine = (tokens >= first) & (tokens < first + weight.shape[0])
         rows = F.embedding((tokens - first).clamp(0, weight.shape[0] - 1), weight)
-        return reduce_from(rows * mine.unsqueeze(-1).to(rows.dtype), self.tp_group)
+        rows = rows * mine.unsqueeze(-1).to(rows.dtype)
+        return leave(rows, self.tp_group, self.token_group)
 
 
 class LMHead(TitanLinear):

@@ -3,11 +3,17 @@
 Weights are DTensors on the tp axis (FSDP and checkpoints need to know what a shard is a shard of),
 but the arithmetic runs on local tensors with explicit collectives: that pins the order of every sum
 to this file, and DTensor dispatch costs more than a small model's arithmetic.
-The pair of conjugate functions is Megatron's f and g (arXiv:1909.08053, section 3).
+`copy_to` and `reduce_from` are Megatron's conjugate f and g (arXiv:1909.08053, section 3). With
+sequence parallelism (arXiv:2205.05198, section 4.2.2) a rank has only its shard of the tokens, dim
+-2, outside the tensor-parallel regions - residual stream, norms - and `enter` and `leave` are that
+paper's g and g-bar. Modules that act on it have a `token_group`: None, every rank has all tokens.
+Left out of it: gathering the inputs of column-parallel layers once more in the backward pass, so
+that only shards of them are kept; full recomputation keeps no more than the shards between blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +21,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from mesh.invariant.collectives import gather_tokens, shard_tokens, sum_to_shards
+
+Backward = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,6 +59,30 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, shard: torch.Tensor, num_tokens: int, group: dist.ProcessGroup, backward: Backward
+    ) -> torch.Tensor:
+        ctx.group, ctx.to_shards = group, backward
+        return gather_tokens(shard, num_tokens, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.to_shards(grad, ctx.group), None, None, None
+
+
+class _SumToShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.num_tokens = group, partial.shape[-2]
+        return sum_to_shards(partial, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather_tokens(grad, ctx.num_tokens, ctx.group), None
+
+
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Hand a replicated tensor to rank-local work: its gradients are summed over the group."""
     return x if group is None else _CopyTo.apply(x, group)
@@ -57,6 +91,38 @@ def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
 def reduce_from(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sum rank-local partial results into a replicated tensor."""
     return x if group is None else _ReduceFrom.apply(x, group)
+
+
+def enter(
+    x: torch.Tensor,
+    num_tokens: int,
+    tp_group: dist.ProcessGroup | None,
+    token_group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Hand activations to a tensor-parallel region: all `num_tokens` of them, gradients summed."""
+    if token_group is None:
+        return copy_to(x, tp_group)
+    return _Gather.apply(x, num_tokens, token_group, sum_to_shards)
+
+
+def leave(
+    partial: torch.Tensor,
+    tp_group: dist.ProcessGroup | None,
+    token_group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Sum the partial results of a tensor-parallel region: of all tokens, or of this rank's."""
+    if token_group is None:
+        return reduce_from(partial, tp_group)
+    return _SumToShards.apply(partial, token_group)
+
+
+def replicate(
+    x: torch.Tensor, num_tokens: int, token_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """All tokens on every rank, for work that all do alike: each has the whole gradient of it."""
+    if token_group is None:
+        return x
+    return _Gather.apply(x, num_tokens, token_group, shard_tokens)
 
 
 def tp_dims(model: nn.Module) -> dict[str, int | None]:
@@ -75,8 +141,8 @@ def tp_dims(model: nn.Module) -> dict[str, int | None]:
     return dims
 
 
-def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
-    """Turn every parameter of `model` into a DTensor on the tp axis and hand modules their group.
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
+    """Turn every parameter of `model` into a DTensor on the tp axis and hand modules their groups.
 
     Parameters shared between modules (tied weights) stay shared.
     """
@@ -85,6 +151,8 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     for module in model.modules():
         if hasattr(module, "tp_group"):
             setattr(module, "tp_group", group)  # noqa: B010
+        if sequence_parallel and hasattr(module, "token_group"):
+            setattr(module, "token_group", group)  # noqa: B010
         dim = getattr(module, "tp_dim", None)
         placement = Replicate() if dim is None else Shard(dim)
         for name, parameter in list(module.named_parameters(recurse=False)):

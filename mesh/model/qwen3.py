@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +20,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.models.qwen3 import qwen3_configs
-from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
+from torchtitan.models.qwen3.model import Qwen3Model
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
 from mesh.model.attention import AttentionContext, PackedAttention
@@ -33,10 +34,11 @@ from mesh.model.layers import (
     RMSNorm,
     Rotary,
     RowLinear,
+    TransformerBlock,
     rope_table,
 )
 from mesh.model.logprobs import TokenScores
-from mesh.model.parallel import apply_tp
+from mesh.model.parallel import apply_tp, replicate
 from mesh.types import ModelShape
 
 TINY = ModelShape(
@@ -65,6 +67,7 @@ class Qwen3(Qwen3Model):
         self.rope_args = (shape.head_dim, config.max_length, shape.rope_theta)
         table = torch.empty(config.max_length, 2 * shape.head_dim)
         self.register_buffer("rope_table", table, persistent=False)
+        self.token_group: dist.ProcessGroup | None = None
 
     def hidden(
         self, tokens_T: torch.Tensor, positions_T: torch.Tensor, context: AttentionContext
@@ -74,7 +77,7 @@ class Qwen3(Qwen3Model):
         rope_TE = self.rope_table[positions_T]
         for layer in self.layers.values():
             h_BTD = layer(h_BTD, context, rope_TE)
-        return self.norm(h_BTD)[0]
+        return replicate(self.norm(h_BTD), len(tokens_T), self.token_group)[0]
 
     def forward(
         self,
@@ -174,7 +177,7 @@ def shape_of_directory(path: Path) -> ModelShape:
     )
 
 
-def _block(shape: ModelShape, layer: int) -> Qwen3TransformerBlock.Config:
+def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
     def column(outputs: int) -> ColumnLinear.Config:
         return ColumnLinear.Config(in_features=shape.dim, out_features=outputs)
 
@@ -200,7 +203,7 @@ def _block(shape: ModelShape, layer: int) -> Qwen3TransformerBlock.Config:
         w2=RowLinear.Config(in_features=shape.ffn_dim, out_features=shape.dim),
         w3=column(shape.ffn_dim),
     )
-    return Qwen3TransformerBlock.Config(
+    return TransformerBlock.Config(
         attention=attention, feed_forward=feed_forward, attention_norm=norm(), ffn_norm=norm()
     )
 
@@ -227,17 +230,19 @@ def build_model(
     dtype: torch.dtype,
     mesh: DeviceMesh,
     fsdp: dict[str, Any] | None = None,
+    sequence_parallel: bool = False,
 ) -> Qwen3:
     """A policy on this rank: weights sharded over `mesh`'s tp axis, with `fsdp` over its dp axes.
 
     Weights are allocated, not initialised; the RoPE table is computed. `fsdp`: keywords of
     `apply_fsdp`; without it (generation) the model is replicated over the dp axes.
+    `sequence_parallel`: tokens are sharded over the tp axis where the weights are not.
     """
     with torch.device("meta"):
         model = Qwen3(model_config(shape, max_length))
     model.to(dtype)
     if mesh["tp"].size() > 1:
-        apply_tp(model, mesh["tp"])
+        apply_tp(model, mesh["tp"], sequence_parallel)
     if fsdp is not None:
         apply_fsdp(model, mesh, **fsdp)
     model.to_empty(device=device)

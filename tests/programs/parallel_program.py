@@ -1,29 +1,34 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with checkpoints `tied` and `untied`; each rank writes what it saw of every
-case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`.
+Arguments: a directory with checkpoints `tied`, `untied` and `even`; each rank writes what it saw of
+every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even` is also
+scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for bit.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_qwen3 import CPU, MAX_LENGTH, load_role, packed, random_sequences
+from tiny_qwen3 import CPU, MAX_LENGTH, Packed, load_role, packed, random_sequences
 
 from mesh.batch import Leaf, PackedBatch, leaves, owner
 from mesh.conf import Conf
 from mesh.engine.native import EngineSettings, NativeEngine
 from mesh.holdings import local_tensors
+from mesh.invariant.switch import batch_invariant
 from mesh.layout import Meshes, build_meshes, plan_layout
 from mesh.model.hf import export
-from mesh.model.qwen3 import shape_of_directory
+from mesh.model.layers import RMSNorm
+from mesh.model.qwen3 import Qwen3, shape_of_directory
 from mesh.trainer import Start, Trainer
 from mesh.types import Request, Rollout, Sampling
 
-TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp)
+TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel)
     "fsdp4": ("tied", 1, 4, 1),
     "ddp4": ("tied", 4, 1, 1),
     "hsdp": ("tied", 2, 2, 1),
@@ -32,7 +37,12 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp)
     "tp4": ("tied", 1, 1, 4),
     "untied_fsdp4": ("untied", 1, 4, 1),
     "untied_fsdp2_tp2": ("untied", 1, 2, 2),
+    "fsdp2_sp2": ("tied", 1, 2, 2, True),
+    "untied_sp4": ("untied", 1, 1, 4, True),
 }
+DTYPES = (torch.float32, torch.bfloat16)
+SHARDED_ROWS = {37: [21, 2, 13, 1], 3: [2, 1], 1: [1]}  # none divides by 2 or 4
+RECOMPUTED = ("full", "selective")
 ENGINES = {"engine_tp1": 1, "engine_tp2": 2, "engine_tp4": 4}
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0, max_new_tokens=8, seed=0, step=0),
@@ -74,11 +84,14 @@ def requests() -> list[Request]:
     return [Request(i, tuple(prompt), 2) for i, prompt in enumerate(prompts)]
 
 
-def meshes_of(replicate: int, shard: int, tp: int) -> tuple[Conf, Meshes]:
+def meshes_of(
+    replicate: int, shard: int, tp: int, sequence_parallel: bool = False
+) -> tuple[Conf, Meshes]:
     conf = Conf()
     conf.model.max_length = MAX_LENGTH
     conf.generator.temperature, conf.generator.tp = TEMPERATURE, tp
     conf.trainer.dp_replicate, conf.trainer.dp_shard, conf.trainer.tp = replicate, shard, tp
+    conf.trainer.sequence_parallel = sequence_parallel
     conf.trainer.microbatch_tokens, conf.trainer.clip_norm = 40, CLIP
     conf.trainer.lr, conf.trainer.eps = LR, EPS
     return conf, build_meshes(plan_layout(conf, 4), "cpu")
@@ -127,12 +140,75 @@ def generate(root: Path, tp: int) -> dict:
     return seen | {"sizes": sizes, "preemptions": engine.preemptions}
 
 
+def row_of(num_tokens: int) -> Packed:
+    """A packed row that is scored at every one of its tokens."""
+    row = packed(random_sequences(SHARDED_ROWS[num_tokens], seed=5))
+    targets = torch.tensor(random_sequences([num_tokens], seed=6)[0])
+    return replace(row, index_A=torch.arange(num_tokens), targets_A=targets)
+
+
+def row_gradients(trainer: Trainer, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Gradients of a weighted sum of a row's logprobs; every dp rank has the same row."""
+    trainer.model.zero_grad()
+    logprobs_A, _ = row_of(num_tokens).scores(trainer.model, TEMPERATURE)
+    (logprobs_A * torch.linspace(-1.5, 1.0, num_tokens)).sum().backward()
+    gradients = whole({n: p.grad for n, p in trainer.parameters().items()})
+    return {name: gradient / trainer.dp for name, gradient in gradients.items()}
+
+
+def normed_rows(model: Qwen3) -> dict[str, list[int]]:
+    """Tokens that every norm of the residual stream sees, call after call, by its name."""
+    seen: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            count = seen.setdefault(name, []).append
+            module.register_forward_hook(
+                lambda _, inputs, __, count=count: count(len(inputs[0][0]))
+            )
+    return seen
+
+
+def sharded_rows(root: Path, tp: int, recomputed: tuple[str, ...] = ()) -> dict:
+    """Every row scored on 4 / tp FSDP shards, sequence-parallel where there is a tp.
+
+    logprobs by (enabled, dtype, tokens), batch-invariant or not; batch-invariant fp32 gradients by
+    tokens, and those of the longest row by the kind of recomputation; rows that norms see.
+    """
+    conf, meshes = meshes_of(1, 4 // tp, tp, tp > 1)
+    path = root / "even"
+    logprobs, gradients = {}, {}
+
+    def trainer_of(dtype: torch.dtype, recompute: str = "none") -> Trainer:
+        conf.trainer.activation_checkpointing = recompute
+        build = (conf, meshes, shape_of_directory(path), CPU, dtype, Start(path, 0))
+        return Trainer(*build, with_optimizer=False)
+
+    for enabled, dtype in product((True, False), DTYPES):
+        with batch_invariant(enabled, "cpu"):
+            trainer = trainer_of(dtype)
+            for num_tokens in SHARDED_ROWS:
+                with torch.no_grad():
+                    scores = row_of(num_tokens).scores(trainer.model, TEMPERATURE)
+                logprobs[enabled, dtype, num_tokens] = scores.logprobs_A
+                if enabled and dtype == torch.float32:
+                    gradients[num_tokens] = row_gradients(trainer, num_tokens)
+            if not enabled:
+                rows = normed_rows(trainer.model)
+                row_of(37).scores(trainer.model, TEMPERATURE)
+    with batch_invariant(True, "cpu"):
+        for recompute in recomputed:
+            gradients[recompute] = row_gradients(trainer_of(torch.float32, recompute), 37)
+    return {"logprobs": logprobs, "gradients": gradients, "normed_rows": rows}
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     seen = {case: train(root, case) for case in TRAINERS}
     seen |= {case: generate(root, tp) for case, tp in ENGINES.items()}
+    seen |= {f"rows_tp{tp}": sharded_rows(root, tp) for tp in (1, 4)}
+    seen["rows_tp2"] = sharded_rows(root, 2, RECOMPUTED)
     torch.save(seen, root / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

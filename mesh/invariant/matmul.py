@@ -1,0 +1,111 @@
+"""The matrix product that the switch puts in the place of PyTorch's.
+
+It keeps the vendor library and calls it only in ways that give an element the same bits whatever
+the other rows and columns are. On the CPU, MKL in fp32 does for sums of at most DEPTH products (it
+cuts longer ones by the number of rows, of columns and of threads), rows filled up to a multiple of
+ROWS and two columns or more; oneDNN in bfloat16 does not with three threads, so bfloat16, whose
+products are exact in fp32, goes the same way. On CUDA it is cuBLASLt without split-K and two rows
+or more. All of it was measured on some machines and is promised by nobody: the self-test compares
+the model's own shapes, and moves what fails to kernels of fixed tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROWS = 16
+DEPTH = 256
+COLUMNS = 64
+
+Product = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of a dispatch key set, a [M, K] and b [K, N]."""
+
+
+def product_of(device_type: str, mm: Any, tiled: Container[tuple[int, int]]) -> Product:
+    """The product on a device by its vendor kernel `mm`, shapes (K, N) in `tiled` by ours."""
+    return (cuda_product if device_type == "cuda" else cpu_product)(mm, tiled)
+
+
+def padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """x with zeros below and to its right, for that many rows and columns."""
+    missing = (0, columns - x.shape[1], 0, rows - x.shape[0])
+    return F.pad(x, missing) if any(missing) else x
+
+
+def up(size: int, multiple: int) -> int:
+    """The least multiple that is no less than `size`."""
+    return -(-size // multiple) * multiple
+
+
+def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
+    """Sums of DEPTH products, added in order."""
+
+    def by_depth(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = mm.call_boxed(keyset, a[:, :DEPTH], b[:DEPTH])
+        for first in range(DEPTH, a.shape[1], DEPTH):
+            last = first + DEPTH
+            total += mm.call_boxed(keyset, a[:, first:last], b[first:last])
+        return total
+
+    def by_tiles(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Every call has one shape, so whatever the library makes of it, it is always the same."""
+        a = padded(a, up(a.shape[0], ROWS), a.shape[1]).contiguous()
+        b = padded(b, b.shape[0], up(b.shape[1], COLUMNS))
+        columns = [part.contiguous() for part in b.split(COLUMNS, 1)]
+        rows = [torch.cat([by_depth(keyset, x, y) for y in columns], 1) for x in a.split(ROWS)]
+        return torch.cat(rows)
+
+    def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        (rows, inputs), outputs, dtype = a.shape, b.shape[1], a.dtype
+        if inputs != b.shape[0] or dtype != b.dtype or not (a.is_floating_point() and rows):
+            return mm.call_boxed(keyset, a, b)  # integers have no order; the rest are errors
+        if dtype in (torch.bfloat16, torch.float16):
+            a, b = a.float(), b.float()
+        if (inputs, outputs) in tiled:
+            total = by_tiles(keyset, a, b)
+        else:
+            a, b = padded(a, up(rows, ROWS), inputs), padded(b, inputs, max(outputs, 2))
+            total = by_depth(keyset, a, b)
+        if total.shape[1] != outputs:
+            total = total[:, :outputs].contiguous()
+        return total[:rows].to(dtype)
+
+    return product
+
+
+def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
+    """The library's product; by our kernel where that is faster, or the library failed."""
+    few_rows = few_rows_kernel()
+
+    def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if (a.shape[1], b.shape[1]) in tiled and a.dtype == b.dtype == torch.bfloat16:
+            from mesh.invariant.triton_linear import matmul  # needs a GPU's driver
+
+            return matmul(a, b)
+        if few_rows is not None and (result := few_rows(a, b)) is not None:
+            return result
+        if a.shape[0] != 1:
+            return mm.call_boxed(keyset, a, b)
+        return mm.call_boxed(keyset, padded(a, 2, a.shape[1]), b)[:1]
+
+    return product
+
+
+def few_rows_kernel() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
+    """What multiplies few rows in place of the vendor library, where it is faster (None: nothing).
+
+    Its bits are the library's; the kernel itself returns None where the library is the faster one.
+    """
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    from mesh.invariant.triton_linear import fits, is_fast, matmul  # needs a GPU's driver
+
+    def few_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+        fast = is_fast(a.shape[0], b.shape[1]) and fits(a, b)
+        return matmul(a, b) if fast else None
+
+    return few_rows
