@@ -102,11 +102,14 @@ class Generator:
         """Completions of this replica's share of the prompts."""
         if self.engine is None:
             return []
-        requests = [
+        return self.engine.generate(self.requests(prompts, num_samples), sampling)
+
+    def requests(self, prompts: Sequence[Prompt], num_samples: int) -> list[Request]:
+        """What `complete` asks the engine for; empty off the generator."""
+        return [
             Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
             for p in self._share(prompts)
         ]
-        return self.engine.generate(requests, sampling)
 
     def rollout(
         self, task: Task, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling

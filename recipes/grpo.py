@@ -42,6 +42,7 @@ from mesh.program import (
 )
 from mesh.run import create_run_dir
 from mesh.step import rollout_metrics, share_of, waves_of
+from mesh.strict import Scored, stop_at_difference
 from mesh.tasks import drawn
 
 Metrics = dict[str, Any]
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
             sync(program)
             logger.log(0, held_out(conf, program, process))
             for step in range(conf.steps):
-                metrics, samples = train_step(conf, program, phases, step)
+                metrics, samples = train_step(conf, program, process, phases, step)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         metrics |= held_out(conf, program, process)
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def train_step(
-    conf: Conf, program: Program, phases: Phases, step: int
+    conf: Conf, program: Program, process: Process, phases: Phases, step: int
 ) -> tuple[Metrics, list[Sample]]:
     """One step: generate, score, exchange and backpropagate wave by wave, update once, sync."""
     task, trainer, generator = program.parts.task, program.trainer, program.generator
@@ -86,7 +87,9 @@ def train_step(
             wave = program.exchange([p.prompt_id for p in part], rollouts)
             share = share_of(wave, rules, trainer.dp)
         with phases("train"):
-            trainer.accumulate(share.leaves, share.token_counts, objective)
+            logprobs_A = trainer.accumulate(share.leaves, share.token_counts, objective)
+        if conf.check == "strict":
+            stop_at_difference(program, process, Scored(step, part, share, logprobs_A))
         waves.append(wave)
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()

@@ -22,11 +22,13 @@ HOUSE = """
     tokenizer tasks
     model
     trainer engine
+    trace
     generator evaluate
     checks
     ending guard process run
     phases progress metrics
     program
+    strict ladder
 """
 PURE = ["advantage", "batch", "loss", "reshard", "step"]
 MOST_FUNCTION_LINES = 60

@@ -18,16 +18,28 @@ from mesh.types import Sampling
 Inputs = tuple[torch.Tensor, torch.Tensor, AttentionContext]
 """(tokens_T, positions_T, context): what the model takes."""
 
+Row = tuple[int, int | None, int]
+"""(prompt_id, sample_id, position) of a row of a forward pass; None: it serves all samples."""
+
 KEY, TOKEN, POSITION, TABLE = 0, 1, 2, 3  # columns of a decode row; the page table is the rest
 
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of one sequence, `start` of whose tokens are in the cache already."""
+    """New tokens of a fill, `start` of whose tokens are in the cache already."""
 
     tokens: Seq[int]
     start: int
-    pages: list[int]
+    fill: Fill
+
+    @property
+    def pages(self) -> list[int]:
+        return self.fill.pages
+
+    @property
+    def rows(self) -> list[Row]:
+        positions = range(self.start, self.start + len(self.tokens))
+        return [(self.fill.prompt_id, self.fill.sample_id, p) for p in positions]
 
 
 def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
@@ -38,7 +50,7 @@ def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
         start = 0
         while start < len(fill.tokens):
             piece = fill.tokens[start : start + room]
-            batch.append(Span(piece, start, fill.pages))
+            batch.append(Span(piece, start, fill))
             start += len(piece)
             room -= len(piece)
             if room == 0:

@@ -46,15 +46,25 @@ class DecodeGraphs:
 
         rows_SX: `decode_rows` on the device.
         """
-        count, width = rows_SX.shape
+        count = len(rows_SX)
         bucket = bucket_of(count)
         if bucket not in self.captured:
             self.captured[bucket] = self._capture(bucket, rows_SX.device)
         static = self.captured[bucket]
-        static.rows[:count, :width] = rows_SX
-        static.rows[count:] = 0
+        self._fill(static.rows, rows_SX)
         static.graph.replay()
         return static.hidden[:count]
+
+    def run_eagerly(self, rows_SX: torch.Tensor) -> torch.Tensor:
+        """What `run` gives, of the same shapes and so the same kernels, launched one by one."""
+        rows = rows_SX.new_zeros(bucket_of(len(rows_SX)), self.columns)
+        self._fill(rows, rows_SX)
+        return self.model.hidden(*decode_inputs(rows, self.cache))[: len(rows_SX)]
+
+    def _fill(self, rows: torch.Tensor, rows_SX: torch.Tensor) -> None:
+        count, width = rows_SX.shape
+        rows[:count, :width] = rows_SX
+        rows[count:] = 0
 
     def _capture(self, bucket: int, device: torch.device) -> _Captured:
         rows = torch.zeros(bucket, self.columns, dtype=torch.int64, device=device)

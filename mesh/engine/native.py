@@ -7,7 +7,7 @@ drawn in one place, and the samples of a prompt differ only from their first dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mesh.engine.batches import (
     KEY,
+    Row,
     decode_inputs,
     decode_rows,
     prefill_inputs,
@@ -46,7 +47,11 @@ class EngineSettings:
 
 
 class NativeEngine:
-    """Owns the KV cache of one generator replica. All its tp ranks make the same calls."""
+    """Owns the KV cache of one generator replica. All its tp ranks make the same calls.
+
+    `observer`, where there is one, is told the rows of every forward pass before it; decode steps
+    then run without CUDA graphs, in whose replays no Python code, hooks included, is called.
+    """
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class NativeEngine:
         graphs = settings.cuda_graphs and self.device.type == "cuda"
         self.graphs = DecodeGraphs(self.model, self.cache, self.table_width) if graphs else None
         self.preemptions = 0
+        self.observer: Callable[[list[Row]], None] | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Live local shards by torchtitan's names, tied weights under each; buffers included."""
@@ -139,6 +145,8 @@ class NativeEngine:
     def _prefill(self, admission: Admission) -> None:
         """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
         for spans in spans_of(admission.fills, self.settings.prefill_tokens):
+            if self.observer is not None:
+                self.observer([row for span in spans for row in span.rows])
             self.model.hidden(*prefill_inputs(spans, self.cache, self.device))
         if admission.copies:
             slots = slot_copies(admission.copies, self.settings.page_size)
@@ -147,8 +155,11 @@ class NativeEngine:
     def _decode(self, running: list[Sequence], sampling: Sampling) -> None:
         """Draw the next token of every running sequence."""
         rows_SX = decode_rows(running, sampling, self.settings.page_size).to(self.device)
+        if self.observer is not None:
+            self.observer([(s.prompt_id, s.sample_id, s.length - 1) for s in running])
         if self.graphs is not None:
-            hidden_SD = self.graphs.run(rows_SX)
+            run = self.graphs.run if self.observer is None else self.graphs.run_eagerly
+            hidden_SD = run(rows_SX)
         else:
             hidden_SD = self.model.hidden(*decode_inputs(rows_SX, self.cache))
         tokens_S, logprobs_S = self._choose(hidden_SD, rows_SX[:, KEY], sampling)

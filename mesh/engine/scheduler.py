@@ -17,10 +17,14 @@ from mesh.types import Request
 
 @dataclass
 class Fill:
-    """Tokens whose keys and values are to be computed into `pages`."""
+    """Tokens whose keys and values are to be computed into `pages`: for one sample of a prompt, or
+    (sample_id None) for all that start from it.
+    """
 
     tokens: tuple[int, ...]
     pages: list[int]
+    prompt_id: int
+    sample_id: int | None
 
 
 @dataclass
@@ -84,7 +88,9 @@ class Scheduler:
             return False
         sequence.pages = self.pool.take(pages)
         if sequence.cached:
-            admission.fills.append(Fill(sequence.cached, sequence.pages))
+            admission.fills.append(
+                Fill(sequence.cached, sequence.pages, sequence.prompt_id, sequence.sample_id)
+            )
         return True
 
     def _fork(self, sequence: Sequence, pages: int, admission: Admission) -> bool:
@@ -98,7 +104,8 @@ class Scheduler:
         if prefix is None:
             prefix = Prefix(self.pool.take(own), self._samples[sequence.prompt_id])
             self.prefixes[sequence.prompt_id] = prefix
-            admission.fills.append(Fill(sequence.cached, prefix.pages))
+            fill = Fill(sequence.cached, prefix.pages, sequence.prompt_id, None)
+            admission.fills.append(fill)
         sequence.pages = self.pool.share(prefix.pages[:full]) + self.pool.take(pages - full)
         if cached % self.page_size:
             copied = (prefix.pages[full], sequence.pages[full], cached % self.page_size)

@@ -1,0 +1,113 @@
+"""Exactness on real GPUs: kernels at the shapes of Qwen3, and real runs on one and on two of them.
+
+Skipped without one. With two, trainer and generator have different layouts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from launching import launch
+
+from mesh.invariant.switch import batch_invariant
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+ROWS = (1, 2, 3, 7, 8, 16, 17, 31, 32, 33, 64, 65, 100, 129, 256, 257)
+# Qwen3's 0.6B and 8B: inputs, outputs of a layer
+SHAPES = ((1024, 2048), (2048, 1024), (1024, 3072), (3072, 1024), (4096, 1024), (12288, 4096))
+
+
+def differing(inputs: int, outputs: int) -> tuple[int, int]:
+    """(differing, compared): row slices and column shards of a product against the whole of it."""
+    x = torch.randn(2048, inputs, device="cuda").bfloat16()
+    weight = torch.randn(outputs, inputs, device="cuda").bfloat16()
+    whole = F.linear(x, weight)
+    pairs = []
+    for rows in ROWS:
+        for first in (0, 1, 777):
+            part = slice(first, first + rows)
+            pairs.append((F.linear(x[part], weight), whole[part]))
+            for shards in (2, 4):
+                columns = [F.linear(x[part], shard) for shard in weight.chunk(shards)]
+                pairs.append((torch.cat(columns, -1), whole[part]))
+    return sum(not torch.equal(a, b) for a, b in pairs), len(pairs)
+
+
+@one_gpu
+def test_products_do_not_depend_on_the_other_rows_and_columns():
+    with batch_invariant(True, "cuda"):
+        counts = [differing(*shape) for shape in SHAPES]
+    assert sum(compared for _, compared in counts) == len(SHAPES) * len(ROWS) * 9
+    assert [wrong for wrong, _ in counts] == [0] * len(SHAPES)
+    assert sum(differing(*shape)[0] for shape in SHAPES) > 0, "control: without the switch"
+
+
+@one_gpu
+@pytest.mark.parametrize("shape", [(1024, 2048), (3072, 1024), (4096, 100), (72, 40)])
+@pytest.mark.parametrize("rows", [1, 5, 16, 32, 64, 300])
+def test_our_product_has_the_library_s_bits(shape, rows):
+    from mesh.invariant.triton_linear import matmul
+
+    inputs, outputs = shape
+    a = torch.randn(rows, inputs, device="cuda").bfloat16()
+    weight = torch.randn(outputs, inputs, device="cuda").bfloat16()
+    with batch_invariant(True, "cuda"):
+        library = F.linear(
+            torch.cat([a, torch.zeros(512, inputs, device="cuda").bfloat16()]), weight
+        )
+    assert torch.equal(matmul(a, weight.t()), library[:rows])
+    assert torch.equal(matmul(a, weight.t().contiguous()), library[:rows])
+
+
+@one_gpu
+def test_the_switch_restores_the_library_s_settings():
+    x, weight = torch.randn(8, 3072).cuda().bfloat16(), torch.randn(1024, 3072).cuda().bfloat16()
+    before = F.linear(x, weight), torch.backends.cuda.preferred_blas_library()
+    with batch_invariant(True, "cuda"):
+        F.linear(x, weight)
+    assert torch.equal(F.linear(x, weight), before[0])
+    assert torch.backends.cuda.preferred_blas_library() == before[1]
+
+
+def validated(path: Path, ranks: int, *words: str) -> dict:
+    """What a validation run wrote; it has to pass."""
+    launch("recipes/validate.py", ranks, "conf=qwen3_tiny", f"run_dir={path}", *words)
+    return json.loads((path / "validation.json").read_text())
+
+
+@one_gpu
+def test_one_gpu_validates(tmp_path: Path):
+    assert validated(tmp_path / "run", 1)
+
+
+@two_gpus
+def test_two_gpus_validate_every_layout(tmp_path: Path):
+    assert validated(tmp_path / "run", 2)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
+        ["mesh.mode=colocated", "trainer.tp=1", "trainer.dp_shard=2", "generator.tp=2"],
+        ["mesh.mode=split", "trainer.tp=1", "generator.tp=1"],
+    ],
+    ids=["trainer tp 2", "generator tp 2", "split"],
+)
+def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
+    small = [
+        "steps=3",
+        "eval.num_prompts=8",
+        "log.tensorboard=false",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    switch = ["batch_invariant=true", "check=strict"]
+    launch("recipes/grpo.py", 2, "conf=qwen3_tiny", *small, *switch, *words)
