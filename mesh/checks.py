@@ -16,7 +16,7 @@ from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
 from mesh.model.hf import weight_problems
 from mesh.tokenizer import Tokenizer
-from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape, Prompt
+from mesh.types import CPU_PAGE, CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
 
 
 def check_start(
@@ -65,8 +65,8 @@ def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     chunks, found = conf.invariant.chunks, []
     for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
         if chunks % tp:
-            wrong = f"a rank computes whole ones of the invariant.chunks={chunks} pieces into which"
-            wrong += " every layer's output features are cut"
+            wrong = f"a rank computes whole ones of the invariant.chunks={chunks} pieces in which a"
+            wrong += " layer's output features are tested to have the bits of the whole"
             remedy = f"use a divisor of {chunks}, or set invariant.chunks={tp}"
             found.append(problem(name, tp, wrong, remedy))
     if shape is not None:
@@ -75,13 +75,29 @@ def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         if uneven:
             wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
             found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
-    if conf.trainer.dtype != conf.generator.dtype:
+    unset = "bfloat16" if resolve_device(conf) == "cuda" else "float32"
+    if (conf.trainer.dtype or unset) != (conf.generator.dtype or unset):
         wrong = f"differs from trainer.dtype={conf.trainer.dtype}: their bits cannot be equal"
         remedy = "give both roles one dtype"
         found.append(problem("generator.dtype", conf.generator.dtype, wrong, remedy))
-    if resolve_device(conf) == "cuda" and "float32" in (conf.trainer.dtype, conf.generator.dtype):
+    return found + (gpu_problems(conf, shape) if resolve_device(conf) == "cuda" else [])
+
+
+def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """What cannot be exact on a GPU: fp32, another GPU than Hopper, heads we have no kernel for."""
+    found = []
+    if "float32" in (conf.trainer.dtype, conf.generator.dtype):
         wrong = "fp32 matrix products on CUDA depend on the batch"
         found.append(problem("generator.dtype", "float32", wrong, "use bfloat16, or device=cpu"))
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        wrong = f"{torch.cuda.get_device_name()} is no Hopper GPU, for which the exact kernels are"
+        found.append(
+            problem("batch_invariant", "true", wrong, "use an H100 or H200, or device=cpu")
+        )
+    if shape is not None and shape.head_dim not in HEAD_DIMS:
+        wrong = f"the exact attention kernels do not take its heads of {shape.head_dim}"
+        remedy = f"use a model with heads of {', '.join(map(str, HEAD_DIMS))}, or device=cpu"
+        found.append(problem("model.flavor", conf.model.flavor, wrong, remedy))
     return found
 
 

@@ -26,9 +26,7 @@ INF = float("inf")
 
 @dataclass
 class InvariantConf:
-    chunks: int = key(
-        4, "pieces of every layer's output features, whole ones a rank: bounds its tp", ge=1
-    )
+    chunks: int = key(4, "most parts of a layer that are tested to have its bits: bounds tp", ge=1)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from mesh.invariant.switch import batch_invariant
 from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
 from mesh.loss import normaliser
 from mesh.model.hf import export
+from mesh.model.products import self_test_of
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.process import Process, refuse_to_start, start
 from mesh.step import Advantage, Aggregation, Rules
@@ -163,8 +164,21 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def assemble(conf: Conf, process: Process, parts: Parts, with_optimizer: bool = True) -> Program:
-    """Build both roles and sync the first weights. A collective of the world."""
+def assemble(
+    conf: Conf,
+    process: Process,
+    parts: Parts,
+    with_optimizer: bool = True,
+    self_test: bool = True,
+) -> Program:
+    """Build both roles and sync the first weights. A collective of the world.
+
+    self_test: of the batch-invariant kernels, which one a process is enough of.
+    """
+    if conf.batch_invariant and self_test:
+        dtype = dtype_of(conf.trainer.dtype, process.device)
+        pieces = conf.invariant.chunks
+        process.say(self_test_of(parts.shape, pieces, dtype, process.device, process.cpu_group))
     timeout = timedelta(seconds=conf.timeout_seconds)
     layout = plan_layout(conf, process.world_size)
     meshes = build_meshes(layout, process.device.type, timeout)

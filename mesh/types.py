@@ -15,6 +15,9 @@ FinishReason = Literal["stop", "length"]
 MAX_TP = 8
 """The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
 
+HEAD_DIMS = (32, 64, 128)
+"""Head dims of our attention kernels for Hopper GPUs."""
+
 CUDA_PAGE = 256
 """Tokens of a KV page on CUDA: its attention kernel takes multiples of this alone."""
 

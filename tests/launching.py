@@ -24,7 +24,8 @@ def launch(
     `status` 0: it must succeed, else it must not. `path` goes in front of PYTHONPATH.
     """
     launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else [sys.executable]
-    places = [str(place) for place in (path, REPOSITORY) if place is not None]
+    given = os.environ.get("PYTHONPATH")
+    places = [str(place) for place in (path, REPOSITORY, given) if place]
     result = subprocess.run(
         [*launcher, str(REPOSITORY / program), *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""The switch's cost on a GPU: a whole forward, forward+backward, and decoding, both modes in turn."""
+"""The switch's cost on a GPU: a whole forward, forward+backward and decoding, modes in turn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from bench_main import print_row
-from timing import paired
+from timing import Switch, paired
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mesh.model.attention
 from mesh.engine.native import EngineSettings, NativeEngine
-from mesh.invariant.switch import batch_invariant
-from mesh.model.attention import AttentionContext, packed_context
+from mesh.model.attention import AttentionContext, flash_attention_2, packed_context
 from mesh.model.qwen3 import Qwen3, build_model, shape_of_flavor
 from mesh.process import start
 from mesh.types import CUDA_PAGE, ModelShape, Request, Sampling
@@ -29,8 +28,8 @@ OFF = "off"
 
 
 @contextmanager
-def random_model(flavor: str, max_length: int) -> Iterator[tuple[Qwen3, ModelShape]]:
-    """A model of random bfloat16 weights on this GPU."""
+def random_model(flavor: str, max_length: int) -> Iterator[tuple[Qwen3, ModelShape, Switch]]:
+    """A model of random bfloat16 weights on this GPU, its shape, and the switch for it."""
     shape = shape_of_flavor(flavor)
     with start("cuda", 600) as process:
         alone: DeviceMesh = init_device_mesh(
@@ -40,20 +39,26 @@ def random_model(flavor: str, max_length: int) -> Iterator[tuple[Qwen3, ModelSha
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
-        yield model, shape
+        yield model, shape, Switch(shape, torch.bfloat16, process.device)
 
 
 def bench_forward(flavor: str) -> list[str]:
     """Rows for forward and forward+backward of both packings; returns the targets missed."""
     missed = []
-    print_row("packing", "pass", "off, varlen ms", "off, cuDNN ms", "on ms", "on / fastest off")
+    print_row(
+        "packing", "pass", "off, FlashAttention 2 ms", "off, cuDNN ms", "on ms", "on / fastest off"
+    )
     print_row(*["---"] * 6)
-    with random_model(flavor, max(length for _, length in PACKINGS)) as (model, shape):
+    with random_model(flavor, max(length for _, length in PACKINGS)) as (model, shape, switch):
         for sequences, length in PACKINGS:
             for name, backward in (("forward", False), ("forward+backward", True)):
-                run = partial(one_pass, model, packed_tokens(shape, sequences, length), backward)
+                run = partial(
+                    one_pass, model, switch, packed_tokens(shape, sequences, length), backward
+                )
                 times = paired(
-                    partial(run, False), partial(run, False, cudnn), partial(run, True), repeats=9
+                    *(partial(run, False, other) for other in (flash_attention_2, cudnn)),
+                    partial(run, True),
+                    repeats=9,
                 )
                 ratio = times[2] / min(times[:2])
                 what = f"{sequences} x {length}"
@@ -76,6 +81,7 @@ Attention = Callable[..., torch.Tensor]
 
 def one_pass(
     model: Qwen3,
+    switch: Switch,
     tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     backward: bool,
     on: bool,
@@ -87,7 +93,7 @@ def one_pass(
     index_A = torch.arange(len(tokens_T), device="cuda")
     flash = attention or mesh.model.attention._flash
     with (
-        batch_invariant(on, "cuda"),
+        switch(on),
         mock.patch("mesh.model.attention._flash", flash),
         torch.set_grad_enabled(backward),
     ):
@@ -116,13 +122,16 @@ def bench_decode(flavor: str) -> list[str]:
     missed = []
     print_row("batch", "off tokens/s", "on tokens/s", "on / off time")
     print_row(*["---"] * 4)
-    with random_model(flavor, PROMPT_TOKENS + NEW_TOKENS) as (model, shape):
+    with random_model(flavor, PROMPT_TOKENS + NEW_TOKENS) as (model, shape, switch):
         model.eval().requires_grad_(False)
         engines = [engine_of(model, shape) for _ in range(2)]
         for batch in BATCHES:
             requests = prompts_of(shape, batch)
             off, on = paired(
-                *(partial(answer, engine, requests, on) for on, engine in enumerate(engines)),
+                *(
+                    partial(answer, engine, switch, requests, on)
+                    for on, engine in enumerate(engines)
+                ),
                 repeats=5,
             )
             rates = (f"{batch * NEW_TOKENS / t:,.0f}" for t in (off, on))
@@ -155,7 +164,7 @@ def prompts_of(shape: ModelShape, batch: int) -> list[Request]:
     return [Request(i, tuple(row), 1) for i, row in enumerate(tokens.tolist())]
 
 
-def answer(engine: NativeEngine, requests: Sequence[Request], on: int) -> None:
+def answer(engine: NativeEngine, switch: Switch, requests: Sequence[Request], on: int) -> None:
     """Generate for all requests; an engine's graphs are captured in the mode it is used in."""
-    with batch_invariant(bool(on), "cuda"):
+    with switch(bool(on)):
         engine.generate(requests, Sampling(1.0, NEW_TOKENS, seed=0, step=0))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from bench_main import print_row
-from timing import paired
+from timing import Switch, paired
 
 from mesh.batch import PackedBatch
 from mesh.cli import load_conf
-from mesh.invariant.switch import batch_invariant
 from mesh.loss import policy_loss_T
 from mesh.process import start
 from mesh.program import Program, assemble, check, rules_of, sync
@@ -35,16 +35,17 @@ def bench_tiny() -> list[str]:
         asked = (program.parts.task, prompts, conf.group_size, generator.sampling(0))
         wave = program.exchange([p.prompt_id for p in prompts], generator.rollout(*asked))
         share = share_of(wave, rules_of(conf), program.trainer.dp)
-        parts = {
+        parts: dict[str, Callable[[], object]] = {
             "generation": partial(generator.rollout, *asked),
             "training": partial(backpropagate, program, share),
         }
-        return [line for name, part in parts.items() for line in compare(name, part)]
+        switch = Switch(program.parts.shape, torch.float32, process.device)
+        return [line for name, part in parts.items() for line in compare(switch, name, part)]
 
 
-def compare(name: str, part: partial) -> list[str]:
+def compare(switch: Switch, name: str, part: Callable[[], object]) -> list[str]:
     def run(on: bool) -> None:
-        with batch_invariant(on, "cpu"):
+        with switch(on):
             part()
 
     off, on = paired(partial(run, False), partial(run, True), repeats=REPEATS)

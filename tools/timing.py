@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from statistics import median
 
 import torch
+import torch.distributed as dist
+
+from mesh.invariant.switch import batch_invariant, current, use_fallback, use_ordinary_softmax
+from mesh.model.products import self_test_of
+from mesh.types import ModelShape
+
+CHUNKS = 4
 
 
 def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -37,7 +44,9 @@ def paired(*functions: Callable[[], object], repeats: int) -> list[float]:
 
 @contextmanager
 def stopwatch(taken: list[float]) -> Iterator[None]:
-    """Adds the seconds of a block to `taken`; on a GPU those of its work there."""
+    """Adds the seconds of a block to `taken`: of its work on a GPU, else this process's CPU time,
+    which others do not lengthen.
+    """
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -46,6 +55,28 @@ def stopwatch(taken: list[float]) -> Iterator[None]:
         torch.cuda.synchronize()
         taken.append(start.elapsed_time(end) / 1e3)
     else:
-        began = time.perf_counter()
+        began = time.process_time()
         yield
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
+
+
+class Switch:
+    """Turns batch invariance on as a run does: with what one self-test chose for the model."""
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.device_type = device.type
+        group = dist.group.WORLD
+        assert group is not None, "the self-test is a collective of a world, if only of one"
+        with batch_invariant(True, device.type, CHUNKS):
+            print(self_test_of(shape, CHUNKS, dtype, device, group), flush=True)
+            chosen = current()
+            assert chosen is not None, "the switch is on here"
+            self.choices = chosen.choices
+
+    @contextmanager
+    def __call__(self, on: bool) -> Iterator[None]:
+        with batch_invariant(on, self.device_type, CHUNKS):
+            if on:
+                use_fallback(self.choices.tiled)
+                use_ordinary_softmax(self.choices.widths)
+            yield

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mesh.model.triton_scores import inverse_of
+
 BLOCK = 4096
 
 
@@ -31,6 +33,7 @@ def _draw_kernel(
     first,
     row_stride,
     num_blocks,
+    inverse,
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -38,6 +41,7 @@ def _draw_kernel(
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < vocab
     value = tl.load(logits + row * row_stride + index, mask=inside, other=float("-inf"))
+    value = value.to(tl.float32) * inverse
     if NOISE:
         key = tl.load(keys + row).to(tl.uint64, bitcast=True)
         low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -54,12 +58,13 @@ def _draw_kernel(
 
 
 def draw_shard(
-    logits_SV: torch.Tensor, keys_S: torch.Tensor, first: int, noise: bool
+    logits_SV: torch.Tensor, keys_S: torch.Tensor, first: int, noise: bool, divisor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest perturbed logit fp32 [S], its index in the shard int64 [S]).
 
-    logits_SV: fp32, rows contiguous, the vocabulary entries from `first` on; keys_S: `token_keys`.
-    Without `noise` the largest logit. Ties go to the lower index.
+    logits_SV: rows contiguous, the vocabulary entries from `first` on, divided by `divisor` in fp32
+    as PyTorch divides on CUDA; keys_S: `token_keys`. Without `noise` the largest logit. Ties go to
+    the lower index.
     """
     rows, vocab = logits_SV.shape
     num_blocks = triton.cdiv(vocab, BLOCK)
@@ -67,7 +72,7 @@ def draw_shard(
     token = torch.empty(rows, num_blocks, dtype=torch.int64, device=logits_SV.device)
     _draw_kernel[(rows, num_blocks)](
         logits_SV, keys_S.contiguous(), best, token, vocab, first, logits_SV.stride(0), num_blocks,
-        NOISE=noise, BLOCK=BLOCK,
+        inverse_of(divisor), NOISE=noise, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     block_S = best.argmax(-1, keepdim=True)
     return best.gather(-1, block_S)[:, 0], token.gather(-1, block_S)[:, 0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from mesh.engine.batches import (
     KEY,
@@ -27,7 +28,7 @@ from mesh.engine.cache import PagePool, Sequence, allocate, copy_slots, num_page
 from mesh.engine.graphs import DecodeGraphs
 from mesh.engine.sampler import draw
 from mesh.engine.scheduler import Admission, Scheduler
-from mesh.model.logprobs import score_tiles, shard_of, tile_logits, vocab_tiles
+from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
 from mesh.types import Completion, ModelShape, Request, Sampling
@@ -180,14 +181,13 @@ class NativeEngine:
         weight = local(self.model.lm_head.weight)
         shard, num_shards = shard_of(self.group)
         temperature = sampling.temperature or 1.0
-        edges = vocab_tiles(weight.shape[0] * num_shards, num_shards)
-        logits_SV = hidden_SD.new_empty(len(hidden_SD), weight.shape[0], dtype=torch.float32)
-        for first, last in edges:
-            logits_SV[:, first:last] = tile_logits(hidden_SD, weight[first:last], temperature)
-        tokens_S = draw(logits_SV, keys_S, sampling, self.group)
-        tiles = ((first, logits_SV[:, first:last]) for first, last in edges)
+        tiles = vocab_tiles(weight.shape[0] * num_shards, num_shards)
+        logits_SV = torch.cat([F.linear(hidden_SD, weight[slice(*tile)]) for tile in tiles], -1)
+        tokens_S = draw(logits_SV, keys_S, sampling, self.group, temperature)
+        pieces = [([0, *(last for _, last in tiles)], logits_SV)]
         targets_S = tokens_S - shard * weight.shape[0]
-        return tokens_S, score_tiles(tiles, targets_S, self.group, with_entropy=False)[0]
+        scores = score_tiles(pieces, targets_S, temperature, self.group, with_entropy=False)
+        return tokens_S, scores[0]
 
 
 def _completion(sequence: Sequence) -> Completion:

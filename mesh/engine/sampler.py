@@ -110,18 +110,21 @@ def draw(
     keys_S: torch.Tensor,
     sampling: Sampling,
     group: dist.ProcessGroup | None = None,
+    divisor: float = 1.0,
 ) -> torch.Tensor:
     """One token per row, int64 [S], the same on every rank of `group`.
 
-    logits_SV: this rank's vocabulary shard of logits / temperature, fp32. Greedy at temperature 0,
-    where truncation changes nothing.
+    logits_SV: this rank's vocabulary shard of logits, to be divided by `divisor` in fp32, which
+    gives logits / temperature. Greedy at temperature 0, where truncation changes nothing.
     """
     shard, _ = shard_of(group)
     if sampling.top_k > 0 or sampling.top_p < 1.0:
         logits_SV, shard, group = _gather_shards(logits_SV, group), 0, None
-        logits_SV = truncate(logits_SV, sampling.top_k, sampling.top_p)
+        logits_SV = truncate(logits_SV.float() / divisor, sampling.top_k, sampling.top_p)
+        divisor = 1.0
     first = shard * logits_SV.shape[-1]
-    best_S, token_S = _draw_shard(logits_SV, keys_S, first, noise=sampling.temperature > 0)
+    noise = sampling.temperature > 0
+    best_S, token_S = _draw_shard(logits_SV, keys_S, first, noise, divisor)
     if group is None:
         return token_S
     best_SX = _gather_shards(best_S[:, None], group)
@@ -130,12 +133,13 @@ def draw(
 
 
 def _draw_shard(
-    logits_SV: torch.Tensor, keys_S: torch.Tensor, first: int, noise: bool
+    logits_SV: torch.Tensor, keys_S: torch.Tensor, first: int, noise: bool, divisor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest perturbed logit [S], its index in the shard [S]); see `kernels.draw_shard`."""
     if logits_SV.is_cuda:
-        return draw_shard(logits_SV, keys_S, first, noise)
+        return draw_shard(logits_SV, keys_S, first, noise, divisor)
+    z = logits_SV.float() / divisor
     if noise:
-        logits_SV = logits_SV + gumbel(keys_S, first, first + logits_SV.shape[-1])
-    best_S, token_S = logits_SV.max(-1)
+        z = z + gumbel(keys_S, first, first + z.shape[-1])
+    best_S, token_S = z.max(-1)
     return best_S, token_S

@@ -1,10 +1,11 @@
 """Attention on a CPU whose bits for a query do not depend on the other queries, nor on how far the
 keys of its call reach beyond it.
 
-PyTorch's CPU kernel multiplies a tile of queries at a time, and from about 256 keys on the other
-rows of a tile and the number of keys show in a row's bits, in tiles of one fixed size too. With one
-query to a product they do not. (Measured, fp32 and bf16, 1 to 4 threads, keys to 1,184.) It is what a
-decode step does anyway. The backward pass takes the output and log-sum-exp of all, in one call.
+PyTorch's CPU kernel multiplies a tile of queries at a time and sums over keys in an order that
+follows their number, from about 256 on, and that of the threads. So it is called for one query and
+at most BLOCK keys, as in a decode step, and blocks are put together by their log-sum-exps, in order
+(as in ring attention, arXiv:2310.01889, eq. 2). Queries or sequences, whichever are more, are a
+call's batch. The backward pass takes the output and log-sum-exp of the whole, in one call.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 KEYS = 32  # keys are padded to a multiple
+BLOCK = 256
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -21,11 +23,39 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
+def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
+               scale: float) -> Tensors:  # fmt: skip
+    """(output, log-sum-exp) of calls of one query. What a query does not see adds exact zeros."""
+    if q.shape[0] * q.shape[1] == 1:  # a lone product is shared among threads, and so rounded else
+        q, k, v, bias = (x.expand(2, -1, -1, -1) for x in (q, k, v, bias))
+        out, logsumexp = _by_blocks(q, k, v, bias, scale)
+        return out[:1], logsumexp[:1]
+    parts = [
+        _forward(q, *(x[:, :, first : first + BLOCK] for x in (k, v)),
+                 attn_mask=bias[..., first : first + BLOCK], scale=scale)
+        for first in range(0, k.shape[2], BLOCK)
+    ]  # fmt: skip
+    if len(parts) == 1:
+        return parts[0]
+    seen = torch.stack([part.isfinite().any(-1) for part in bias.split(BLOCK, -1)])
+    logsumexps = torch.stack([lse for _, lse in parts]).masked_fill(~seen, -torch.inf)
+    peak = logsumexps.amax(0)
+    terms = (logsumexps - peak).exp()
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    shares = (terms / total)[..., None]
+    out = parts[0][0].float() * shares[0]  # all see the first key
+    for (part, _), share in zip(parts[1:], shares[1:], strict=True):
+        out += torch.where(share > 0, part.float() * share, 0.0)
+    return out.to(q.dtype), peak + total.log()
+
+
 def _over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
                   scale: float) -> Tensors:  # fmt: skip
     """One call a query, with the sequences as its batch."""
     parts = [
-        _forward(row, k, v, attn_mask=seen, scale=scale)
+        _by_blocks(row, k, v, seen, scale)
         for row, seen in zip(q.split(1, 2), bias.split(1, 2), strict=True)
     ]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
@@ -37,8 +67,8 @@ def _over_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
     outs, logsumexps = [], []
     for q_NLH, *kv, seen in zip(q, k, v, bias, strict=True):
         rows = q_NLH.transpose(0, 1)[:, :, None]
-        pair = (x.expand(len(rows), -1, -1, -1) for x in kv)
-        out, lse = _forward(rows, *pair, attn_mask=seen.transpose(0, 1)[:, :, None], scale=scale)
+        keys, values = (x.expand(len(rows), -1, -1, -1) for x in kv)
+        out, lse = _by_blocks(rows, keys, values, seen.transpose(0, 1)[:, :, None], scale)
         outs.append(out[:, :, 0].transpose(0, 1))
         logsumexps.append(lse[:, :, 0].transpose(0, 1))
     return torch.stack(outs), torch.stack(logsumexps)

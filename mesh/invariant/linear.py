@@ -1,12 +1,12 @@
-"""Linear layers whose bits do not depend on the tensor-parallel degree: no sum crosses ranks.
+"""The linear layer that ends a tensor-parallel region, with the same bits at any degree: no sum
+crosses ranks.
 
 A rank computes its part of the output features, each as one whole sum over all input features. So
-the layer that ends a tensor-parallel region, row-parallel in Megatron (arXiv:1909.08053), gathers
-its inputs instead of adding partial products, and its outputs after: about the bytes of an
-all-reduce, but nothing to round, nothing to order, and nothing to pay with one rank. (Sums in fixed
-pieces of the input features cost a GPU twice the time of that layer on every rank.) Its backward
-pass gathers the weight for the same reason. On a CPU the width of a product changes its bits, so
-output features are computed in a fixed number of pieces, of which a rank has whole ones.
+where Megatron's row-parallel layer (arXiv:1909.08053) adds partial products, this one gathers its
+inputs, and its outputs after: about the bytes of an all-reduce, but nothing to round, nothing to
+order, and nothing to pay with one rank. (Sums in fixed pieces of the input features, which an
+all-reduce in a fixed order could put together, cost a GPU twice the time of that layer on every
+rank.) Its backward pass gathers the weight for the same reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mesh.invariant.collectives import gather_tokens, pad_tokens, shard_size
-
-
-def column_linear(x: torch.Tensor, weight: torch.Tensor, tiles: int) -> torch.Tensor:
-    """x @ weight^T in `tiles` tiles of output features."""
-    if tiles == 1:
-        return F.linear(x, weight)
-    return torch.cat([F.linear(x, tile) for tile in weight.chunk(tiles)], dim=-1)
 
 
 def gather_features(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -54,13 +47,12 @@ class _GatheredLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        tiles: int,
         group: dist.ProcessGroup,
         to_shards: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.to_shards = group, to_shards
-        part = column_linear(gather_features(x, group), weight, tiles)
+        part = F.linear(gather_features(x, group), weight)
         return (features_to_tokens if to_shards else gather_features)(part, group)
 
     @staticmethod
@@ -74,22 +66,20 @@ class _GatheredLinear(torch.autograd.Function):
         dist.all_gather_into_tensor(whole, weight.contiguous(), group=group)
         grad_x = grad @ whole.chunk(ranks, 1)[rank]
         rows, mine = gather_features(x, group).flatten(0, -2), grad.chunk(ranks, -1)[rank]
-        return grad_x, mine.flatten(0, -2).t() @ rows, None, None, None
+        return grad_x, mine.flatten(0, -2).t() @ rows, None, None
 
 
 def gathered_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    tiles: int,
     group: dist.ProcessGroup | None,
     to_shards: bool = False,
 ) -> torch.Tensor:
-    """The linear layer that ends a tensor-parallel region.
+    """x @ weight^T where a rank has a part of x's input features and of the weight's outputs.
 
-    x: [..., T, K / ranks], this rank's input features; weight: [N / ranks, K], its output features;
-    `tiles`: pieces in which it computes those. Returns [..., T, N] on every rank; `to_shards`
+    x: [..., T, K / ranks]; weight: [N / ranks, K]. Returns [..., T, N] on every rank; `to_shards`
     (sequence parallelism): all features of this rank's tokens, [..., T / ranks, N].
     """
     if group is None:
-        return column_linear(x, weight, tiles)
-    return _GatheredLinear.apply(x, weight, tiles, group, to_shards)
+        return F.linear(x, weight)
+    return _GatheredLinear.apply(x, weight, group, to_shards)

@@ -45,6 +45,8 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
     """Sums of DEPTH products, added in order."""
 
     def by_depth(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.shape[1] <= DEPTH:
+            return mm.call_boxed(keyset, a, b)
         total = mm.call_boxed(keyset, a[:, :DEPTH], b[:DEPTH])
         for first in range(DEPTH, a.shape[1], DEPTH):
             last = first + DEPTH
@@ -72,40 +74,48 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
             total = by_depth(keyset, a, b)
         if total.shape[1] != outputs:
             total = total[:, :outputs].contiguous()
-        return total[:rows].to(dtype)
+        total = total if len(total) == rows else total[:rows]
+        return total if dtype == total.dtype else total.to(dtype)
 
     return product
 
 
 def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
     """The library's product; by our kernel where that is faster, or the library failed."""
-    few_rows = few_rows_kernel()
+    few_rows, most_rows = few_rows_kernel()
 
     def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows = a.shape[0]
+        if rows > most_rows and not tiled:  # the way of training, where every microsecond counts
+            return mm.call_boxed(keyset, a, b)
         if (a.shape[1], b.shape[1]) in tiled and a.dtype == b.dtype == torch.bfloat16:
             from mesh.invariant.triton_linear import matmul  # needs a GPU's driver
 
             return matmul(a, b)
         if few_rows is not None and (result := few_rows(a, b)) is not None:
             return result
-        if a.shape[0] != 1:
+        if rows != 1:
             return mm.call_boxed(keyset, a, b)
         return mm.call_boxed(keyset, padded(a, 2, a.shape[1]), b)[:1]
 
     return product
 
 
-def few_rows_kernel() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
-    """What multiplies few rows in place of the vendor library, where it is faster (None: nothing).
+FewRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+def few_rows_kernel() -> tuple[FewRows | None, int]:
+    """What multiplies few rows in place of the vendor library where it is faster (None: nothing),
+    and the rows above which the library needs no help.
 
     Its bits are the library's; the kernel itself returns None where the library is the faster one.
     """
     if torch.cuda.get_device_capability()[0] != 9:
-        return None
-    from mesh.invariant.triton_linear import fits, is_fast, matmul  # needs a GPU's driver
+        return None, 1
+    from mesh.invariant.triton_linear import NARROW_ROWS, fits, is_fast, matmul  # needs a driver
 
     def few_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
         fast = is_fast(a.shape[0], b.shape[1]) and fits(a, b)
         return matmul(a, b) if fast else None
 
-    return few_rows
+    return few_rows, NARROW_ROWS

@@ -19,18 +19,13 @@ from mesh.invariant.kernels import Choices, overrides
 
 @dataclass(frozen=True)
 class Invariance:
-    """The switch while it is on. chunks: pieces into which the output features of every linear layer
-    are cut, of which a rank has whole ones; tensor parallelism is at most that.
+    """The switch while it is on. chunks: pieces into which the output features of linear layers can
+    be cut, of which a rank has whole ones; tensor parallelism is at most that.
     """
 
     device_type: str
     chunks: int
     choices: Choices = field(default_factory=Choices)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles in which output features are computed: on CUDA their number changes no bits."""
-        return self.chunks if self.device_type == "cpu" else 1
 
 
 _current: Invariance | None = None

@@ -1,10 +1,11 @@
-"""A backward of packed causal attention whose bits depend on the sequence alone, for CUDA.
+"""Packed causal attention whose bits depend on the sequence alone, gradients included, for CUDA.
 
-FlashAttention's backward adds dQ with atomics, so its bits differ from run to run, and its
-deterministic mode depends on the packing. Here two kernels replace it. One owns a block of queries
-and walks its keys (dQ); the other owns a block of keys and walks the queries of every head in its
-group (dK, dV). Blocks are counted from the start of each sequence, every sum has one order, nothing
-is added atomically: a sequence's gradients are the same bits at any offset, beside any others.
+The forward is `triton_flash`'s; this is its backward. FlashAttention's adds dQ with atomics, so its
+bits differ from run to run, and its deterministic mode depends on the packing. Here two kernels
+replace it. One owns a block of queries and walks its keys (dQ); the other owns a block of keys and
+walks the queries of every head in its group (dK, dV). Blocks are counted from the start of each
+sequence, every sum has one order, nothing is added atomically: a sequence's gradients are the same
+bits at any offset, beside any others.
 
 The price is seven products instead of five, as scores and dP are computed in both kernels.
 """
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.nn.attention.varlen import _varlen_attn
+
+from mesh.invariant.triton_flash import attention_forward
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -42,7 +44,7 @@ DQ_BLOCKS = {
 DKDV_BLOCKS = {
     32: Blocks(64, 128, 4, 3),
     64: Blocks(64, 128, 8, 3),
-    128: Blocks(64, 128, 8, 2),
+    128: Blocks(64, 128, 8, 3),
 }
 
 
@@ -241,7 +243,7 @@ def attention_backward(
 
 
 class VarlenAttention(torch.autograd.Function):
-    """FlashAttention's forward, inside torch, with the backward above."""
+    """`attention_forward` with the backward above."""
 
     @staticmethod
     def forward(
@@ -253,10 +255,9 @@ class VarlenAttention(torch.autograd.Function):
         max_seqlen: int,
         scale: float,
     ) -> torch.Tensor:
-        out_TNH, lse_NT, _ = _varlen_attn(
-            q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale,
-            [-1, 0], True, None, None, 1,
-        )  # fmt: skip
+        out_TNH, lse_NT = attention_forward(
+            q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, scale, with_lse=True
+        )
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens)
         ctx.max_seqlen, ctx.scale = max_seqlen, scale
         return out_TNH
@@ -281,7 +282,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal grouped-query attention of packed whole sequences on CUDA. Returns [T, N, H].
 
-    The bits of the output are `varlen_attn`'s with num_splits=1; those of the gradients depend on
-    the sequence alone, and are the same every time.
+    The bits of the output and of the gradients depend on the sequence alone, and are the same every
+    time; those of the output are the ones that `attention_forward` gives with a cache.
     """
     return VarlenAttention.apply(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, scale)

@@ -8,7 +8,7 @@ keys and values are read from its pages, for prefill, chunked prefill and decode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchtitan.protocols.module import Module
 
 from mesh.invariant.cpu_attention import KEYS, attention_by_query
 from mesh.invariant.switch import current
+from mesh.types import HEAD_DIMS
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,38 @@ def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContex
     return AttentionContext(cu_seqlens, cu_seqlens.diff(), max_seqlen, max_seqlen)
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _flash(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """FlashAttention inside torch. num_splits=1 fixes the order over the keys; batch-invariant, its
-    backward, which adds with atomics, is replaced.
+    """Attention on CUDA: where we can by our own kernels, in which a query has the same bits in
+    training, in a prefill and in decode; elsewhere by FlashAttention inside torch.
     """
-    paged = ctx.cache is not None
-    if not paged and current() is not None:
-        from mesh.invariant.triton_attention import varlen_attention  # needs a GPU's driver
+    if q_TNH.shape[-1] not in HEAD_DIMS or not _is_hopper(q_TNH.device):
+        return flash_attention_2(q_TNH, k, v, ctx, scale)
+    # imported here, as they need a GPU's driver
+    from mesh.invariant.triton_attention import varlen_attention
+    from mesh.invariant.triton_flash import attention_forward
 
+    if ctx.cache is None:
         return varlen_attention(q_TNH, k, v, ctx.cu_seqlens, ctx.max_query, scale)
-    num_splits = 1 if current() is not None else None
+    spans = (ctx.cu_seqlens, ctx.max_query)
+    return attention_forward(q_TNH, k, v, *spans, scale, ctx.lengths, ctx.block_table)[0]
+
+
+def flash_attention_2(
+    q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
+) -> torch.Tensor:
+    """FlashAttention inside torch, in whatever order it finds fastest."""
+    assert current() is None, "it is not batch-invariant: the start-up checks let it through"
     out = varlen_attn(
         q_TNH, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_query, ctx.max_length,
-        scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=num_splits,
-        seqused_k=ctx.lengths if paged else None, block_table=ctx.block_table,
+        scale=scale, window_size=(-1, 0), enable_gqa=True,
+        seqused_k=ctx.lengths if ctx.cache is not None else None, block_table=ctx.block_table,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out

@@ -23,19 +23,27 @@ from torchtitan.models.common.nn_modules import RMSNorm as TitanRMSNorm
 from torchtitan.models.common.rope import RoPE as TitanRoPE
 from torchtitan.models.qwen3.model import Qwen3TransformerBlock as TitanTransformerBlock
 
-from mesh.invariant.linear import column_linear, gathered_linear
-from mesh.invariant.switch import Invariance, current
-from mesh.model.logprobs import TokenScores, shard_of, token_logprobs
+from mesh.invariant.elementwise import silu_times
+from mesh.invariant.linear import gathered_linear
+from mesh.invariant.switch import current
+from mesh.model.logprobs import TokenScores, token_logprobs
 from mesh.model.parallel import copy_to, enter, leave, local
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's gate, silu(gate) * up (arXiv:2002.05202, eq. 5). Any shape, elementwise."""
+    if gate.is_cuda:
+        from mesh.model import triton_elementwise  # needs a GPU's driver
+
+        return triton_elementwise.swiglu(gate, up)
+    return plain_swiglu(gate, up)
+
+
+def plain_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`swiglu` by PyTorch's own operators."""
     switch = current()
     if switch is not None and switch.device_type == "cpu":
-        # F.silu's vector lanes and its scalar tail round differently there; these three do not
-        wide = gate.float()
-        return (wide / (1 + torch.exp(-wide))).to(gate.dtype) * up
+        return silu_times(gate, up)
     return F.silu(gate) * up
 
 
@@ -57,6 +65,17 @@ def rotate(x_BTNH: torch.Tensor, rope_TE: torch.Tensor) -> torch.Tensor:
     return (x * cos_TH + turned * sin_TH).type_as(x_BTNH)
 
 
+def rotate_both(
+    q: torch.Tensor, k: torch.Tensor, rope_TE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` of packed queries and keys."""
+    if q.is_cuda:
+        from mesh.model import triton_elementwise  # needs a GPU's driver
+
+        return triton_elementwise.rotate_both(q, k, rope_TE)
+    return rotate(q, rope_TE), rotate(k, rope_TE)
+
+
 def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
     """Cosines and sines of every position, fp32 [max_length, 2 * head_dim].
 
@@ -66,12 +85,6 @@ def rope_table(head_dim: int, max_length: int, theta: float, device: torch.devic
     angles = torch.outer(torch.arange(max_length, device="cpu").float(), inverse)
     angles = torch.cat([angles, angles], dim=-1)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
-
-
-def tiles_of(switch: Invariance, group: dist.ProcessGroup | None) -> int:
-    """Pieces of its output features that one of the group's ranks computes."""
-    _, ranks = shard_of(group)
-    return max(switch.tiles // ranks, 1)
 
 
 class ColumnLinear(TitanLinear):
@@ -88,10 +101,7 @@ class ColumnLinear(TitanLinear):
         self.tp_group: dist.ProcessGroup | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        switch = current()
-        if switch is None:
-            return F.linear(x, local(self.weight))
-        return column_linear(x, local(self.weight), tiles_of(switch, self.tp_group))
+        return F.linear(x, local(self.weight))
 
 
 class RowLinear(TitanLinear):
@@ -115,12 +125,10 @@ class RowLinear(TitanLinear):
         return 1 if current() is None else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        switch = current()
-        if switch is None:
+        if current() is None:
             return leave(F.linear(x, local(self.weight)), self.tp_group, self.token_group)
-        tiles = tiles_of(switch, self.tp_group)
         to_shards = self.token_group is not None
-        return gathered_linear(x, local(self.weight), tiles, self.tp_group, to_shards)
+        return gathered_linear(x, local(self.weight), self.tp_group, to_shards)
 
 
 class RMSNorm(TitanRMSNorm):
@@ -224,7 +232,7 @@ class Rotary(TitanRoPE):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, positions: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(query, positions), rotate(key, positions)
+        return rotate_both(query, key, positions)
 
 
 class Embedding(TitanEmbedding):

@@ -6,11 +6,14 @@ The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A voc
 rank holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so
 ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's
 logits (as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
+On CUDA each pass over logits is a kernel of `triton_scores`, for which the plain functions here are
+the specification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +53,6 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> list[tuple[int, int]]:
     ]
     edges = [*edges[: len(edges) // num_shards], vocab_size // num_shards]
     return list(zip(edges[:-1], edges[1:], strict=True))
-
-
-def tile_logits(
-    hidden_AD: torch.Tensor, weight_tile: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Logits of one vocabulary tile over the temperature, fp32 [A, tile]."""
-    return F.linear(hidden_AD, weight_tile).float() / temperature
 
 
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
@@ -101,31 +97,119 @@ def _pick(logits: torch.Tensor, targets_A: torch.Tensor, first: int) -> torch.Te
     return picked_A.masked_fill(~inside_A, -torch.inf)
 
 
-def score_tiles(
-    tiles: Iterable[tuple[int, torch.Tensor]],
+def plain_tile_scores(
+    logits_AV: torch.Tensor,
+    edges: Sequence[int],
     targets_A: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    with_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprobs_A, entropy_A, logsumexp_A) from this shard's tiles, in vocabulary order.
+    temperature: float,
+    with_moment: bool,
+) -> torch.Tensor:
+    """`tile_scores` by PyTorch's own operators, an fp32 copy of each tile at a time."""
+    scores = []
+    for first, last in pairwise(edges):
+        z = logits_AV[:, first - edges[0] : last - edges[0]].float() / temperature
+        logsumexp_A = tile_logsumexp(z)
+        moment_A = torch.zeros_like(logsumexp_A)
+        if with_moment:
+            moment_A = (F.softmax(z, dim=-1) * z).sum(-1)
+        scores.append(torch.stack([logsumexp_A, _pick(z, targets_A, first), moment_A]))
+    return torch.stack(scores)
 
-    tiles: (first index, logits / temperature) of each tile; targets_A: ids counted from the shard's
-    start, also those of other shards. The entropy is zeros where it is not asked for.
+
+def tile_scores(
+    logits_AV: torch.Tensor,
+    edges: Sequence[int],
+    targets_A: torch.Tensor,
+    temperature: float,
+    with_moment: bool,
+) -> torch.Tensor:
+    """Scores of K tiles side by side, fp32 [K, 3, A], of z = logits / temperature.
+
+    Of each tile its log-sum-exp; the target's z if it holds the target, else -inf; the mean of z
+    under its softmax (undefined where not asked for). logits_AV: what the product gave, columns
+    edges[0] to edges[-1] of this rank's vocabulary shard.
     """
-    logsumexps, picked, moments = [], [], []
-    for first, logits in tiles:
-        logsumexps.append(tile_logsumexp(logits))
-        picked.append(_pick(logits, targets_A, first))
-        if with_entropy:
-            moments.append((F.softmax(logits, dim=-1) * logits).sum(-1))
-    tiles_KA = gather_tiles(torch.stack(logsumexps), group)
+    if logits_AV.is_cuda:
+        from mesh.model import triton_scores  # needs a GPU's driver
+
+        return triton_scores.tile_scores(logits_AV, edges, targets_A, temperature, with_moment)
+    return plain_tile_scores(logits_AV, edges, targets_A, temperature, with_moment)
+
+
+def plain_combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+    """`combine_scores` by PyTorch's own operators."""
+    tiles_KA, target_KA, moment_KA = scores_K3A.unbind(1)
     logsumexp_A = combine_logsumexp(tiles_KA)
-    target_A = gather_tiles(torch.stack(picked).amax(0)[None], group).amax(0)
     entropy_A = torch.zeros_like(logsumexp_A)
     if with_entropy:
-        mean_KA = gather_tiles(torch.stack(moments), group)
-        entropy_A = logsumexp_A - ((tiles_KA - logsumexp_A).exp() * mean_KA).sum(0)
-    return target_A - logsumexp_A, entropy_A, logsumexp_A
+        entropy_A = logsumexp_A - ((tiles_KA - logsumexp_A).exp() * moment_KA).sum(0)
+    return target_KA.amax(0) - logsumexp_A, entropy_A, logsumexp_A
+
+
+def combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logprobs_A, entropy_A, logsumexp_A) of all tiles; an entropy not asked for is zeros."""
+    if scores_K3A.is_cuda:
+        from mesh.model import triton_scores  # needs a GPU's driver
+
+        return triton_scores.combine_scores(scores_K3A, with_entropy)
+    return plain_combine_scores(scores_K3A, with_entropy)
+
+
+def plain_tile_gradient(
+    logits_AV: torch.Tensor,
+    first: int,
+    targets_A: torch.Tensor,
+    logsumexp_A: torch.Tensor,
+    scale_A: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """`tile_gradient` by PyTorch's own operators."""
+    grad = (logits_AV.float() / temperature - logsumexp_A[:, None]).exp_().neg_()
+    index_A = targets_A - first
+    inside_A = (index_A >= 0) & (index_A < grad.shape[1])
+    index_A = index_A.clamp(0, grad.shape[1] - 1)
+    grad.scatter_add_(1, index_A[:, None], inside_A[:, None].to(grad.dtype))
+    return (grad * scale_A[:, None]).to(logits_AV.dtype)
+
+
+def tile_gradient(
+    logits_AV: torch.Tensor,
+    first: int,
+    targets_A: torch.Tensor,
+    logsumexp_A: torch.Tensor,
+    scale_A: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """(onehot(target) - softmax) * scale of the tile from `first` on, in the logits' dtype.
+
+    logsumexp_A: over the whole vocabulary. The logits are given away: CUDA writes over them.
+    """
+    arguments = (logits_AV, first, targets_A, logsumexp_A, scale_A, temperature)
+    if logits_AV.is_cuda:
+        from mesh.model import triton_scores  # needs a GPU's driver
+
+        return triton_scores.tile_gradient(*arguments)
+    return plain_tile_gradient(*arguments)
+
+
+def score_tiles(
+    pieces: Iterable[tuple[Sequence[int], torch.Tensor]],
+    targets_A: torch.Tensor,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    with_entropy: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(logprobs_A, entropy_A, logsumexp_A) from this shard's tiles, in vocabulary order.
+
+    pieces: (edges, logits) of one or more tiles side by side, the logits as their products give
+    them; targets_A: ids counted from the shard's start, also those of other shards. The entropy is
+    zeros where it is not asked for.
+    """
+    scores = [
+        tile_scores(logits, edges, targets_A, temperature, with_entropy) for edges, logits in pieces
+    ]
+    scores_K3A = scores[0] if len(scores) == 1 else torch.cat(scores)
+    return combine_scores(gather_tiles(scores_K3A, group), with_entropy)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -141,10 +225,10 @@ class _TokenLogprobs(torch.autograd.Function):
         shard, num_shards = shard_of(group)
         targets_A = targets_A - shard * weight.shape[0]
         tiles = (
-            (first, tile_logits(hidden_AD, weight[first:last], temperature))
-            for first, last in vocab_tiles(weight.shape[0] * num_shards, num_shards)
+            (tile, F.linear(hidden_AD, weight[slice(*tile)]))
+            for tile in vocab_tiles(weight.shape[0] * num_shards, num_shards)
         )
-        logprobs_A, entropy_A, logsumexp_A = score_tiles(tiles, targets_A, group, True)
+        logprobs_A, entropy_A, logsumexp_A = score_tiles(tiles, targets_A, temperature, group, True)
         ctx.save_for_backward(hidden_AD, weight, targets_A, logsumexp_A)
         ctx.temperature, ctx.group, ctx.num_shards = temperature, group, num_shards
         ctx.mark_non_differentiable(entropy_A)
@@ -153,16 +237,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_A: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         hidden_AD, weight, targets_A, logsumexp_A = ctx.saved_tensors
+        scale_A = grad_A / ctx.temperature
         grad_hidden_AD = torch.zeros_like(hidden_AD, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
         for first, last in vocab_tiles(weight.shape[0] * ctx.num_shards, ctx.num_shards):
-            logits = tile_logits(hidden_AD, weight[first:last], ctx.temperature)
-            grad = (logits - logsumexp_A[:, None]).exp_().neg_()
-            index_A = targets_A - first
-            inside_A = (index_A >= 0) & (index_A < last - first)
-            index_A = index_A.clamp(0, last - first - 1)
-            grad.scatter_add_(1, index_A[:, None], inside_A[:, None].to(grad.dtype))
-            grad = (grad * (grad_A / ctx.temperature)[:, None]).to(hidden_AD.dtype)
+            logits = F.linear(hidden_AD, weight[first:last])
+            grad = tile_gradient(logits, first, targets_A, logsumexp_A, scale_A, ctx.temperature)
             grad_hidden_AD += grad @ weight[first:last]
             grad_weight[first:last] = grad.t() @ hidden_AD
         if ctx.group is not None:

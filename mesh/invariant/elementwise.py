@@ -1,0 +1,30 @@
+"""SwiGLU on a CPU with the bits of an element its own.
+
+PyTorch's silu rounds differently in its vector lanes and in the scalar tail that ends a thread's
+part; exp, addition and division do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class _SiluTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        wide = gate.float()
+        return (wide / wide.neg().exp_().add_(1)).to(gate.dtype).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, in their dtype; the backward pass is the ordinary one."""
+    return _SiluTimes.apply(gate, up)

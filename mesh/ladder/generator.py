@@ -1,0 +1,129 @@
+"""L1 on the generator: a sequence alone and among any others, chunked, cached and preempted.
+
+Every engine of the world generates the whole batch, so every device is seen; tokens are drawn by
+counter, so they must be the same as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mesh.engine.cache import num_pages
+from mesh.engine.native import EngineSettings, NativeEngine
+from mesh.generator import engine_settings
+from mesh.ladder.batch import Walk, generate, part_of
+from mesh.ladder.bits import Key, Rollouts, Tally, compare_rollouts
+from mesh.ladder.naming import NOTHING, Tracer, settle
+from mesh.ladder.table import Check
+from mesh.trace import Trace, trace_generation
+from mesh.types import Request, Sampling
+
+SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129)
+FEW = 33  # sequences of the ways that run only few of them at a time
+PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
+MOST = 64  # sequences at a time: the next one joins when one has ended
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to generate part of the batch; `settings` differ from the engine's own."""
+
+    requests: list[Request]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def engine_with(engine: NativeEngine, settings: dict[str, Any]) -> Iterator[NativeEngine]:
+    """An engine of the same weights with other settings, for a block; the same one without any."""
+    if not settings:
+        yield engine
+        return
+    changed = replace(engine.settings, **settings)
+    other = NativeEngine(engine.model, engine.shape, changed, engine.group)
+    other.reset(engine.version)
+    yield other
+    other.close()
+
+
+def ways(
+    settings: EngineSettings, requests: Sequence[Request], on_cuda: bool
+) -> dict[str, list[Way]]:
+    """The rows of the table, and the ways that each of them compares with the whole batch."""
+    whole = list(requests)
+    sizes = [size for size in SIZES if size <= sum(r.num_samples for r in requests)]
+    few = part_of(requests, min(FEW, sizes[-1]))
+    cached, captured = settings.prefix_cache, settings.cuda_graphs
+    found = {
+        f"generator, batches of {', '.join(map(str, sizes))}": [
+            Way(part_of(requests, size)) for size in sizes
+        ],
+        "generator, reversed order": [Way(whole[::-1])],
+        f"generator, prefill {PREFILL} tokens at a time": [Way(few, {"prefill_tokens": PREFILL})],
+        f"generator, {MOST} sequences at a time": [Way(whole, {"max_sequences": MOST})],
+        f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
+        "generator, sequences preempted": [
+            Way(few, {"kv_tokens": _tight(settings, few), "prefix_cache": False})
+        ],
+    }
+    if on_cuda:
+        found[f"generator, CUDA graphs {_other(captured)}"] = [
+            Way(whole, {"cuda_graphs": not captured})
+        ]
+    return found
+
+
+def _other(on: bool) -> str:
+    return "off" if on else "on"
+
+
+def _tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
+    """A KV cache for all these prompts and none of their responses, or for one whole sequence."""
+    page = settings.page_size
+    prompts = sum(r.num_samples * num_pages(len(r.tokens), page) for r in requests)
+    return max(prompts, num_pages(settings.max_length, page)) * page
+
+
+def generator_checks(
+    walk: Walk, engine: NativeEngine | None, sampling: Sampling
+) -> Iterator[Check]:
+    """The rows of L1 on the generator. Collective; `engine` None off it."""
+    device = walk.process.device
+    settings, whole = engine_settings(walk.conf, device), Way(walk.requests)
+    base = generate(engine, walk.requests, sampling) if engine is not None else {}
+    for what, some in ways(settings, walk.requests, device.type == "cuda").items():
+        tally, preempted = Tally(), 0
+        for way in some:
+            found, count = compare_way(engine, way, sampling, base)
+            sides = tracer(engine, way, sampling), tracer(engine, whole, sampling)
+            tally += settle(walk, found, *sides, seek=tally.first is None)
+            preempted += sum(walk.process.gather(count))
+        idle = "kv_tokens" in some[0].settings and not preempted and tally.passed
+        reason = "every response fits the pages of its prompt" if idle else None
+        yield Check("L1", what, tally, reason)
+
+
+def compare_way(
+    engine: NativeEngine | None, way: Way, sampling: Sampling, base: Rollouts
+) -> tuple[Tally, int]:
+    """This engine's tally of one way against the whole batch, and how often it preempted."""
+    if engine is None:
+        return Tally(), 0
+    with engine_with(engine, way.settings) as other:
+        before = other.preemptions
+        found = generate(other, way.requests, sampling)
+        return compare_rollouts(found, base), other.preemptions - before
+
+
+def tracer(engine: NativeEngine | None, way: Way, sampling: Sampling) -> Tracer:
+    """Generates one way again and traces a sequence of it, where this engine has it."""
+
+    def trace(key: Key) -> Trace:
+        if engine is None or key[0] not in {request.prompt_id for request in way.requests}:
+            return NOTHING
+        with engine_with(engine, way.settings) as other:
+            return trace_generation(other, way.requests, sampling, key)
+
+    return trace

@@ -1,0 +1,168 @@
+"""The scores of vocabulary tiles on CUDA, straight from the logits as the product leaves them.
+
+One program reads a row of a tile once, in blocks of fixed size, and keeps a sum for every lane of
+the block, faded as the largest logit grows (the online softmax, arXiv:1805.02867); at the end
+neighbouring lanes are added, then neighbouring pairs, and so on. The order of every sum is thus
+written out here: no layout that the compiler chooses, and no other row or tile, can change a bit.
+Products and sums are rounded one by one (no contraction to fma). The plain functions in
+`mesh.model.logprobs` are the specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 2048  # fixes the order of the sums
+WARPS = 4
+COMBINED_ROWS = 64
+
+
+@triton.jit
+def _add_neighbours(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """Sums of the rows of [ROWS, 2 ** LEVELS] along a binary tree, whose sums of two have no order
+    to choose."""
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, [ROWS, 2 ** (LEVELS - level - 1), 2]), 2)
+    return tl.max(x, 1)  # the one that is left
+
+
+@triton.jit(do_not_specialize=["rows", "origin"])
+def _score_kernel(
+    logits, edges, targets, scores, rows, row_stride, origin, inverse,
+    MOMENT: tl.constexpr, ALIGNED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of one tile. Columns are counted from that of `logits`, targets from `origin`."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = tl.multiple_of(tl.load(edges + tile), ALIGNED)
+    last = tl.multiple_of(tl.load(edges + tile + 1), ALIGNED)
+    logits += row * row_stride
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    sum_of_z = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < last
+        z = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        top = tl.maximum(peak, tl.max(z, 0))
+        fade, p = tl.exp(peak - top), tl.exp(z - top)
+        total = total * fade + p
+        if MOMENT:
+            sum_of_z = sum_of_z * fade + p * tl.where(inside, z, 0.0)
+        peak = top
+    mass = _add_neighbours(tl.reshape(total, [1, BLOCK]), 1, LEVELS)
+    to = scores + tile * 3 * rows + row + tl.arange(0, 1)
+    tl.store(to, peak + tl.log(mass))
+    if MOMENT:
+        moment = _add_neighbours(tl.reshape(sum_of_z, [1, BLOCK]), 1, LEVELS)
+        tl.store(to + 2 * rows, moment / mass)
+    target = tl.load(targets + row) - origin
+    mine = (target >= first) & (target < last)
+    logit = tl.load(logits + target, mask=mine, other=float("-inf")).to(tl.float32)
+    tl.store(scores + (tile * 3 + 1) * rows + row, logit * inverse)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _combine_kernel(
+    scores, outs, rows, TILES: tl.constexpr, LEVELS: tl.constexpr, ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.arange(0, 2**LEVELS)[None]
+    place = scores + tile.to(tl.int64) * 3 * rows + row[:, None]
+    inside = (tile < TILES) & (row < rows)[:, None]
+    of_tile = tl.load(place, mask=inside, other=float("-inf"))
+    target = tl.max(tl.load(place + rows, mask=inside, other=float("-inf")), 1)
+    peak = tl.max(of_tile, 1)
+    terms = tl.exp(of_tile - peak[:, None])
+    logsumexp = peak + tl.log(_add_neighbours(terms, ROWS, LEVELS))
+    tl.store(outs + row, target - logsumexp, mask=row < rows)
+    tl.store(outs + 2 * rows + row, logsumexp, mask=row < rows)
+    if ENTROPY:
+        mean = tl.load(place + 2 * rows, mask=inside, other=0.0)
+        means = _add_neighbours(tl.exp(of_tile - logsumexp[:, None]) * mean, ROWS, LEVELS)
+        tl.store(outs + rows + row, logsumexp - means, mask=row < rows)
+    else:
+        tl.store(outs + rows + row, tl.zeros([ROWS], tl.float32), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["origin"])
+def _grad_kernel(
+    logits, targets, logsumexp, scale, width, row_stride, origin, inverse, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    target = tl.load(targets + row) - origin
+    lse, by = tl.load(logsumexp + row), tl.load(scale + row)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        z = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * inverse
+        grad = (tl.where(column == target, 1.0, 0.0) - tl.exp(z - lse)) * by
+        tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+@lru_cache
+def inverse_of(temperature: float) -> float:
+    """What PyTorch multiplies a CUDA tensor with when it is divided by a number, to the bit."""
+    return (1 / torch.tensor(temperature, dtype=torch.float32, device="cpu")).item()
+
+
+@lru_cache
+def _on_device(edges: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(edges, dtype=torch.int32, device=device)
+
+
+def tile_scores(
+    logits_AV: torch.Tensor,
+    edges: Sequence[int],
+    targets_A: torch.Tensor,
+    temperature: float,
+    with_moment: bool,
+) -> torch.Tensor:
+    """`logprobs.tile_scores`, [K, 3, A]. Moments that are not asked for are left unwritten."""
+    assert logits_AV.stride(-1) == 1, "logits are read along their rows"
+    rows, tiles = len(logits_AV), len(edges) - 1
+    columns = tuple(edge - edges[0] for edge in edges)
+    scores_K3A = logits_AV.new_empty(tiles, 3, rows, dtype=torch.float32)
+    _score_kernel[(rows, tiles)](
+        logits_AV, _on_device(columns, logits_AV.device), targets_A.contiguous(), scores_K3A, rows,
+        logits_AV.stride(0), edges[0], inverse_of(temperature), MOMENT=with_moment,
+        ALIGNED=math.gcd(16, *columns), LEVELS=BLOCK.bit_length() - 1, BLOCK=BLOCK,
+        num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return scores_K3A
+
+
+def combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+    """`logprobs.combine_scores`, along the same tree of tiles."""
+    tiles, _, rows = scores_K3A.shape
+    outs = scores_K3A.new_empty(3, rows)
+    _combine_kernel[(triton.cdiv(rows, COMBINED_ROWS),)](
+        scores_K3A, outs, rows, TILES=tiles, LEVELS=(tiles - 1).bit_length(), ENTROPY=with_entropy,
+        ROWS=COMBINED_ROWS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return tuple(outs)
+
+
+def tile_gradient(
+    logits_AV: torch.Tensor,
+    first: int,
+    targets_A: torch.Tensor,
+    logsumexp_A: torch.Tensor,
+    scale_A: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """`logprobs.tile_gradient`, written over the logits."""
+    assert logits_AV.stride(-1) == 1, "logits are read along their rows"
+    _grad_kernel[(len(logits_AV),)](
+        logits_AV, targets_A.contiguous(), logsumexp_A.contiguous(), scale_A.contiguous(),
+        logits_AV.shape[1], logits_AV.stride(0), first, inverse_of(temperature), BLOCK=BLOCK,
+        num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return logits_AV
