@@ -46,6 +46,7 @@ INSTEAD = {
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
     "model.init": "leave it out, the weights start random",
+    "check": "leave it out, there is no generator to agree with",
 }
 
 

@@ -70,26 +70,34 @@ def test_our_product_has_the_library_s_bits(shape, rows):
 def test_the_switch_restores_the_library_s_settings():
     x, weight = torch.randn(8, 3072).cuda().bfloat16(), torch.randn(1024, 3072).cuda().bfloat16()
     before = F.linear(x, weight), torch.backends.cuda.preferred_blas_library()
+    reduction = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     with batch_invariant(True, "cuda"):
-        F.linear(x, weight)
+        assert not torch.equal(F.linear(x, weight), before[0]), "control: another kernel was there"
     assert torch.equal(F.linear(x, weight), before[0])
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == reduction
     assert torch.backends.cuda.preferred_blas_library() == before[1]
 
 
-def validated(path: Path, ranks: int, *words: str) -> dict:
-    """What a validation run wrote; it has to pass."""
-    launch("recipes/validate.py", ranks, "conf=qwen3_tiny", f"run_dir={path}", *words)
-    return json.loads((path / "validation.json").read_text())
+def validated(path: Path, ranks: int) -> set[str]:
+    """The rungs that a validation run on GPUs found to hold."""
+    words = ["conf=qwen3_tiny", "device=cuda", f"run_dir={path}"]
+    launch("recipes/validate.py", ranks, *words)
+    report = json.loads((path / "validation.json").read_text())
+    assert report["machine"]["device"] == torch.cuda.get_device_name()
+    assert report["dtype"] == "bfloat16"
+    held = [check for check in report["checks"] if check["result"] == "pass"]
+    assert all(check["tally"]["compared"] > 0 for check in held)
+    return {check["rung"] for check in held}
 
 
 @one_gpu
 def test_one_gpu_validates(tmp_path: Path):
-    assert validated(tmp_path / "run", 1)
+    assert validated(tmp_path / "run", 1) == {"L0", "L1", "L2"}
 
 
 @two_gpus
 def test_two_gpus_validate_every_layout(tmp_path: Path):
-    assert validated(tmp_path / "run", 2)
+    assert validated(tmp_path / "run", 2) == {"L0", "L1", "L2", "L3"}
 
 
 @two_gpus
@@ -103,11 +111,9 @@ def test_two_gpus_validate_every_layout(tmp_path: Path):
     ids=["trainer tp 2", "generator tp 2", "split"],
 )
 def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
-    small = [
-        "steps=3",
-        "eval.num_prompts=8",
-        "log.tensorboard=false",
-        f"run_dir={tmp_path / 'run'}",
-    ]
-    switch = ["batch_invariant=true", "check=strict"]
+    path = tmp_path / "run"
+    small = ["steps=3", "eval.num_prompts=8", "log.tensorboard=false", f"run_dir={path}"]
+    switch = ["device=cuda", "batch_invariant=true", "check=strict"]
     launch("recipes/grpo.py", 2, "conf=qwen3_tiny", *small, *switch, *words)
+    ranks = json.loads((path / "environment.json").read_text())["ranks"]
+    assert [rank["device"] for rank in ranks] == [torch.cuda.get_device_name()] * 2

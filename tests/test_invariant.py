@@ -27,6 +27,8 @@ def test_the_switch_restores_the_ordinary_kernels_also_after_an_error():
         raise RuntimeError("inside")
     assert current() is None
     assert torch.equal(F.linear(x, weight), before)
+    with batch_invariant(True, "cpu"):
+        assert not torch.equal(F.linear(x, weight), before), "control: another kernel was there"
 
 
 def test_the_switch_cannot_be_nested():
@@ -36,6 +38,12 @@ def test_the_switch_cannot_be_nested():
         batch_invariant(True, "cpu"),
     ):
         pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_left_to_the_start_to_refuse():
+    with batch_invariant(True, "cuda"):
+        assert current() is None
 
 
 def test_every_product_goes_through_the_switch():
@@ -79,10 +87,17 @@ def test_what_cannot_be_exact_is_refused_all_at_once():
 SMALL = ["steps=2", "eval.every=0", "eval.num_prompts=8", "log.tensorboard=false"]
 
 
-def test_one_trainer_and_three_generators_agree_to_the_bit_in_a_real_run(tmp_path: Path):
-    layout = ["mesh.mode=split", "trainer.dp_shard=1", "generator.dp=3", "batch_invariant=true"]
+LAYOUTS = {
+    "1+3": ["trainer.dp_shard=1", "generator.dp=3", "num_prompts=18"],
+    # without the switch: the control of test_recipes
+    "2+2, tp differs": ["trainer.dp_shard=2", "trainer.tp=1", "generator.tp=2", "num_prompts=16"],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_trainer_and_generator_agree_to_the_bit_in_a_real_run(name, tmp_path: Path):
     path = tmp_path / "run"
-    words = [*SMALL, "num_prompts=18", *layout, f"run_dir={path}"]
+    words = [*SMALL, *LAYOUTS[name], "mesh.mode=split", "batch_invariant=true", f"run_dir={path}"]
     done = launch("recipes/grpo.py", 4, "conf=qwen3_tiny", *words)
     steps = Run(path, done.stdout).metrics[1:]
     assert len(steps) == 2
@@ -90,3 +105,12 @@ def test_one_trainer_and_three_generators_agree_to_the_bit_in_a_real_run(tmp_pat
         assert metrics["tokens/trained"] > 200
         assert metrics["logprob_diff/max"] == 0
         assert metrics["ratio/max"] == metrics["ratio/mean"] == 1
+
+
+def test_what_a_gpu_cannot_do_exactly_is_refused(monkeypatch):
+    monkeypatch.setattr("mesh.checks.resolve_device", lambda conf: "cuda")
+    words = ["trainer.dtype=float32", "generator.dtype=float32", "generator.top_p=0.9"]
+    _, conf = load_conf(["conf=qwen3_tiny", "batch_invariant=true", *words])
+    found = "\n".join(invariant_problems(conf, ModelShape(128, 128, 2, 8, 8, 48, 384)))
+    for said in ("trainer.dtype=float32", "generator.dtype=float32", "top_p=0.9", "heads of 48"):
+        assert said in found

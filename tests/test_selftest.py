@@ -18,8 +18,9 @@ from launching import launch
 
 from mesh.invariant.selftest import Product, check_products, operands, self_test
 from mesh.invariant.switch import batch_invariant, current
+from mesh.model import rowwise
 from mesh.model.products import products_of, self_test_of, tile_widths
-from mesh.model.qwen3 import shape_of_flavor
+from mesh.model.qwen3 import TINY, shape_of_flavor
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -105,6 +106,19 @@ def test_a_softmax_that_depends_on_the_rows_is_replaced(alone, name):
         x = torch.randn(5, 24)
         assert torch.equal(F.softmax(x, -1)[:1], F.softmax(x[:1], -1))
     assert "softmax [K 24, N 24]" in line
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention"])
+def test_an_operation_that_depends_on_the_rows_is_refused_by_its_name(alone, name, monkeypatch):
+    whole = getattr(rowwise, name)
+
+    def broken(x: torch.Tensor, *rest) -> torch.Tensor:
+        return whole(x, *rest) * (1 + 2**-10 if len(x) < 8 else 1)
+
+    monkeypatch.setattr(rowwise, name, broken)
+    said = {"rms_norm": "RMSNorm", "swiglu": "SwiGLU", "attention": "attention, 3 tokens"}[name]
+    with batch_invariant(True, "cpu"), pytest.raises(RuntimeError, match=said):
+        self_test_of(TINY, 4, torch.float32, CPU, alone)
 
 
 def test_the_operands_show_another_order_in_bfloat16_as_well():

@@ -68,6 +68,7 @@ def products(product: Product) -> dict[str, Kernel]:
         return total if beta == 0 else total + (bias if beta == 1 else bias * beta)
 
     def bmm(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert len(a) == len(b), f"batches of {len(a)} and {len(b)} matrices do not fit"
         if not len(a):
             return a.new_empty(len(a), a.shape[1], b.shape[2])
         return torch.stack([product(keyset, x, y) for x, y in zip(a, b, strict=True)])

@@ -24,7 +24,7 @@ def gather_features(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """All ranks' features, in their order: [..., D / ranks] -> [..., D]."""
     ranks = dist.get_world_size(group)
     parts = x.new_empty(ranks * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    dist.all_gather_single(parts, x.contiguous(), group=group)
     return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
@@ -63,7 +63,7 @@ class _GatheredLinear(torch.autograd.Function):
         if ctx.to_shards:
             grad = gather_tokens(grad, x.shape[-2], group)
         whole = weight.new_empty(ranks * len(weight), weight.shape[1])
-        dist.all_gather_into_tensor(whole, weight.contiguous(), group=group)
+        dist.all_gather_single(whole, weight.contiguous(), group=group)
         grad_x = grad @ whole.chunk(ranks, 1)[rank]
         rows, mine = gather_features(x, group).flatten(0, -2), grad.chunk(ranks, -1)[rank]
         return grad_x, mine.flatten(0, -2).t() @ rows, None, None

@@ -12,6 +12,7 @@ the model's own shapes, and moves what fails to kernels of fixed tiles.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,9 +83,9 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
 
 def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
     """The library's product; by our kernel where that is faster, or the library failed."""
-    few_rows, most_rows = few_rows_kernel()
 
     def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        few_rows, most_rows = few_rows_kernel()
         rows = a.shape[0]
         if rows > most_rows and not tiled:  # the way of training, where every microsecond counts
             return mm.call_boxed(keyset, a, b)
@@ -104,6 +105,7 @@ def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
 FewRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
+@cache
 def few_rows_kernel() -> tuple[FewRows | None, int]:
     """What multiplies few rows in place of the vendor library where it is faster (None: nothing),
     and the rows above which the library needs no help.

@@ -51,7 +51,9 @@ def mean_dim(
     """aten::mean.dim, fp32 inside (float64 kept)."""
     dims = [d % max(x.ndim, 1) for d in (dim or range(x.ndim))]
     kept = [d for d in range(x.ndim) if d not in dims]
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not (dtype or x.dtype).is_floating_point:
+        raise RuntimeError(f"mean(): the result is {dtype or x.dtype}; it has to be floating point")
+    work = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), -1).to(work)
     mean = (tree_sum(rows) / rows.shape[-1]).to(dtype or x.dtype)
     if keepdim:

@@ -8,7 +8,7 @@ the run stops. Likewise the ordinary softmax, which stays in place for the width
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from mesh.invariant.switch import use_fallback, use_ordinary_softmax
 
 ROWS_TRIED = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
-MORE_ROWS_ON_CUDA = (512, 1000, 4096)
+MORE_ROWS_ON_CUDA = (512, 1000, 4096, 16384)
 ROWS_OF_SHARDS = (1, 17)
 
-Compared = Iterator[tuple[str, torch.Tensor, torch.Tensor]]
+Comparison = tuple[str, torch.Tensor, torch.Tensor]
 """What was computed, its result, and what that has to be."""
+
+Compared = Iterator[Comparison]
 
 
 class Product(NamedTuple):
@@ -71,16 +73,21 @@ def self_test(
     dtype: torch.dtype,
     device: torch.device,
     group: dist.ProcessGroup,
+    others: Iterable[Comparison] = (),
 ) -> str:
     """Compare, move what fails to our kernels, and compare all again, since a shape may be another
     layer's shard. Returns a line that says what was done.
 
-    Raises RuntimeError naming what depends on the batch with our kernels too. A collective of
-    `group`: all its ranks come to the same choices.
+    others: comparisons of what has no second kernel. Raises RuntimeError naming what depends on the
+    batch with our kernels too, or ranks whose numbers of CPU threads differ, as sums follow it. A
+    collective of `group`: all its ranks come to the same choices.
     """
+    _refuse_other_threads(device, group)
+    rest = over_ranks([_finding(Product(0, 0, "other operations"), others)], group)
+    _refuse([finding for finding in rest if finding.differing], device)
     moved: list[Product] = []
     widths = set(softmax_widths)
-    comparisons = 0
+    comparisons = rest[0].comparisons
     while True:
         use_ordinary_softmax(widths)
         linears = over_ranks(check_products(products, degrees, dtype, device), group)
@@ -115,7 +122,7 @@ def _distinct(products: Sequence[Product]) -> list[Product]:
     return [Product(k, n, ", ".join(same), cut) for (k, n, cut), same in names.items()]
 
 
-def _finding(product: Product, compared: Compared) -> Finding:
+def _finding(product: Product, compared: Iterable[Comparison]) -> Finding:
     comparisons, wrong = 0, []
     for what, result, expected in compared:
         comparisons += 1
@@ -185,7 +192,21 @@ def _softmax_slices(width: int, device: torch.device) -> Compared:
             yield f"{name} of rows {rows.start} to {rows.stop}", part, whole[rows]
 
 
+def _refuse_other_threads(device: torch.device, group: dist.ProcessGroup) -> None:
+    if device.type != "cpu":
+        return
+    counts: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(counts, torch.get_num_threads(), group=group)
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"batch_invariant=true: ranks have {min(counts)} to {max(counts)} CPU threads, whose "
+            "sums differ; set OMP_NUM_THREADS to one number on all hosts"
+        )
+
+
 def _describe(product: Product) -> str:
+    if not product.inputs:
+        return product.name
     return f"{product.name} [K {product.inputs}, N {product.outputs}]"
 
 

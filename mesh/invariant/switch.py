@@ -2,13 +2,14 @@
 
 It replaces matrix products, softmaxes and means below autograd, for the device's dispatch key, so
 that whatever calls them - this program's model or a library's - gets the invariant ones. What
-PyTorch computes row by row already (RMSNorm, embedding, elementwise arithmetic) is left alone.
+PyTorch computes row by row already (RMSNorm, embedding, elementwise arithmetic) is left alone, and
+so are products with a vector (`mv`, `dot`), which this program has none of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,22 +57,21 @@ def batch_invariant(enabled: bool, device_type: str, chunks: int = 4) -> Iterato
     Afterwards the ordinary kernels are back in the same process. It cannot be nested.
     """
     global _current
-    if not enabled:
-        yield
+    if not enabled or (device_type == "cuda" and not torch.cuda.is_available()):
+        yield  # a GPU that is not there is refused where the process starts
         return
     assert _current is None, "batch invariance is on already"
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     switch = Invariance(device_type, chunks)
-    restore = _replace(key, overrides(device_type, switch.choices))
-    blas = _order_cuda_blas() if device_type == "cuda" else None
-    _current = switch
-    try:
-        yield
-    finally:
-        _current = None
-        restore()
-        if blas is not None:
-            blas()
+    with ExitStack() as undo:
+        undo.callback(_replace(key, overrides(device_type, switch.choices)))
+        if device_type == "cuda":
+            undo.callback(_order_cuda_blas())
+        _current = switch
+        try:
+            yield
+        finally:
+            _current = None
 
 
 def _replace(key: str, kernels: dict[str, Callable[..., Any]]) -> Callable[[], None]:

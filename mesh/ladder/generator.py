@@ -21,7 +21,7 @@ from mesh.ladder.table import Check
 from mesh.trace import Trace, trace_generation
 from mesh.types import Request, Sampling
 
-SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129)
+SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129, 257)
 FEW = 33  # sequences of the ways that run only few of them at a time
 PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
 MOST = 64  # sequences at a time: the next one joins when one has ended
@@ -53,16 +53,18 @@ def ways(
 ) -> dict[str, list[Way]]:
     """The rows of the table, and the ways that each of them compares with the whole batch."""
     whole = list(requests)
-    sizes = [size for size in SIZES if size <= sum(r.num_samples for r in requests)]
+    total = sum(r.num_samples for r in requests)
+    sizes = [size for size in SIZES if size <= total]
     few = part_of(requests, min(FEW, sizes[-1]))
+    most = min(MOST, -(-total // 2))
     cached, captured = settings.prefix_cache, settings.cuda_graphs
     found = {
         f"generator, batches of {', '.join(map(str, sizes))}": [
-            Way(part_of(requests, size)) for size in sizes
+            Way(part_of(requests, size), _room(settings, size)) for size in sizes
         ],
         "generator, reversed order": [Way(whole[::-1])],
         f"generator, prefill {PREFILL} tokens at a time": [Way(few, {"prefill_tokens": PREFILL})],
-        f"generator, {MOST} sequences at a time": [Way(whole, {"max_sequences": MOST})],
+        f"generator, {most} sequences at a time": [Way(whole, {"max_sequences": most})],
         f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
         "generator, sequences preempted": [
             Way(few, {"kv_tokens": _tight(settings, few), "prefix_cache": False})
@@ -73,6 +75,13 @@ def ways(
             Way(whole, {"cuda_graphs": not captured})
         ]
     return found
+
+
+def _room(settings: EngineSettings, size: int) -> dict[str, Any]:
+    """What lets so many sequences be decoded at a time, where the engine's own settings do not."""
+    if size <= settings.max_sequences:
+        return {}
+    return {"max_sequences": size, "kv_tokens": settings.kv_tokens * 2}
 
 
 def _other(on: bool) -> str:

@@ -80,7 +80,7 @@ def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> tor
         return tiles_KA
     size = dist.get_world_size(group)
     out = tiles_KA.new_empty(size * tiles_KA.shape[0], *tiles_KA.shape[1:])
-    dist.all_gather_into_tensor(out, tiles_KA.contiguous(), group=group)
+    dist.all_gather_single(out, tiles_KA.contiguous(), group=group)
     return out
 
 

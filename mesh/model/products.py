@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from mesh.invariant.selftest import Product, self_test
 from mesh.model.logprobs import vocab_tiles
+from mesh.model.rowwise import compared_rows
 from mesh.types import ModelShape
 
 
@@ -43,4 +44,5 @@ def self_test_of(
     collective of `group`.
     """
     degrees = [degree for degree in range(1, most_ranks + 1) if most_ranks % degree == 0]
-    return self_test(products_of(shape), tile_widths(shape), degrees, dtype, device, group)
+    others = compared_rows(shape, dtype, device)
+    return self_test(products_of(shape), tile_widths(shape), degrees, dtype, device, group, others)
