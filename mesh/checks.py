@@ -86,9 +86,15 @@ def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
 def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     """What cannot be exact on a GPU: fp32, another GPU than Hopper, heads we have no kernel for."""
     found = []
-    if "float32" in (conf.trainer.dtype, conf.generator.dtype):
-        wrong = "fp32 matrix products on CUDA depend on the batch"
-        found.append(problem("generator.dtype", "float32", wrong, "use bfloat16, or device=cpu"))
+    for role in ("trainer", "generator"):
+        if getattr(conf, role).dtype == "float32":
+            wrong = "fp32 matrix products on CUDA depend on the batch"
+            remedy = "use bfloat16, or device=cpu"
+            found.append(problem(f"{role}.dtype", "float32", wrong, remedy))
+    if conf.generator.top_p < 1:
+        wrong = "the running sum that cuts the nucleus depends on the batch on CUDA"
+        remedy = "use generator.top_k, or device=cpu"
+        found.append(problem("generator.top_p", conf.generator.top_p, wrong, remedy))
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         wrong = f"{torch.cuda.get_device_name()} is no Hopper GPU, for which the exact kernels are"
         found.append(
@@ -217,6 +223,8 @@ def run_dir_problems(conf: Conf) -> list[str]:
     if conf.run_dir is None:
         return []
     path = resolve_path(conf.run_dir)
+    if conf.resume is not None:
+        return link_problems(conf.resume, path)
     if path.exists() and not path.is_dir():
         return [problem("run_dir", conf.run_dir, "is a file", "name a directory")]
     holds = [name for name in ("config.yaml", "metrics.jsonl") if (path / name).exists()]
@@ -226,6 +234,13 @@ def run_dir_problems(conf: Conf) -> list[str]:
     return [
         problem("run_dir", conf.run_dir, wrong, "name another directory, or move that run away")
     ]
+
+
+def link_problems(name: str, path: Path) -> list[str]:
+    """Symbolic links in the directory of a run that goes on: it would write where they lead."""
+    links = sorted(item.name for item in path.iterdir() if item.is_symlink())
+    wrong = f"holds symbolic links ({', '.join(links)}), which are not followed"
+    return [problem("resume", name, wrong, "put the files themselves there")] if links else []
 
 
 def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:

@@ -25,8 +25,37 @@ from mesh.keys import (
     problem,
     range_problems,
     refuse,
+    shown,
+    value_of,
 )
 from mesh.usage import print_help_and_exit
+
+# Keys (or how they begin) that a resumed run may be given anew.
+HOW_IT_RUNS = (
+    "resume",
+    "steps",
+    "timeout_seconds",
+    "waves",
+    "check",
+    "mesh.mode",
+    "trainer.dp_",
+    "trainer.tp",
+    "trainer.sequence_parallel",
+    "trainer.microbatch_tokens",
+    "trainer.activation_checkpointing",
+    "generator.dp",
+    "generator.tp",
+    "generator.max_sequences",
+    "generator.kv_tokens",
+    "generator.page_size",
+    "generator.prefill_tokens",
+    "generator.prefix_cache",
+    "generator.cuda_graphs",
+    "sync.",
+    "eval.",
+    "checkpoint.",
+    "log.",
+)
 
 
 @dataclass(frozen=True)
@@ -49,22 +78,57 @@ class TextLoader(yaml.BaseLoader):
         return Quoted(node.value) if node.style in ("'", '"') else str(node.value)
 
 
-def load_conf(argv: list[str]) -> tuple[str, Conf]:
+def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     """The name and the values of the run that the command line `argv` (no program name) asks for.
 
     Prints keys and configs, and exits, for `--help`, for `conf=` without a name, and where no conf=
     is given (status 2). Raises ValueError listing every unknown key, wrong type, value out of its
-    range, unknown config and word that is not key=value.
+    range, unknown config and word that is not key=value. `resumes`: the program can continue the
+    run of `resume=RUN_DIR`, which takes the place of conf=.
     """
     settings, problems = read_words(argv)
     named = [setting.value for setting in settings if setting.name == "conf"]
-    if wants_help(argv) or not named or "" in named:
-        print_help_and_exit(missing=not named and not wants_help(argv))
+    resumed = [setting.value for setting in settings if setting.name == "resume"]
+    if wants_help(argv) or not (named or resumed) or "" in named:
+        print_help_and_exit(missing=not (named or resumed) and not wants_help(argv))
     overrides = [setting for setting in settings if setting.name != "conf"]
+    if resumed:
+        conf, more = resumed_conf(resumed[-1], overrides, resumes and not named)
+        refuse(problems + more + range_problems(conf))
+        return Path(resumed[-1]).name, conf
     base, more = read_config(named[-1])
     conf, wrong = merge(base + overrides)
+    if conf.resume is not None:
+        remedy = "leave it out, and say resume=RUN_DIR in place of conf= to continue a run"
+        wrong.append(problem("resume", conf.resume, "a config cannot resume", remedy))
     refuse(problems + more + wrong + range_problems(conf))
     return Path(named[-1]).stem, conf
+
+
+def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, list[str]]:
+    """The configuration that a run was started with, with `words`, and what is wrong with that.
+
+    Words may say where and how it goes on (`HOW_IT_RUNS`), not what it computes.
+    """
+    if not can:
+        remedy = "continue it by recipes/grpo.py resume=RUN_DIR, without conf="
+        return Conf(), [problem("resume", run_dir, "cannot be obeyed here", remedy)]
+    path = Path(run_dir).expanduser() / "config.yaml"
+    if path.is_symlink() or not path.is_file():
+        wrong = f"holds no run ({path} is not a file)"
+        return Conf(), [problem("resume", run_dir, wrong, "name the directory of a run")]
+    settings, problems = read_yaml(path, ())
+    settings += [Setting("", name, run_dir) for name in ("run_dir", "resume")]
+    saved, more = merge(settings)
+    conf, of_words = merge(settings + words)
+    if more:
+        return saved, problems + more
+    for name in conf_keys():
+        before, now = value_of(saved, name), value_of(conf, name)
+        if before != now and not name.startswith(HOW_IT_RUNS):
+            differs = f"the run computes with {shown(before)}"
+            problems.append(problem(name, now, differs, "leave it out, or start a new run"))
+    return conf, problems + of_words
 
 
 def to_yaml(conf: Conf) -> str:

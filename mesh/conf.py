@@ -151,6 +151,12 @@ class ValidateConf:
 
 
 @dataclass
+class CheckpointConf:
+    every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
+    keep: int = key(2, "complete checkpoints that are kept, the newest ones", ge=1)
+
+
+@dataclass
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
@@ -161,6 +167,9 @@ class LogConf:
 @dataclass
 class Conf:
     run_dir: str | None = key(None, "where the run is written; unset: runs/CONF-DATE-TIME")
+    resume: str | None = key(
+        None, "run directory of a run to continue, with its own keys (in place of conf=)"
+    )
     steps: int = key(100, "optimizer steps", ge=1)
     seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
@@ -204,6 +213,7 @@ class Conf:
     generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
     validate: ValidateConf = field(default_factory=ValidateConf)
+    checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
     log: LogConf = field(default_factory=LogConf)
 
 

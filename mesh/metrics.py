@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,8 +26,10 @@ class MetricsLogger:
         rank: int,
         steps: int,
         config: dict[str, Any] | None = None,
+        first: int = 0,
     ):
-        """`config` is shown by W&B.
+        """`config` is shown by W&B. `first`: a run goes on after so many steps; what the files hold
+        of later ones is cut off.
 
         Raises ValueError where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
@@ -35,12 +38,15 @@ class MetricsLogger:
             return
         self._run_dir, self._conf = run_dir, conf
         self._closed = False
-        self._tensorboard = _open_tensorboard(run_dir) if conf.tensorboard else None
+        self._last: Metrics = {}
+        if first:
+            self._last = cut_after(run_dir / "metrics.jsonl", first)
+            cut_after(run_dir / "samples.jsonl", first)
+        self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
         self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
-        self._last: Metrics = {}
-        self._pace = Pace(steps)
+        self._pace = Pace(steps, step=first)
         self._progress = open_progress(self._pace, conf.progress)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -59,8 +65,7 @@ class MetricsLogger:
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
-        kept = {key: value for key, value in self._last.items() if key.startswith("eval/")}
-        self._last = kept | metrics
+        self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
 
@@ -110,6 +115,37 @@ class MetricsLogger:
         return "  ".join(words)
 
 
+def cut_after(path: Path, step: int) -> Metrics:
+    """Drop the lines of later steps from a file of JSON lines, and a last one that was torn.
+
+    Returns the last metrics that stay, the last evaluation's among them. Raises ValueError where
+    a line before that cannot be read.
+    """
+    last: Metrics = {}
+    end = 0
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                record = _record(path, line) if line.endswith(b"\n") else {"step": step + 1}
+                if record["step"] > step:
+                    break
+                end += len(line)
+                last = _of_eval(last) | record
+        os.truncate(path, end)
+    return last
+
+
+def _record(path: Path, line: bytes) -> Metrics:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {line[:80]!r} is not JSON; take that line out") from error
+
+
+def _of_eval(metrics: Metrics) -> Metrics:
+    return {key: value for key, value in metrics.items() if key.startswith("eval/")}
+
+
 def _plain(value: Any) -> Any:
     """A Python number of a tensor or numpy scalar."""
     return value.item() if hasattr(value, "item") else value
@@ -130,13 +166,14 @@ def _write_line(file: TextIO, record: dict[str, Any]) -> None:
     file.flush()
 
 
-def _open_tensorboard(run_dir: Path) -> Any:
+def _open_tensorboard(run_dir: Path, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         remedy = "pip install tensorboard, or set log.tensorboard=false"
         raise ValueError(f"log.tensorboard=true: tensorboard is not installed; {remedy}") from error
-    return SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+    purge = first + 1 if first else None  # what was drawn of later steps
+    return SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10, purge_step=purge)
 
 
 def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:

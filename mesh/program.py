@@ -61,10 +61,10 @@ class Program:
     bridge: WeightBridge
 
 
-def read_command(argv: list[str]) -> tuple[str, Conf]:
+def read_command(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     """(config name, configuration) of a command line; one that cannot be read ends the process."""
     try:
-        return load_conf(argv)
+        return load_conf(argv, resumes)
     except ValueError as error:
         refuse_to_start(error)
 

@@ -37,27 +37,38 @@ def default_run_dir(conf_name: str) -> Path:
 
 
 def create_run_dir(
-    process: Process, run_dir: str | Path | None, conf_name: str, config_text: str
+    process: Process,
+    run_dir: str | Path | None,
+    conf_name: str,
+    config_text: str,
+    resume: bool = False,
 ) -> Path:
     """Make the run directory with `config.yaml` and `environment.json`; every rank gets its path.
 
     Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
-    words of a run that ends early say where it lies. Raises ValueError on every rank where the
-    directory already holds a run or cannot be made.
+    words of a run that ends early say where it lies. `resume`: it is there, its config.yaml stays,
+    and this start's environment goes to `environment-2.json` and so on. Raises ValueError on every
+    rank where the directory already holds a run or cannot be made.
     """
     ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
     dist.all_gather_object(ranks, describe_rank(process), group=process.cpu_group)
     path, refusal = Path(run_dir or default_run_dir(conf_name)).expanduser(), None
-    if process.rank == 0:
+    if process.rank == 0 and not resume:
         refusal = _make(path, config_text)
     path, refusal = process.from_rank0((path, refusal))
     if refusal is not None:
         raise ValueError(refusal)
     if process.rank == 0:
         environment = describe_environment() | {"ranks": ranks}
-        (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        with open(_new_environment(path), "x") as file:
+            file.write(json.dumps(environment, indent=2) + "\n")
     process.guard.run_dir = str(path)
     return path
+
+
+def _new_environment(path: Path) -> Path:
+    names = ["environment.json", *(f"environment-{start}.json" for start in range(2, 10_000))]
+    return next(path / name for name in names if not (path / name).exists())
 
 
 def _make(path: Path, config_text: str) -> str | None:

@@ -65,6 +65,8 @@ class Trainer:
         self.mesh: DeviceMesh = meshes.trainer_mesh
         self.layouts = role_layouts(shape, conf.model.max_length, self.mesh.mesh, fsdp=True)
         self.weight_names = weight_names(shape)
+        # of the two names of a tied weight, the first
+        self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
         self.dp = meshes.layout.trainer.dp
         self.dp_rank = dp_rank(self.mesh)
         self.steps = 0
@@ -116,6 +118,28 @@ class Trainer:
     def parameters(self) -> dict[str, torch.Tensor]:
         """The master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What the next step needs, by kind and name: `weights`, and AdamW's moments `exp_avg` and
+        `exp_avg_sq`, which are zeros before the first step. fp32 DTensors, the trainer's own; a
+        tied weight is listed once. No tensors off the trainer."""
+        masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
+        moments = {name: self._moments(weight) for name, weight in masters.items()}
+        kinds = ("exp_avg", "exp_avg_sq")
+        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in kinds}
+
+    def _moments(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state[weight]
+        if not state:  # as AdamW makes it in its first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+        return state
+
+    def continue_after(self, steps: int) -> None:
+        """`state` was filled with that after so many steps: warm-up and bias correction go on."""
+        self.steps = steps
+        for weight in self.state()["weights"].values():
+            self._moments(weight)["step"].fill_(steps)
 
     def accumulate(
         self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]], objective: Objective

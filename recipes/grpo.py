@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mesh.batch import PackedBatch
+from mesh.checkpoint.keeper import Checkpointer
 from mesh.cli import to_yaml
 from mesh.conf import Conf
 from mesh.evaluate import evaluate
@@ -50,24 +51,30 @@ Sample = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    name, conf = read_command(argv)
+    name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
         parts = check(conf, process.world_size)
-        run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf))
+        resume = conf.resume is not None
+        run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)
         program = assemble(conf, process, parts)
+        checkpoints = Checkpointer(conf, run_dir, process, program.trainer)
+        first = checkpoints.load() if resume else 0
         phases = Phases(process.device)
         words = asdict(conf)
-        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
+        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words, first) as logger:
             sync(program)
-            logger.log(0, held_out(conf, program, process))
-            for step in range(conf.steps):
+            if not resume:
+                logger.log(0, held_out(conf, program, process))
+            for step in range(first, conf.steps):
                 metrics, samples = train_step(conf, program, process, phases, step)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         metrics |= held_out(conf, program, process)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
-                if process.should_stop():
+                stop = process.should_stop()
+                checkpoints.after(step + 1, stop)
+                if stop:
                     break
             save_model(conf, program, run_dir / "model")
 

@@ -261,7 +261,7 @@ def test_every_key_has_a_meaning_and_its_default():
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
         "invariant", "mesh", "model", "trainer", "generator", "sync", "eval", "generate", "sft",
-        "log",
+        "validate", "checkpoint", "log",
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ HOUSE = """
     generator evaluate
     checks
     ending guard process run
-    phases progress metrics
+    phases progress metrics checkpoint
     program
     strict ladder
 """

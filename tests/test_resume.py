@@ -1,0 +1,93 @@
+"""Real runs that end too early and go on: L5 on the same mesh, and the crossing to other meshes.
+
+The run that is resumed last is stopped by Ctrl-C, so that its checkpoint is seen too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import Run, launch, run
+from test_stopping import Foreground, lines_of
+
+WORDS = [
+    "conf=qwen3_tiny", "num_prompts=8", "group_size=4", "eval.every=0", "eval.num_prompts=8",
+    "eval.num_samples=1", "log.tensorboard=false", "log.samples=-1", "trainer.warmup_steps=20",
+    "kl_coef=0.01", "batch_invariant=true",
+]  # fmt: skip
+
+
+def untimed(metrics: list[dict]) -> list[dict]:
+    """What a step's line says but for how long it took."""
+    timed = ("seconds/", "tokens_per_second/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
+
+
+def killed(path: Path) -> int:
+    """Start a run, kill -9 a rank of it at a random moment after the first checkpoint; the number
+    of steps that it had taken."""
+    job = Foreground("grpo.py", 2, *WORDS, "steps=1000", "checkpoint.every=2", f"run_dir={path}")
+    job.wait_for(lambda: (path / "checkpoints" / "step-2").exists())
+    delay, victim = random.uniform(0, 1.5), random.randrange(2)
+    print(f"rank {victim} is killed {delay:.3f} s after the first checkpoint")
+    time.sleep(delay)
+    os.kill(job.ranks()[victim], signal.SIGKILL)
+    _, err = job.popen.communicate(timeout=60)
+    assert job.popen.returncode != 0, err
+    return steps_of(path)[-1]
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in lines_of(path / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Run:
+    """A run on two ranks that was killed, and resumed to take two steps more than it had."""
+    path = tmp_path_factory.mktemp("runs") / "killed"
+    steps = killed(path) + 2
+    made = Run(path, launch("recipes/grpo.py", 2, f"resume={path}", f"steps={steps}").stdout)
+    assert [line["step"] for line in made.metrics] == list(range(steps + 1))
+    return made
+
+
+def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, tmp_path):
+    """Every line of both logs: tokens, rewards, losses, gradients, weights. The run that was never
+    killed writes no checkpoints."""
+    steps = resumed.metrics[-1]["step"]
+    straight = run("recipes/grpo.py", tmp_path / "straight", 2, *WORDS, f"steps={steps}")
+    assert untimed(resumed.metrics) == untimed(straight.metrics)
+    assert len({line["digest/weights"] for line in straight.metrics[1:]}) == steps
+    assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in straight.metrics[2:])
+    assert len(straight.samples) == steps * 8 * 4
+    assert resumed.samples == straight.samples
+    models = [made.path / "model" / "model.safetensors" for made in (resumed, straight)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    assert "resumed from" in resumed.output
+    assert (resumed.path / "environment-2.json").is_file()
+
+
+def test_goes_on_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
+    """Loading compares the digests of weights and moments with those of the mesh that saved."""
+    path, steps = resumed.path, resumed.metrics[-1]["step"]
+    before = lines_of(path / "metrics.jsonl")
+    said = f"resumed from {path}/checkpoints/step-%d: weights and moments are those that were saved"
+    words = ["trainer.tp=2", "generator.tp=2", f"steps={steps + 1}"]
+    assert said % steps in launch("recipes/grpo.py", 2, f"resume={path}", *words).stdout
+    job = Foreground("grpo.py", 2, f"resume={path}", "mesh.mode=split")  # one rank trains
+    job.wait_for(lambda: steps_of(path)[-1] >= steps + 3)
+    out, _ = job.press_ctrl_c()
+    assert said % (steps + 1) in out
+    logged, last = lines_of(path / "metrics.jsonl"), steps_of(path)[-1]
+    assert steps_of(path) == list(range(last + 1))
+    assert logged[: steps + 1] == before
+    index = json.loads((path / "checkpoints" / f"step-{last}" / "index.json").read_text())
+    assert index["content"]["digests"]["weights"] == json.loads(logged[-1])["digest/weights"]
+    assert index["content"]["files"].keys() == {"rank-0.safetensors"}
+    assert f"to continue after step {last}: resume={path}" in out
