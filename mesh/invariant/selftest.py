@@ -20,6 +20,7 @@ from mesh.invariant.switch import use_fallback, use_ordinary_softmax
 ROWS_TRIED = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
 MORE_ROWS_ON_CUDA = (512, 1000, 4096, 16384)
 ROWS_OF_SHARDS = (1, 17)
+SOFTMAX_ROWS = 4096  # at most: in fp32 and of a whole vocabulary tile they take gigabytes
 
 Comparison = tuple[str, torch.Tensor, torch.Tensor]
 """What was computed, its result, and what that has to be."""
@@ -135,10 +136,10 @@ def _rows_tried(device: torch.device) -> tuple[int, ...]:
     return ROWS_TRIED + (MORE_ROWS_ON_CUDA if device.type == "cuda" else ())
 
 
-def _row_slices(device: torch.device) -> Iterator[slice]:
-    """From the start, an odd place, the middle, and up to the end."""
-    most = max(_rows_tried(device))
-    for rows in _rows_tried(device):
+def _row_slices(tried: Sequence[int]) -> Iterator[slice]:
+    """Of the most rows: from the start, an odd place, the middle, and up to the end."""
+    most = max(tried)
+    for rows in tried:
         for first in sorted({0, min(5, most - rows), (most - rows) // 2, most - rows}):
             yield slice(first, first + rows)
 
@@ -148,7 +149,7 @@ def _slices(
 ) -> Compared:
     x, weight = operands(product, max(_rows_tried(device)), dtype, device)
     whole = F.linear(x, weight)
-    for part in _row_slices(device):
+    for part in _row_slices(_rows_tried(device)):
         yield f"rows {part.start} to {part.stop}", F.linear(x[part], weight), whole[part]
     for size in shard_sizes(product, degrees)[1:]:
         for first in range(0, product.outputs, size):
@@ -183,11 +184,11 @@ def operands(
 
 def _softmax_slices(width: int, device: torch.device) -> Compared:
     draw = torch.Generator(device).manual_seed(0)
-    shape = (max(_rows_tried(device)), width)
-    logits = 4 * torch.randn(shape, generator=draw, device=device)
+    tried = [rows for rows in _rows_tried(device) if rows <= SOFTMAX_ROWS]
+    logits = 4 * torch.randn(max(tried), width, generator=draw, device=device)
     for name, function in (("softmax", F.softmax), ("log_softmax", F.log_softmax)):
         whole = function(logits, dim=-1)
-        for rows in _row_slices(device):
+        for rows in _row_slices(tried):
             part = function(logits[rows], dim=-1)
             yield f"{name} of rows {rows.start} to {rows.stop}", part, whole[rows]
 
