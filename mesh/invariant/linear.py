@@ -72,7 +72,7 @@ class _GatheredLinear(torch.autograd.Function):
 def gathered_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     to_shards: bool = False,
 ) -> torch.Tensor:
     """x @ weight^T where a rank has a part of x's input features and of the weight's outputs.
@@ -80,6 +80,4 @@ def gathered_linear(
     x: [..., T, K / ranks]; weight: [N / ranks, K]. Returns [..., T, N] on every rank; `to_shards`
     (sequence parallelism): all features of this rank's tokens, [..., T / ranks, N].
     """
-    if group is None:
-        return F.linear(x, weight)
     return _GatheredLinear.apply(x, weight, group, to_shards)

@@ -107,8 +107,8 @@ class ColumnLinear(TitanLinear):
 class RowLinear(TitanLinear):
     """Linear that ends a tensor-parallel region: its inputs are sharded over tp, its output is not.
 
-    Its input features are sharded and partial products summed (row-parallel); batch-invariant, its
-    output features are, and inputs and outputs gathered, so that no sum crosses ranks.
+    Its input features are sharded and partial products summed (row-parallel); built while the
+    switch is on, its output features are, and inputs and outputs gathered: no sum crosses ranks.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -119,13 +119,14 @@ class RowLinear(TitanLinear):
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
         self.token_group: dist.ProcessGroup | None = None
-
-    @property
-    def tp_dim(self) -> int:
-        return 1 if current() is None else 0
+        self.tp_dim = 1 if current() is None else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if current() is None:
+        if self.tp_group is None:
+            return F.linear(x, local(self.weight))
+        gathers = self.tp_dim == 0
+        assert gathers == (current() is not None), "the switch was turned since the model was built"
+        if not gathers:
             return leave(F.linear(x, local(self.weight)), self.tp_group, self.token_group)
         to_shards = self.token_group is not None
         return gathered_linear(x, local(self.weight), self.tp_group, to_shards)

@@ -128,7 +128,7 @@ def replicate(
 def tp_dims(model: nn.Module) -> dict[str, int | None]:
     """The dim that tensor parallelism shards, for every parameter and buffer by its name.
 
-    None means replicated. A module says so in its class attribute `tp_dim`; parameters of modules
+    None means replicated. A module says so in its attribute `tp_dim`; parameters of modules
     without one are replicated.
     """
     dims: dict[str, int | None] = {}
