@@ -35,6 +35,7 @@ HOW_IT_RUNS = (
     "resume",
     "steps",
     "timeout_seconds",
+    "stall_seconds",
     "waves",
     "check",
     "mesh.mode",

@@ -174,6 +174,9 @@ class Conf:
     seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
     timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
+    stall_seconds: int = key(
+        900, "no rank gets on for this long: the run shows all stacks and ends [s]; 0: never", ge=0
+    )
     engine: Literal["native"] = key("native", "what generates")
     task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")

@@ -18,12 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 @dataclass(frozen=True)
 class Failure:
-    """Why `rank` failed, as recorded by rank `reporter`; `line` is the last line of `text`."""
+    """Why `rank` failed, as recorded by rank `reporter`; `line` is the last line of `text`.
+    `stalled`: no rank did, they have all come to a stop; each one shows where."""
 
     rank: int
     reporter: int
     line: str
     text: str
+    stalled: bool = False
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @classmethod
@@ -49,6 +51,16 @@ def write_error_files(error: BaseException, rank: int, run_dir: str | None) -> N
         get_error_handler().record_exception(error)
     if run_dir is not None and Path(run_dir).is_dir():
         Path(run_dir, f"error-rank{rank}.txt").write_text(format_error(error) + "\n")
+
+
+def show_stack(thread: int, rank: int, run_dir: str | None) -> None:
+    """Where a thread of this process stands: on stderr, and in `RUN_DIR/stack-rankN.txt`."""
+    frame = sys._current_frames().get(thread)
+    stack = "".join(traceback.format_stack(frame)) if frame is not None else "its thread is gone\n"
+    say(f"\nrank {rank} stands here:\n{stack.rstrip()}")
+    if run_dir is not None and Path(run_dir).is_dir():
+        with contextlib.suppress(OSError):
+            Path(run_dir, f"stack-rank{rank}.txt").write_text(stack)
 
 
 def mute() -> int:
@@ -98,6 +110,11 @@ def place() -> str:
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def attempt() -> int:
+    """How often the launcher has started this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def patience_seconds() -> float:

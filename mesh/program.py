@@ -75,7 +75,7 @@ def launch(conf: Conf) -> Iterator[Process]:
     device = resolve_device(conf)
     with (
         batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
-        start(conf.device, conf.timeout_seconds) as process,
+        start(conf.device, conf.timeout_seconds, conf.stall_seconds) as process,
     ):
         yield process
 

@@ -27,6 +27,7 @@ from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import tp_dims
 from mesh.model.qwen3 import Qwen3, build_model, named_weights
+from mesh.pulse import beat
 from mesh.reshard import Block
 from mesh.types import ModelShape
 
@@ -180,6 +181,7 @@ class Trainer:
 
     def score(self, model: Qwen3, batch: PackedBatch) -> TokenScores:
         """(logprobs_A, entropy_A) of a batch's response tokens, by the policy or the reference."""
+        beat()
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
         temperature = self.conf.generator.temperature
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,

@@ -21,6 +21,7 @@ import torch
 
 from mesh.batch import PackedBatch
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.restart import after_restart
 from mesh.cli import to_yaml
 from mesh.conf import Conf
 from mesh.evaluate import evaluate
@@ -53,6 +54,7 @@ Sample = dict[str, Any]
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
+        conf = after_restart(conf, process)
         parts = check(conf, process.world_size)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)

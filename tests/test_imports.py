@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 # from the ground up: a module imports only from lines above its own, a package also from itself
 HOUSE = """
-    types conf
+    types conf pulse
     keys
     usage cli
     advantage loss batch reshard
@@ -25,7 +25,7 @@ HOUSE = """
     trace
     generator evaluate
     checks
-    ending guard process run
+    ending watchdog guard process run
     phases progress metrics checkpoint
     program
     strict ladder

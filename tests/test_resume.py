@@ -29,6 +29,11 @@ def untimed(metrics: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
 
 
+def trained(metrics: list[dict]) -> list[dict]:
+    """What a step's line says of the training alone."""
+    return [{k: v for k, v in x.items() if not k.startswith("eval/")} for x in untimed(metrics)]
+
+
 def killed(path: Path) -> int:
     """Start a run, kill -9 a rank of it at a random moment after the first checkpoint; the number
     of steps that it had taken."""
@@ -57,11 +62,16 @@ def resumed(tmp_path_factory) -> Run:
     return made
 
 
-def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, tmp_path):
-    """Every line of both logs: tokens, rewards, losses, gradients, weights. The run that was never
-    killed writes no checkpoints."""
+@pytest.fixture(scope="module")
+def straight(resumed, tmp_path_factory) -> Run:
+    """The same run, never killed. It writes no checkpoints."""
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    return run("recipes/grpo.py", path, 2, *WORDS, f"steps={resumed.metrics[-1]['step']}")
+
+
+def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, straight):
+    """Every line of both logs: tokens, rewards, losses, gradients, weights."""
     steps = resumed.metrics[-1]["step"]
-    straight = run("recipes/grpo.py", tmp_path / "straight", 2, *WORDS, f"steps={steps}")
     assert untimed(resumed.metrics) == untimed(straight.metrics)
     assert len({line["digest/weights"] for line in straight.metrics[1:]}) == steps
     assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in straight.metrics[2:])
@@ -71,6 +81,33 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, tmp_path):
     assert models[0].read_bytes() == models[1].read_bytes()
     assert "resumed from" in resumed.output
     assert (resumed.path / "environment-2.json").is_file()
+    assert not (straight.path / "checkpoints").exists()
+
+
+def test_torchrun_restarts_it_by_itself(straight, tmp_path):
+    """Killed before there is a checkpoint it starts over, killed later it goes on, and torchrun's
+    status is 0 in the end. The run directory's name is made of the time of the first start."""
+    words = [*WORDS, "steps=6", "checkpoint.every=2"]
+    job = Foreground("grpo.py", 2, *words, more=["--max-restarts=2"], cwd=tmp_path)
+    runs = tmp_path / "runs"
+    job.wait_for(lambda: any(runs.glob("*/environment.json")))
+    first = job.ranks()
+    os.kill(first[0], signal.SIGKILL)
+    job.wait_for(lambda: any(runs.glob("*/checkpoints/step-2")))
+    assert len(job.ranks()) == 2 and not set(job.ranks()) & set(first)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    out, err = job.popen.communicate(timeout=120)
+    assert job.popen.returncode == 0, err
+    (path,) = runs.iterdir()
+    assert f"attempt 2 starts over: it had no checkpoint yet, run_dir=runs/{path.name}" in out
+    assert f"attempt 3 continues, run_dir=runs/{path.name}" in out
+    made = Run(path, out)
+    assert [line["step"] for line in made.metrics] == list(range(7))
+    both = min(6, straight.metrics[-1]["step"])
+    assert trained(made.metrics[: both + 1]) == trained(straight.metrics[: both + 1])
+    assert [s for s in made.samples if s["step"] <= both] == [
+        s for s in straight.samples if s["step"] <= both
+    ]
 
 
 def test_goes_on_with_tensor_parallelism_then_split_until_ctrl_c(resumed):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mesh.pulse import beat
 from mesh.reshard import Block, Copy, ParamLayout, plan
 
 FORMAT = 1
@@ -82,6 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
+            beat()
         _flush(file)
     return length, digest.hexdigest()
 
@@ -133,6 +135,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
         with open(path, "rb", opener=_no_link) as file:
             while piece := file.read(READ_BYTES):
                 digest.update(piece)
+                beat()
                 length += len(piece)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
@@ -167,6 +170,7 @@ def read_blocks(
         with safe_open(path / names[number], framework="pt") as handle:
             for kind, tensors in state.items():
                 for copy in copies:
+                    beat()
                     stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
                     tensors[copy.name][copy.destination.slices].copy_(stored)
 

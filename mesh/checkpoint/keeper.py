@@ -104,11 +104,13 @@ class Checkpointer:
     def after(self, step: int, stop: bool) -> None:
         """To be called after every step: `step` are finished, `stop`: it was the last one.
 
-        Writes a checkpoint every `checkpoint.every` steps and after the last one. Raises
-        RuntimeError on all ranks where one could not be written; those before it stay as they are.
+        Writes a checkpoint every `checkpoint.every` steps and after the last one, and where a run
+        is stopped before its end even if no other is asked for. Raises RuntimeError on all ranks
+        where one could not be written; those before it stay as they are.
         """
-        every, ending = self.conf.checkpoint.every, stop or step == self.conf.steps
-        if not every:
+        every, last = self.conf.checkpoint.every, self.conf.steps
+        ending = stop or step == last
+        if not every and not (stop and step < last):
             return
         due = ending or step % every == 0
         self._finish(wait=due)
@@ -130,6 +132,7 @@ class Checkpointer:
         return weights | {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
 
     def _begin(self, step: int) -> None:
+        self._on_rank0(lambda: prepare(self.path))  # not there if it was not asked for before
         partial = self.path / f"step-{step}{PARTIAL}"
         digests = self.digests()
         self._on_rank0(lambda: partial.mkdir())

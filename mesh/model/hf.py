@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
+from mesh.pulse import beat
 from mesh.reshard import Block
 from mesh.types import ModelShape
 
@@ -138,6 +139,7 @@ def load_weights(
         with safe_open(file, framework="pt") as handle:
             held = set(handle.keys())
             for name in tensors:
+                beat()
                 block = blocks[name]
                 if theirs[name] in held and block is not None and tensors[name].numel():
                     tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])
