@@ -46,11 +46,14 @@ def format_error(error: BaseException) -> str:
 
 
 def write_error_files(error: BaseException, rank: int, run_dir: str | None) -> None:
-    """The traceback for torchrun's summary and for `RUN_DIR/error-rankN.txt`."""
+    """The traceback for torchrun's summary and for `RUN_DIR/error-rankN.txt`, where they can be
+    written: a full disk may be what `error` is about."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
     if run_dir is not None and Path(run_dir).is_dir():
-        Path(run_dir, f"error-rank{rank}.txt").write_text(format_error(error) + "\n")
+        with contextlib.suppress(OSError):
+            Path(run_dir, f"error-rank{rank}.txt").write_text(format_error(error) + "\n")
 
 
 def show_stack(thread: int, rank: int, run_dir: str | None) -> None:

@@ -145,14 +145,16 @@ class Guard:
 
     def _listen(self) -> None:
         while not self._gone.is_set():
-            signals = self._hear(POLL_SECONDS)
+            signalled = self._hear(POLL_SECONDS)
             with self._lock:
-                self._obey_ctrl_c(signals)
+                again = signalled and self._stop_at is not None
+                if again:  # torchrun and peers end of it too, and are not to be taken for the cause
+                    self._on_signal()
                 try:
                     self._check()
                 except dist.DistError:
                     self._vanish("the rendezvous store is gone")
-                if signal.SIGTERM in signals:  # torchrun's way to say that a peer failed, too
+                if signalled and not again:  # torchrun signals when a peer has failed, too
                     self._on_signal()
 
     def _check(self) -> None:
@@ -169,21 +171,14 @@ class Guard:
         if self._store.check(["first"]):
             self._end_after(Failure.from_json(self._store.get("first")))
         if lost := self._lost_peer():
-            self._obey_ctrl_c(self._hear(SETTLE_SECONDS))
             self._end_after(self._record(lost))
         if stall := self._watchdog.look(now):
             self._end_after(self._record(Failure(self.rank, self.rank, stall, stall, True)))
 
-    def _hear(self, seconds: float) -> set[int]:
-        """The signals that come within so many seconds."""
+    def _hear(self, seconds: float) -> bool:
+        """Whether a request to stop comes within so many seconds."""
         heard, _, _ = select.select([self._wake], [], [], seconds)
-        return set(os.read(self._wake, 64)) & set(SIGNALS) if heard else set()
-
-    def _obey_ctrl_c(self, signals: set[int]) -> None:
-        """Before a look at the others: the second Ctrl-C ends torchrun and the peers as well, and
-        a slow rank would mistake the consequence for the cause."""
-        if signal.SIGINT in signals:
-            self._on_signal()
+        return bool(heard) and bool(set(os.read(self._wake, 64)) & set(SIGNALS))
 
     def _on_signal(self) -> None:
         now = time.monotonic()
@@ -235,6 +230,7 @@ class Guard:
     def _abandon(self, why: str) -> NoReturn:
         """Every rank was signalled and does this by itself, so give the slower ones a moment."""
         last_words = mute()
+        self._announce("stopped")
         if self.rank == 0:
             where = f"; the run lies in {self.run_dir}" if self.run_dir else ""
             write_and_close(last_words, f"\nstopped: {why}{where}\n")
@@ -242,8 +238,7 @@ class Guard:
         self._die(130)
 
     def _vanish(self, why: str) -> NoReturn:
-        self._obey_ctrl_c(self._hear(SETTLE_SECONDS))
-        if self._stop_at is not None:  # torchrun goes at the second Ctrl-C
+        if self._hear(SETTLE_SECONDS) or self._stop_at is not None:  # it goes at a second Ctrl-C
             self._abandon("ended at once")
         write_and_close(mute(), f"\nrank {self.rank} ends: {why}\n")
         self._die(1)

@@ -6,6 +6,7 @@ branch. Numbers that are the same on all ranks, or reduced to rank 0, are the re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -93,7 +94,8 @@ class MetricsLogger:
         if kind is None:
             self.close()
         elif self._active and not self._closed:
-            self._end()  # not W&B: its upload may last, and the other ranks wait to be told
+            with contextlib.suppress(OSError):  # a full disk may be why the run ends
+                self._end()  # not W&B: its upload may last, and the other ranks wait to be told
 
     def _end(self) -> None:
         self._closed = True
@@ -162,8 +164,12 @@ def _json(value: Any) -> Any:
 
 
 def _write_line(file: TextIO, record: dict[str, Any]) -> None:
-    file.write(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        wrong = f"{file.name}: cannot be written ({error.strerror})"
+        raise RuntimeError(f"{wrong}; mend that, then resume from the last checkpoint") from error
 
 
 def _open_tensorboard(run_dir: Path, first: int) -> Any:

@@ -198,9 +198,16 @@ def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, caps
     assert all(torch.equal(stored[name], bits[name]) for name in bits)
 
 
-def test_none_are_written_unless_asked_for(process, tmp_path):
-    run_with(process, tmp_path / "run", 2, "checkpoint.every=0")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(process, tmp_path):
+    conf, trainer = conf_of("checkpoint.every=0", "steps=3"), trainer_of(conf_of())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).touch()
+    keeper = Checkpointer(conf, tmp_path, process, trainer)
+    keeper.after(1, stop=False)
+    keeper.after(3, stop=True)
+    assert not (tmp_path / "checkpoints").exists()
+    keeper.after(2, stop=True)
+    assert names_in(tmp_path) == ["step-2"]
 
 
 def flip(path: Path, at: int) -> None:

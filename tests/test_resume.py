@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import Run, launch, run
+from launching import REPOSITORY, Run, launch, run
 from test_stopping import Foreground, lines_of
 
 WORDS = [
@@ -128,3 +131,29 @@ def test_goes_on_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
     assert index["content"]["digests"]["weights"] == json.loads(logged[-1])["digest/weights"]
     assert index["content"]["files"].keys() == {"rank-0.safetensors"}
     assert f"to continue after step {last}: resume={path}" in out
+
+
+def test_a_full_disk_ends_the_run_which_goes_on_where_there_is_room(tmp_path):
+    """A tmpfs that holds two checkpoints and not a third, in a namespace of its own."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=12m tmpfs {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a tmpfs")
+    words = [*WORDS, "steps=9", "checkpoint.every=1", f"run_dir={disk}/run"]
+    command = shlex.join([sys.executable, str(REPOSITORY / "recipes" / "grpo.py"), *words])
+    script = f"{mount}; {command}; status=$?; cp -r {disk}/run {kept}; exit $status"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode != 0
+    last = ended.stderr.rstrip().splitlines()[-1]
+    assert "RuntimeError" in last and "No space left on device" in last  # checkpoint, or log
+    assert f"{disk}/run" in last
+    names = {p.name for p in (kept / "checkpoints").iterdir()}
+    assert names - {"step-3.partial"} == {"step-1", "step-2"}
+    out = launch("recipes/grpo.py", 1, f"resume={kept}", "steps=3").stdout
+    assert f"resumed from {kept}/checkpoints/step-2" in out
+    assert steps_of(kept) == [0, 1, 2, 3]
+    assert {p.name for p in (kept / "checkpoints").iterdir()} == {"step-2", "step-3"}

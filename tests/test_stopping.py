@@ -110,6 +110,19 @@ def test_grpo_ends_after_the_step_with_its_model(tmp_path):
     assert err.count("stopping at the end of this step; Ctrl-C again ends at once") == 1
 
 
+def test_sigterm_leaves_a_checkpoint_and_status_0(tmp_path):
+    run_dir = tmp_path / "run"
+    words = [f"steps={STEPS}", "num_prompts=4", "group_size=2", f"run_dir={run_dir}"]
+    job = Foreground("grpo.py", 1, *SMALL, *words)
+    job.wait_for(lambda: len(lines_of(run_dir / "metrics.jsonl")) >= 3)
+    job.popen.terminate()
+    out, err = job.popen.communicate(timeout=60)
+    assert job.popen.returncode == 0, err
+    last = len(lines_of(run_dir / "metrics.jsonl")) - 1
+    assert f"to continue after step {last}: resume={run_dir}" in out
+    assert (run_dir / "checkpoints" / f"step-{last}" / "index.json").is_file()
+
+
 def test_sft_ends_after_the_step_with_its_model(tmp_path):
     run_dir = tmp_path / "run"
     words = [f"sft.steps={STEPS}", "sft.batch_size=4", f"run_dir={run_dir}"]
