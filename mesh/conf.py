@@ -110,7 +110,7 @@ class RewardConf:
     workers: int | None = key(
         None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
     )
-    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, lt=INF)
+    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
         "stop", "a score that hangs, raises, crashes or is not finite ends the run, or is 0.0"
     )

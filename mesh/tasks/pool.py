@@ -1,16 +1,17 @@
 """The rank's side of the processes that score (`mesh/tasks/worker.py`): jobs out, outcomes in.
 
-One thread serves all of them. Each has one job at a time and so many seconds for it. A process that
-hangs or ends is replaced when there is work for another one; what it was scoring is a problem, not
-an error: what to do about it is the caller's to say.
+One thread serves all of them. A process has one job at a time, so many seconds for it, and the next
+one at hand: waiting for an answer first would cost as much again as a quick score does. A process
+that hangs or ends is replaced when there is work for another one; what it was scoring is a problem,
+not an error: what to do about it is the caller's to say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import math
+import os
 import pickle
 import select
 import signal
@@ -29,6 +30,7 @@ from mesh.tasks.worker import HEADER, KILL, send
 START_SECONDS = 300.0  # the longest that the import of a task may take
 CLOSE_SECONDS = 5.0  # for the atexit handlers of user code
 KILL_SECONDS = 10.0
+SMALL = 1 << 15  # bytes
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "from mesh.tasks.worker import main; main()"
@@ -55,18 +57,29 @@ class Worker:
         self.ready = self.hung_up = False
         self._life_poll = select.poll()
         self._life_poll.register(self.life, select.POLLIN)
-        self.job: int | None = None
+        self.jobs: deque[int] = deque()
         self._buffer = bytearray()
         self._give(pickle.dumps((name, seed, args)), START_SECONDS)
 
+    def takes(self, content: bytes) -> bool:
+        """Whether it can have this job: as its only one, or as one more that fits into the socket
+        while it is at work, so that handing it over waits for nothing.
+        """
+        return self.ready and (not self.jobs or len(self.jobs) < 2 and len(content) < SMALL)
+
     def give(self, job: int, content: bytes, seconds: float) -> None:
-        """Hand a job over to a process that has none."""
-        assert self.ready and self.job is None, "a process that scores has one job at a time"
-        self.job = job
+        """Hand a job over that it `takes`."""
+        self.jobs.append(job)
         self._give(content, seconds)
 
+    def next(self) -> None:
+        """Its present job is over; the time of the next one begins."""
+        self.jobs.popleft()
+        self.deadline = time.monotonic() + self.seconds
+
     def _give(self, content: bytes, seconds: float) -> None:
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
+        if len(self.jobs) < 2:
+            self.seconds, self.deadline = seconds, time.monotonic() + seconds
         self.talk.settimeout(seconds)
         with contextlib.suppress(OSError):  # it has ended, and `life` will say how
             send(self.talk, content)
@@ -146,19 +159,22 @@ class Pool:
         waiting, left = deque(range(len(jobs))), len(jobs)
         try:
             while left:
-                idle = self._idle()
+                self._let_go()
                 while len(self.workers) < min(self.num_workers, left):
                     self.workers.append(Worker(*self.task))
-                for worker in idle[: len(waiting)]:
-                    index = waiting.popleft()
-                    worker.give(index, jobs[index], seconds)
+                for num in (0, 1):
+                    for worker in self.workers:
+                        if waiting and worker.takes(jobs[waiting[0]]) and len(worker.jobs) == num:
+                            index = waiting.popleft()
+                            worker.give(index, jobs[index], seconds)
                 for worker in self._stirring():
-                    found = self._heard(worker)
-                    if found is not None:
+                    while (found := self._heard(worker)) is not None:
                         left -= 1
                         yield found
+                    if worker not in self.workers:
+                        waiting.extendleft(reversed(worker.jobs))
         finally:
-            for worker in [worker for worker in self.workers if worker.job is not None]:
+            for worker in [worker for worker in self.workers if worker.jobs]:
                 self._drop(worker)
 
     def start(self) -> None:
@@ -173,17 +189,14 @@ class Pool:
         while self.workers:
             self.workers.pop().close()
 
-    def _idle(self) -> list[Worker]:
-        """Workers that wait for a job; one that has ended while it had none is let go."""
-        idle = [worker for worker in self.workers if worker.ready and worker.job is None]
-        ended = [worker for worker in idle if worker.has_ended()]
-        for worker in ended:
+    def _let_go(self) -> None:
+        """Forget the workers that have ended while they had no job."""
+        for worker in [w for w in self.workers if w.ready and not w.jobs and w.has_ended()]:
             self._drop(worker)
-        return [worker for worker in idle if worker not in ended]
 
     def _stirring(self) -> list[Worker]:
         """Workers that have something to say, or whose time is up."""
-        expected = [w for w in self.workers if w.job is not None or not w.ready]
+        expected = [w for w in self.workers if w.jobs or not w.ready]
         poll, by_file = select.poll(), {}
         for worker in expected:
             for side in (worker.life,) if worker.hung_up else (worker.life, worker.talk):
@@ -196,19 +209,23 @@ class Pool:
 
     def _heard(self, worker: Worker) -> tuple[int, Outcome] | None:
         """The outcome of its job, if that is over. ValueError where it cannot make the task."""
+        if worker not in self.workers or (worker.ready and not worker.jobs):
+            return None
         ended, late = worker.has_ended(), time.monotonic() > worker.deadline
-        message, job = worker.message(), worker.job
+        message = worker.message()
         if message is None and not ended and not late:
             return None
         if message is None:
             message = self._obituary(worker, hung=not ended)
-        elif ended:
-            self._drop(worker)
-        if job is None and message["problem"]:
+        if worker.ready:
+            job = worker.jobs[0]
+            worker.next()
+            return job, Outcome(**message)
+        if message["problem"]:
             self._drop(worker)
             raise ValueError(_refusal(self.task[0], message))
-        worker.ready, worker.job = True, None
-        return None if job is None else (job, Outcome(**message))
+        worker.ready = True
+        return None
 
     def _obituary(self, worker: Worker, hung: bool) -> dict[str, Any]:
         """How a process ended in the middle of something, as an answer of its own."""
