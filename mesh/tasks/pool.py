@@ -112,10 +112,9 @@ class Worker:
             self.life.sendall(KILL)
         return self._status(KILL_SECONDS), self._stack()
 
-    def close(self) -> None:
-        """Let it end by itself, or else end it, with all that it has started."""
-        self.talk.close()
-        self.life.settimeout(CLOSE_SECONDS)
+    def close(self, deadline: float) -> None:
+        """Let it end by itself until then, or else end it, with all that it has started."""
+        self.life.settimeout(max(0.01, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
             self.life.recv(16, socket.MSG_PEEK)
         self.end()
@@ -186,8 +185,11 @@ class Pool:
                 self._heard(worker)
 
     def close(self) -> None:
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for worker in self.workers:
+            worker.talk.close()
         while self.workers:
-            self.workers.pop().close()
+            self.workers.pop().close(deadline)
 
     def _let_go(self) -> None:
         """Forget the workers that have ended while they had no job."""

@@ -56,7 +56,8 @@ def main() -> None:
             os.close(descriptor)
         prctl(SET_PDEATHSIG, signal.SIGKILL)
         os.setpgid(0, 0)
-        serve(socket.socket(fileno=talk), stacks)
+        with contextlib.suppress(ConnectionError):  # the rank has ended
+            serve(socket.socket(fileno=talk), stacks)
         return
     os.close(talk)
     with contextlib.suppress(OSError):  # the child may have done it, and have ended
@@ -81,9 +82,9 @@ def serve(talk: socket.socket, stacks: int) -> None:
     send(talk, json.dumps({"problem": problem}).encode())
     while task is not None and (job := receive(talk)) is not None:
         outcome = outcome_of(task, *pickle.loads(job))
-        sys.stdout.flush()
         if os.getpid() != own:
             os._exit(0)  # user code has forked and let the copy return
+        sys.stdout.flush()
         send(talk, as_json(outcome))
 
 
@@ -134,7 +135,7 @@ class Keeper:
             if self.wake in ready:
                 os.read(self.wake, 512)
             if self.life.fileno() in ready:
-                if self.life.recv(1) == KILL:
+                if self._heard() == KILL:
                     self._ask_for_stack()
                     give_up = 0.0
                 else:
@@ -149,6 +150,12 @@ class Keeper:
         sweep()
         with contextlib.suppress(OSError):
             self.life.sendall(str(status).encode())
+
+    def _heard(self) -> bytes:
+        """The rank's word; nothing where it has ended."""
+        with contextlib.suppress(OSError):
+            return self.life.recv(1)
+        return b""
 
     def _child_has_ended(self) -> bool:
         """Reaps the orphans that have ended, but not the child."""
