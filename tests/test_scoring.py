@@ -231,14 +231,15 @@ def test_ctrl_c_is_not_for_the_score_function(rank, tmp_path):
     assert process.stdout.readline() == "[0.5, 5.0, 5.0]\n"
 
 
-def test_what_user_code_prints_reaches_the_terminal(scoring, capfd):
+def test_what_user_code_prints_reaches_the_terminal(scoring, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     assert scoring()("say hello", "say {}") == [0.5, 0.5]
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("hello{}", "HELLO\n{}\n")
 
 
 def test_a_fork_that_returns_scores_nothing_twice(scoring):
-    assert scoring()("fork", "1.0", "fork", "2.0") == [0.75, 1.0, 0.75, 2.0]
+    assert scoring()(*["fork", "1.0", "fork", "2.0"] * 10) == [0.75, 1.0, 0.75, 2.0] * 10
 
 
 def test_processes_that_score_import_no_torch(scoring):
@@ -258,6 +259,13 @@ def test_prompts_that_cannot_be_sent_are_named(scoring):
 
 def test_long_responses_arrive_whole(scoring):
     ask = scoring(on_failure="zero")
+    assert ask("1.0") == [1.0]
+    (worker,) = ask.scorer.pool.workers
+    long, short = b"x" * (1 << 18), b"x" * (1 << 10)
+    assert worker.takes(long) and worker.takes(short)
+    worker.jobs.append(0)
+    assert not worker.takes(long) and worker.takes(short)  # handing a long one over would wait
+    worker.jobs.clear()
     assert ask(*[f"1.0 {'x' * (1 << 20)}"] * 3, "fail " + "y" * (1 << 20), "2") == [1, 1, 1, 0, 2]
 
 
