@@ -121,6 +121,14 @@ def test_stop_shows_task_case_and_what_happened(scoring):
     assert ask("1.0") == [1.0]
 
 
+def test_after_a_stop_nothing_is_left_of_what_was_under_way(scoring):
+    ask = scoring(workers=2)
+    assert ask(*["nap 4"] * 6) == [4.0] * 6
+    with pytest.raises(ValueError, match="raised KeyError: 'lost'"):
+        ask("nap 2", "fail lost")
+    assert ask("1.0", "3.0") == [1.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("fault", "function"),
     [
