@@ -15,6 +15,7 @@ from mesh.conf import Conf, resolve_path
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
 from mesh.model.hf import weight_problems
+from mesh.tasks.scorer import reward_problems
 from mesh.tokenizer import Tokenizer
 from mesh.types import CPU_PAGE, CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
 
@@ -44,6 +45,7 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
         *device_problems(conf),
         *length_problems(conf, shape),
         *page_problems(conf),
+        *reward_problems(conf),
         *(training_problems(conf) if training else []),
         *model_problems(conf, shape),
     ]

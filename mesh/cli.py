@@ -52,6 +52,7 @@ HOW_IT_RUNS = (
     "generator.prefill_tokens",
     "generator.prefix_cache",
     "generator.cuda_graphs",
+    "reward.",
     "sync.",
     "eval.",
     "checkpoint.",

@@ -106,6 +106,17 @@ class GeneratorConf:
 
 
 @dataclass
+class RewardConf:
+    workers: int | None = key(
+        None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+    )
+    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, le=1e6)
+    on_failure: Literal["stop", "zero"] = key(
+        "stop", "a score that hangs, raises, crashes or is not finite ends the run, or is 0.0"
+    )
+
+
+@dataclass
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
         None, "compare weight digests after a sync; unset: every on CPU, first on CUDA"
@@ -211,6 +222,7 @@ class Conf:
     model: ModelConf = field(default_factory=ModelConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    reward: RewardConf = field(default_factory=RewardConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
     generate: GenerateConf = field(default_factory=GenerateConf)

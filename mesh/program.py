@@ -30,7 +30,8 @@ from mesh.model.products import self_test_of
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.process import Process, refuse_to_start, start
 from mesh.step import Advantage, Aggregation, Rules
-from mesh.tasks import Task, drawn, load_task
+from mesh.tasks import Task, drawn
+from mesh.tasks.scorer import checked_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
@@ -89,7 +90,7 @@ def check(conf: Conf, world_size: int, training: bool = True, held_out: bool = T
     wrong: list[str] = []
     shape = attempt(wrong, read_shape, conf)
     tokenizer = attempt(wrong, read_tokenizer, conf)
-    task = attempt(wrong, load_task, conf.task, conf.seed, conf.task_args)
+    task = attempt(wrong, checked_task, conf, training or held_out)
     prompts: list[Prompt] = []
     if task is not None and training:
         prompts += attempt(wrong, train_prompts, conf, task) or []

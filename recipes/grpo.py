@@ -108,6 +108,7 @@ def train_step(
         sync(program)
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
+    metrics |= generator.failed_scores("reward/failed", process.cpu_group)
     samples = samples_of(program, prompts, waves)
     return metrics, samples if conf.log.samples < 0 else samples[: conf.log.samples]
 

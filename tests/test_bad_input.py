@@ -10,7 +10,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from mesh.cli import load_conf
 from mesh.conf import PACKAGE_DATA
 from mesh.program import check
-from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 BAD_TASK = """
@@ -43,23 +40,6 @@ class Raises(SpellBackward):
     def score(self, prompt, response):
         return {}["no such entry"]
 """
-
-
-@dataclass(frozen=True)
-class FromOne(SpellBackward):
-    """Numbers its training prompts from 1."""
-
-    def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        prompts = super().train_prompts(step, num)
-        return [replace(prompt, prompt_id=prompt.prompt_id + 1) for prompt in prompts]
-
-
-@dataclass(frozen=True)
-class Short(SpellBackward):
-    """Has one held-out prompt less than it is asked for."""
-
-    def eval_prompts(self, num: int) -> list[Prompt]:
-        return super().eval_prompts(num - 1)
 
 
 def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
@@ -121,11 +101,11 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
         ["model.max_length=4097: the model's own context is 4096 tokens", "use at most 4096"],
     ),
     "prompts from 1": (
-        [f"task={__name__}:FromOne"], 2,
+        ["task=user_tasks:FromOne"], 2,
         ["train_prompts was asked for 64", "from index 0 on with prompt_id 1, 2", "counts 0, 1"],
     ),
     "too few prompts": (
-        [f"task={__name__}:Short"], 2,
+        ["task=user_tasks:Short"], 2,
         ["eval_prompts was asked for 256 prompts and gave 255; return 256"],
     ),
     "too few questions": (

@@ -359,8 +359,10 @@ def test_a_resumed_run_has_its_own_keys_but_for_how_it_runs(tmp_path):
     conf = conf_of("trainer.lr=1e-4", "task_args.max_length=3", "eval.every=7")
     save_conf(conf, tmp_path / "config.yaml")
     words = [f"resume={tmp_path}", "trainer.tp=2", "mesh.mode=split", "steps=200", "seed=0"]
+    words += ["reward.on_failure=zero", "reward.timeout_seconds=5"]
     _, resumed = load_conf(words, resumes=True)
     conf.trainer.tp, conf.mesh.mode, conf.steps = 2, "split", 200
+    conf.reward.on_failure, conf.reward.timeout_seconds = "zero", 5.0
     conf.run_dir = conf.resume = str(tmp_path)
     assert resumed == conf
     wrong = refusal(*words, "trainer.lr=2e-4", "task_args.max_length=4", "run_dir=x", "seed=1")

@@ -80,6 +80,7 @@ def train_step(walk: Walk, program: Program, step: int, seek: bool) -> Step:
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()
     metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
+    metrics |= generator.failed_scores("reward/failed", walk.process.cpu_group)
     sync(program)
     return Step(by_key(made), total, metrics, weights_digest(program))
 
