@@ -37,6 +37,7 @@ HOW_IT_RUNS = (
     "timeout_seconds",
     "waves",
     "check",
+    "on_nonfinite",
     "mesh.mode",
     "trainer.dp_",
     "trainer.tp",
