@@ -7,6 +7,7 @@ last wave and applied once. Off the trainer's submesh every verb returns an empt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,8 @@ class Trainer:
 
     def _gradient_norm(self, gradients: Mapping[str, torch.Tensor]) -> tuple[float, bool]:
         """The 2-norm of the whole gradient, in which each element counts once, whatever replicates
-        it; and whether that, the loss and all logprobs are finite, which all ranks answer alike."""
+        it; NaN where it is not finite. And whether the gradient, the loss and all logprobs are
+        finite. All ranks of the trainer get the same answer."""
         assert self.model is not None
         dims = tp_dims(self.model)
         first_tp = self.mesh.get_local_rank("tp") == 0
@@ -261,13 +263,14 @@ class Trainer:
         for name, gradient in gradients.items():
             counts = first_tp or dims[name] is not None
             (total if counts else copies).add_(gradient.double().square().sum())
-        both = torch.stack([total, self.sums.bad() + (~copies.isfinite()).double()])
+        # times 0: 0 for what is finite, NaN for all else, that of copies and replicas too
+        both = torch.stack([total + copies * 0, self.sums.bad()])
         for axis in ("dp_shard", "tp"):
             dist.all_reduce(both, group=self.mesh.get_group(axis))
-        bad = both[1] + (~both[0].isfinite()).double()
-        dist.all_reduce(bad, group=self.mesh.get_group("dp_replicate"))
-        norm, num_bad = torch.stack([both[0].sqrt(), bad]).tolist()
-        return norm, num_bad == 0
+        seen = torch.stack([both[0] * 0, both[1]])
+        dist.all_reduce(seen, group=self.mesh.get_group("dp_replicate"))
+        norm, bad = torch.stack([(both[0] + seen[0]).sqrt(), seen[1]]).tolist()
+        return norm, math.isfinite(norm) and bad == 0
 
     def _report(self, gradients: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
         """Says where the step is not finite, which all ranks of the trainer look for; raises that

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from test_checkpoint import bits_of
 from test_trainer import CPU, conf_of, objective, some_leaves
 
@@ -256,3 +257,49 @@ def test_replicas_and_tensor_parallel_ranks_are_heard_and_count_once():
     assert "sequences: 2\n" in message(report) and "gradients: 2 of 2" in message(report)
     line = json.loads(to_json(report))
     assert line["sequences"]["count"] == 3 and line["grad_norm"] == "nan"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[list[dict], dict[str, list[dict]]]:
+    """What two ranks saw by layout, and the lines that were written there."""
+    path = tmp_path_factory.mktemp("two_ranks")
+    launch("tests/programs/nonfinite_program.py", 2, str(path))
+    seen = [torch.load(path / f"{rank}.pt") for rank in range(2)]
+    return seen, {name: lines_of(path / name / "nonfinite.jsonl") for name in seen[0]}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_ranks_agree_whichever_of_them_has_the_fault(two_ranks):
+    """Shards, replicas and tensor-parallel copies, of which the norm counts only the first."""
+    seen, _ = two_ranks
+    assert list(seen[0]) == ["shard", "replicate", "tp"]
+    for layout, mine in seen[0].items():
+        assert seen[1][layout] == mine
+        assert all(mine[fault] == (1.0, True) for fault in ("rollout", "gradient", "weight"))
+        assert mine["sound"] == (0.0, False) and mine["counts"] == (5, 2)
+        text, unchanged = mine["stop"]
+        assert text.startswith("on_nonfinite=stop: step 6 is not finite (loss ") and unchanged
+        assert "layers.1.attention_norm.weight: 1 of 128 elements" in text
+
+
+def test_what_the_ranks_found_is_put_together(two_ranks):
+    _, lines = two_ranks
+    name = "layers.1.attention_norm.weight"
+    for layout, found in lines.items():
+        assert [(line["step"], line["action"]) for line in found] == [
+            (2, "skip"), (3, "skip"), (4, "skip"), (6, "stop"),
+        ]  # fmt: skip
+        rollout, gradient, weight, stop = found
+        first = sequence(3, 1, 4, "generator logprob", "inf", 1, 7)
+        assert rollout["sequences"] == {"count": 1, "first": [first]}
+        once = {"count": 1, "first": [{"name": name, "elements": 1, "total": 128}]}
+        assert gradient["gradients"] == stop["gradients"] == once
+        assert gradient["sequences"]["count"] == 0
+        assert weight["weights"] == once
+        # of replicas one has the NaN: the sequences that it trains on
+        reached = [1, 3] if layout == "replicate" else [0, 1, 2, 3]
+        ids = {(found["prompt_id"], found["sample_id"]) for found in weight["sequences"]["first"]}
+        assert ids == {(p, s) for p in reached for s in range(2)}
