@@ -58,6 +58,9 @@ HOW_IT_RUNS = (
     "log.",
 )
 
+# How names end whose values no log and no error file may have.
+SECRETS = ("key", "token", "secret", "password")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -250,6 +253,8 @@ def open_key(name: str, keys: dict[str, Key]) -> Key | None:
 
 def unknown_key(name: str, value: Any, keys: dict[str, Key]) -> str:
     """The problem of a name that is no key: a group of keys, or a misspelt one."""
+    if name.lower().endswith(SECRETS):
+        value = "(not shown)"
     inside = [key for key in keys if key.startswith(f"{name}.")]
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
