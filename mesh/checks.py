@@ -259,8 +259,10 @@ def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         remedy = "name a directory that has one, or unset it (null)"
         if not (path / "tokenizer.json").is_file():
             found.append(problem("model.tokenizer", model.tokenizer, "no tokenizer.json", remedy))
-        wrong = code_problems(path)
-        found += [problem("model.tokenizer", model.tokenizer, line, NO_CODE) for line in wrong]
+        found += [
+            problem("model.tokenizer", model.tokenizer, line, NO_CODE)
+            for line in code_problems(path)
+        ]
     return found
 
 

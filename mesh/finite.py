@@ -8,6 +8,7 @@ what all ranks found is put together here, each finding once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def merged(
     """All ranks' findings as one report: what replicas or tensor-parallel ranks both hold counts
     once. metrics: the step's `loss` and `grad_norm`; layouts: of every parameter.
     """
-    totals = {layout.name: Block(layout.shape, layout.shape).numel for layout in layouts}
+    totals = {layout.name: math.prod(layout.shape) for layout in layouts}
     return Report(
         step,
         action,
