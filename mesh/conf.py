@@ -217,6 +217,11 @@ class Conf:
         "strict: end at the first token whose trainer and generator logprobs differ, and name the "
         "module; all ranks wait for each other after every wave",
     )
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "a loss, gradient or logprob that is not finite ends the run; skip: it goes on without "
+        "that step's update",
+    )
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)

@@ -42,7 +42,8 @@ class MetricsLogger:
         self._last: Metrics = {}
         if first:
             self._last = cut_after(run_dir / "metrics.jsonl", first)
-            cut_after(run_dir / "samples.jsonl", first)
+            for name in ("samples.jsonl", "nonfinite.jsonl"):
+                cut_after(run_dir / name, first)
         self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
         self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115

@@ -189,7 +189,7 @@ def assemble(
         path = resolve_path(conf.model.path)
     trainer = Trainer(
         conf, meshes, parts.shape, process.device, dtype_of(conf.trainer.dtype, process.device),
-        Start(path, conf.seed), with_optimizer,
+        Start(path, conf.seed), with_optimizer, process.guard.run_dir,
     )  # fmt: skip
     dtype = dtype_of(conf.generator.dtype, process.device)
     generator = Generator(conf, meshes, parts.shape, process.device, dtype, parts.tokenizer)

@@ -64,7 +64,7 @@ def saved(path: Path, layouts: list[ParamLayout]) -> Index:
         file = path / f"rank-{rank}.safetensors"
         if own:
             files[file.name] = Entry(*write_tensors(file, tensors), own)
-    write_index(path, Index(5, 0, {"weights": "0"}, SHAPES, files))
+    write_index(path, Index(5, 5, 0, {"weights": "0"}, SHAPES, files))
     return read_index(path)
 
 
@@ -134,6 +134,15 @@ def advance(trainer: Trainer, seed: int) -> dict[str, float]:
     return trainer.update(1.0, 0)
 
 
+def advance_badly(trainer: Trainer) -> dict[str, float]:
+    """A step whose gradient has one infinity."""
+    assert trainer.model is not None
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parameter.grad.to_local().view(-1)[0] = torch.inf
+    return trainer.update(1.0, 0)
+
+
 def bits_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         f"{kind}/{name}": tensor.detach().to_local().clone()
@@ -177,6 +186,23 @@ def test_a_loaded_trainer_takes_the_same_next_step(process, tmp_path):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
         assert all(float(t.abs().sum()) > 0 for name, t in mine.items() if "exp" in name)
         assert advance(trainer, 9) == advance(other, 9)
+
+
+def test_after_a_skipped_step_the_bias_correction_goes_on(process, tmp_path):
+    """AdamW counts updates, the warm-up counts steps: a checkpoint knows both."""
+    conf, trainer = run_with(process, tmp_path / "run", 2, "on_nonfinite=skip")
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    assert advance_badly(trainer)["skipped"] == 1
+    keeper.after(3, stop=True)
+    step, other = loaded(process, tmp_path / "run", conf)
+    assert (step, other.steps, other.updates) == (3, 3, 2)
+    for seed in (5, 6):
+        mine, theirs = advance(trainer, seed), advance(other, seed)
+        assert mine == theirs and mine["skipped"] == 0
+        mine, theirs = bits_of(trainer), bits_of(other)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    index = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "index.json").read_text())
+    assert (index["content"]["step"], index["content"]["updates"]) == (3, 2)
 
 
 def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, capsys):
@@ -242,7 +268,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
         p, lambda index: index["content"].update(step=7)
     ),
     "is not the index": lambda p: (p / "index.json").write_text("[]"),
-    "has format 2": lambda p: rewritten(p, lambda index: index["content"].update(format=2)),
+    "has format 1": lambda p: rewritten(p, lambda index: index["content"].update(format=1)),
 }
 
 
@@ -325,7 +351,7 @@ def test_file_problem_reads_every_byte(tmp_path):
 
 
 def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path):
-    write_index(tmp_path, Index(1, 0, {}, {}, {"../rank-0.safetensors": Entry(1, "", {})}))
+    write_index(tmp_path, Index(1, 1, 0, {}, {}, {"../rank-0.safetensors": Entry(1, "", {})}))
     with pytest.raises(ValueError, match=r"names '\.\./rank-0\.safetensors', which lies elsewhere"):
         read_index(tmp_path)
 

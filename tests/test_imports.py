@@ -17,8 +17,8 @@ HOUSE = """
     advantage loss batch reshard
     invariant
     fit layout
-    exchange step
-    digest holdings weights
+    exchange step finite
+    digest holdings sums weights
     tokenizer tasks
     model
     trainer engine

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from mesh.pulse import beat
 from mesh.reshard import Block, Copy, ParamLayout, plan
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -43,10 +43,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """All that a checkpoint says of itself. `digests` has a mesh-independent number for each kind
-    of state, `shapes` each parameter's whole shape, `files` an entry by file name."""
+    """All that a checkpoint says of itself. `updates`: steps that changed the weights, fewer than
+    `step` where some were skipped. `digests` has a mesh-independent number for each kind of state,
+    `shapes` each parameter's whole shape, `files` an entry by file name."""
 
     step: int
+    updates: int
     seed: int
     digests: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -125,7 +127,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
         }
         files[name] = Entry(entry["bytes"], entry["sha256"], blocks)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-    return Index(content["step"], content["seed"], content["digests"], shapes, files)
+    step, updates, seed = content["step"], content["updates"], content["seed"]
+    return Index(step, updates, seed, content["digests"], shapes, files)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:

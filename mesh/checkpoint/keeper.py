@@ -80,7 +80,7 @@ class Checkpointer:
             for name, block in held.items()
             if block is not None and holders[name][block][0] == process.rank
         }
-        self._writing: tuple[int, Writing, dict[str, str]] | None = None
+        self._writing: tuple[int, int, Writing, dict[str, str]] | None = None
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
 
@@ -145,13 +145,13 @@ class Checkpointer:
             }
         writing = Writing(partial / f"rank-{self.process.rank}.safetensors", tensors, self.own)
         writing.start()
-        self._writing = step, writing, digests
+        self._writing = step, self.trainer.updates, writing, digests
 
     def _finish(self, wait: bool) -> None:
         """Make the checkpoint that is being written complete, if all ranks have written theirs."""
         if self._writing is None:
             return
-        step, writing, digests = self._writing
+        step, updates, writing, digests = self._writing
         if wait:
             writing.join()
         outcomes = self.process.gather(writing.outcome)
@@ -165,7 +165,7 @@ class Checkpointer:
             f"rank-{rank}.safetensors": entry for rank, entry in enumerate(outcomes) if entry.blocks
         }
         shapes = {layout.name: layout.shape for layout in self.layouts}
-        index = Index(step, self.conf.seed, digests, shapes, files)
+        index = Index(step, updates, self.conf.seed, digests, shapes, files)
         self._on_rank0(lambda: self._complete(index))
 
     def _complete(self, index: Index) -> None:
@@ -205,7 +205,7 @@ class Checkpointer:
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)
-        self.trainer.continue_after(index.step)
+        self.trainer.continue_after(index.step, index.updates)
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(f"{path} was saved as {index.digests} and loaded as {digests}")

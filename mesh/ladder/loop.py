@@ -172,7 +172,7 @@ def restore(program: Program, start: dict[str, torch.Tensor]) -> None:
         tensor.copy_(start[name])
     if trainer.model is not None:
         trainer.optimizer.state.clear()
-    trainer.steps = 0
+    trainer.steps = trainer.updates = 0
     sync(program)
 
 

@@ -83,6 +83,25 @@ def header_of(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def code_problems(directory: Path) -> list[str]:
+    """Files that ask `transformers` to run code of the model's own (trust_remote_code).
+
+    One that cannot be read is reported where it is needed.
+    """
+    found = []
+    for name in ("config.json", "tokenizer_config.json"):
+        path = directory / name
+        try:
+            entries = json.loads(path.read_text()) if path.is_file() else None
+        except ValueError:
+            continue
+        if isinstance(entries, dict) and entries.get("auto_map"):
+            found.append(
+                f"{name} wants code of its own (auto_map: {json.dumps(entries['auto_map'])})"
+            )
+    return found
+
+
 def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
     """Weight files of a directory that are missing or damaged; where all are whole, which weights
     of a model of `shape` they lack or have in another size. `shape` None leaves that out.
