@@ -126,7 +126,7 @@ def samples_of(
     prompts: Sequence[Prompt],
     waves: Sequence[Wave],
     rules: Rules,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[tuple[int, ...]], str],
 ) -> list[dict[str, Any]]:
     """What a person reads of a step: this rank's rollouts as text, and what they are worth."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
