@@ -53,7 +53,7 @@ def untimed(line: Line) -> dict[str, Any]:
 def different(a: Line, b: Line) -> list[str]:
     """The fields that two lines do not share with equal values, in order; timings count."""
     keys = [*a, *(key for key in b if key not in a)]
-    return [key for key in keys if not equal(a.get(key, NOTHING), b.get(key, NOTHING))]
+    return [k for k in keys if k not in a or k not in b or not equal(a[k], b[k])]
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -94,14 +94,19 @@ def compare_runs(a: Path, b: Path) -> Compared:
     return Compared(len(metrics[0]), len(samples[0]), len(models[0]), first)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises ValueError that names the file and the line."""
+def read_lines(path: Path, killed: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises ValueError that names the file and the line.
+
+    `killed`: a last line that was cut short is left out.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name the directory of a run") from error
-    found = []
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
+        if killed and not line.endswith(b"\n"):
+            return found
         try:
             record = json.loads(line)
         except ValueError:

@@ -26,7 +26,7 @@ HOUSE = """
     generator evaluate
     checks
     ending guard process run
-    phases progress metrics compare checkpoint
+    phases progress metrics compare replay checkpoint
     program
     strict ladder
 """
