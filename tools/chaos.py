@@ -17,6 +17,7 @@ out: GPUs, several hosts, loss of power (nothing here tests fsync).
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ OPTIONS = {"rounds": "50", "seed": "0", "ranks": "4", "first": "0", "only": "", 
 
 def main(argv: list[str]) -> int:
     options, words = read_options(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives it
     rounds = plan(int(options["rounds"]), int(options["seed"]), int(options["ranks"]))
     first, last = int(options["first"]), len(rounds)
     if options["only"]:

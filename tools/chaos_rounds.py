@@ -86,7 +86,7 @@ class Chaos:
             if status != 0:
                 raise SystemExit(f"{job.output}\nthe run that nobody kills failed")
             usual = job.usual() | {"startup": startup}
-            self.usual = {k: max(v, self.usual.get(k, 0.0)) for k, v in usual.items()}
+            self.usual = {k: min(v, self.usual.get(k, v)) for k, v in usual.items()}
             self.straight[mesh] = path
         return self.straight[mesh]
 

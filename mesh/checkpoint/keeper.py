@@ -94,6 +94,7 @@ class Checkpointer:
         for step in self._on_rank0(lambda: steps_in(self.path)):
             path = self.path / f"step-{step}"
             if self._load(path):
+                self._on_rank0(self._remove_old)  # a run can die before it has
                 return step
             self._on_rank0(lambda path=path: set_aside(path))  # type: ignore[misc]
         wrong_here = f"no whole checkpoint is in {self.path}"
@@ -177,6 +178,9 @@ class Checkpointer:
         write_index(partial, index)
         partial.rename(self.path / f"step-{index.step}")
         sync_path(self.path)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for step in steps_in(self.path)[self.conf.checkpoint.keep :]:
             old = self.path / f"step-{step}"
             remove(old.rename(old.with_name(old.name + PARTIAL)))
