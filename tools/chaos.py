@@ -26,7 +26,7 @@ from pathlib import Path
 
 from chaos_plan import Round, plan
 from chaos_rounds import Chaos, Outcome
-from killing import ALL_OF
+from phase_reporter import ALL_OF
 
 OPTIONS = {"rounds": "50", "seed": "0", "ranks": "4", "first": "0", "only": "", "dir": ""}
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options["dir"] or tempfile.mkdtemp(prefix="mesh-chaos-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"runs and what they print: {folder}", flush=True)
-    chaos = Chaos(words, folder, int(options["seed"]))
+    chaos = Chaos(words, folder)
     done: list[tuple[Round, Outcome]] = []
     for planned in rounds[first:last]:
         began = time.monotonic()

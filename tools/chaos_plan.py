@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from killing import Aim
+from phase_reporter import WRITING
 
 # name: (ranks, layout); trainer dp_replicate x dp_shard x tp, generator dp x tp
 MESHES = {
@@ -95,8 +96,20 @@ def round_of(number: int, meshes: tuple[str, ...], phases: list[str], dice: rand
         after = dice.choice((0, 1) if leg else (3,) if two else (4,) if every == 2 else (3, 4))
         if number % 10 == 5 or phase in ("startup", "load", "save"):
             after = 0
-        aims.append(Aim(phase, dice.choice(VICTIMS), after, dice.random()))
+        skip = dice.randrange({"between": 4, "log": 2}.get(phase, 1))
+        victims, fraction, draw = dice.choice(VICTIMS), dice.random(), dice.random()
+        aims.append(Aim(phase, victims, after, skip, fraction, draw))
     return Round(number, meshes, tuple(aims), every)
+
+
+def victim_of(aim: Aim, mesh: str) -> int:
+    """The rank that is aimed at: rank 0 renames; the trainer's ranks, the first ones, train."""
+    ranks, _, (replicate, shard, tp), _ = MESHES[mesh]
+    if aim.phase == "rename":
+        return 0
+    writers = 1 if replicate > 1 and aim.phase == WRITING else replicate
+    trains = aim.phase in ("train", "checkpoint", "save", WRITING)
+    return int(aim.draw * (writers * shard * tp if trains else ranks))
 
 
 def words_of(mesh: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from chaos_checks import (
     resumed_problems,
     text_problems,
 )
-from chaos_plan import MESHES, STEPS, Round, words_of
+from chaos_plan import MESHES, STEPS, Round, victim_of, words_of
 from killing import Job, Struck
 
 PROMPTS, GROUP = 8, 4
@@ -50,8 +49,8 @@ class Outcome:
 class Chaos:
     """The rounds' folder, the runs that were never killed, and how long phases take."""
 
-    def __init__(self, words: list[str], folder: Path, seed: int):
-        self.words, self.folder, self.seed = [*SMALL, *words], folder, seed
+    def __init__(self, words: list[str], folder: Path):
+        self.words, self.folder = [*SMALL, *words], folder
         self.straight: dict[str, Path] = {}
         self.usual: dict[str, float] = {}
 
@@ -60,12 +59,11 @@ class Chaos:
 
     def run(self, planned: Round) -> Outcome:
         """A round, again where its run ended before it was hit. The folder stays if it fails."""
-        dice, folder = random.Random(f"{self.seed}/{planned.number}/moments"), None
+        folder = self.folder_of(planned.number)
         for missed in range(TRIES):
-            folder = self.folder_of(planned.number)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            outcome = Attempt(self, planned, folder, dice).run()
+            outcome = Attempt(self, planned, folder).run()
             if outcome is not None:
                 outcome.missed = missed
                 if not outcome.problems:
@@ -100,8 +98,8 @@ class Chaos:
 class Attempt:
     """All starts of a round's run, in order."""
 
-    def __init__(self, chaos: Chaos, planned: Round, folder: Path, dice: random.Random):
-        self.chaos, self.planned, self.folder, self.dice = chaos, planned, folder, dice
+    def __init__(self, chaos: Chaos, planned: Round, folder: Path):
+        self.chaos, self.planned, self.folder = chaos, planned, folder
         self.straight = chaos.reference(planned.meshes[0])
         self.path, self.outcome = folder / "run", Outcome(exact=True)
         self.meshes = list(planned.meshes)  # of each start
@@ -113,7 +111,8 @@ class Attempt:
         for number, aim in enumerate(self.planned.aims):
             job = self.start(number)
             try:
-                struck = job.strike(aim, self.chaos.usual, self.dice)
+                rank = victim_of(aim, self.meshes[number])
+                struck = job.strike(aim, self.chaos.usual, rank)
             except RuntimeError as error:
                 self.outcome.problems.append(str(error))
                 return self.outcome

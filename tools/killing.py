@@ -1,14 +1,14 @@
 """A recipe under torchrun that is watched from outside and killed with kill -9 in a chosen phase.
 
-The rank that is aimed at is stopped first (SIGSTOP), so that it is in its phase for certain when it
-dies; where the phase was over already it goes on, and the next moment is tried.
+The rank that is aimed at stands still (SIGSTOP, see phase_reporter.py) when it is looked at: so it
+is in its phase for certain when it dies. Where the phase was over already it goes on, and the next
+time is tried, earlier in the phase.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,24 +20,26 @@ from pathlib import Path
 
 import numpy as np
 from measured_run import ROOT, children, rank_of
-from phase_reporter import PHASES, WRITING, open_records
+from phase_reporter import ALL_OF, STARTUP, WRITING, finished_steps, open_records
 
 MARK = "MESH_CHAOS_JOB"  # an environment variable that all processes of a job inherit
 GONE_SECONDS = 60.0  # by then all processes have ended after a kill; 30 on a machine of one's own
 RUN_SECONDS = 900.0  # the longest that a small run may take on a busy machine
-IDLE_SECONDS = 0.01  # between looks while nothing is near
-ALL_OF = (*PHASES, WRITING)
+IDLE_SECONDS = 0.01  # between looks
 
 
 @dataclass(frozen=True)
 class Aim:
-    """Where to kill: the phase, after how many steps of this start, at which part of the phase's
-    usual duration; `victims`: "one rank", "all ranks" or "torchrun and all"."""
+    """Where to kill: the phase, after how many steps of this start and how many times of coming
+    into it then, at which part of its usual duration. `victims`: "one rank", "all ranks" or
+    "torchrun and all"; draw: of the ranks that do something there, which one, from 0 to 1."""
 
     phase: str
     victims: str
     after: int
+    skip: int
     fraction: float
+    draw: float
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,24 @@ class Job:
         self.wait_until_gone()
         return self.popen.returncode
 
-    def strike(self, aim: Aim, usual: Mapping[str, float], dice: random.Random) -> Struck | None:
-        """Kill as `aim` says; None where the run ended before it could be hit."""
-        fraction, order = aim.fraction, dice.sample(range(self.num_ranks), self.num_ranks)
-        pids = self._pids()
+    def strike(self, aim: Aim, usual: Mapping[str, float], rank: int) -> Struck | None:
+        """Kill as `aim` says, where `rank` is; None where the run ended before it could be hit."""
+        pids, fraction = self._pids(), aim.fraction
         while self.popen.poll() is None and len(pids) == self.num_ranks:
-            seen = [rank for rank in order if self._is_there(rank, aim)]
-            if not seen:
-                near = self.records["phase"].any() and self._steps(order[0]) >= aim.after
-                time.sleep(0 if near else IDLE_SECONDS)
-                continue
-            rank = seen[0]
-            self._rest(fraction * usual[aim.phase])
-            os.kill(pids[rank], signal.SIGSTOP)
-            if wait_until_stopped(pids[rank]) and self._is_there(rank, aim):
+            delay = fraction * usual[aim.phase]
+            if aim.phase == STARTUP:
+                time.sleep(max(0.0, self.began + delay - time.monotonic()))
+                os.kill(pids[rank], signal.SIGSTOP)
+            else:
+                self._ask_to_stop(rank, aim, delay)
+            if not self._stands_still(pids[rank]):
+                return None
+            if self._phase(rank, aim) == aim.phase:
                 return self._kill(rank, aim, pids)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pids[rank], signal.SIGCONT)
-            fraction /= 2
-            order = order[1:] + order[:1]
+            os.kill(pids[rank], signal.SIGCONT)
+            fraction = fraction / 2 if fraction > aim.fraction / 4 else 0.0
+            if aim.phase == STARTUP:
+                return None
         return None
 
     def started_seconds(self) -> float:
@@ -160,24 +161,27 @@ class Job:
                 by_rank = {rank: pid for pid, rank in ranks.items() if rank is not None}
         return [by_rank[rank] for rank in sorted(by_rank)]
 
-    def _is_there(self, rank: int, aim: Aim) -> bool:
-        if aim.phase == WRITING:
-            there = bool(self.records[WRITING][rank])
-        else:
-            there = self._phase(rank) == aim.phase
-        return there and self._steps(rank) >= aim.after
+    def _ask_to_stop(self, rank: int, aim: Aim, delay: float) -> None:
+        record = self.records[rank]
+        record["stop_delay"], record["stop_after"] = delay, aim.after
+        record["stop_skip"] = aim.skip
+        record["stop_in"] = 1 + ALL_OF.index(aim.phase)  # last: from here on it obeys
 
-    def _phase(self, rank: int) -> str:
-        return PHASES[self.records["phase"][rank]]
+    def _stands_still(self, pid: int) -> bool:
+        """Wait until all threads of a process are stopped; False where it ended."""
+        while self.popen.poll() is None:
+            states = states_of(pid)
+            if not states or states & {"Z", "X"}:
+                return False
+            if states <= {"T", "t"}:
+                return True
+            time.sleep(IDLE_SECONDS)
+        return False
 
-    def _steps(self, rank: int) -> int:
-        return int(self.records["count"][rank][PHASES.index("sync")])
-
-    def _rest(self, seconds: float) -> None:
-        until = time.perf_counter() + seconds
-        time.sleep(max(0.0, seconds - 0.002))  # it oversleeps
-        while time.perf_counter() < until:
-            pass
+    def _phase(self, rank: int, aim: Aim) -> str:
+        """Where a rank is; its writing thread counts where that is aimed at."""
+        record = self.records[rank]
+        return WRITING if aim.phase == WRITING and record[WRITING] else ALL_OF[record["phase"]]
 
     def _kill(self, rank: int, aim: Aim, pids: list[int]) -> Struck:
         victims = {"one rank": [pids[rank]], "all ranks": pids}.get(
@@ -185,21 +189,14 @@ class Job:
         )
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        phase = WRITING if aim.phase == WRITING else self._phase(rank)
-        return Struck(rank, phase, self._steps(rank), self.wait_until_gone())
+        steps = finished_steps(self.records[rank])
+        return Struck(rank, self._phase(rank, aim), steps, self.wait_until_gone())
 
 
-def wait_until_stopped(pid: int) -> bool:
-    """Until all threads of a process stand still; False where it ended."""
-    while True:
-        try:
-            states = {
-                stat.read_text().rpartition(")")[2].split()[0]
-                for stat in Path(f"/proc/{pid}/task").glob("*/stat")
-            }
-        except OSError:
-            return False
-        if states <= {"T", "t"}:
-            return bool(states)
-        if states & {"Z", "X"}:
-            return False
+def states_of(pid: int) -> set[str]:
+    """The states of a process's threads, as in proc(5); none where it is not there."""
+    states = set()
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # that thread has just ended
+            states.add(stat.read_text().rpartition(")")[2].split()[0])
+    return states

@@ -1,11 +1,14 @@
-"""Runs a recipe unchanged and lets another process see in which phase each rank is.
+"""Runs a recipe unchanged, lets another process see in which phase each rank is, and stops there.
 
     PHASE_FILE=FILE torchrun ... tools/phase_reporter.py recipes/grpo.py conf=qwen3_tiny ...
 
 Every rank notes its present phase in its record of FILE, which is mapped into memory: what it says
-is true at any moment, also after a kill -9. The phases that a recipe times, and some that it does
-not, are noted by wrapping the library's functions from here; the library knows nothing of this.
-`open_records` is how the other process reads.
+is true at any moment, also after a kill -9. Where the record asks for it, the rank stops itself
+(SIGSTOP) so many seconds after it has come into a phase, and stands still until the other process
+kills it or lets it go on: phases of a millisecond cannot be met from outside on a busy machine.
+
+The phases that a recipe times, and some that it does not, are noted by wrapping the library's
+functions from here; the library knows nothing of this.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from __future__ import annotations
 import functools
 import os
 import runpy
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,12 +37,18 @@ PHASES = (
     "save",  # the final model
 )
 WRITING = "writing"  # a thread of its own, beside the phases: a rank's file of a checkpoint
+ALL_OF = (*PHASES, WRITING)
 RECORD = np.dtype(
     [
         ("phase", "u1"),
         ("writing", "u1"),
-        ("count", "u4", (len(PHASES) + 1,)),  # times that each phase ended; the last is writing's
-        ("seconds", "f8", (len(PHASES) + 1,)),  # spent in it
+        ("count", "u4", (len(ALL_OF),)),  # times that each phase has ended
+        ("seconds", "f8", (len(ALL_OF),)),  # spent in each
+        # where to stop; 0: nowhere, else 1 + the phase's number
+        ("stop_in", "u1"),
+        ("stop_after", "u4"),  # not before so many steps
+        ("stop_skip", "u4"),  # not the next so many times that it comes into the phase
+        ("stop_delay", "f8"),  # seconds after it has come into the phase; 0: at once
     ]
 )
 
@@ -51,37 +62,59 @@ class Reporter:
     """Writes one rank's record."""
 
     def __init__(self, records: np.ndarray, rank: int):
-        self.phase, self.flag = (records[field][rank : rank + 1] for field in ("phase", WRITING))
-        self.count, self.seconds = records["count"][rank], records["seconds"][rank]
+        self.record = records[rank : rank + 1]  # a view: what is set here is seen outside
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        before, began, code = int(self.phase[0]), time.perf_counter(), PHASES.index(name)
+        before, began, code = int(self.record["phase"][0]), time.perf_counter(), ALL_OF.index(name)
         if before == code:
             yield
             return
-        if before == PHASES.index(STARTUP) and name != "load":
-            before = PHASES.index(BETWEEN)
-        self.phase[0] = code
+        if before == ALL_OF.index(STARTUP) and name != "load":
+            before = ALL_OF.index(BETWEEN)
+        self.record["phase"][0] = code
+        self._stop_if_asked(code)
         try:
             yield
         finally:
             self._ended(code, began)
-            self.phase[0] = before
+            self.record["phase"][0] = before
+            self._stop_if_asked(before)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        began = time.perf_counter()
-        self.flag[0] = 1
+        began, code = time.perf_counter(), ALL_OF.index(WRITING)
+        self.record[WRITING][0] = 1
+        self._stop_if_asked(code)
         try:
             yield
         finally:
-            self._ended(len(PHASES), began)
-            self.flag[0] = 0
+            self._ended(code, began)
+            self.record[WRITING][0] = 0
 
     def _ended(self, code: int, began: float) -> None:
-        self.seconds[code] += time.perf_counter() - began
-        self.count[code] += 1
+        self.record["seconds"][0, code] += time.perf_counter() - began
+        self.record["count"][0, code] += 1
+
+    def _stop_if_asked(self, code: int) -> None:
+        record = self.record[0]
+        if record["stop_in"] != code + 1 or finished_steps(record) < record["stop_after"]:
+            return
+        if record["stop_skip"]:
+            record["stop_skip"] -= 1
+            return
+        record["stop_in"] = 0
+        if record["stop_delay"] > 0:
+            later = threading.Timer(record["stop_delay"], os.kill, (os.getpid(), signal.SIGSTOP))
+            later.daemon = True
+            later.start()
+        else:
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def finished_steps(record: Any) -> int:
+    """Steps that a rank has taken in this start."""
+    return int(record["count"][ALL_OF.index("sync")])
 
 
 def within(phase: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
