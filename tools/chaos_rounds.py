@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,11 +77,8 @@ class Chaos:
         if mesh not in self.straight:
             path = self.folder / f"straight-{mesh}"
             shutil.rmtree(path, ignore_errors=True)
-            job = self.start(mesh, self.new(path, every=1), path.with_suffix(".log"))
-            try:
+            with self.start(mesh, self.new(path, every=1), path.with_suffix(".log")) as job:
                 startup, status = job.started_seconds(), job.wait()
-            finally:
-                job.end()
             if status != 0:
                 raise SystemExit(f"{job.output}\nthe run that nobody kills failed")
             usual = job.usual() | {"startup": startup}
@@ -108,30 +106,33 @@ class Attempt:
 
     def run(self) -> Outcome | None:
         """None where a kill came too late."""
-        for number, aim in enumerate(self.planned.aims):
-            job = self.start(number)
-            try:
-                rank = victim_of(aim, self.meshes[number])
-                struck = job.strike(aim, self.chaos.usual, rank)
-            except RuntimeError as error:
-                self.outcome.problems.append(str(error))
-                return self.outcome
-            finally:
-                job.end()
-            if struck is None:
-                return None
+        try:
+            for number, aim in enumerate(self.planned.aims):
+                if not self.killed(number, aim):
+                    return self.outcome if self.outcome.problems else None
+                self.after_kill(number)
+            self.finish()
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            self.outcome.problems.append(str(error))
+        return self.outcome
+
+    def killed(self, number: int, aim: Aim) -> bool:
+        """A start that is killed; False where it ended by itself, which it must do well."""
+        with self.start(number) as job:
+            struck = job.strike(aim, self.chaos.usual, victim_of(aim, self.meshes[number]))
+            if struck is None and (status := job.wait()) != 0:
+                self.outcome.problems.append(f"start {number} ended by itself, status {status}")
+        if struck is not None:
             self.outcome.struck.append(struck)
             if struck.phase not in ("startup", "load"):
                 self.look_at_start(job)
-            self.after_kill(number)
-        job = self.start(len(self.planned.aims))
-        try:
+        return struck is not None
+
+    def finish(self) -> None:
+        with self.start(len(self.planned.aims)) as job:
             status = job.wait()
-        finally:
-            job.end()
         self.look_at_start(job)
         self.look_at_end(status)
-        return self.outcome
 
     def start(self, number: int) -> Job:
         words = self.chaos.new(self.path, self.planned.every)
@@ -160,11 +161,8 @@ class Attempt:
 
     def see_it_refused(self, number: int) -> None:
         log = self.folder / f"refused-{number}.log"
-        job = self.chaos.start(self.meshes[number], [f"resume={self.path}"], log)
-        try:
+        with self.chaos.start(self.meshes[number], [f"resume={self.path}"], log) as job:
             status = job.wait()
-        finally:
-            job.end()
         self.outcome.problems += refusal_problems(job.output, status)
 
     def look_at_start(self, job: Job) -> None:

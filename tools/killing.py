@@ -54,7 +54,8 @@ class Struck:
 
 
 class Job:
-    """One start of a recipe. `log`: the file that takes what it prints."""
+    """One start of a recipe. `log`: the file that takes what it prints. As a context manager it
+    leaves no process behind."""
 
     def __init__(self, recipe: str, num_ranks: int, words: list[str], log: Path):
         self.log, self.num_ranks, self.token = log, num_ranks, uuid.uuid4().hex
@@ -79,6 +80,12 @@ class Job:
                 start_new_session=True,
             )
         self.began = time.monotonic()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     @property
     def output(self) -> str:
