@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from launching import REPOSITORY
+from replay import main as replay_main
 
+from mesh.cli import save_conf
 from mesh.compare import compare_runs, different, read_lines, untimed
+from mesh.conf import Conf
 from mesh.replay import Comparison, Step, as_logged, cautions, logged_step
 
 METRICS: list[dict[str, Any]] = [
@@ -147,6 +150,28 @@ def test_a_logged_step_of_a_killed_run(tmp_path):
     (path / "metrics.jsonl").write_text("[]\n" + json.dumps(METRICS[1]) + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl: line 1 is no whole line"):
         logged_step(path, 1)
+
+
+REFUSED = {
+    "": "no word: write torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K",
+    "RUN": "RUN: write torchrun",
+    "step=1": "step=1: write torchrun",
+    "RUN step=x": "RUN step=x: write torchrun",
+    "RUN step=3": "step=3: RUN has logged steps 1 to 2; name one",
+    "RUN step=2 trainer.lr=1": "trainer.lr=1.0: the run computes with",
+    "NONE step=2": "resume=NONE: holds no run",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_replayed_is_refused_before_anything_is_built(words, tmp_path, capsys):
+    save_conf(Conf(), made(tmp_path / "run") / "config.yaml")
+    names = {"RUN": str(tmp_path / "run"), "NONE": str(tmp_path / "none")}
+    with pytest.raises(SystemExit) as caught:
+        replay_main([names.get(word, word) for word in words.split()])
+    assert caught.value.code == 1
+    said = capsys.readouterr().err.replace(names["RUN"], "RUN").replace(names["NONE"], "NONE")
+    assert said.startswith("ValueError: ") and REFUSED[words] in said
 
 
 def test_a_replay_names_what_differs():

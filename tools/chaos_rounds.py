@@ -19,7 +19,7 @@ from chaos_checks import (
     text_problems,
 )
 from chaos_plan import MESHES, STEPS, Round, victim_of, words_of
-from killing import Job, Struck
+from killing import Aim, Job, Struck
 
 PROMPTS, GROUP = 8, 4
 SMALL = [
