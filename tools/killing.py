@@ -105,14 +105,14 @@ class Job:
             delay = fraction * usual[aim.phase]
             if aim.phase == STARTUP:
                 time.sleep(max(0.0, self.began + delay - time.monotonic()))
-                os.kill(pids[rank], signal.SIGSTOP)
+                send(pids[rank], signal.SIGSTOP)
             else:
                 self._ask_to_stop(rank, aim, delay)
             if not self._stands_still(pids[rank]):
                 return None
             if self._phase(rank, aim) == aim.phase:
                 return self._kill(rank, aim, pids)
-            os.kill(pids[rank], signal.SIGCONT)
+            send(pids[rank], signal.SIGCONT)
             fraction = fraction / 2 if fraction > aim.fraction / 4 else 0.0
             if aim.phase == STARTUP:
                 return None
@@ -154,8 +154,7 @@ class Job:
     def end(self) -> None:
         """Kill what is left of it."""
         for pid in self.survivors():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         self.popen.wait()
 
     def _pids(self) -> list[int]:
@@ -178,9 +177,9 @@ class Job:
         """Wait until all threads of a process are stopped; False where it ended."""
         while self.popen.poll() is None:
             states = states_of(pid)
-            if not states or states & {"Z", "X"}:
+            if states.get(pid, "X") in "ZX":
                 return False
-            if states <= {"T", "t"}:
+            if set(states.values()) <= {"T", "t"}:
                 return True
             time.sleep(IDLE_SECONDS)
         return False
@@ -195,15 +194,22 @@ class Job:
             aim.victims, [self.popen.pid, *pids]
         )
         for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         steps = finished_steps(self.records[rank])
         return Struck(rank, self._phase(rank, aim), steps, self.wait_until_gone())
 
 
-def states_of(pid: int) -> set[str]:
-    """The states of a process's threads, as in proc(5); none where it is not there."""
-    states = set()
+def states_of(pid: int) -> dict[int, str]:
+    """The states of a process's threads by their ids, as in proc(5); the first has the id `pid`.
+    None where the process is not there."""
+    states = {}
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # that thread has just ended
-            states.add(stat.read_text().rpartition(")")[2].split()[0])
+            states[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()[0]
     return states
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal to a process, which may have ended by now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
