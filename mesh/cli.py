@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mesh.conf import CONF_DIR, Conf
 from mesh.keys import (
     HOW_IT_RUNS,
+    SECRETS,
     Key,
     alternatives,
     conf_keys,

@@ -164,9 +164,14 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def line_of(record: dict[str, Any]) -> str:
+    """A line of a log, without its newline."""
+    return json.dumps(_json(record), ensure_ascii=False, allow_nan=False)
+
+
 def _write_line(file: TextIO, record: dict[str, Any]) -> None:
     try:
-        file.write(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(line_of(record) + "\n")
         file.flush()
     except OSError as error:
         wrong = f"{file.name}: cannot be written ({error.strerror})"

@@ -6,7 +6,7 @@ crossings between them, and brings the first weights to the generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,7 @@ from mesh.checks import check_start, prompt_problems, readable_json
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.evaluate import held_out_prompts
-from mesh.exchange import Exchange, Wave
+from mesh.exchange import Exchange
 from mesh.generator import Generator
 from mesh.invariant.switch import batch_invariant
 from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
@@ -277,24 +277,3 @@ def save_model(conf: Conf, program: Program, path: Path) -> None:
         program.parts.tokenizer.eos_ids,
         write=dist.get_rank() == program.meshes.layout.trainer_ranks[0],
     )
-
-
-def samples_of(
-    program: Program, prompts: Sequence[Prompt], waves: Sequence[Wave]
-) -> list[dict[str, Any]]:
-    """What a person reads of a step: this trainer rank's rollouts as text, with their rewards."""
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    decode = program.parts.tokenizer.decode
-    return [
-        {
-            "prompt_id": r.prompt_id,
-            "sample_id": r.sample_id,
-            "prompt": by_id[r.prompt_id].text,
-            "response": decode(r.tokens),
-            "answer": by_id[r.prompt_id].answer,
-            "reward": r.reward,
-            "finish_reason": r.finish_reason,
-        }
-        for wave in waves
-        for r in wave.rollouts
-    ]

@@ -36,14 +36,13 @@ from mesh.program import (
     launch,
     read_command,
     rules_of,
-    samples_of,
     save_model,
     step_normaliser,
     sync,
     weights_digest,
 )
 from mesh.run import create_run_dir
-from mesh.step import rollout_metrics, share_of, waves_of
+from mesh.step import rollout_metrics, samples_of, share_of, waves_of
 from mesh.strict import Scored, stop_at_difference
 from mesh.tasks import drawn
 
@@ -75,7 +74,8 @@ def main(argv: list[str]) -> None:
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
                 stop = process.should_stop()
-                checkpoints.after(step + 1, stop)
+                with phases("checkpoint"):
+                    checkpoints.after(step + 1, stop)
                 if stop:
                     break
             save_model(conf, program, run_dir / "model")
@@ -109,7 +109,7 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
     metrics |= generator.failed_scores("reward/failed", process.cpu_group)
-    samples = samples_of(program, prompts, waves)
+    samples = samples_of(prompts, waves, rules, program.parts.tokenizer.decode)
     return metrics, samples if conf.log.samples < 0 else samples[: conf.log.samples]
 
 

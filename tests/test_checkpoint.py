@@ -236,6 +236,14 @@ def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(proces
     assert names_in(tmp_path) == ["step-2"]
 
 
+def test_old_ones_that_a_killed_run_left_are_removed_when_it_is_resumed(process, tmp_path):
+    """It died between the renaming of the newest and the removal of the oldest."""
+    conf, _ = run_with(process, tmp_path / "run", 4, "checkpoint.keep=4")
+    conf.checkpoint.keep = 2
+    assert loaded(process, tmp_path / "run", conf)[0] == 4
+    assert names_in(tmp_path / "run") == ["step-3", "step-4"]
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -296,6 +304,36 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(process, tmp_path
         loaded(process, tmp_path / "run", conf)
     with pytest.raises(ValueError, match=f"resume={tmp_path / 'run'}: no whole checkpoint"):
         loaded(process, tmp_path / "run", conf)
+
+
+def bytes_in(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path, capsys):
+    """Of steps 1 to 4, whole but for step 3, and something half-written."""
+    path, conf = tmp_path / "run", conf_of("checkpoint.keep=9")
+    _, first = run_with(process, path, 1, "checkpoint.keep=9")
+    shutil.rmtree(path)
+    run_with(process, path, 4, "checkpoint.keep=9")
+    flip(path / "checkpoints" / "step-3" / RANK_0, 5000)
+    (path / "checkpoints" / "step-5.partial").mkdir()
+    before, conf.checkpoint.every = bytes_in(tmp_path), 0
+    for limit, step in ((9, 4), (5, 4), (4, 2), (3, 2), (2, 1), (1, 0)):
+        trainer = trainer_of(conf)
+        new = bits_of(trainer)
+        assert Checkpointer(conf, path, process, trainer).load_before(limit) == step
+        assert trainer.steps == step
+        passed = f"{path}/checkpoints/step-3 is passed over: the checksum of {RANK_0} is wrong"
+        assert (passed in capsys.readouterr().out) == (limit == 4)
+        expected = {0: new, 1: bits_of(first)}.get(step, {})
+        assert all(torch.equal(expected[name], bits) for name, bits in bits_of(trainer).items()
+                   if expected)  # fmt: skip
+    assert bytes_in(tmp_path) == before
+    assert (path / "checkpoints" / "step-5.partial").is_dir()
+    shutil.rmtree(path / "checkpoints")
+    assert Checkpointer(conf, path, process, trainer_of(conf)).load_before(4) == 0
+    assert not (path / "checkpoints").exists()
 
 
 def test_a_checkpoint_of_another_seed_is_refused(process, tmp_path):

@@ -26,7 +26,7 @@ HOUSE = """
     generator evaluate
     checks
     ending watchdog guard process run
-    phases progress metrics checkpoint
+    phases progress metrics compare replay checkpoint
     program
     strict ladder
 """

@@ -93,13 +93,19 @@ class Checkpointer:
         """
         for step in self._on_rank0(lambda: steps_in(self.path)):
             path = self.path / f"step-{step}"
-            index, wrong = self._inspect(path)
-            if index is not None:
-                return self._take(path, index)
-            self.process.say(f"{path} is passed over: {'; '.join(wrong)}")
+            if self._load(path):
+                self._on_rank0(self._remove_old)  # a run can die before it has
+                return step
             self._on_rank0(lambda path=path: set_aside(path))  # type: ignore[misc]
         wrong_here = f"no whole checkpoint is in {self.path}"
         raise ValueError(problem("resume", self.run_dir, wrong_here, "start a new run"))
+
+    def load_before(self, limit: int) -> int:
+        """As `load`, from the newest one with fewer than `limit` steps, and changing nothing on the
+        disk. Returns 0, with the trainer as it was, where there is none."""
+        held = self._on_rank0(lambda: steps_in(self.path) if self.path.exists() else [])
+        steps = (step for step in held if step < limit)
+        return next((step for step in steps if self._load(self.path / f"step-{step}")), 0)
 
     def after(self, step: int, stop: bool) -> None:
         """To be called after every step: `step` are finished, `stop`: it was the last one.
@@ -175,6 +181,9 @@ class Checkpointer:
         write_index(partial, index)
         partial.rename(self.path / f"step-{index.step}")
         sync_path(self.path)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for step in steps_in(self.path)[self.conf.checkpoint.keep :]:
             old = self.path / f"step-{step}"
             remove(old.rename(old.with_name(old.name + PARTIAL)))
@@ -198,7 +207,16 @@ class Checkpointer:
         problems = [line for part in self.process.gather(found) for line in part if line]
         return (None, problems) if problems else (index, [])
 
-    def _take(self, path: Path, index: Index) -> int:
+    def _load(self, path: Path) -> bool:
+        """Fill the trainer from a checkpoint; False, and a line that says why, if it is damaged."""
+        index, wrong = self._inspect(path)
+        if index is None:
+            self.process.say(f"{path} is passed over: {'; '.join(wrong)}")
+            return False
+        self._take(path, index)
+        return True
+
+    def _take(self, path: Path, index: Index) -> None:
         if index.seed != self.conf.seed:
             wrong = f"{path} is of a run with seed {index.seed}"
             raise ValueError(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
@@ -210,7 +228,6 @@ class Checkpointer:
         if digests != index.digests:
             raise RuntimeError(f"{path} was saved as {index.digests} and loaded as {digests}")
         self.process.say(f"resumed from {path}: weights and moments are those that were saved")
-        return index.step
 
     def _on_rank0(self, act: Callable[[], T]) -> T:
         """What rank 0's `act` gives, on every rank; where it fails, every rank raises."""
@@ -228,8 +245,7 @@ class Checkpointer:
 
 def prepare(path: Path) -> None:
     """Make the directory of checkpoints; what was being written when a run ended is removed."""
-    if path.is_symlink():
-        raise OSError(0, "is a symbolic link, which is not followed", str(path))
+    refuse_link(path)
     path.mkdir(exist_ok=True)
     for partial in path.glob(f"step-*{PARTIAL}"):
         remove(partial)
@@ -237,8 +253,14 @@ def prepare(path: Path) -> None:
 
 def steps_in(path: Path) -> list[int]:
     """The steps of the checkpoints that were completed, newest first."""
+    refuse_link(path)
     found = (re.fullmatch(r"step-(\d+)", item.name) for item in path.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(0, "is a symbolic link, which is not followed", str(path))
 
 
 def indexed(path: Path) -> tuple[Index | None, str]:
