@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -133,7 +134,7 @@ def train(path: Path, layout: str) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     path = Path(sys.argv[1])
     seen = {layout: train(path, layout) for layout in LAYOUTS}
     torch.save(seen, path / f"{dist.get_rank()}.pt")
