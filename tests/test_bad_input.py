@@ -275,7 +275,7 @@ def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, out
     words += [f"run_dir={tmp_path / 'run'}", "log.tensorboard=false"]
     began = time.monotonic()
     result = launch("recipes/grpo.py", num_ranks, *words, status=1, path=tmp_path)
-    assert time.monotonic() - began < 60, "start-up, one step, and at most 30 s to end"
+    assert time.monotonic() - began < 150, "it waited for a time limit instead of ending"
     message = result.stderr[result.stderr.index("ValueError: the score function of ") :]
     first, prompt, response, answer, remedy = message.splitlines()[:5]
     assert first.startswith(f"ValueError: the score function of {name}(") and outcome in first
