@@ -8,8 +8,8 @@ beginning where it has none: at most `restarts=` times (default 3). What fails b
 directory is made, such as a configuration that is refused, is not tried again.
 
 Several machines: `serve=HOST:PORT` on each, then `hosts=HOST:PORT,HOST:PORT` on one that reaches
-them; `procs=` is then per host. Paths and environments must be the same on all. Whoever reaches such
-a port can run code on the machine: only in a network that you trust.
+them; `procs=` is then per host. Paths and environments must be the same on all. Whoever reaches
+such a port can run code on the machine: only in a network that you trust.
 
 Ctrl-C or SIGTERM goes to every process: the first asks the run to stop after its present step, a
 second one ends it at once.
@@ -25,18 +25,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE] + [str(HERE)]  # not the package
+sys.path.append(sys.path.pop(0))  # this file is not the package
 
 import torch.distributed as dist
-from monarch_procs import Ended, Hosts, Job, Procs, serve
+from monarch_procs import Ended, Hosts, Job, NoMeshError, Procs, serve
 
 from mesh.cli import load_conf
 from mesh.keys import refuse
 from mesh.run import default_run_dir
 
 OWN = ("procs", "restarts", "hosts", "serve")
-ENDING_SECONDS = 25.0  # from the first death to giving the other ranks up; they end by themselves
+ENDING_SECONDS = 15.0  # from the first death to giving the other ranks up; they end by themselves
 HURRY_SECONDS = 5.0  # the same after a second Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -57,14 +56,18 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     if argv[0].startswith("serve="):
-        serve(argv[0].removeprefix("serve="))
-        return 0
+        return serve(argv[0].removeprefix("serve="))
     try:
         command = read_command(argv)
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
-    return asyncio.run(Supervisor(command).supervise())
+    try:
+        return asyncio.run(Supervisor(command).supervise())
+    except NoMeshError as error:
+        where = f"hosts={','.join(command.hosts)}: " if command.hosts else ""
+        remedy = "; serve=HOST:PORT must run on each" if command.hosts else ""
+        return say(f"{where}no proc mesh could be made: {error}{remedy}")
 
 
 def read_command(argv: list[str]) -> Command:
@@ -115,7 +118,8 @@ class Supervisor:
                 return statuses[0] if statuses else 0
             cause = f"rank {dead[0].rank}: {dead[0].death}"
             killed = any("sig=" in end.death for end in dead)
-            if attempt == 0 and starts(self.run_dir) == begun and not killed:
+            early = self.run_dir is not None and starts(self.run_dir) == begun
+            if attempt == 0 and early and not killed:
                 return say(f"{cause}; it had not begun, so it is not started again")
             if attempt < self.command.restarts:
                 where = newest_checkpoint(self.run_dir) or "the beginning"
@@ -158,12 +162,12 @@ class Supervisor:
         hurry = asyncio.create_task(self.hurry.wait())
         limit = None
         while pending:
-            watched = pending if hurry.done() else pending | {hurry}
-            options = {"return_when": asyncio.FIRST_COMPLETED, "timeout": limit}
-            done, _ = await asyncio.wait(watched, **options)
+            watched: set[asyncio.Task] = pending if hurry.done() else pending | {hurry}
+            first = asyncio.FIRST_COMPLETED
+            done, _ = await asyncio.wait(watched, timeout=limit, return_when=first)
             if not done:
                 break
-            ended += [task.result() for task in done & pending]
+            ended += [task.result() for task in ranks if task in done]
             pending -= done
             if hurry.done():
                 limit = HURRY_SECONDS
@@ -201,13 +205,13 @@ def with_run_dir(words: list[str]) -> tuple[list[str], Path | None]:
 
 
 def words_again(words: list[str], run_dir: Path | None) -> list[str]:
-    """The words of a restart: go on where there is a checkpoint, with the keys that it began with."""
+    """The words of a restart: go on from a checkpoint, with the keys that the run began with."""
     resumes = any(word.startswith("resume=") for word in words)
     return words if resumes or not newest_checkpoint(run_dir) else [f"resume={run_dir}"]
 
 
 def newest_checkpoint(run_dir: Path | None) -> Path | None:
-    """The last `checkpoints/step-N`: what has that name is complete (`mesh/checkpoint/keeper.py`)."""
+    """The last `checkpoints/step-N`: what has that name is whole (`mesh/checkpoint/keeper.py`)."""
     found = sorted((run_dir / "checkpoints").glob("step-*")) if run_dir is not None else []
     whole = [path for path in found if re.fullmatch(r"step-\d+", path.name)]
     return max(whole, key=lambda path: int(path.name[5:]), default=None)

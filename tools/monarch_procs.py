@@ -4,11 +4,6 @@ thread.
 Monarch calls actors on threads of their own. A recipe wants the main thread, which alone can take
 signals, so a process of the mesh is started with this file as its program: Monarch's loop runs in a
 thread, and an endpoint hands the script to the main thread. Everything else is as under torchrun.
-
-A process holds a connection to the launcher for as long as it lives. Where that breaks, or the
-parent has gone, it kills itself with all its children: nothing outlives a launcher that was killed.
-From other hosts its output comes the same way, because Monarch's own log forwarding loses the last
-words of a process that ends by os._exit.
 """
 
 from __future__ import annotations
@@ -18,9 +13,9 @@ import contextlib
 import os
 import queue
 import runpy
-import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
@@ -28,7 +23,10 @@ from dataclasses import dataclass
 
 os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")  # 10 s to see a death
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: monarch.py lies there too
+
 import monarch.actor
+from lifeline import Lifelines, hold
 from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
 from monarch.actor import (
     Actor,
@@ -39,10 +37,10 @@ from monarch.actor import (
     run_worker_loop_forever,
     this_host,
 )
+from monarch.config import configure
 
-LIFELINE = "MESH_MONARCH_LIFELINE"  # ADDRESS:PORT of the launcher, and whether output goes there
+LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
-WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: `status` where the script came to its end, `death` where its process died."""
+    """How a rank ended: `status` where its script came to an end, `death` where its process died."""
 
     rank: int
     status: int | None = None
     death: str = ""
+
+
+class NoMeshError(Exception):
+    """Monarch could not reach a host, or not start a process there."""
 
 
 class Rank(Actor):
@@ -79,46 +81,12 @@ class Rank(Actor):
         os.kill(os.getpid(), number)
 
 
-class Lifelines:
-    """The launcher's end of the connections: prints what comes, and breaks when it dies."""
-
-    def __init__(self) -> None:
-        self._handlers: set[asyncio.Task[None]] = set()
-
-    async def open(self, address: str) -> int:
-        """Listen on a free port, and return it."""
-        self._server = await asyncio.start_server(self._serve, address, 0, limit=1 << 24)
-        return self._server.sockets[0].getsockname()[1]
-
-    async def close(self) -> None:
-        """Print what is still on its way, then cut what still holds on."""
-        self._server.close()
-        if self._handlers:
-            await asyncio.wait(self._handlers, timeout=WATCH_SECONDS)
-        for handler in self._handlers:
-            handler.cancel()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "a connection is served outside a task"
-        self._handlers.add(task)
-        try:
-            stream = sys.stdout if await reader.readline() == b"stdout\n" else sys.stderr
-            async for line in reader:
-                stream.write(line.decode(errors="replace"))
-                stream.flush()
-        except ConnectionError:
-            pass  # killed with unread data
-        finally:
-            self._handlers.discard(task)
-            writer.close()
-
-
 class Hosts:
     """This host, or those at `addresses` (HOST:PORT) where `serve` runs."""
 
     def __init__(self, addresses: list[str]) -> None:
         monarch.actor.unhandled_fault_hook = lambda failure: None  # its callers see the error
+        configure(mesh_bootstrap_enable_pdeathsig=False)  # it would spare a process's children
         self.address = local_address(addresses)
         self.addresses = addresses
         if addresses:
@@ -143,6 +111,7 @@ class Procs:
         self.hosts, self.per_host, self.environment = hosts, per_host, environment
         self.points = hosts.points(per_host)
         self._lifelines = Lifelines()
+        self._busy: set[int] = set()
 
     async def __aenter__(self) -> Procs:
         port = await self._lifelines.open(self.hosts.address)
@@ -156,29 +125,35 @@ class Procs:
         )
         self._runners = self._mesh.spawn("runners", Rank)
         self._signallers = self._mesh.spawn("signallers", Rank)
+        try:
+            await self._mesh.initialized
+        except (RuntimeError, ValueError) as error:
+            await self._lifelines.cut()
+            raise NoMeshError(str(error).strip().splitlines()[0]) from error
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        with contextlib.suppress(TimeoutError, SupervisionError):
-            await asyncio.wait_for(_result(self._mesh.stop()), STOP_SECONDS)
-        await self._lifelines.close()
+        if self._busy:
+            await self._lifelines.cut()
+        with contextlib.suppress(TimeoutError, RuntimeError, ValueError):  # it may be no more
+            await asyncio.wait_for(self._mesh.stop(), STOP_SECONDS)
+        await self._lifelines.cut()
 
     async def run(self, rank: int, job: Job) -> Ended:
         """Have a rank run a script to its end."""
+        self._busy.add(rank)
         try:
             status = await self._runners.slice(**self.points[rank]).run.call_one(job)
+            ended = Ended(rank, status)
         except SupervisionError as error:
-            return Ended(rank, death=str(error).strip().splitlines()[-1].strip())
-        return Ended(rank, status)
+            ended = Ended(rank, death=str(error).strip().splitlines()[-1].strip())
+        self._busy.discard(rank)
+        return ended
 
     async def kill(self, rank: int, number: int) -> None:
         """Send a rank a signal; one that has died needs none."""
         with contextlib.suppress(SupervisionError):
             await self._signallers.slice(**self.points[rank]).kill.call_one(number)
-
-
-async def _result(future):
-    return await future
 
 
 def local_address(addresses: list[str]) -> str:
@@ -192,8 +167,22 @@ def local_address(addresses: list[str]) -> str:
     return min(found, key=lambda address: address.startswith("127."))
 
 
-def serve(address: str) -> None:
-    """Offer this machine as a host at HOST:PORT, until it is killed. No authentication."""
+def serve(address: str) -> int:
+    """Offer this machine as a host at HOST:PORT, until it is killed. No authentication.
+
+    Monarch's loop ends by itself, with status 0, some time after a launcher has left that had lost
+    a process here; it is started again.
+    """
+    status = 0
+    while status == 0:
+        with subprocess.Popen([sys.executable, "-P", __file__, address], stdin=-1) as loop:
+            status = loop.wait()
+    return status
+
+
+def host(address: str) -> None:
+    """The process of `serve`: Monarch's loop, which ends with its parent."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     run_worker_loop_forever(ca="trust_all_connections", address=f"tcp://{address}")
 
 
@@ -205,7 +194,7 @@ jobs: queue.Queue[tuple[Job, queue.Queue[int]] | None] = queue.Queue()
 def main() -> None:
     """The program of a process: run what comes until Monarch stops it."""
     sys.modules["monarch_procs"] = sys.modules["__main__"]  # whose actor is called
-    hold_lifeline(os.environ.pop(LIFELINE))
+    hold(os.environ.pop(LIFELINE))
     threading.Thread(target=take_part, name="monarch").start()
     try:
         while (item := jobs.get()) is not None:
@@ -213,34 +202,6 @@ def main() -> None:
             done.put(execute(job))
     except KeyboardInterrupt:  # before the script took its signals
         os._exit(128 + signal.SIGINT)
-
-
-def hold_lifeline(lifeline: str) -> None:
-    """Connect to the launcher, and die with it."""
-    address, port, output = lifeline.rsplit(":", 2)
-    if output == "remote":
-        for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            with connected(address, int(port), name) as stream:
-                os.dup2(stream.fileno(), descriptor)
-    line = connected(address, int(port), "lifeline")
-    threading.Thread(target=watch, args=(line, os.getppid()), daemon=True).start()
-
-
-def connected(address: str, port: int, name: str) -> socket.socket:
-    stream = socket.create_connection((address, port), timeout=60)
-    stream.settimeout(None)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    stream.sendall(f"{name}\n".encode())
-    return stream
-
-
-def watch(line: socket.socket, parent: int) -> None:
-    """Kill this process and its children once the launcher or the parent has gone."""
-    while os.getppid() == parent and not select.select([line], [], [], WATCH_SECONDS)[0]:
-        pass
-    if os.getpgid(0) == os.getpid():  # Monarch makes each process the leader of a group
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
 
 
 def take_part() -> None:
@@ -286,4 +247,4 @@ def execute(job: Job) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    host(sys.argv[1]) if len(sys.argv) > 1 else main()
