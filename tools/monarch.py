@@ -116,8 +116,9 @@ class Supervisor:
                 return 128 + self.signals[0]
             if statuses or not dead:
                 return statuses[0] if statuses else 0
-            cause = f"rank {dead[0].rank}: {dead[0].death}"
-            killed = any("sig=" in end.death for end in dead)
+            killed = [end for end in dead if "sig=" in end.death]  # and the others followed
+            first = (killed or dead)[0]
+            cause = f"rank {first.rank}: {first.death}"
             early = self.run_dir is not None and starts(self.run_dir) == begun
             if attempt == 0 and early and not killed:
                 return say(f"{cause}; it had not begun, so it is not started again")

@@ -37,7 +37,6 @@ from monarch.actor import (
     run_worker_loop_forever,
     this_host,
 )
-from monarch.config import configure
 
 LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
@@ -54,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: `status` where its script came to an end, `death` where its process died."""
+    """How a rank ended: `status` where its script came to an end, else the process's `death`."""
 
     rank: int
     status: int | None = None
@@ -86,7 +85,6 @@ class Hosts:
 
     def __init__(self, addresses: list[str]) -> None:
         monarch.actor.unhandled_fault_hook = lambda failure: None  # its callers see the error
-        configure(mesh_bootstrap_enable_pdeathsig=False)  # it would spare a process's children
         self.address = local_address(addresses)
         self.addresses = addresses
         if addresses:
