@@ -14,9 +14,12 @@ import torch
 from mesh.conf import Conf, resolve_path
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
-from mesh.model.hf import weight_problems
+from mesh.model.hf import code_problems, weight_problems
+from mesh.tasks.scorer import reward_problems
 from mesh.tokenizer import Tokenizer
 from mesh.types import CPU_PAGE, CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
+
+NO_CODE = "no code that comes with a model is run here (trust_remote_code): use a plain Qwen3"
 
 
 def check_start(
@@ -44,6 +47,7 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
         *device_problems(conf),
         *length_problems(conf, shape),
         *page_problems(conf),
+        *reward_problems(conf),
         *(training_problems(conf) if training else []),
         *model_problems(conf, shape),
     ]
@@ -257,6 +261,10 @@ def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         remedy = "name a directory that has one, or unset it (null)"
         if not (path / "tokenizer.json").is_file():
             found.append(problem("model.tokenizer", model.tokenizer, "no tokenizer.json", remedy))
+        found += [
+            problem("model.tokenizer", model.tokenizer, line, NO_CODE)
+            for line in code_problems(path)
+        ]
     return found
 
 
@@ -270,6 +278,7 @@ def directory_problems(conf: Conf, name: str, shape: ModelShape | None) -> list[
         remedy = "name a Hugging Face model directory on this machine"
         return [problem("model.path", name, f"no such directory ({path})", remedy)]
     wrong = [(readable_json(path / "config.json")[1], "copy it from the model's source")]
+    wrong += [(line, NO_CODE) for line in code_problems(path)]
     if conf.model.tokenizer is None and not (path / "tokenizer.json").is_file():
         remedy = "copy it there, or set model.tokenizer=DIRECTORY"
         wrong.append(("tokenizer.json is missing", remedy))

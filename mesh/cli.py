@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mesh.conf import CONF_DIR, Conf
 from mesh.keys import (
+    HOW_IT_RUNS,
+    SECRETS,
     Key,
     alternatives,
     conf_keys,
@@ -29,33 +31,6 @@ from mesh.keys import (
     value_of,
 )
 from mesh.usage import print_help_and_exit
-
-# Keys (or how they begin) that a resumed run may be given anew.
-HOW_IT_RUNS = (
-    "resume",
-    "steps",
-    "timeout_seconds",
-    "waves",
-    "check",
-    "mesh.mode",
-    "trainer.dp_",
-    "trainer.tp",
-    "trainer.sequence_parallel",
-    "trainer.microbatch_tokens",
-    "trainer.activation_checkpointing",
-    "generator.dp",
-    "generator.tp",
-    "generator.max_sequences",
-    "generator.kv_tokens",
-    "generator.page_size",
-    "generator.prefill_tokens",
-    "generator.prefix_cache",
-    "generator.cuda_graphs",
-    "sync.",
-    "eval.",
-    "checkpoint.",
-    "log.",
-)
 
 
 @dataclass(frozen=True)
@@ -249,6 +224,8 @@ def open_key(name: str, keys: dict[str, Key]) -> Key | None:
 
 def unknown_key(name: str, value: Any, keys: dict[str, Key]) -> str:
     """The problem of a name that is no key: a group of keys, or a misspelt one."""
+    if name.lower().endswith(SECRETS):
+        value = "(not shown)"
     inside = [key for key in keys if key.startswith(f"{name}.")]
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")

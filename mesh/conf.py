@@ -106,6 +106,17 @@ class GeneratorConf:
 
 
 @dataclass
+class RewardConf:
+    workers: int | None = key(
+        None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+    )
+    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, le=1e6)
+    on_failure: Literal["stop", "zero"] = key(
+        "stop", "a score that hangs, raises, crashes or is not finite ends the run, or is 0.0"
+    )
+
+
+@dataclass
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
         None, "compare weight digests after a sync; unset: every on CPU, first on CUDA"
@@ -174,6 +185,9 @@ class Conf:
     seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
     timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
+    stall_seconds: int = key(
+        900, "no rank gets on for this long: the run shows all stacks and ends [s]; 0: never", ge=0
+    )
     engine: Literal["native"] = key("native", "what generates")
     task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
@@ -203,11 +217,17 @@ class Conf:
         "strict: end at the first token whose trainer and generator logprobs differ, and name the "
         "module; all ranks wait for each other after every wave",
     )
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "a loss, gradient or logprob that is not finite ends the run; skip: it goes on without "
+        "that step's update",
+    )
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    reward: RewardConf = field(default_factory=RewardConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
     generate: GenerateConf = field(default_factory=GenerateConf)

@@ -18,12 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 @dataclass(frozen=True)
 class Failure:
-    """Why `rank` failed, as recorded by rank `reporter`; `line` is the last line of `text`."""
+    """Why `rank` failed, as recorded by rank `reporter`; `line` is the last line of `text`.
+    `stalled`: no rank did, they have all come to a stop; each one shows where."""
 
     rank: int
     reporter: int
     line: str
     text: str
+    stalled: bool = False
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @classmethod
@@ -44,11 +46,24 @@ def format_error(error: BaseException) -> str:
 
 
 def write_error_files(error: BaseException, rank: int, run_dir: str | None) -> None:
-    """The traceback for torchrun's summary and for `RUN_DIR/error-rankN.txt`."""
+    """The traceback for torchrun's summary and for `RUN_DIR/error-rankN.txt`, where they can be
+    written: a full disk may be what `error` is about."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
     if run_dir is not None and Path(run_dir).is_dir():
-        Path(run_dir, f"error-rank{rank}.txt").write_text(format_error(error) + "\n")
+        with contextlib.suppress(OSError):
+            Path(run_dir, f"error-rank{rank}.txt").write_text(format_error(error) + "\n")
+
+
+def show_stack(thread: int, rank: int, run_dir: str | None) -> None:
+    """Where a thread of this process stands: on stderr, and in `RUN_DIR/stack-rankN.txt`."""
+    frame = sys._current_frames().get(thread)
+    stack = "".join(traceback.format_stack(frame)) if frame is not None else "its thread is gone\n"
+    say(f"\nrank {rank} stands here:\n{stack.rstrip()}")
+    if run_dir is not None and Path(run_dir).is_dir():
+        with contextlib.suppress(OSError):
+            Path(run_dir, f"stack-rank{rank}.txt").write_text(stack)
 
 
 def mute() -> int:
@@ -104,6 +119,11 @@ def leads_group() -> bool:
     """Whether all in this process's group are its children: torchrun and tools/monarch.py make each
     rank the leader of one. A shell does so too, for a whole pipeline."""
     return "TORCHELASTIC_RESTART_COUNT" in os.environ and os.getpgid(0) == os.getpid()
+
+
+def attempt() -> int:
+    """How often the launcher has started this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def patience_seconds() -> float:

@@ -51,7 +51,8 @@ def evaluate(
     assert sampled_prompts == greedy_prompts == len(prompts), "held-out prompts were lost"
     metrics = {f"eval/pass@{k}": value / len(prompts) for k, value in zip(ks, passes, strict=True)}
     accuracy = {"eval/accuracy": metrics["eval/pass@1"]}
-    return accuracy | metrics | {"eval/accuracy_greedy": greedy_passes / len(prompts)}
+    metrics["eval/accuracy_greedy"] = greedy_passes / len(prompts)
+    return accuracy | metrics | generator.failed_scores("eval/failed", cpu_group)
 
 
 def _sums(rollouts: list[Rollout], num_samples: int, ks: list[int]) -> list[float]:

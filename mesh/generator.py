@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 
 from mesh.conf import Conf
 from mesh.engine.cache import num_pages
@@ -18,7 +19,8 @@ from mesh.layout import Meshes, dp_rank
 from mesh.model.layouts import role_layouts
 from mesh.model.qwen3 import build_model
 from mesh.reshard import ParamLayout
-from mesh.tasks import Task, score_all
+from mesh.tasks import Task
+from mesh.tasks.scorer import Scorer
 from mesh.tokenizer import Tokenizer
 from mesh.types import (
     CPU_PAGE,
@@ -35,7 +37,7 @@ EVAL_STEP = -1  # training steps count from 0, so held-out samples have random n
 
 
 class Generator:
-    """Owns this rank's engine."""
+    """Owns this rank's engine, and the processes that score what it says."""
 
     def __init__(
         self,
@@ -57,11 +59,13 @@ class Generator:
         )
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
         self.speaks = meshes.on_generator and mesh.get_local_rank("tp") == 0
+        self.scorer = Scorer(conf)
         self.engine: NativeEngine | None = None
+        self.group: dist.ProcessGroup | None = None
         if meshes.on_generator:
             model = build_model(shape, conf.model.max_length, device, dtype, mesh)
-            group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
-            self.engine = NativeEngine(model, shape, engine_settings(conf, device), group)
+            self.group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
+            self.engine = NativeEngine(model, shape, engine_settings(conf, device), self.group)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's live local tensors; empty off the generator."""
@@ -78,7 +82,8 @@ class Generator:
             self.engine.reset(version)
 
     def close(self) -> None:
-        """Let go of what would keep the process groups from ending."""
+        """Let go of what would keep the process groups from ending, and end what scores."""
+        self.scorer.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -120,12 +125,42 @@ class Generator:
             p.prompt_id: (p, tuple(self.tokenizer.encode(p.text))) for p in self._share(prompts)
         }
         asked = [by_id[c.prompt_id][0] for c in completions]
-        rewards = score_all(task, asked, [self.tokenizer.decode(c.tokens) for c in completions])
+        rewards = self._rewards(task, asked, completions)
         return [
             Rollout(c.prompt_id, c.sample_id, by_id[c.prompt_id][1], c.tokens, c.logprobs, reward,
                     c.finish_reason)
             for c, reward in zip(completions, rewards, strict=True)
         ]  # fmt: skip
+
+    def _rewards(
+        self, task: Task, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> list[float]:
+        """The reward of each completion. One rank of a replica scores and tells the others: what
+        depends on the clock, as a score that hangs does, may not make them differ.
+        """
+        rewards = [0.0] * len(completions)
+        if self.speaks:
+            texts = [self.tokenizer.decode(c.tokens) for c in completions]
+            rewards = self.scorer.score(task, prompts, texts)
+        if self.group is None or not rewards:
+            return rewards
+        rewards_R = torch.tensor(rewards, dtype=torch.float64, device=self.device)
+        dist.broadcast(rewards_R, group=self.group, group_src=0)
+        return rewards_R.tolist()
+
+    def failed_scores(self, name: str, cpu_group: dist.ProcessGroup) -> dict[str, float]:
+        """The metric `name`: how many scores of all replicas have failed since this was last asked.
+        The first rank shows one of them. Collective; empty where a failure ends the run.
+        """
+        if self.conf.reward.on_failure == "stop":
+            return {}
+        shares: list[tuple[int, str]] = [(0, "")] * dist.get_world_size(cpu_group)
+        dist.all_gather_object(shares, self.scorer.failures(), group=cpu_group)
+        failed = sum(count for count, _ in shares)
+        if failed and dist.get_rank() == 0:
+            example = next(text for _, text in shares if text)
+            print(f"{name}={failed}: counted as 0.0, such as\n{example}", flush=True)
+        return {name: float(failed)}
 
     def _share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         if self.engine is None:

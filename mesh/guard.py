@@ -32,16 +32,20 @@ import torch.distributed as dist
 from mesh.ending import (
     Failure,
     alive,
+    attempt,
     forget_signals,
     leads_group,
     mute,
     patience_seconds,
     place,
     say,
+    show_stack,
     under_torchrun,
     write_and_close,
     write_error_files,
 )
+from mesh.pulse import beats
+from mesh.watchdog import Watchdog
 
 POLL_SECONDS = 0.25
 SETTLE_SECONDS = 0.5  # a killed peer breaks our collectives before it can be seen to be dead
@@ -54,13 +58,17 @@ LIMIT = "; torchrun kills what then still runs after TORCH_ELASTIC_SHUTDOWN_TIME
 
 
 class Guard:
-    """Watches over one process. `run_dir` is where the last words say that the run lies."""
+    """Watches over one process. `run_dir` is where the last words say that the run lies;
+    `stall_seconds`: how long the world may stand still, 0: for ever."""
 
-    def __init__(self, rank: int, world_size: int, local_peers: list[int]):
+    def __init__(self, rank: int, world_size: int, local_peers: list[int], stall_seconds: float):
         self.rank = rank
         self.run_dir: str | None = None
         self._peers = [r for r in range(world_size) if r != rank]
-        self._store: dist.Store = _open_store() if self._peers else dist.HashStore()
+        alone = not self._peers and not under_torchrun()
+        store: dist.Store = dist.HashStore() if alone else _open_store()
+        self._store = dist.PrefixStore(f"mesh/{attempt()}", store)
+        self._lasting = dist.PrefixStore("mesh/all", store)
         self._local_pids = self._exchange_pids(local_peers)
         self._parent = os.getppid()
         # Whoever ends the process holds the lock for ever; it also keeps the store to one thread.
@@ -74,12 +82,25 @@ class Guard:
         self._gone = threading.Event()
         self._wake, self._wake_write = os.pipe()
         self._old_wakeup, self._old_signals = self._take_signals()
+        self._guarded = threading.get_ident()
+        now = time.monotonic()
+        self._watchdog = Watchdog(rank, world_size, self._store, stall_seconds, beats, now)
         self._thread = threading.Thread(target=self._listen, name="mesh-guard", daemon=True)
         self._thread.start()
 
     @property
     def stop_requested(self) -> bool:
         return self._stop_at is not None
+
+    def remember(self, name: str, value: str) -> None:
+        """Leave word for a later attempt of the same torchrun."""
+        with self._lock:
+            self._lasting.set(name, value)
+
+    def recall(self, name: str) -> str | None:
+        """What an earlier attempt of the same torchrun left; None: nothing."""
+        with self._lock:
+            return self._lasting.get(name).decode() if self._lasting.check([name]) else None
 
     def told(self, stop: bool) -> None:
         """All ranks have asked whether to stop, and were told this."""
@@ -115,6 +136,7 @@ class Guard:
         self._gone.set()
         os.write(self._wake_write, b"\0")
         self._thread.join()
+        self._watchdog.close()
         if self._old_signals:
             signal.set_wakeup_fd(self._old_wakeup)
             for number, handler in self._old_signals.items():
@@ -124,13 +146,16 @@ class Guard:
 
     def _listen(self) -> None:
         while not self._gone.is_set():
-            signalled, _, _ = select.select([self._wake], [], [], POLL_SECONDS)
+            signalled = self._hear(POLL_SECONDS)
             with self._lock:
+                again = signalled and self._stop_at is not None
+                if again:  # torchrun and peers end of it too, and are not to be taken for the cause
+                    self._on_signal()
                 try:
                     self._check()
                 except dist.DistError:
                     self._vanish("the rendezvous store is gone")
-                if signalled and set(os.read(self._wake, 64)) & set(SIGNALS):
+                if signalled and not again:  # torchrun signals when a peer has failed, too
                     self._on_signal()
 
     def _check(self) -> None:
@@ -145,12 +170,16 @@ class Guard:
         if self._stop_at is not None and not self._obeyed and now > self._stop_at + self._patience:
             self._abandon("the step did not end in time")
         if self._store.check(["first"]):
-            self._follow()
+            self._end_after(Failure.from_json(self._store.get("first")))
         if lost := self._lost_peer():
-            first = self._record(lost)
-            if first.reporter == self.rank:
-                self._report(first)
-            self._follow()
+            self._end_after(self._record(lost))
+        if stall := self._watchdog.look(now):
+            self._end_after(self._record(Failure(self.rank, self.rank, stall, stall, True)))
+
+    def _hear(self, seconds: float) -> bool:
+        """Whether a request to stop comes within so many seconds."""
+        heard, _, _ = select.select([self._wake], [], [], seconds)
+        return bool(heard) and bool(set(os.read(self._wake, 64)) & set(SIGNALS))
 
     def _on_signal(self) -> None:
         now = time.monotonic()
@@ -169,12 +198,20 @@ class Guard:
         """The first failure of the run: this one, unless another was recorded before it."""
         return Failure.from_json(self._store.compare_set("first", "", failure.to_json()))
 
+    def _end_after(self, first: Failure) -> NoReturn:
+        if first.stalled:
+            show_stack(self._guarded, self.rank, self.run_dir)
+        if first.reporter == self.rank:
+            self._report(first)
+        self._follow()
+
     def _report(self, first: Failure) -> NoReturn:
         """Print the first failure once every other rank is silent."""
         last_words = mute()
         self._announce("muted")
         self._wait_for_peers(MUTE_SECONDS)
-        write_and_close(last_words, f"\nrank {first.rank} failed at {first.time}:\n{first.text}\n")
+        who = "all ranks ended" if first.stalled else f"rank {first.rank} failed"
+        write_and_close(last_words, f"\n{who} at {first.time}:\n{first.text}\n")
         with contextlib.suppress(dist.DistError):
             self._store.set("reported", "1")
         self._die(1)
@@ -194,6 +231,7 @@ class Guard:
     def _abandon(self, why: str) -> NoReturn:
         """Every rank was signalled and does this by itself, so give the slower ones a moment."""
         last_words = mute()
+        self._announce("stopped")
         if self.rank == 0:
             where = f"; the run lies in {self.run_dir}" if self.run_dir else ""
             write_and_close(last_words, f"\nstopped: {why}{where}\n")
@@ -201,6 +239,8 @@ class Guard:
         self._die(130)
 
     def _vanish(self, why: str) -> NoReturn:
+        if self._hear(SETTLE_SECONDS) or self._stop_at is not None:  # it goes at a second Ctrl-C
+            self._abandon("ended at once")
         write_and_close(mute(), f"\nrank {self.rank} ends: {why}\n")
         self._die(1)
 
@@ -251,10 +291,5 @@ class Guard:
 
 def _open_store() -> dist.Store:
     """A client of our own: one client cannot serve two threads."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=60),
-    )
-    return dist.PrefixStore(f"mesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))

@@ -13,6 +13,39 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mesh.conf import INF, Conf
 
+# Keys (or how they begin) that a resumed run may be given anew.
+HOW_IT_RUNS = (
+    "resume",
+    "steps",
+    "timeout_seconds",
+    "stall_seconds",
+    "waves",
+    "check",
+    "on_nonfinite",
+    "mesh.mode",
+    "trainer.dp_",
+    "trainer.tp",
+    "trainer.sequence_parallel",
+    "trainer.microbatch_tokens",
+    "trainer.activation_checkpointing",
+    "generator.dp",
+    "generator.tp",
+    "generator.max_sequences",
+    "generator.kv_tokens",
+    "generator.page_size",
+    "generator.prefill_tokens",
+    "generator.prefix_cache",
+    "generator.cuda_graphs",
+    "reward.",
+    "sync.",
+    "eval.",
+    "checkpoint.",
+    "log.",
+)
+
+# How names end whose values no log and no error file may have.
+SECRETS = ("key", "token", "secret", "password")
+
 
 @dataclass(frozen=True)
 class Key:

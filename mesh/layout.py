@@ -124,13 +124,17 @@ def resolve_device(conf: Conf) -> Literal["cpu", "cuda"]:
 
 @dataclass(frozen=True)
 class Meshes:
-    """The DeviceMeshes of a layout; the roles share one object where their layouts are equal."""
+    """The DeviceMeshes of a layout; the roles share one object where their layouts are equal.
+
+    trainer_cpu_group: a gloo group of the trainer's ranks, for what they tell each other alone.
+    """
 
     layout: Layout
     world_mesh: DeviceMesh
     trainer_mesh: DeviceMesh
     generator_mesh: DeviceMesh
     rank: int
+    trainer_cpu_group: dist.ProcessGroup
 
     @property
     def on_trainer(self) -> bool:
@@ -144,7 +148,7 @@ class Meshes:
 def build_meshes(layout: Layout, device_type: str, timeout: timedelta | None = None) -> Meshes:
     """The world's mesh (axis `world`) and both roles' (`AXES`), as a collective of all ranks.
 
-    timeout: of every collective on the roles' axes; a group of its own would take torch's default.
+    timeout: of every collective of the roles; a group of its own would take torch's default.
 
     The default process group must exist and be `layout.world_size` large. Every rank builds both
     roles' meshes, its own or not, because making a process group is a collective of the world.
@@ -160,7 +164,9 @@ def build_meshes(layout: Layout, device_type: str, timeout: timedelta | None = N
         if timeout is not None and mesh.get_coordinate() is not None:
             for axis in AXES:
                 dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(axis))
-    return Meshes(layout, world_mesh, trainer_mesh, generator_mesh, dist.get_rank())
+    ranks = list(layout.trainer_ranks)
+    cpu_group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+    return Meshes(layout, world_mesh, trainer_mesh, generator_mesh, dist.get_rank(), cpu_group)
 
 
 def _role_mesh(parallelism: Parallelism, ranks: tuple[int, ...], device_type: str) -> DeviceMesh:

@@ -6,6 +6,7 @@ branch. Numbers that are the same on all ranks, or reduced to rank 0, are the re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -41,7 +42,8 @@ class MetricsLogger:
         self._last: Metrics = {}
         if first:
             self._last = cut_after(run_dir / "metrics.jsonl", first)
-            cut_after(run_dir / "samples.jsonl", first)
+            for name in ("samples.jsonl", "nonfinite.jsonl"):
+                cut_after(run_dir / name, first)
         self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
         self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
@@ -93,7 +95,8 @@ class MetricsLogger:
         if kind is None:
             self.close()
         elif self._active and not self._closed:
-            self._end()  # not W&B: its upload may last, and the other ranks wait to be told
+            with contextlib.suppress(OSError):  # a full disk may be why the run ends
+                self._end()  # not W&B: its upload may last, and the other ranks wait to be told
 
     def _end(self) -> None:
         self._closed = True
@@ -161,9 +164,18 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def line_of(record: dict[str, Any]) -> str:
+    """A line of a log, without its newline."""
+    return json.dumps(_json(record), ensure_ascii=False, allow_nan=False)
+
+
 def _write_line(file: TextIO, record: dict[str, Any]) -> None:
-    file.write(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(line_of(record) + "\n")
+        file.flush()
+    except OSError as error:
+        wrong = f"{file.name}: cannot be written ({error.strerror})"
+        raise RuntimeError(f"{wrong}; mend that, then resume from the last checkpoint") from error
 
 
 def _open_tensorboard(run_dir: Path, first: int) -> Any:

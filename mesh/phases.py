@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from mesh.pulse import beat
+
 
 class Phases:
     """A stopwatch per phase: `with phases("generate"): ...`, then `phases.seconds()`.
@@ -24,10 +26,12 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         began = self._now()
+        beat()
         try:
             yield
         finally:
             self._seconds[name] += self._now() - began
+            beat()
 
     def seconds(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Seconds by phase since the last call. With a group: the slowest rank's (collective;

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from mesh.ending import write_error_files
+from mesh.ending import attempt, write_error_files
 from mesh.guard import Guard
 
 REFUSAL_SECONDS = 5.0  # a launcher ends all ranks when one leaves: the one that prints goes first
@@ -106,12 +106,15 @@ class Process:
         self.guard.close()
 
 
-def start(device: str = "auto", timeout_seconds: float = 1800) -> Process:
+def start(
+    device: str = "auto", timeout_seconds: float = 1800, stall_seconds: float = 900
+) -> Process:
     """Join the world that the launcher describes in the environment (torchrun's variables), or
     make a world of one where there is no launcher.
 
     `device` is auto, cpu or cuda; a collective that takes longer than `timeout_seconds` ends the
-    run. Raises ValueError where the device is not there.
+    run, and so does a world in which no rank has got on for `stall_seconds` (0: never). Raises
+    ValueError where the device is not there.
     """
     _be_a_world_of_one_without_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -122,12 +125,20 @@ def start(device: str = "auto", timeout_seconds: float = 1800) -> Process:
 
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    _join_world(backend, timeout)
     cpu_group = dist.new_group(backend="gloo", timeout=timeout)
     first_local = rank - local_rank
     local_peers = [r for r in range(first_local, first_local + local_world_size) if r != rank]
-    guard = Guard(rank, world_size, local_peers)
+    guard = Guard(rank, world_size, local_peers, stall_seconds)
     return Process(rank, world_size, local_rank, chosen, cpu_group, guard)
+
+
+def _join_world(backend: str, timeout: timedelta) -> None:
+    """`init_process_group`, with keys of its own at each attempt: torchrun's store outlives a
+    restart, and torch 2.13 would find the addresses of dead processes in it."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    mine = dist.PrefixStore(f"attempt-{attempt()}", store)
+    dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def refuse_to_start(error: ValueError) -> NoReturn:

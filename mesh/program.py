@@ -6,7 +6,7 @@ crossings between them, and brings the first weights to the generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,7 @@ from mesh.checks import check_start, prompt_problems, readable_json
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
 from mesh.evaluate import held_out_prompts
-from mesh.exchange import Exchange, Wave
+from mesh.exchange import Exchange
 from mesh.generator import Generator
 from mesh.invariant.switch import batch_invariant
 from mesh.layout import Meshes, build_meshes, plan_layout, resolve_device
@@ -30,7 +30,8 @@ from mesh.model.products import self_test_of
 from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.process import Process, refuse_to_start, start
 from mesh.step import Advantage, Aggregation, Rules
-from mesh.tasks import Task, drawn, load_task
+from mesh.tasks import Task, drawn
+from mesh.tasks.scorer import checked_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
@@ -75,7 +76,7 @@ def launch(conf: Conf) -> Iterator[Process]:
     device = resolve_device(conf)
     with (
         batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
-        start(conf.device, conf.timeout_seconds) as process,
+        start(conf.device, conf.timeout_seconds, conf.stall_seconds) as process,
     ):
         yield process
 
@@ -89,7 +90,7 @@ def check(conf: Conf, world_size: int, training: bool = True, held_out: bool = T
     wrong: list[str] = []
     shape = attempt(wrong, read_shape, conf)
     tokenizer = attempt(wrong, read_tokenizer, conf)
-    task = attempt(wrong, load_task, conf.task, conf.seed, conf.task_args)
+    task = attempt(wrong, checked_task, conf, training or held_out)
     prompts: list[Prompt] = []
     if task is not None and training:
         prompts += attempt(wrong, train_prompts, conf, task) or []
@@ -188,7 +189,7 @@ def assemble(
         path = resolve_path(conf.model.path)
     trainer = Trainer(
         conf, meshes, parts.shape, process.device, dtype_of(conf.trainer.dtype, process.device),
-        Start(path, conf.seed), with_optimizer,
+        Start(path, conf.seed), with_optimizer, process.guard.run_dir,
     )  # fmt: skip
     dtype = dtype_of(conf.generator.dtype, process.device)
     generator = Generator(conf, meshes, parts.shape, process.device, dtype, parts.tokenizer)
@@ -276,24 +277,3 @@ def save_model(conf: Conf, program: Program, path: Path) -> None:
         program.parts.tokenizer.eos_ids,
         write=dist.get_rank() == program.meshes.layout.trainer_ranks[0],
     )
-
-
-def samples_of(
-    program: Program, prompts: Sequence[Prompt], waves: Sequence[Wave]
-) -> list[dict[str, Any]]:
-    """What a person reads of a step: this trainer rank's rollouts as text, with their rewards."""
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    decode = program.parts.tokenizer.decode
-    return [
-        {
-            "prompt_id": r.prompt_id,
-            "sample_id": r.sample_id,
-            "prompt": by_id[r.prompt_id].text,
-            "response": decode(r.tokens),
-            "answer": by_id[r.prompt_id].answer,
-            "reward": r.reward,
-            "finish_reason": r.finish_reason,
-        }
-        for wave in waves
-        for r in wave.rollouts
-    ]

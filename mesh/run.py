@@ -62,6 +62,7 @@ def create_run_dir(
         environment = describe_environment() | {"ranks": ranks}
         with open(_new_environment(path), "x") as file:
             file.write(json.dumps(environment, indent=2) + "\n")
+        process.guard.remember("run_dir", str(path))
     process.guard.run_dir = str(path)
     return path
 

@@ -6,9 +6,10 @@ rollouts; only its own leaves hold tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -48,13 +49,11 @@ def share_of(wave: Wave, rules: Rules, num_ranks: int) -> Share:
     if not wave.outlines:
         return Share([], [[] for _ in range(num_ranks)], 0, 0)
     rewards_PG = wave.rewards(rules.group_size)
-    advantages_PG = group_advantages(rewards_PG, rules.advantage)
     keep_P = (
         ~equal_groups(rewards_PG) if rules.drop_equal_groups else torch.ones(len(rewards_PG)) > 0
     )
-    prompt_ids = [o.prompt_id for o in wave.outlines[:: rules.group_size]]
-    advantages = dict(zip(prompt_ids, advantages_PG.tolist(), strict=True))
-    kept = {i for i, keep in zip(prompt_ids, keep_P.tolist(), strict=True) if keep}
+    advantages = advantages_of(wave, rules)
+    kept = {i for i, keep in zip(advantages, keep_P.tolist(), strict=True) if keep}
     outlines = [o for o in wave.outlines if o.prompt_id in kept]
     return Share(
         _leaves(wave, kept, advantages, rules),
@@ -62,6 +61,15 @@ def share_of(wave: Wave, rules: Rules, num_ranks: int) -> Share:
         sum(o.response_length for o in outlines),
         len(outlines),
     )
+
+
+def advantages_of(wave: Wave, rules: Rules) -> dict[int, list[float]]:
+    """The advantages of each prompt's samples, by prompt_id, in the order of the outlines."""
+    prompt_ids = [o.prompt_id for o in wave.outlines[:: rules.group_size]]
+    if not prompt_ids:
+        return {}
+    advantages_PG = group_advantages(wave.rewards(rules.group_size), rules.advantage)
+    return dict(zip(prompt_ids, advantages_PG.tolist(), strict=True))
 
 
 def _leaves(
@@ -112,3 +120,28 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
         "response_length/max": float(max(lengths)),
         "truncated": truncated / len(outlines),
     }
+
+
+def samples_of(
+    prompts: Sequence[Prompt],
+    waves: Sequence[Wave],
+    rules: Rules,
+    decode: Callable[[tuple[int, ...]], str],
+) -> list[dict[str, Any]]:
+    """What a person reads of a step: this rank's rollouts as text, and what they are worth."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    return [
+        {
+            "prompt_id": r.prompt_id,
+            "sample_id": r.sample_id,
+            "prompt": by_id[r.prompt_id].text,
+            "response": decode(r.tokens),
+            "answer": by_id[r.prompt_id].answer,
+            "reward": r.reward,
+            "advantage": advantages[r.prompt_id][r.sample_id],
+            "finish_reason": r.finish_reason,
+        }
+        for wave in waves
+        for advantages in [advantages_of(wave, rules)]
+        for r in wave.rollouts
+    ]

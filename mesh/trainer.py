@@ -7,6 +7,7 @@ last wave and applied once. Off the trainer's submesh every verb returns an empt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.batch import Leaf, PackedBatch, pack, schedule
 from mesh.conf import Conf
+from mesh.finite import Findings, Trained, announce, bad_blocks, bad_sequences, gathered, merged
 from mesh.holdings import local_tensors
 from mesh.layout import Meshes, dp_rank
-from mesh.loss import TokenStats, kl_T, loss_sum, merge, stats_metrics, token_stats
+from mesh.loss import kl_T, loss_sum, token_stats
 from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
 from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import tp_dims
-from mesh.model.qwen3 import Qwen3, build_model, named_weights
+from mesh.model.qwen3 import Qwen3, build_model, named_weights, parameter_names
+from mesh.pulse import beat
 from mesh.reshard import Block
+from mesh.sums import StepSums
 from mesh.types import ModelShape
 
 Objective = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -58,7 +62,9 @@ class Trainer:
         dtype: torch.dtype,
         start: Start,
         with_optimizer: bool = True,
+        run_dir: str | None = None,
     ) -> None:
+        """run_dir: where a step that is not finite is written down; None: nowhere."""
         self.conf = conf
         self.shape = shape
         self.device = device
@@ -69,10 +75,9 @@ class Trainer:
         self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
         self.dp = meshes.layout.trainer.dp
         self.dp_rank = dp_rank(self.mesh)
-        self.steps = 0
-        self.stats: TokenStats
-        self.extra: torch.Tensor
-        self._trained_due: int
+        self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
+        self.steps = self.updates = 0
+        self.sums = StepSums(device)
         self.model: Qwen3 | None = None
         self.reference: Qwen3 | None = None
         if meshes.on_trainer:
@@ -87,7 +92,6 @@ class Trainer:
                     eps=conf.trainer.eps,
                     weight_decay=conf.trainer.weight_decay,
                 )
-        self._reset()
 
     def _build(self, dtype: torch.dtype, start: Start) -> Qwen3:
         recompute = self.conf.trainer.activation_checkpointing
@@ -135,11 +139,12 @@ class Trainer:
             state |= {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
         return state
 
-    def continue_after(self, steps: int) -> None:
-        """`state` was filled with that after so many steps: warm-up and bias correction go on."""
-        self.steps = steps
+    def continue_after(self, steps: int, updates: int) -> None:
+        """`state` was filled with that after so many steps, of which `updates` changed the weights:
+        warm-up and bias correction go on."""
+        self.steps, self.updates = steps, updates
         for weight in self.state()["weights"].values():
-            self._moments(weight)["step"].fill_(steps)
+            self._moments(weight)["step"].fill_(updates)
 
     def accumulate(
         self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]], objective: Objective
@@ -154,15 +159,10 @@ class Trainer:
         if self.model is None:
             return torch.zeros(0)
         logprobs = [
-            self._backward(self.model, pack(microbatch).to(self.device), objective)
+            self._backward(self.model, microbatch, objective)
             for microbatch in self.microbatches(leaves, token_counts)
         ]
-        trained = sum(len(r.tokens) for leaf in leaves for r in leaf.rollouts)
-        due = self._trained_due + trained
-        assert int(self.stats.sums[0]) == due, (
-            f"{int(self.stats.sums[0])} response tokens were trained on, {due} were due"
-        )
-        self._trained_due = due
+        self.sums.expect(sum(len(r.tokens) for leaf in leaves for r in leaf.rollouts))
         return torch.cat([torch.zeros(0, device=self.device), *logprobs])
 
     def microbatches(
@@ -180,60 +180,70 @@ class Trainer:
 
     def score(self, model: Qwen3, batch: PackedBatch) -> TokenScores:
         """(logprobs_A, entropy_A) of a batch's response tokens, by the policy or the reference."""
+        beat()
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
         temperature = self.conf.generator.temperature
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
                      temperature)  # fmt: skip
 
-    def _backward(self, model: Qwen3, batch: PackedBatch, objective: Objective) -> torch.Tensor:
-        """Adds to the gradients and the step's statistics. Returns logprobs_A, detached."""
+    def _backward(self, model: Qwen3, leaves: Sequence[Leaf], objective: Objective) -> torch.Tensor:
+        """Adds to the gradients and the step's sums. Returns logprobs_A, detached."""
+        batch = pack(leaves).to(self.device)
         logprobs_A, entropy_A = self.score(model, batch)
+        logprobs_A.retain_grad()
         loss_A, clipped_A = objective(batch, logprobs_A)
+        divergence_A = torch.zeros_like(entropy_A)
         if self.reference is not None:
             with torch.no_grad():
                 reference_A, _ = self.score(self.reference, batch)
             divergence_A = kl_T(logprobs_A, reference_A)
             loss_A = loss_A + self.conf.kl_coef * divergence_A
-            self.extra[2] += divergence_A.detach().double().sum()
         loss = loss_sum(loss_A, batch.weights_A)
         loss.backward()
-        self.stats = merge(
-            self.stats, token_stats(logprobs_A, batch.generator_logprobs_A, clipped_A)
+        rollouts = tuple(rollout for leaf in leaves for rollout in leaf.rollouts)
+        self.sums.add(
+            token_stats(logprobs_A, batch.generator_logprobs_A, clipped_A),
+            (loss, entropy_A.double().sum(), divergence_A.double().sum()),
+            Trained(rollouts, logprobs_A.detach(), loss_A.detach(), logprobs_A.grad),
         )
-        self.extra[0] += loss.detach().double()
-        self.extra[1] += entropy_A.double().sum()
         return logprobs_A.detach()
-
-    def _reset(self) -> None:
-        nothing = torch.zeros(0, device=self.device)
-        self.stats = token_stats(nothing, nothing, nothing.bool())
-        # sums over tokens of the loss (weighted), the entropy and the KL to the reference
-        self.extra = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._trained_due = 0
 
     @torch.no_grad()
     def update(self, normaliser: float, tokens: int) -> dict[str, float]:
         """Divide the gradients by `normaliser`, clip, step. Returns the step's metrics.
 
         tokens: response tokens of the whole step, over all ranks; checked against what was trained.
-        Raises RuntimeError where the gradient's norm is not finite. Empty off the trainer.
+        A step whose loss, gradient or logprobs are not finite on any rank changes neither weights
+        nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks.
+        Empty off the trainer.
         """
         if self.model is None:
             return {}
         gradients = self._gradients()
         torch._foreach_div_(list(gradients.values()), normaliser)
-        norm = self._gradient_norm(gradients)
-        if not norm < float("inf"):
-            raise RuntimeError(f"step {self.steps}: the gradient's norm is {norm}")
+        norm, finite = self._gradient_norm(gradients)
+        lr = lr_at(self.steps, self.conf.trainer.lr, self.conf.trainer.warmup_steps)
+        if finite:
+            self._step(gradients, norm, lr)
+        metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
+        if self.reference is None:
+            del metrics["kl"]
+        if self.conf.on_nonfinite == "skip":
+            metrics["skipped"] = float(not finite)
+        if not finite:
+            self._report(gradients, metrics)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums = StepSums(self.device)
+        self.steps += 1
+        return metrics
+
+    def _step(self, gradients: Mapping[str, torch.Tensor], norm: float, lr: float) -> None:
         if 0 < self.conf.trainer.clip_norm < norm:
             torch._foreach_mul_(list(gradients.values()), self.conf.trainer.clip_norm / norm)
-        lr = lr_at(self.steps, self.conf.trainer.lr, self.conf.trainer.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        return self._metrics(normaliser, tokens) | {"grad_norm": norm, "lr": lr}
+        self.updates += 1
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """This rank's shards of the gradients; zeros where nothing was trained on at all."""
@@ -244,35 +254,36 @@ class Trainer:
         named = self.model.named_parameters()
         return local_tensors({name: p.grad for name, p in named if p.grad is not None})
 
-    def _gradient_norm(self, gradients: Mapping[str, torch.Tensor]) -> float:
-        """The 2-norm of the whole gradient; each element counts once, whatever replicates it."""
+    def _gradient_norm(self, gradients: Mapping[str, torch.Tensor]) -> tuple[float, bool]:
+        """The 2-norm of the whole gradient, in which each element counts once, whatever replicates
+        it; NaN where it is not finite. And whether the gradient, the loss and all logprobs are
+        finite. All ranks of the trainer get the same answer."""
         assert self.model is not None
         dims = tp_dims(self.model)
         first_tp = self.mesh.get_local_rank("tp") == 0
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total, copies = torch.zeros(2, dtype=torch.float64, device=self.device)
         for name, gradient in gradients.items():
-            if first_tp or dims[name] is not None:
-                total += gradient.double().square().sum()
+            counts = first_tp or dims[name] is not None
+            (total if counts else copies).add_(gradient.double().square().sum())
+        # times 0: 0 for what is finite, NaN for all else, that of copies and replicas too
+        both = torch.stack([total + copies * 0, self.sums.bad()])
         for axis in ("dp_shard", "tp"):
-            dist.all_reduce(total, group=self.mesh.get_group(axis))
-        return float(total.sqrt())
+            dist.all_reduce(both, group=self.mesh.get_group(axis))
+        seen = torch.stack([both[0] * 0, both[1]])
+        dist.all_reduce(seen, group=self.mesh.get_group("dp_replicate"))
+        norm, bad = torch.stack([(both[0] + seen[0]).sqrt(), seen[1]]).tolist()
+        return norm, math.isfinite(norm) and bad == 0
 
-    def _metrics(self, normaliser: float, tokens: int) -> dict[str, float]:
-        for axis in ("dp_replicate", "dp_shard"):
-            group = self.mesh.get_group(axis)
-            for sums in (self.stats.sums, self.extra):
-                dist.all_reduce(sums, group=group)
-            dist.all_reduce(self.stats.maxima, op=dist.ReduceOp.MAX, group=group)
-        trained = int(self.stats.sums[0])
-        assert trained == tokens, f"{trained} response tokens were trained on, {tokens} were due"
-        loss, entropy, divergence = self.extra.tolist()
-        metrics = stats_metrics(self.stats)
-        metrics |= {
-            "tokens/trained": float(trained),
-            "loss": loss / normaliser,
-            "entropy": entropy / max(trained, 1),
-        }
-        if self.reference is not None:
-            metrics["kl"] = divergence / max(trained, 1)
-        self._reset()
-        return metrics
+    def _report(self, gradients: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
+        """Says where the step is not finite, which all ranks of the trainer look for; raises that
+        as RuntimeError unless the step is to be skipped."""
+        layouts = [layout for layout in self.layouts if layout.name in self.master_names]
+        blocks, weights = self._blocks(), local_tensors(self.parameters())
+        mine = Findings(
+            bad_sequences(self.sums.trained),
+            bad_blocks({parameter_names(n): g for n, g in gradients.items()}, blocks),
+            bad_blocks({layout.name: weights[layout.name] for layout in layouts}, blocks),
+        )
+        parts = gathered(mine, self.cpu_group)
+        report = merged(self.steps + 1, self.conf.on_nonfinite, metrics, parts, layouts)
+        announce(report, self.run_dir, self.cpu_group)

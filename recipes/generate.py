@@ -38,6 +38,8 @@ NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
     conf = without_training(conf)
+    if conf.generate.prompts == ["-"]:
+        conf.stall_seconds = 0  # a person may be typing
     with launch(conf) as process:
         parts = check(conf, process.world_size, training=False, held_out=False)
         prompts = asked(conf, process, parts)

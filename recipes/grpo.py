@@ -21,6 +21,7 @@ import torch
 
 from mesh.batch import PackedBatch
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.restart import after_restart
 from mesh.cli import to_yaml
 from mesh.conf import Conf
 from mesh.evaluate import evaluate
@@ -35,14 +36,13 @@ from mesh.program import (
     launch,
     read_command,
     rules_of,
-    samples_of,
     save_model,
     step_normaliser,
     sync,
     weights_digest,
 )
 from mesh.run import create_run_dir
-from mesh.step import rollout_metrics, share_of, waves_of
+from mesh.step import rollout_metrics, samples_of, share_of, waves_of
 from mesh.strict import Scored, stop_at_difference
 from mesh.tasks import drawn
 
@@ -53,6 +53,7 @@ Sample = dict[str, Any]
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
+        conf = after_restart(conf, process)
         parts = check(conf, process.world_size)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> None:
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
                 stop = process.should_stop()
-                checkpoints.after(step + 1, stop)
+                with phases("checkpoint"):
+                    checkpoints.after(step + 1, stop)
                 if stop:
                     break
             save_model(conf, program, run_dir / "model")
@@ -106,7 +108,8 @@ def train_step(
         sync(program)
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
-    samples = samples_of(program, prompts, waves)
+    metrics |= generator.failed_scores("reward/failed", process.cpu_group)
+    samples = samples_of(prompts, waves, rules, program.parts.tokenizer.decode)
     return metrics, samples if conf.log.samples < 0 else samples[: conf.log.samples]
 
 

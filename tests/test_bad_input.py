@@ -10,7 +10,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from mesh.cli import load_conf
 from mesh.conf import PACKAGE_DATA
 from mesh.program import check
-from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 BAD_TASK = """
@@ -43,23 +40,6 @@ class Raises(SpellBackward):
     def score(self, prompt, response):
         return {}["no such entry"]
 """
-
-
-@dataclass(frozen=True)
-class FromOne(SpellBackward):
-    """Numbers its training prompts from 1."""
-
-    def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        prompts = super().train_prompts(step, num)
-        return [replace(prompt, prompt_id=prompt.prompt_id + 1) for prompt in prompts]
-
-
-@dataclass(frozen=True)
-class Short(SpellBackward):
-    """Has one held-out prompt less than it is asked for."""
-
-    def eval_prompts(self, num: int) -> list[Prompt]:
-        return super().eval_prompts(num - 1)
 
 
 def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
@@ -121,11 +101,11 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
         ["model.max_length=4097: the model's own context is 4096 tokens", "use at most 4096"],
     ),
     "prompts from 1": (
-        [f"task={__name__}:FromOne"], 2,
+        ["task=user_tasks:FromOne"], 2,
         ["train_prompts was asked for 64", "from index 0 on with prompt_id 1, 2", "counts 0, 1"],
     ),
     "too few prompts": (
-        [f"task={__name__}:Short"], 2,
+        ["task=user_tasks:Short"], 2,
         ["eval_prompts was asked for 256 prompts and gave 255; return 256"],
     ),
     "too few questions": (
@@ -150,6 +130,10 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
         ["trainer.dp_shard=4: makes the trainer 4 ranks large, but it has 2", "trainer.dp_shard=2"],
     ),
     "split alone": (["mesh.mode=split"], 1, ["mesh.mode=split: a world of 1", "start e.g. 2"]),
+    "a key of W&B": (
+        ["log.wandb_api_key=0123abcd"], 2,
+        ["log.wandb_api_key=(not shown): unknown key", "did you mean log.wandb?"],
+    ),
     "no such model": (["model.path=/nope"], 2, ["model.path=/nope: no such directory", "name a"]),
     "not shipped": (["model.path=package:x"], 2, ["model.path=package:x: no such directory"]),
     "no such size": (
@@ -241,6 +225,26 @@ def test_config_json_without_a_size(model):
     edit(model, hidden_size=None, intermediate_size=None)
     (line,) = lines(refusal(f"model.path={model}"))
     assert "config.json lacks hidden_size, intermediate_size; copy it again" in line
+
+
+def test_a_directory_that_wants_its_own_code_is_refused(model):
+    own = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    edit(model, auto_map=own, model_type="mine")
+    (model / "modeling_mine.py").write_text("raise SystemExit('was run')\n")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_mine.Mine", None]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = lines(refusal(f"model.path={model}"))
+    config, of_tokenizer = (line for line in found if "wants code of its own" in line)
+    assert config.startswith(f"model.path={model}: config.json wants code of its own (auto_map: ")
+    assert "modeling_mine.MineForCausalLM" in config
+    assert "tokenizer_config.json wants code" in of_tokenizer and "Mine" in of_tokenizer
+    assert all("no code that comes with a model is run here" in x for x in (config, of_tokenizer))
+    assert any("model_type 'mine' is not supported" in line for line in found)
+    of_both = lines(refusal(f"model.tokenizer={model}"))
+    assert [line.partition(" wants code")[0] for line in of_both] == [
+        f"model.tokenizer={model}: {name}" for name in ("config.json", "tokenizer_config.json")
+    ]
 
 
 def test_vocabulary_of_another_model(model):

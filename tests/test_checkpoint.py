@@ -64,7 +64,7 @@ def saved(path: Path, layouts: list[ParamLayout]) -> Index:
         file = path / f"rank-{rank}.safetensors"
         if own:
             files[file.name] = Entry(*write_tensors(file, tensors), own)
-    write_index(path, Index(5, 0, {"weights": "0"}, SHAPES, files))
+    write_index(path, Index(5, 5, 0, {"weights": "0"}, SHAPES, files))
     return read_index(path)
 
 
@@ -134,6 +134,15 @@ def advance(trainer: Trainer, seed: int) -> dict[str, float]:
     return trainer.update(1.0, 0)
 
 
+def advance_badly(trainer: Trainer) -> dict[str, float]:
+    """A step whose gradient has one infinity."""
+    assert trainer.model is not None
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parameter.grad.to_local().view(-1)[0] = torch.inf
+    return trainer.update(1.0, 0)
+
+
 def bits_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         f"{kind}/{name}": tensor.detach().to_local().clone()
@@ -179,6 +188,23 @@ def test_a_loaded_trainer_takes_the_same_next_step(process, tmp_path):
         assert advance(trainer, 9) == advance(other, 9)
 
 
+def test_after_a_skipped_step_the_bias_correction_goes_on(process, tmp_path):
+    """AdamW counts updates, the warm-up counts steps: a checkpoint knows both."""
+    conf, trainer = run_with(process, tmp_path / "run", 2, "on_nonfinite=skip")
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    assert advance_badly(trainer)["skipped"] == 1
+    keeper.after(3, stop=True)
+    step, other = loaded(process, tmp_path / "run", conf)
+    assert (step, other.steps, other.updates) == (3, 3, 2)
+    for seed in (5, 6):
+        mine, theirs = advance(trainer, seed), advance(other, seed)
+        assert mine == theirs and mine["skipped"] == 0
+        mine, theirs = bits_of(trainer), bits_of(other)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    index = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "index.json").read_text())
+    assert (index["content"]["step"], index["content"]["updates"]) == (3, 2)
+
+
 def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, capsys):
     path = tmp_path / "run" / "checkpoints"
     foreign = [path / "notes.txt", path / "step-best" / "x", path / "my-step-1" / "x"]
@@ -198,9 +224,24 @@ def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, caps
     assert all(torch.equal(stored[name], bits[name]) for name in bits)
 
 
-def test_none_are_written_unless_asked_for(process, tmp_path):
-    run_with(process, tmp_path / "run", 2, "checkpoint.every=0")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(process, tmp_path):
+    conf, trainer = conf_of("checkpoint.every=0", "steps=3"), trainer_of(conf_of())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).touch()
+    keeper = Checkpointer(conf, tmp_path, process, trainer)
+    keeper.after(1, stop=False)
+    keeper.after(3, stop=True)
+    assert not (tmp_path / "checkpoints").exists()
+    keeper.after(2, stop=True)
+    assert names_in(tmp_path) == ["step-2"]
+
+
+def test_old_ones_that_a_killed_run_left_are_removed_when_it_is_resumed(process, tmp_path):
+    """It died between the renaming of the newest and the removal of the oldest."""
+    conf, _ = run_with(process, tmp_path / "run", 4, "checkpoint.keep=4")
+    conf.checkpoint.keep = 2
+    assert loaded(process, tmp_path / "run", conf)[0] == 4
+    assert names_in(tmp_path / "run") == ["step-3", "step-4"]
 
 
 def flip(path: Path, at: int) -> None:
@@ -235,7 +276,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
         p, lambda index: index["content"].update(step=7)
     ),
     "is not the index": lambda p: (p / "index.json").write_text("[]"),
-    "has format 2": lambda p: rewritten(p, lambda index: index["content"].update(format=2)),
+    "has format 1": lambda p: rewritten(p, lambda index: index["content"].update(format=1)),
 }
 
 
@@ -263,6 +304,36 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(process, tmp_path
         loaded(process, tmp_path / "run", conf)
     with pytest.raises(ValueError, match=f"resume={tmp_path / 'run'}: no whole checkpoint"):
         loaded(process, tmp_path / "run", conf)
+
+
+def bytes_in(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path, capsys):
+    """Of steps 1 to 4, whole but for step 3, and something half-written."""
+    path, conf = tmp_path / "run", conf_of("checkpoint.keep=9")
+    _, first = run_with(process, path, 1, "checkpoint.keep=9")
+    shutil.rmtree(path)
+    run_with(process, path, 4, "checkpoint.keep=9")
+    flip(path / "checkpoints" / "step-3" / RANK_0, 5000)
+    (path / "checkpoints" / "step-5.partial").mkdir()
+    before, conf.checkpoint.every = bytes_in(tmp_path), 0
+    for limit, step in ((9, 4), (5, 4), (4, 2), (3, 2), (2, 1), (1, 0)):
+        trainer = trainer_of(conf)
+        new = bits_of(trainer)
+        assert Checkpointer(conf, path, process, trainer).load_before(limit) == step
+        assert trainer.steps == step
+        passed = f"{path}/checkpoints/step-3 is passed over: the checksum of {RANK_0} is wrong"
+        assert (passed in capsys.readouterr().out) == (limit == 4)
+        expected = {0: new, 1: bits_of(first)}.get(step, {})
+        assert all(torch.equal(expected[name], bits) for name, bits in bits_of(trainer).items()
+                   if expected)  # fmt: skip
+    assert bytes_in(tmp_path) == before
+    assert (path / "checkpoints" / "step-5.partial").is_dir()
+    shutil.rmtree(path / "checkpoints")
+    assert Checkpointer(conf, path, process, trainer_of(conf)).load_before(4) == 0
+    assert not (path / "checkpoints").exists()
 
 
 def test_a_checkpoint_of_another_seed_is_refused(process, tmp_path):
@@ -318,7 +389,7 @@ def test_file_problem_reads_every_byte(tmp_path):
 
 
 def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path):
-    write_index(tmp_path, Index(1, 0, {}, {}, {"../rank-0.safetensors": Entry(1, "", {})}))
+    write_index(tmp_path, Index(1, 1, 0, {}, {}, {"../rank-0.safetensors": Entry(1, "", {})}))
     with pytest.raises(ValueError, match=r"names '\.\./rank-0\.safetensors', which lies elsewhere"):
         read_index(tmp_path)
 
@@ -352,8 +423,10 @@ def test_a_resumed_run_has_its_own_keys_but_for_how_it_runs(tmp_path):
     conf = conf_of("trainer.lr=1e-4", "task_args.max_length=3", "eval.every=7")
     save_conf(conf, tmp_path / "config.yaml")
     words = [f"resume={tmp_path}", "trainer.tp=2", "mesh.mode=split", "steps=200", "seed=0"]
+    words += ["reward.on_failure=zero", "reward.timeout_seconds=5"]
     _, resumed = load_conf(words, resumes=True)
     conf.trainer.tp, conf.mesh.mode, conf.steps = 2, "split", 200
+    conf.reward.on_failure, conf.reward.timeout_seconds = "zero", 5.0
     conf.run_dir = conf.resume = str(tmp_path)
     assert resumed == conf
     wrong = refusal(*words, "trainer.lr=2e-4", "task_args.max_length=4", "run_dir=x", "seed=1")

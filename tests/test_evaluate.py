@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from itertools import combinations
 
 import pytest
 from launching import launch
+from user_tasks import Short
 
 from mesh.cli import load_conf
 from mesh.conf import Conf, EvalConf
 from mesh.evaluate import _sums, held_out_prompts, pass_at_k
 from mesh.program import Parts, check, without_training
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class Short(SpellBackward):
-    """Gives one prompt less than it is asked for, always."""
-
-    def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        return super().train_prompts(step, num - 1)
-
-    def eval_prompts(self, num: int) -> list[Prompt]:
-        return super().eval_prompts(num - 1)
-
-
-@dataclass(frozen=True)
-class ShortTraining(Short):
-    """The same, of training prompts alone."""
-
-    eval_prompts = SpellBackward.eval_prompts
+from mesh.types import Rollout
 
 
 def generating(*words: str, held_out: bool = True) -> Parts:
@@ -77,12 +59,12 @@ def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():
 
 def test_what_only_training_asks_does_not_keep_a_program_from_generating():
     long = ["task_args.min_length=30", "task_args.max_length=30"]
-    generating("num_prompts=64", "trainer.microbatch_tokens=1", f"task={__name__}:ShortTraining")
-    generating(*long, f"task={__name__}:Short", held_out=False)
+    generating("num_prompts=64", "trainer.microbatch_tokens=1", "task=user_tasks:ShortTraining")
+    generating(*long, "task=user_tasks:Short", held_out=False)
     with pytest.raises(ValueError, match=r"the prompt '[a-z]{30}>' has 31 tokens"):
         generating(*long)
     with pytest.raises(ValueError, match="eval_prompts was asked for 256 prompts and gave 255"):
-        generating(f"task={__name__}:Short")
+        generating("task=user_tasks:Short")
     with pytest.raises(ValueError, match="trainer.tp=3"):
         generating("trainer.tp=3")
 

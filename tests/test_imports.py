@@ -11,22 +11,22 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 # from the ground up: a module imports only from lines above its own, a package also from itself
 HOUSE = """
-    types conf
+    types conf pulse
     keys
     usage cli
     advantage loss batch reshard
     invariant
     fit layout
-    exchange step
-    digest holdings weights
+    exchange step finite
+    digest holdings sums weights
     tokenizer tasks
     model
     trainer engine
     trace
     generator evaluate
     checks
-    ending guard process run
-    phases progress metrics checkpoint
+    ending watchdog guard process run
+    phases progress metrics compare replay checkpoint
     program
     strict ladder
 """

@@ -103,6 +103,7 @@ def test_killed_and_resumed_by_itself_is_the_run_under_torchrun(straight, tmp_pa
     assert f"failed: Killed(sig=9); restart 1 of 3, from {path}/checkpoints/step-" in err
     assert "was killed, or crashed outside Python" in err  # the other rank, of the guard
     assert f"resumed from {path}/checkpoints/step-" in out
+    assert f"attempt 2 continues, run_dir={path}" in out
     made = Run(path, out)
     assert untimed(made.metrics) == untimed(straight.metrics)
     assert made.samples == straight.samples

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mesh.advantage import group_advantages
 from mesh.batch import owner
 from mesh.exchange import Outline, Wave
-from mesh.step import Rules, rollout_metrics, share_of, waves_of
+from mesh.step import Rules, rollout_metrics, samples_of, share_of, waves_of
 from mesh.types import Prompt, Rollout
 
 RULES = Rules(
@@ -151,3 +151,20 @@ def test_rollout_metrics_by_hand_over_two_waves():
         "truncated": pytest.approx(1 / 6),
     }
     assert rollout_metrics([Wave([], []), Wave([], [])], group_size=2) == {}
+
+
+def test_samples_carry_the_advantages_of_whole_groups():
+    """On a rank that owns prompt 5 and one that owns the others; a wave that a rank got nothing of
+    gives nothing."""
+    prompts = [Prompt(i, f"{i}>", f"a{i}") for i in (4, 5, 6)]
+    waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
+    rules = replace(RULES, drop_equal_groups=True)
+    samples = samples_of(prompts, waves, rules, lambda tokens: "x" * len(tokens))
+    found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
+    assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
+    assert samples[3] == {
+        "prompt_id": 6, "sample_id": 1, "prompt": "6>", "response": "xxxxx", "answer": "a6",
+        "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
+    }  # fmt: skip
+    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], rules, str)
+    assert (equal["prompt_id"], equal["advantage"]) == (5, 0.0)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,12 @@ STEPS = 1000  # more than there is time for
 
 
 class Foreground:
-    """A recipe as a terminal's foreground job: a process group of its own."""
+    """A recipe as a terminal's foreground job: a process group of its own. more: torchrun's."""
 
-    def __init__(self, recipe: str, num_ranks: int, *words: str, **options):
-        launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
+    def __init__(
+        self, recipe: str, num_ranks: int, *words: str, more: Sequence[str] = (), **options
+    ):
+        launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}", *more] if num_ranks > 1 else []
         self.num_ranks = num_ranks
         self.popen = subprocess.Popen(
             [*(launcher or [sys.executable]), str(REPOSITORY / "recipes" / recipe), *words],
@@ -102,7 +104,23 @@ def test_grpo_ends_after_the_step_with_its_model(tmp_path):
     job.wait_for(lambda: len(lines_of(run_dir / "metrics.jsonl")) >= 3)
     out, err = job.press_ctrl_c()
     assert_stopped_and_saved(run_dir, out, first_step=0)
+    last = len(lines_of(run_dir / "metrics.jsonl")) - 1
+    assert f"to continue after step {last}: resume={run_dir}" in out
+    assert [item.name for item in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
     assert err.count("stopping at the end of this step; Ctrl-C again ends at once") == 1
+
+
+def test_sigterm_leaves_a_checkpoint_and_status_0(tmp_path):
+    run_dir = tmp_path / "run"
+    words = [f"steps={STEPS}", "num_prompts=4", "group_size=2", f"run_dir={run_dir}"]
+    job = Foreground("grpo.py", 1, *SMALL, *words)
+    job.wait_for(lambda: len(lines_of(run_dir / "metrics.jsonl")) >= 3)
+    job.popen.terminate()
+    out, err = job.popen.communicate(timeout=60)
+    assert job.popen.returncode == 0, err
+    last = len(lines_of(run_dir / "metrics.jsonl")) - 1
+    assert f"to continue after step {last}: resume={run_dir}" in out
+    assert (run_dir / "checkpoints" / f"step-{last}" / "index.json").is_file()
 
 
 def test_sft_ends_after_the_step_with_its_model(tmp_path):

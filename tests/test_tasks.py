@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.tasks import drawn, load_task, score_all
+from mesh.conf import Conf
+from mesh.tasks import Task, drawn, load_task
 from mesh.tasks.draw import is_held_out, training_prompts
+from mesh.tasks.scorer import Scorer
 from mesh.types import Prompt
 
 NAMES = ("spell_backward", "arithmetic")
@@ -123,6 +125,11 @@ def test_a_task_whose_every_question_is_held_out_is_refused():
     text = next(f"{number}?" for number in range(1000) if is_held_out(f"{number}?"))
     with pytest.raises(ValueError, match=r"task_args: .* no question to train on.*widen the task"):
         training_prompts(lambda prompt_id, _: Prompt(prompt_id, text, ""), 0, 0, 1)
+
+
+def score_all(task: Task, prompts: list[Prompt], responses: list[str]) -> list[float]:
+    """The rewards as a rank gets them that scores in its own process."""
+    return Scorer(Conf()).score(task, prompts, responses)
 
 
 def numbered(*ids: int) -> list[Prompt]:

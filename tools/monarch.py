@@ -105,11 +105,9 @@ class Supervisor:
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         hosts = Hosts(self.command.hosts)
-        store = dist.TCPStore(hosts.address, 0, is_master=True, wait_for_workers=False)
-        master = {"MASTER_ADDR": hosts.address, "MASTER_PORT": str(store.port)}
         begun = starts(self.run_dir)
         for attempt in range(self.command.restarts + 1):
-            ended = await self._attempt(hosts, attempt, master)
+            ended = await self._attempt(hosts, attempt)
             statuses = [end.status for end in ended if end.status]
             dead = [end for end in ended if end.status is None]
             if self.signals and (dead or statuses):
@@ -127,19 +125,24 @@ class Supervisor:
                 say(f"{cause}; restart {attempt + 1} of {self.command.restarts}, from {where}")
         return say(f"{cause}; restarts={self.command.restarts} are used up, run {self.run_dir}")
 
-    async def _attempt(self, hosts: Hosts, attempt: int, master: dict[str, str]) -> list[Ended]:
-        """Run the recipe once on a mesh of its own; how the ranks ended, the first one first."""
-        words = self.words if attempt == 0 else words_again(self.words, self.run_dir)
+    async def _attempt(self, hosts: Hosts, attempt: int) -> list[Ended]:
+        """Run the recipe once on a mesh of its own; how the ranks ended, the first one first.
+
+        The words are the same at each start: the recipe knows from TORCHELASTIC_RESTART_COUNT that
+        it is to go on. The store is a new one: the old one holds addresses of dead processes.
+        """
+        store = dist.TCPStore(hosts.address, 0, is_master=True, wait_for_workers=False)
+        master = {"MASTER_ADDR": hosts.address, "MASTER_PORT": str(store.port)}
         async with Procs(hosts, self.command.procs, threads(self.command.procs)) as self.procs:
             ranks = [
-                asyncio.create_task(self.procs.run(rank, self._job(rank, words, attempt, master)))
+                asyncio.create_task(self.procs.run(rank, self._job(rank, attempt, master)))
                 for rank in range(len(self.procs.points))
             ]
             ended = await self._wait_for(ranks)
         self.procs = None
         return ended
 
-    def _job(self, rank: int, words: list[str], attempt: int, master: dict[str, str]) -> Job:
+    def _job(self, rank: int, attempt: int, master: dict[str, str]) -> Job:
         assert self.procs is not None, "a job without a mesh"
         world_size, per_host = len(self.procs.points), self.command.procs
         environment = {
@@ -154,7 +157,7 @@ class Supervisor:
             "TORCHELASTIC_MAX_RESTARTS": self.command.restarts,
         }
         variables = master | {name: str(value) for name, value in environment.items()}
-        return Job([os.path.abspath(self.command.recipe), *words], os.getcwd(), variables)
+        return Job([os.path.abspath(self.command.recipe), *self.words], os.getcwd(), variables)
 
     async def _wait_for(self, ranks: list[asyncio.Task[Ended]]) -> list[Ended]:
         """Until all have ended, or have had time to do so after one has failed."""
@@ -203,12 +206,6 @@ def with_run_dir(words: list[str]) -> tuple[list[str], Path | None]:
         return words, Path(conf.run_dir).expanduser()
     run_dir = default_run_dir(name)
     return [*words, f"run_dir={run_dir}"], run_dir
-
-
-def words_again(words: list[str], run_dir: Path | None) -> list[str]:
-    """The words of a restart: go on from a checkpoint, with the keys that the run began with."""
-    resumes = any(word.startswith("resume=") for word in words)
-    return words if resumes or not newest_checkpoint(run_dir) else [f"resume={run_dir}"]
 
 
 def newest_checkpoint(run_dir: Path | None) -> Path | None:

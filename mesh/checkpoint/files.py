@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mesh.pulse import beat
 from mesh.reshard import Block, Copy, ParamLayout, plan
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -42,10 +43,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """All that a checkpoint says of itself. `digests` has a mesh-independent number for each kind
-    of state, `shapes` each parameter's whole shape, `files` an entry by file name."""
+    """All that a checkpoint says of itself. `updates`: steps that changed the weights, fewer than
+    `step` where some were skipped. `digests` has a mesh-independent number for each kind of state,
+    `shapes` each parameter's whole shape, `files` an entry by file name."""
 
     step: int
+    updates: int
     seed: int
     digests: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -82,6 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
+            beat()
         _flush(file)
     return length, digest.hexdigest()
 
@@ -123,7 +127,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
         }
         files[name] = Entry(entry["bytes"], entry["sha256"], blocks)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-    return Index(content["step"], content["seed"], content["digests"], shapes, files)
+    step, updates, seed = content["step"], content["updates"], content["seed"]
+    return Index(step, updates, seed, content["digests"], shapes, files)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
@@ -133,6 +138,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
         with open(path, "rb", opener=_no_link) as file:
             while piece := file.read(READ_BYTES):
                 digest.update(piece)
+                beat()
                 length += len(piece)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
@@ -167,6 +173,7 @@ def read_blocks(
         with safe_open(path / names[number], framework="pt") as handle:
             for kind, tensors in state.items():
                 for copy in copies:
+                    beat()
                     stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
                     tensors[copy.name][copy.destination.slices].copy_(stored)
 

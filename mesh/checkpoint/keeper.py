@@ -80,7 +80,7 @@ class Checkpointer:
             for name, block in held.items()
             if block is not None and holders[name][block][0] == process.rank
         }
-        self._writing: tuple[int, Writing, dict[str, str]] | None = None
+        self._writing: tuple[int, int, Writing, dict[str, str]] | None = None
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
 
@@ -93,22 +93,30 @@ class Checkpointer:
         """
         for step in self._on_rank0(lambda: steps_in(self.path)):
             path = self.path / f"step-{step}"
-            index, wrong = self._inspect(path)
-            if index is not None:
-                return self._take(path, index)
-            self.process.say(f"{path} is passed over: {'; '.join(wrong)}")
+            if self._load(path):
+                self._on_rank0(self._remove_old)  # a run can die before it has
+                return step
             self._on_rank0(lambda path=path: set_aside(path))  # type: ignore[misc]
         wrong_here = f"no whole checkpoint is in {self.path}"
         raise ValueError(problem("resume", self.run_dir, wrong_here, "start a new run"))
 
+    def load_before(self, limit: int) -> int:
+        """As `load`, from the newest one with fewer than `limit` steps, and changing nothing on the
+        disk. Returns 0, with the trainer as it was, where there is none."""
+        held = self._on_rank0(lambda: steps_in(self.path) if self.path.exists() else [])
+        steps = (step for step in held if step < limit)
+        return next((step for step in steps if self._load(self.path / f"step-{step}")), 0)
+
     def after(self, step: int, stop: bool) -> None:
         """To be called after every step: `step` are finished, `stop`: it was the last one.
 
-        Writes a checkpoint every `checkpoint.every` steps and after the last one. Raises
-        RuntimeError on all ranks where one could not be written; those before it stay as they are.
+        Writes a checkpoint every `checkpoint.every` steps and after the last one, and where a run
+        is stopped before its end even if no other is asked for. Raises RuntimeError on all ranks
+        where one could not be written; those before it stay as they are.
         """
-        every, ending = self.conf.checkpoint.every, stop or step == self.conf.steps
-        if not every:
+        every, last = self.conf.checkpoint.every, self.conf.steps
+        ending = stop or step == last
+        if not every and not (stop and step < last):
             return
         due = ending or step % every == 0
         self._finish(wait=due)
@@ -130,6 +138,7 @@ class Checkpointer:
         return weights | {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
 
     def _begin(self, step: int) -> None:
+        self._on_rank0(lambda: prepare(self.path))  # not there if it was not asked for before
         partial = self.path / f"step-{step}{PARTIAL}"
         digests = self.digests()
         self._on_rank0(lambda: partial.mkdir())
@@ -142,13 +151,13 @@ class Checkpointer:
             }
         writing = Writing(partial / f"rank-{self.process.rank}.safetensors", tensors, self.own)
         writing.start()
-        self._writing = step, writing, digests
+        self._writing = step, self.trainer.updates, writing, digests
 
     def _finish(self, wait: bool) -> None:
         """Make the checkpoint that is being written complete, if all ranks have written theirs."""
         if self._writing is None:
             return
-        step, writing, digests = self._writing
+        step, updates, writing, digests = self._writing
         if wait:
             writing.join()
         outcomes = self.process.gather(writing.outcome)
@@ -162,7 +171,7 @@ class Checkpointer:
             f"rank-{rank}.safetensors": entry for rank, entry in enumerate(outcomes) if entry.blocks
         }
         shapes = {layout.name: layout.shape for layout in self.layouts}
-        index = Index(step, self.conf.seed, digests, shapes, files)
+        index = Index(step, updates, self.conf.seed, digests, shapes, files)
         self._on_rank0(lambda: self._complete(index))
 
     def _complete(self, index: Index) -> None:
@@ -172,6 +181,9 @@ class Checkpointer:
         write_index(partial, index)
         partial.rename(self.path / f"step-{index.step}")
         sync_path(self.path)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for step in steps_in(self.path)[self.conf.checkpoint.keep :]:
             old = self.path / f"step-{step}"
             remove(old.rename(old.with_name(old.name + PARTIAL)))
@@ -195,19 +207,27 @@ class Checkpointer:
         problems = [line for part in self.process.gather(found) for line in part if line]
         return (None, problems) if problems else (index, [])
 
-    def _take(self, path: Path, index: Index) -> int:
+    def _load(self, path: Path) -> bool:
+        """Fill the trainer from a checkpoint; False, and a line that says why, if it is damaged."""
+        index, wrong = self._inspect(path)
+        if index is None:
+            self.process.say(f"{path} is passed over: {'; '.join(wrong)}")
+            return False
+        self._take(path, index)
+        return True
+
+    def _take(self, path: Path, index: Index) -> None:
         if index.seed != self.conf.seed:
             wrong = f"{path} is of a run with seed {index.seed}"
             raise ValueError(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)
-        self.trainer.continue_after(index.step)
+        self.trainer.continue_after(index.step, index.updates)
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(f"{path} was saved as {index.digests} and loaded as {digests}")
         self.process.say(f"resumed from {path}: weights and moments are those that were saved")
-        return index.step
 
     def _on_rank0(self, act: Callable[[], T]) -> T:
         """What rank 0's `act` gives, on every rank; where it fails, every rank raises."""
@@ -225,8 +245,7 @@ class Checkpointer:
 
 def prepare(path: Path) -> None:
     """Make the directory of checkpoints; what was being written when a run ended is removed."""
-    if path.is_symlink():
-        raise OSError(0, "is a symbolic link, which is not followed", str(path))
+    refuse_link(path)
     path.mkdir(exist_ok=True)
     for partial in path.glob(f"step-*{PARTIAL}"):
         remove(partial)
@@ -234,8 +253,14 @@ def prepare(path: Path) -> None:
 
 def steps_in(path: Path) -> list[int]:
     """The steps of the checkpoints that were completed, newest first."""
+    refuse_link(path)
     found = (re.fullmatch(r"step-(\d+)", item.name) for item in path.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(0, "is a symbolic link, which is not followed", str(path))
 
 
 def indexed(path: Path) -> tuple[Index | None, str]:

@@ -31,6 +31,7 @@ from mesh.engine.scheduler import Admission, Scheduler
 from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.pulse import beat
 from mesh.types import Completion, ModelShape, Request, Sampling
 
 
@@ -115,6 +116,7 @@ class NativeEngine:
         scheduler.add(requests)
         done: list[Sequence] = []
         while scheduler.unfinished:
+            beat()
             self._prefill(scheduler.admit())
             scheduler.grow()
             assert scheduler.running, "no sequence can run: the KV cache is too small"

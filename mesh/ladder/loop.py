@@ -80,6 +80,7 @@ def train_step(walk: Walk, program: Program, step: int, seek: bool) -> Step:
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()
     metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
+    metrics |= generator.failed_scores("reward/failed", walk.process.cpu_group)
     sync(program)
     return Step(by_key(made), total, metrics, weights_digest(program))
 
@@ -171,7 +172,7 @@ def restore(program: Program, start: dict[str, torch.Tensor]) -> None:
         tensor.copy_(start[name])
     if trainer.model is not None:
         trainer.optimizer.state.clear()
-    trainer.steps = 0
+    trainer.steps = trainer.updates = 0
     sync(program)
 
 

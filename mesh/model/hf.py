@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
+from mesh.pulse import beat
 from mesh.reshard import Block
 from mesh.types import ModelShape
 
@@ -82,6 +83,25 @@ def header_of(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def code_problems(directory: Path) -> list[str]:
+    """Files that ask `transformers` to run code of the model's own (trust_remote_code).
+
+    One that cannot be read is reported where it is needed.
+    """
+    found = []
+    for name in ("config.json", "tokenizer_config.json"):
+        path = directory / name
+        try:
+            entries = json.loads(path.read_text()) if path.is_file() else None
+        except ValueError:
+            continue
+        if isinstance(entries, dict) and entries.get("auto_map"):
+            found.append(
+                f"{name} wants code of its own (auto_map: {json.dumps(entries['auto_map'])})"
+            )
+    return found
+
+
 def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
     """Weight files of a directory that are missing or damaged; where all are whole, which weights
     of a model of `shape` they lack or have in another size. `shape` None leaves that out.
@@ -138,6 +158,7 @@ def load_weights(
         with safe_open(file, framework="pt") as handle:
             held = set(handle.keys())
             for name in tensors:
+                beat()
                 block = blocks[name]
                 if theirs[name] in held and block is not None and tensors[name].numel():
                     tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import math
-import numbers
 from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -77,40 +75,6 @@ def drawn(prompts: Sequence[Prompt], num: int, what: str) -> list[Prompt]:
     raise ValueError(
         f"the task's {what} was asked for {num} prompts and gave {len(ids)}{numbered}; "
         f"return {num} whose prompt_id counts 0, 1, 2, ... in order"
-    )
-
-
-def score_all(task: Task, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-    """One reward per response; `prompts[i]` is what `responses[i]` answers.
-
-    Raises ValueError that shows prompt and response where the scorer raises or returns something
-    other than a finite number: a reward made up in its place would be trained on unnoticed.
-    """
-    assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
-    return [_score(task, *pair) for pair in zip(prompts, responses, strict=True)]
-
-
-def _score(task: Task, prompt: Prompt, response: str) -> float:
-    try:
-        reward = task.score(prompt, response)
-        is_number = isinstance(reward, numbers.Real)
-        number = float(reward) if is_number else math.nan
-    except Exception as error:  # a scorer is the user's code and may raise anything
-        outcome = f"raised {type(error).__name__}: {error}"
-        raise ValueError(_score_problem(task, prompt, response, outcome)) from error
-    if not math.isfinite(number):
-        outcome = f"returned {reward!r}"
-        raise ValueError(_score_problem(task, prompt, response, outcome))
-    return number
-
-
-def _score_problem(task: Task, prompt: Prompt, response: str, outcome: str) -> str:
-    return (
-        f"the score function of {task!r} {outcome}\n"
-        f"  prompt:   {prompt.text!r}\n"
-        f"  response: {response!r}\n"
-        f"  answer:   {prompt.answer!r}\n"
-        "make it return a finite number for every response a model may give, 0.0 for nonsense"
     )
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mesh.phases import Phases
 from mesh.process import Process, start
+from mesh.pulse import beat
 from mesh.run import create_run_dir
 
 STEPS = 400
@@ -34,6 +35,25 @@ def in_compute(process: Process) -> None:
     matrix = torch.randn(600, 600)
     while True:
         matrix = torch.mm(matrix, matrix).clamp(-1, 1)
+
+
+def hold_the_gil(process: Process) -> None:
+    sum(range(10**12))
+
+
+def stall(process: Process, how) -> None:
+    """Rank 1 comes to a stop first; rank 0 soon waits for it."""
+    process.guard.run_dir = "runs/example"
+    Path("runs/example").mkdir(parents=True, exist_ok=True)
+    for _ in range(10):
+        beat()
+        time.sleep(0.1)
+    if process.rank == 1:
+        how(process)
+    for _ in range(10):
+        beat()
+        time.sleep(0.1)
+    in_collective(process)
 
 
 def raise_error() -> None:
@@ -89,7 +109,7 @@ def export(process: Process) -> None:
         say("running")
     while not process.should_stop():
         time.sleep(0.05)
-    time.sleep(4)
+    time.sleep(8)
     say(f"rank {process.rank} saved")
 
 
@@ -119,6 +139,8 @@ WHAT = {
     "killed": lambda process: rank1_ends(process, be_killed),
     "two-fail": two_fail,
     "all-fail": all_fail,
+    "stall": lambda process: stall(process, in_sleep),
+    "stall-with-gil": lambda process: stall(process, hold_the_gil),
     "train": train,
     "train-slowly": train_slowly,
     "export": export,
@@ -128,7 +150,8 @@ WHAT = {
 
 
 if __name__ == "__main__":
-    with start(device="cpu", timeout_seconds=120) as process:
+    stall_seconds = 3 if sys.argv[1].startswith("stall") else 900
+    with start("cpu", 120, stall_seconds) as process:
         Path(sys.argv[2], str(os.getpid())).touch()
         process.gather(None)  # a barrier: every rank has its signal handlers
         WHAT[sys.argv[1]](process)

@@ -1,0 +1,64 @@
+"""A run that its launcher starts anew (`torchrun --max-restarts`) goes on by itself.
+
+The words of the command line are the same at every attempt, so the run that they began is the one
+to go on with: after its newest checkpoint, or from the beginning where it has none yet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mesh.checkpoint.keeper import remove, steps_in
+from mesh.cli import read_conf
+from mesh.conf import Conf
+from mesh.ending import attempt
+from mesh.process import Process
+
+RUN_DIR = "run_dir"
+OF_A_RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard")
+
+
+def after_restart(conf: Conf, process: Process) -> Conf:
+    """`conf` as this attempt needs it: naming the directory of the run that an earlier attempt of
+    the same launcher began, and to resume it if it holds a checkpoint. Collective.
+
+    A run without a checkpoint starts over, in its directory. Nothing changes in a first attempt,
+    or where the directory is another run's, which is then refused as it is for any other start.
+    """
+    if attempt() == 0 or conf.resume is not None:
+        return conf
+    found = _begun(conf, process.guard.recall(RUN_DIR)) if process.rank == 0 else None
+    path, resumes = process.from_rank0(found) or (None, False)
+    if path is not None:
+        conf.run_dir = path
+        conf.resume = path if resumes else None
+        how = "continues" if resumes else "starts over: it had no checkpoint yet"
+        process.say(f"attempt {attempt() + 1} {how}, run_dir={path}")
+    return conf
+
+
+def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
+    """The run directory of an earlier attempt and whether it holds a checkpoint; one that does not
+    is emptied of that attempt. None: no earlier attempt came so far."""
+    name = conf.run_dir or remembered
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if path.is_symlink() or not _same_run(path / "config.yaml", conf):
+        return None
+    checkpoints = path / "checkpoints"
+    if checkpoints.is_dir() and not checkpoints.is_symlink() and steps_in(checkpoints):
+        return name, True
+    for item in (path / held for held in OF_A_RUN):
+        if item.is_symlink() or item.exists():
+            remove(item)
+    return name, False
+
+
+def _same_run(config: Path, conf: Conf) -> bool:
+    """Whether a config.yaml was written for what this command line asks for."""
+    if config.is_symlink() or not config.is_file():
+        return False
+    saved = read_conf(config)
+    saved.run_dir = conf.run_dir
+    return saved == conf

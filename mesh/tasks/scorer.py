@@ -1,0 +1,119 @@
+"""Rewards of responses: in worker processes where the task is user code, else in the rank's own.
+
+A shipped task compares two strings. It cannot hang or crash, so a process for it would only cost.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+from mesh.conf import Conf
+from mesh.keys import problem
+from mesh.pulse import beat
+from mesh.tasks import Task, load_task
+from mesh.tasks.pool import Pool
+from mesh.tasks.scoring import Outcome, case, outcome_of
+from mesh.types import Prompt
+
+STOP = "make it return a finite number for every response a model may give, 0.0 for nonsense"
+
+
+class Scorer:
+    """Owns the processes that score for this rank; the first rewards that are asked for start them.
+
+    What `reward.on_failure` makes of a score that fails: stop raises, zero is 0.0 and counted.
+    """
+
+    def __init__(self, conf: Conf) -> None:
+        self.conf = conf.reward
+        self.pool: Pool | None = None
+        if num_workers(conf):
+            self.pool = Pool(conf.task, conf.seed, conf.task_args, num_workers(conf))
+        self._failures = 0
+        self._example = ""
+
+    def score(self, task: Task, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """One reward per response; `prompts[i]` is what `responses[i]` answers.
+
+        task: the configuration's, of which each worker has its own. Raises ValueError that shows
+        task, prompt, response and what happened where a score fails and that is to stop the run.
+        """
+        assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
+        pairs = list(zip(prompts, responses, strict=True))
+        rewards = [0.0] * len(pairs)
+        with closing(self._outcomes(task, pairs)) as outcomes:
+            for index, outcome in outcomes:
+                beat()
+                rewards[index] = outcome.reward
+                if outcome.problem:
+                    self._failed(case(task, *pairs[index], outcome.problem), outcome)
+        return rewards
+
+    def failures(self) -> tuple[int, str]:
+        """How many scores have failed since this was last asked, and one of them."""
+        failures, example = self._failures, self._example
+        self._failures, self._example = 0, ""
+        return failures, example
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+    def _outcomes(
+        self, task: Task, pairs: Sequence[tuple[Prompt, str]]
+    ) -> Generator[tuple[int, Outcome], None, None]:
+        if self.pool is None:
+            return ((i, outcome_of(task, *pair)) for i, pair in enumerate(pairs))
+        try:
+            jobs = [pickle.dumps(pair) for pair in pairs]
+        except Exception as error:  # whatever a prompt of the user's own class holds
+            raise ValueError(
+                f"the prompts of {task!r} cannot be sent to a process that scores ({error}); let "
+                "them hold plain data, or set reward.workers=0"
+            ) from error
+        return self.pool.outcomes(jobs, self.conf.timeout_seconds)
+
+    def _failed(self, shown: str, outcome: Outcome) -> None:
+        if self.conf.on_failure == "stop":
+            limit = f"reward.timeout_seconds={self.conf.timeout_seconds:g}"
+            within = f", within {limit}," if self.pool is not None else ""
+            detail = f"\n{outcome.detail}" if outcome.detail and outcome.error is None else ""
+            raise ValueError(
+                f"{shown}\n{STOP}{within} or count it as 0.0 (reward.on_failure=zero){detail}"
+            ) from outcome.error
+        self._failures += 1
+        self._example = self._example or shown
+
+
+def num_workers(conf: Conf) -> int:
+    """Processes that score for one engine: `reward.workers`, else one if the task is user code."""
+    if conf.reward.workers is not None:
+        return conf.reward.workers
+    return 1 if ":" in conf.task else 0
+
+
+def checked_task(conf: Conf, scores: bool) -> Task:
+    """The task that `conf` asks for. ValueError where it cannot be made, here or, if the program
+    `scores`, in a process that would.
+    """
+    task = load_task(conf.task, conf.seed, conf.task_args)
+    if scores and num_workers(conf):
+        with closing(Pool(conf.task, conf.seed, conf.task_args, 1)) as pool:
+            pool.start()
+    return task
+
+
+def reward_problems(conf: Conf) -> list[str]:
+    """A score that would outlast the patience of the ranks that wait for it."""
+    limit, found = conf.reward.timeout_seconds, []
+    if not num_workers(conf):
+        return []
+    for name in ("timeout_seconds", "stall_seconds"):
+        patience = getattr(conf, name)
+        if patience and limit >= patience:  # stall_seconds=0 is for ever
+            wrong = f"the other ranks wait for {name}={patience} in all"
+            remedy = f"use less, or raise {name}"
+            found.append(problem("reward.timeout_seconds", limit, wrong, remedy))
+    return found

@@ -1,0 +1,78 @@
+"""Whether the world still gets on, as each rank's guard sees it.
+
+In lockstep one rank that stalls stops all others in their next collective, where they look no less
+alive than it does: so a run has stalled when no rank has had a beat for `seconds`, and the rank
+that fell silent first is the one to look at. Every rank writes its count of beats into the
+rendezvous store and reads the others'.
+
+A thread that holds the GIL for ever silences its own guard. The timer of `faulthandler` needs no
+GIL: it is set anew at every look, and where it runs out it prints the stacks and ends the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+MOST_SECONDS_BETWEEN_LOOKS = 10.0
+GIL_SECONDS = 5.0  # how much later than the others' verdict a silenced guard's process ends
+STDERR = 2
+SHOWN = 8
+
+
+@dataclass
+class Sight:
+    """The beats that a rank was last seen to have, and since when."""
+
+    beats: int
+    since: float
+
+
+class Watchdog:
+    """One rank's view of the world. `seconds` 0: it never sees a stall."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        seconds: float,
+        beats: Callable[[], int],
+        now: float,
+    ):
+        self._rank, self._store, self._seconds, self._beats = rank, store, seconds, beats
+        self._sights = {r: Sight(-1, now) for r in range(world_size)}
+        self._interval = min(seconds / 10, MOST_SECONDS_BETWEEN_LOOKS)
+        self._next = now
+
+    def look(self, now: float) -> str | None:
+        """What to say where the world has stalled. Called often; looks when it is time to."""
+        if not self._seconds or now < self._next:
+            return None
+        self._next = now + self._interval
+        faulthandler.dump_traceback_later(self._seconds + GIL_SECONDS, exit=True, file=STDERR)
+        self._store.set(f"beats/{self._rank}", str(self._beats()))
+        for rank, sight in self._sights.items():
+            if self._store.check([f"beats/{rank}"]):
+                count = int(self._store.get(f"beats/{rank}"))
+                if count != sight.beats:
+                    self._sights[rank] = Sight(count, now)
+        quiet = {rank: now - sight.since for rank, sight in self._sights.items()}
+        return self._describe(quiet) if min(quiet.values()) > self._seconds else None
+
+    def close(self) -> None:
+        """Take the timer back."""
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _describe(self, quiet: dict[int, float]) -> str:
+        longest = sorted(quiet, key=lambda rank: -quiet[rank])
+        listed = ", ".join(f"rank {rank} for {quiet[rank]:.0f} s" for rank in longest[:SHOWN])
+        more = f" and {len(quiet) - SHOWN} more" if len(quiet) > SHOWN else ""
+        return (
+            f"the run stalls: no rank has got on for stall_seconds={self._seconds:g}. "
+            f"Silent, the longest first: {listed}{more}. Above are the ranks' stacks"
+        )

@@ -1,0 +1,102 @@
+"""Runs one step of a run again, and holds it against what was logged.
+
+    torchrun --nproc-per-node=2 recipes/replay.py RUN_DIR step=12
+
+From the newest whole checkpoint before the step - from the run's start, where there is none - the
+steps in between are run again, by `train_step` of recipes/grpo.py itself. Then prompts, answers,
+rewards and advantages, the loss, the digest of the weights and all else that `metrics.jsonl` and
+`samples.jsonl` have of the step are compared to the bit, but for timings. The status is 0 if all is
+equal, 1 if anything differs. Nothing is written into RUN_DIR. Other words are those that
+resume=RUN_DIR takes; equal bits are promised for batch_invariant=true, on the mesh of the run.
+
+Left out: samples that were not logged (`log.samples`); tokens and gradients, which are not logged.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo import chosen, held_out, train_step
+
+from mesh.checkpoint.keeper import Checkpointer
+from mesh.conf import Conf
+from mesh.phases import Phases
+from mesh.process import Process, refuse_to_start
+from mesh.program import Program, assemble, check, launch, read_command, sync
+from mesh.replay import Comparison, Step, as_logged, cautions, logged_step
+
+USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
+
+
+def main(argv: list[str]) -> None:
+    run_dir, step, words = read_words(argv)
+    _, conf = read_command([f"resume={run_dir}", *words], resumes=True)
+    logged = or_refuse(logged_step, run_dir, step)
+    shown = only_reading(conf)
+    with launch(conf) as process:
+        parts = check(conf, process.world_size)
+        for caution in cautions(run_dir, conf.batch_invariant, words, process.world_size):
+            process.say(caution)
+        program = assemble(conf, process, parts)
+        first = Checkpointer(conf, run_dir, process, program.trainer).load_before(step)
+        process.say(f"step {step} of {run_dir}, run again from {origin(conf, first)}")
+        again = run_again(conf, program, process, range(first, step), logged.evaluated)
+        compared = Comparison(logged, again)
+        for table in (compared.sample_table(shown), compared.metric_table()):
+            process.say("\n".join(["", *table]))
+        process.say(f"\n{compared.verdict()}")
+    sys.exit(not compared.equal)
+
+
+def run_again(
+    conf: Conf, program: Program, process: Process, steps: range, evaluates: bool
+) -> Step:
+    """Take these steps; the last one as rank 0 would log it, on every rank."""
+    phases = Phases(process.device)
+    sync(program)
+    for step in steps:
+        metrics, samples = train_step(conf, program, process, phases, step)
+    if evaluates:
+        metrics |= held_out(conf, program, process)
+    return as_logged(process.from_rank0(metrics), chosen(conf, process.gather(samples)))
+
+
+def only_reading(conf: Conf) -> int:
+    """Switch off what would write, and have all samples made; how many are to be shown."""
+    conf.run_dir, conf.resume, conf.checkpoint.every = None, None, 0
+    conf.log.tensorboard, conf.log.wandb = False, None
+    shown, conf.log.samples = conf.log.samples, -1
+    return shown
+
+
+def origin(conf: Conf, first: int) -> str:
+    """Where a replay starts, in words."""
+    if first:
+        return f"checkpoints/step-{first}"
+    weights = f"of seed {conf.seed}" if conf.model.init == "random" else f"in {conf.model.path}"
+    return f"the run's beginning, step 0 (the weights {weights}): no earlier checkpoint is there"
+
+
+def read_words(argv: list[str]) -> tuple[Path, int, list[str]]:
+    """RUN_DIR, the step, and the words that are the run's."""
+    named = [word for word in argv if word.startswith("step=")]
+    number = named[-1].removeprefix("step=") if named else ""
+    if not argv or argv[0] in named or argv[0].startswith("-") or not number.isdecimal():
+        given = shlex.join(argv) or "no word"
+        refuse_to_start(ValueError(f"{given}: write {USAGE}, where K is a step that was taken"))
+    return Path(argv[0]).expanduser(), int(number), [w for w in argv[1:] if w not in named]
+
+
+def or_refuse(read: Any, *words: Any) -> Any:
+    """What `read` gives; its ValueError ends the process as one of the command line does."""
+    try:
+        return read(*words)
+    except ValueError as error:
+        refuse_to_start(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

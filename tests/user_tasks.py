@@ -1,0 +1,155 @@
+"""Tasks as users write them, most of them wrong. No torch is imported here: every process that
+scores imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.types import Prompt
+
+ORPHAN = "import subprocess; print(subprocess.Popen(['sleep', '1000'], stdout=2).pid)"
+
+
+@dataclass(frozen=True)
+class Obedient(SpellBackward):
+    """The score is the number that the response is, or what a method that it names makes of the
+    rest of the response. `notes`: a directory for process ids.
+    """
+
+    notes: str = ""
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        word, _, rest = response.partition(" ")
+        method = getattr(self, word, None)
+        return float(word) if method is None else method(rest)
+
+    def note(self, name: str) -> float:
+        """Notes this process and its keeper."""
+        self._note(name)
+        return 0.5
+
+    def nap(self, value: str) -> float:
+        """Takes longer for a smaller number."""
+        time.sleep(0.05 * (10 - float(value)))
+        return float(value)
+
+    def hang(self, _: str) -> float:
+        while True:
+            time.sleep(1)
+
+    def hang_in_c(self, _: str) -> float:
+        """Backtracks for years, and holds the interpreter's lock."""
+        return float(re.match(r"(a+)+$", "a" * 60 + "b") is not None)
+
+    def hang_with_children(self, name: str) -> float:
+        """One child in the process group, one in a session of its own, and an orphan there."""
+        sleep = ["sleep", "1000"]
+        started = [
+            subprocess.Popen(sleep).pid,
+            subprocess.Popen(sleep, start_new_session=True).pid,
+            int(subprocess.check_output([sys.executable, "-c", ORPHAN], start_new_session=True)),
+        ]
+        self._note(name, started)
+        return self.hang("")
+
+    def crash(self, name: str) -> float:
+        os.kill(os.getpid(), signal.Signals[name])
+        return self.hang("")
+
+    def exit(self, status: str) -> float:
+        os._exit(int(status))
+
+    def exit_later(self, status: str) -> float:
+        threading.Timer(0.05, os._exit, [int(status)]).start()
+        return 0.25
+
+    def leave(self, status: str) -> float:
+        sys.exit(int(status))
+
+    def fail(self, message: str) -> float:
+        raise KeyError(message)
+
+    def say(self, text: str) -> float:
+        print(text, end="")
+        print(text.upper(), file=sys.stderr)
+        return 0.5
+
+    def fork(self, _: str) -> float:
+        """The copy returns as well."""
+        os.fork()
+        return 0.75
+
+    def has_imported(self, name: str) -> float:
+        return float(name in sys.modules)
+
+    def _note(self, name: str, more: list[int] | None = None) -> None:
+        path = Path(self.notes, name)
+        path.with_suffix(".part").write_text(" ".join(map(str, [*pair_of_ids(), *(more or [])])))
+        path.with_suffix(".part").rename(path)
+
+
+@dataclass(frozen=True)
+class HangsOver1(SpellBackward):
+    """Hangs over a wrong answer to prompt 1. `notes`: a directory for process ids."""
+
+    notes: str = ""
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        Path(self.notes, str(os.getpid())).write_text(" ".join(map(str, pair_of_ids())))
+        while prompt.prompt_id == 1 and response != prompt.answer:
+            time.sleep(1)
+        return super().score(prompt, response)
+
+
+@dataclass(frozen=True)
+class Noted(Prompt):
+    """A prompt with more than a prompt has."""
+
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weighted(SpellBackward):
+    def score(self, prompt: Prompt, response: str) -> float:
+        assert isinstance(prompt, Noted)
+        return prompt.weight
+
+
+@dataclass(frozen=True)
+class FromOne(SpellBackward):
+    """Numbers its training prompts from 1."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        prompts = super().train_prompts(step, num)
+        return [replace(prompt, prompt_id=prompt.prompt_id + 1) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Short(SpellBackward):
+    """Has one held-out prompt less than it is asked for."""
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return super().eval_prompts(num - 1)
+
+
+@dataclass(frozen=True)
+class ShortTraining(SpellBackward):
+    """The same, of training prompts."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        return super().train_prompts(step, num - 1)
+
+
+def pair_of_ids() -> list[int]:
+    """This process and its parent, the keeper."""
+    return [os.getpid(), os.getppid()]

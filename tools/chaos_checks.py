@@ -1,0 +1,105 @@
+"""What must be true of a run that was killed and resumed; each function lists what is not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mesh.checkpoint.keeper import DAMAGED, LOGS, PARTIAL, steps_in
+from mesh.compare import compare_runs, line_differences, read_lines
+
+KEPT = 2  # checkpoint.keep, as unset
+Texts = dict[str, bytes]
+
+
+def newest(run_dir: Path) -> int | None:
+    """The steps that the newest complete checkpoint holds; None where there is none."""
+    path = run_dir / "checkpoints"
+    return max(steps_in(path), default=None) if path.is_dir() else None
+
+
+def kept_text(run_dir: Path, step: int) -> Texts:
+    """The logs' whole lines up to a step."""
+    texts = {}
+    for name in LOGS:
+        lines = (run_dir / name).read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        texts[name] = b"".join(line for line in whole if json.loads(line)["step"] <= step)
+    return texts
+
+
+def kept_problems(kept: Texts, straight: Path, step: int) -> list[str]:
+    """What differs between the lines up to a checkpoint and those of the run that nobody killed."""
+    found = []
+    for name, text in kept.items():
+        mine = [json.loads(line) for line in text.splitlines()]
+        theirs = [line for line in read_lines(straight / name) if line["step"] <= step]
+        found += [f"before it was killed: {one}" for one in line_differences(name, mine, theirs)][
+            :1
+        ]
+    return found
+
+
+def refusal_problems(log: str, status: int) -> list[str]:
+    """Resuming without a checkpoint must be refused in these words."""
+    if status != 0 and ("no whole checkpoint is in" in log or "holds no run" in log):
+        return []
+    return [f"resuming without a checkpoint was not refused (status {status})"]
+
+
+def resumed_problems(log: str, run_dir: Path, step: int) -> list[str]:
+    """It must have resumed from this step, with digests compared, passing nothing over."""
+    path = run_dir / "checkpoints" / f"step-{step}"
+    said = f"resumed from {path}: weights and moments are those that were saved"
+    found = [] if said in log else [f"it did not say: {said}"]
+    return found + (["it passed a checkpoint over"] if "passed over" in log else [])
+
+
+def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[str]:
+    """A finished run: logs without gap or duplicate, all of its files, and nothing left over."""
+    metrics, samples = (read_lines(run_dir / name) for name in LOGS)
+    found = []
+    logged = [line["step"] for line in metrics]
+    if logged != list(range(steps + 1)):
+        found.append(f"metrics.jsonl holds steps {logged}")
+    counts = Counter((line["step"], line["prompt_id"], line["sample_id"]) for line in samples)
+    per_step = Counter(step for step, _, _ in counts)
+    if len(counts) != len(samples) or per_step != dict.fromkeys(
+        range(1, steps + 1), samples_a_step
+    ):
+        found.append(f"samples.jsonl holds {len(samples)} lines, by step {dict(per_step)}")
+    return found + directory_problems(run_dir, steps, metrics[-1]["digest/weights"])
+
+
+def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
+    """Checkpoints, and what must not be there."""
+    path = run_dir / "checkpoints"
+    names = sorted(item.name for item in path.iterdir())
+    found = [f"{name} was left" for name in names if name.endswith((PARTIAL, DAMAGED))]
+    if (run_dir / "model.partial").exists() or not (run_dir / "model").is_dir():
+        found.append("the final model is not whole")
+    held = steps_in(path)
+    if not held or held[0] != steps or len(held) > KEPT:
+        return [*found, f"checkpoints of steps {held} are kept"]
+    index = json.loads((path / f"step-{steps}" / "index.json").read_text())
+    if index["content"]["digests"]["weights"] != digest:
+        found.append("the last checkpoint holds other weights than were logged")
+    return found
+
+
+def text_problems(run_dir: Path, kept: Sequence[Texts]) -> list[str]:
+    """Lines up to the checkpoints from which it was resumed must stand as they were."""
+    return [
+        f"{name}: lines before the checkpoint have changed"
+        for texts in kept
+        for name, text in texts.items()
+        if not (run_dir / name).read_bytes().startswith(text)
+    ]
+
+
+def exact_problems(run_dir: Path, straight: Path) -> list[str]:
+    """It must be, to the bit, the run that nobody killed."""
+    first = compare_runs(run_dir, straight).first
+    return [f"not the run that nobody killed: {first}"] if first else []

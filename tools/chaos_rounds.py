@@ -1,0 +1,180 @@
+"""One round of tools/chaos.py: start, kill, resume, and look at what is there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chaos_checks import (
+    Texts,
+    exact_problems,
+    finished_problems,
+    kept_problems,
+    kept_text,
+    newest,
+    refusal_problems,
+    resumed_problems,
+    text_problems,
+)
+from chaos_plan import MESHES, STEPS, Round, victim_of, words_of
+from killing import Aim, Job, Struck
+
+PROMPTS, GROUP = 8, 4
+SMALL = [
+    f"num_prompts={PROMPTS}", f"group_size={GROUP}", f"steps={STEPS}", "eval.every=2",
+    "eval.num_prompts=8", "eval.num_samples=1", "log.tensorboard=false", "log.samples=-1",
+    "batch_invariant=true",
+]  # fmt: skip
+TRIES = 3  # of a round whose run ended before it could be hit
+
+
+@dataclass
+class Outcome:
+    """What came of a round. `resumed`: a step for each kill, None where it started anew; `changes`
+    of mesh; `exact`: the end was compared with a run that nobody killed."""
+
+    struck: list[Struck] = field(default_factory=list)
+    resumed: list[int | None] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    changes: int = 0
+    exact: bool = False
+    missed: int = 0
+
+    @property
+    def result(self) -> str:
+        return "equal to the bit" if self.exact else "digests equal, went on"
+
+
+class Chaos:
+    """The rounds' folder, the runs that were never killed, and how long phases take."""
+
+    def __init__(self, words: list[str], folder: Path):
+        self.words, self.folder = [*SMALL, *words], folder
+        self.straight: dict[str, Path] = {}
+        self.usual: dict[str, float] = {}
+
+    def folder_of(self, number: int) -> Path:
+        return self.folder / f"round-{number}"
+
+    def run(self, planned: Round) -> Outcome:
+        """A round, again where its run ended before it was hit. The folder stays if it fails."""
+        folder = self.folder_of(planned.number)
+        for missed in range(TRIES):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            outcome = Attempt(self, planned, folder).run()
+            if outcome is not None:
+                outcome.missed = missed
+                if not outcome.problems:
+                    shutil.rmtree(folder)
+                return outcome
+        return Outcome(problems=["its run ended before it could be hit"], missed=TRIES)
+
+    def reference(self, mesh: str) -> Path:
+        """The run directory of a run on `mesh` that was never killed; made once."""
+        if mesh not in self.straight:
+            path = self.folder / f"straight-{mesh}"
+            shutil.rmtree(path, ignore_errors=True)
+            with self.start(mesh, self.new(path, every=1), path.with_suffix(".log")) as job:
+                startup, status = job.started_seconds(), job.wait()
+            if status != 0:
+                raise SystemExit(f"{job.output}\nthe run that nobody kills failed")
+            usual = job.usual() | {"startup": startup}
+            self.usual = {k: min(v, self.usual.get(k, v)) for k, v in usual.items()}
+            self.straight[mesh] = path
+        return self.straight[mesh]
+
+    def new(self, path: Path, every: int) -> list[str]:
+        return [*self.words, f"run_dir={path}", f"checkpoint.every={every}"]
+
+    def start(self, mesh: str, words: list[str], log: Path) -> Job:
+        return Job("grpo.py", MESHES[mesh][0], [*words, *words_of(mesh)], log)
+
+
+class Attempt:
+    """All starts of a round's run, in order."""
+
+    def __init__(self, chaos: Chaos, planned: Round, folder: Path):
+        self.chaos, self.planned, self.folder = chaos, planned, folder
+        self.straight = chaos.reference(planned.meshes[0])
+        self.path, self.outcome = folder / "run", Outcome(exact=True)
+        self.meshes = list(planned.meshes)  # of each start
+        self.kept: list[Texts] = []  # lines of the logs before each checkpoint it resumed from
+        self.step: int | None = None  # of the checkpoint that the next start resumes from
+
+    def run(self) -> Outcome | None:
+        """None where a kill came too late."""
+        try:
+            for number, aim in enumerate(self.planned.aims):
+                if not self.killed(number, aim):
+                    return self.outcome if self.outcome.problems else None
+                self.after_kill(number)
+            self.finish()
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            self.outcome.problems.append(str(error))
+        return self.outcome
+
+    def killed(self, number: int, aim: Aim) -> bool:
+        """A start that is killed; False where it ended by itself, which it must do well."""
+        with self.start(number) as job:
+            struck = job.strike(aim, self.chaos.usual, victim_of(aim, self.meshes[number]))
+            if struck is None and (status := job.wait()) != 0:
+                self.outcome.problems.append(f"start {number} ended by itself, status {status}")
+        if struck is not None:
+            self.outcome.struck.append(struck)
+            if struck.phase not in ("startup", "load"):
+                self.look_at_start(job)
+        return struck is not None
+
+    def finish(self) -> None:
+        with self.start(len(self.planned.aims)) as job:
+            status = job.wait()
+        self.look_at_start(job)
+        self.look_at_end(status)
+
+    def start(self, number: int) -> Job:
+        words = self.chaos.new(self.path, self.planned.every)
+        if self.step is not None:
+            words = [f"resume={self.path}"]
+            self.outcome.changes += self.meshes[number] != self.meshes[number - 1]
+        return self.chaos.start(self.meshes[number], words, self.folder / f"start-{number}.log")
+
+    def after_kill(self, number: int) -> None:
+        """From what the next start goes on; where there is no checkpoint, it starts anew."""
+        if self.path.exists():
+            shutil.copytree(self.path, self.folder / f"killed-{number}")
+        self.step = newest(self.path)
+        self.outcome.resumed.append(self.step)
+        if self.step is None:
+            self.see_it_refused(number)
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.meshes[number + 1] = self.meshes[0]
+            self.kept, self.outcome.exact = [], True
+            return
+        self.kept.append(kept_text(self.path, self.step))
+        if self.outcome.exact:
+            self.outcome.problems += kept_problems(self.kept[-1], self.straight, self.step)
+        if self.meshes[number + 1] != self.meshes[number]:
+            self.outcome.exact = False
+
+    def see_it_refused(self, number: int) -> None:
+        log = self.folder / f"refused-{number}.log"
+        with self.chaos.start(self.meshes[number], [f"resume={self.path}"], log) as job:
+            status = job.wait()
+        self.outcome.problems += refusal_problems(job.output, status)
+
+    def look_at_start(self, job: Job) -> None:
+        if self.step is not None:
+            self.outcome.problems += resumed_problems(job.output, self.path, self.step)
+
+    def look_at_end(self, status: int) -> None:
+        found = self.outcome.problems
+        if status != 0:
+            found.append(f"the last start ended with status {status}")
+            return
+        found += finished_problems(self.path, STEPS, PROMPTS * GROUP)
+        found += text_problems(self.path, self.kept)
+        if self.outcome.exact:
+            found += exact_problems(self.path, self.straight)

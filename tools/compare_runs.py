@@ -1,0 +1,36 @@
+"""Whether two runs were the same: metrics (timings left out), samples and final models.
+
+    python tools/compare_runs.py A B
+
+A and B are run directories. Prints the first difference: file, step, key and both values. Exit
+status 0: equal to the bit, 1: different, 2: one of them cannot be read. Left out: configurations,
+environments and checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mesh.compare import compare_runs
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2 or argv[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        compared = compare_runs(Path(argv[0]), Path(argv[1]))
+    except (ValueError, OSError) as error:
+        print(f"unreadable: {error}", file=sys.stderr)
+        return 2
+    if compared.first is not None:
+        print(f"different: {compared.first}")
+        return 1
+    counts = f"{compared.steps} lines of metrics, {compared.samples} samples"
+    print(f"equal: {counts}, {compared.files} files of the model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""Runs a recipe unchanged, lets another process see in which phase each rank is, and stops there.
+
+    PHASE_FILE=FILE torchrun ... tools/phase_reporter.py recipes/grpo.py conf=qwen3_tiny ...
+
+Every rank notes its present phase in its record of FILE, which is mapped into memory: what it says
+is true at any moment, also after a kill -9. Where the record asks for it, the rank stops itself
+(SIGSTOP) so many seconds after it has come into a phase, and stands still until the other process
+kills it or lets it go on: phases of a millisecond cannot be met from outside on a busy machine.
+
+The phases that a recipe times, and some that it does not, are noted by wrapping the library's
+functions from here; the library knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STARTUP, BETWEEN = "startup", "between"
+PHASES = (
+    STARTUP,  # imports, rendezvous, self-test, building both roles
+    BETWEEN,  # what no other name covers: gathering samples, asking whether to stop
+    *("load", "generate", "exchange", "train", "sync", "eval", "log"),
+    "checkpoint",  # waiting for the last one, digests, the copy to host memory
+    "rename",  # within a checkpoint, rank 0: index, rename, removal of old ones
+    "save",  # the final model
+)
+WRITING = "writing"  # a thread of its own, beside the phases: a rank's file of a checkpoint
+ALL_OF = (*PHASES, WRITING)
+RECORD = np.dtype(
+    [
+        ("phase", "u1"),
+        ("writing", "u1"),
+        ("count", "u4", (len(ALL_OF),)),  # times that each phase has ended
+        ("seconds", "f8", (len(ALL_OF),)),  # spent in each
+        # where to stop; 0: nowhere, else 1 + the phase's number
+        ("stop_in", "u1"),
+        ("stop_after", "u4"),  # not before so many steps
+        ("stop_skip", "u4"),  # not the next so many times that it comes into the phase
+        ("stop_delay", "f8"),  # seconds after it has come into the phase; 0: at once
+    ]
+)
+
+
+def open_records(path: Path, num_ranks: int, new: bool = False) -> np.ndarray:
+    """A record per rank; `new` ones are all zero, which is the start of `startup`."""
+    return np.memmap(path, RECORD, "w+" if new else "r+", shape=(num_ranks,))
+
+
+class Reporter:
+    """Writes one rank's record."""
+
+    def __init__(self, records: np.ndarray, rank: int):
+        self.record = records[rank : rank + 1]  # a view: what is set here is seen outside
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before, began, code = int(self.record["phase"][0]), time.perf_counter(), ALL_OF.index(name)
+        if before == code:
+            yield
+            return
+        if before == ALL_OF.index(STARTUP) and name != "load":
+            before = ALL_OF.index(BETWEEN)
+        self.record["phase"][0] = code
+        self._stop_if_asked(code)
+        try:
+            yield
+        finally:
+            self._ended(code, began)
+            self.record["phase"][0] = before
+            self._stop_if_asked(before)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        began, code = time.perf_counter(), ALL_OF.index(WRITING)
+        self.record[WRITING][0] = 1
+        self._stop_if_asked(code)
+        try:
+            yield
+        finally:
+            self._ended(code, began)
+            self.record[WRITING][0] = 0
+
+    def _ended(self, code: int, began: float) -> None:
+        self.record["seconds"][0, code] += time.perf_counter() - began
+        self.record["count"][0, code] += 1
+
+    def _stop_if_asked(self, code: int) -> None:
+        record = self.record[0]
+        if record["stop_in"] != code + 1 or finished_steps(record) < record["stop_after"]:
+            return
+        if record["stop_skip"]:
+            record["stop_skip"] -= 1
+            return
+        record["stop_in"] = 0
+        if record["stop_delay"] > 0:
+            later = threading.Timer(record["stop_delay"], os.kill, (os.getpid(), signal.SIGSTOP))
+            later.daemon = True
+            later.start()
+        else:
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def finished_steps(record: Any) -> int:
+    """Steps that a rank has taken in this start."""
+    return int(record["count"][ALL_OF.index("sync")])
+
+
+def within(phase: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, each call of it noted as a phase."""
+
+    @functools.wraps(function)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with phase():
+            return function(*args, **kwargs)
+
+    return noted
+
+
+def watch(report: Reporter) -> None:
+    """Wrap what the recipe will import."""
+    import mesh.evaluate
+    import mesh.program
+    from mesh.checkpoint.keeper import Checkpointer, Writing
+    from mesh.metrics import MetricsLogger
+    from mesh.phases import Phases
+
+    timed = Phases.__call__
+
+    @contextmanager
+    def noted(phases: Phases, name: str) -> Iterator[None]:
+        with timed(phases, name), report(name):
+            yield
+
+    def wrap(owner: Any, name: str, phase: Callable[[], Any]) -> None:
+        setattr(owner, name, within(phase, getattr(owner, name)))
+
+    Phases.__call__ = noted  # type: ignore[assignment, method-assign]
+    wrap(Writing, "run", report.writing)
+    wrap(Checkpointer, "_complete", lambda: report("rename"))
+    wrap(Checkpointer, "load", lambda: report("load"))
+    for name in ("log", "log_samples"):
+        wrap(MetricsLogger, name, lambda: report("log"))
+    wrap(mesh.evaluate, "evaluate", lambda: report("eval"))
+    wrap(mesh.program, "save_model", lambda: report("save"))
+
+
+def main(argv: list[str]) -> None:
+    records = open_records(Path(os.environ["PHASE_FILE"]), int(os.environ["WORLD_SIZE"]))
+    watch(Reporter(records, int(os.environ["RANK"])))
+    sys.argv = argv
+    sys.path[0] = str(Path(argv[0]).parent)  # as when the recipe is run itself
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
