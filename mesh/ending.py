@@ -115,6 +115,12 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def leads_group() -> bool:
+    """Whether all in this process's group are its children: torchrun and tools/monarch.py make each
+    rank the leader of one. A shell does so too, for a whole pipeline."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ and os.getpgid(0) == os.getpid()
+
+
 def attempt() -> int:
     """How often the launcher has started this run anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

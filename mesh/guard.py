@@ -34,6 +34,7 @@ from mesh.ending import (
     alive,
     attempt,
     forget_signals,
+    leads_group,
     mute,
     patience_seconds,
     place,
@@ -244,8 +245,7 @@ class Guard:
         self._die(1)
 
     def _die(self, exit_code: int) -> NoReturn:
-        # torchrun makes each rank the leader of a session: all in its group are our children.
-        if self._old_signals and os.getsid(0) == os.getpid():
+        if self._old_signals and leads_group():
             os.killpg(os.getpid(), signal.SIGTERM)
         os._exit(exit_code)
 

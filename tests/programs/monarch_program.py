@@ -1,0 +1,45 @@
+"""What a process does that `test_monarch.py` starts: `monarch_program.py DIRECTORY WHAT`.
+
+It needs no torch, so that starting it is cheap.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+NAMES = """
+    RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR
+    OMP_NUM_THREADS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_USE_AGENT_STORE
+"""
+
+
+def main(directory: Path, what: str) -> None:
+    rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    (directory / f"{attempt}-{rank}-{os.getpid()}").touch()
+    if what == "report":
+        variables = {name: os.environ.get(name) for name in NAMES.split()}
+        in_main = threading.current_thread() is threading.main_thread()
+        words = [sys.argv[0], sys.path[0], __name__, os.getcwd(), in_main]
+        print(json.dumps([variables, words]))
+        sys.exit(3 if rank == "1" else 0)
+    elif what == "last words" and rank == "1":
+        os.write(2, f"the last words of start {attempt}\n".encode())
+        os._exit(7)
+    elif what == "once" and attempt == 0 and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "once":
+        time.sleep(0 if attempt else 600)
+        print(f"rank {rank} ends well")
+    else:
+        child = subprocess.Popen(["sleep", "600"])
+        (directory / f"{attempt}-{rank}-{child.pid}").touch()
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,218 @@
+"""Real launches of tools/monarch.py: the run that torchrun makes, kept going, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, Run, run
+from test_resume import WORDS, steps_of, untimed
+
+from mesh.ending import alive
+
+if find_spec("torchmonarch") is None and find_spec("monarch") is None:
+    pytest.skip("torchmonarch is not installed", allow_module_level=True)
+
+STUB = "tests/programs/monarch_program.py"
+GRPO = "recipes/grpo.py"
+STEPS = 6
+
+
+class Monarch:
+    """A started launcher, as a terminal's foreground job. It notes all that it has started."""
+
+    def __init__(self, *words: str) -> None:
+        self.seen: set[int] = set()
+        self.popen = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tools" / "monarch.py"), *words],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ranks(self) -> list[int]:
+        """Process ids of the processes of its mesh."""
+        tasks = Path(f"/proc/{self.popen.pid}/task").glob("*/children")
+        found = [int(pid) for task in tasks for pid in task.read_text().split()]
+        self.seen |= set(found)
+        return found
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.ranks()
+            if self.popen.poll() is not None or time.monotonic() > deadline:
+                self.popen.kill()
+                raise AssertionError("\n".join(self.popen.communicate()))
+            time.sleep(0.05)
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr of its end, after which no process of it lives."""
+        out, err = self.popen.communicate(timeout=250)
+        wait_until_gone(self.seen)
+        return self.popen.returncode, out, "\n".join(spoken(err))
+
+
+def spoken(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith("Monarch internal logs")]
+
+
+def wait_until_gone(pids: set[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def pids_in(directory: Path) -> set[int]:
+    """Those that the stub wrote down: `START-RANK-PID`."""
+    return {int(path.name.split("-")[2]) for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Run:
+    """The run under torchrun that was never killed, and writes no checkpoint."""
+    path = tmp_path_factory.mktemp("torchrun") / "run"
+    return run(GRPO, path, 2, *WORDS, f"steps={STEPS}")
+
+
+def test_killed_and_resumed_by_itself_is_the_run_under_torchrun(straight, tmp_path):
+    """Steps 0 to 2 come from the first mesh, the rest from the second one."""
+    path = tmp_path / "run"
+    words = ["checkpoint.every=2", f"steps={STEPS}", f"run_dir={path}"]
+    job = Monarch(GRPO, "procs=2", *WORDS, *words)
+    job.wait_for(lambda: (path / "checkpoints" / "step-2").exists())
+    first = job.ranks()
+    os.kill(max(first), signal.SIGKILL)
+    job.wait_for(lambda: bool(set(job.ranks()) - set(first)))
+    status, out, err = job.finish()
+    assert status == 0, err
+    assert len(job.seen) == 4
+    assert f"failed: Killed(sig=9); restart 1 of 3, from {path}/checkpoints/step-" in err
+    assert "was killed, or crashed outside Python" in err  # the other rank, of the guard
+    assert f"resumed from {path}/checkpoints/step-" in out
+    assert f"attempt 2 continues, run_dir={path}" in out
+    made = Run(path, out)
+    assert untimed(made.metrics) == untimed(straight.metrics)
+    assert made.samples == straight.samples
+    models = [each.path / "model" / "model.safetensors" for each in (made, straight)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_ctrl_c_ends_it_after_the_step_with_a_checkpoint(straight, tmp_path):
+    path = tmp_path / "run"
+    job = Monarch(GRPO, "procs=2", *WORDS, "checkpoint.every=1000", "steps=1000", f"run_dir={path}")
+    metrics = path / "metrics.jsonl"
+    job.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+    os.killpg(job.popen.pid, signal.SIGINT)
+    status, out, err = job.finish()
+    assert status == 0, err
+    last = steps_of(path)[-1]
+    assert 2 <= last < 1000
+    assert steps_of(path) == list(range(last + 1))
+    assert f"to continue after step {last}: resume={path}" in out
+    assert (path / "checkpoints" / f"step-{last}" / "index.json").exists()
+    assert err.count("stopping at the end of this step; Ctrl-C again ends at once") == 1
+    assert "restart" not in err
+    both = min(last, STEPS)
+    assert untimed(Run(path, out).metrics)[1:both] == untimed(straight.metrics)[1:both]
+
+
+def test_what_is_refused_is_not_tried_again(tmp_path):
+    """A word that cannot be read, and a layout that the recipe's check refuses on all ranks."""
+    run_dir = tmp_path / "run"
+    job = Monarch(GRPO, "procs=2", "conf=qwen3_tiny", "stepz=3", f"run_dir={run_dir}")
+    status, _, err = job.finish()
+    assert status == 1
+    assert err.count("ValueError: stepz=3: unknown key; did you mean steps?") == 1
+    job = Monarch(GRPO, "procs=2", "conf=qwen3_tiny", "trainer.tp=3", f"run_dir={run_dir}")
+    status, _, err = job.finish()
+    assert status == 1
+    assert err.count("trainer.tp=3") == 1
+    assert "it had not begun, so it is not started again" in err.splitlines()[-1]
+    assert not run_dir.exists()
+
+
+def test_own_words_are_refused_in_one_list():
+    status, _, err = Monarch("recipes/grp.py", "procs=0", "restarts=x", "hosts=a").finish()
+    assert status == 1
+    assert len(err.splitlines()) == 5
+    for word in ("recipes/grp.py: no such file", "procs=0: ", "restarts=x: ", "hosts=a: "):
+        assert word in err
+
+
+def test_every_process_is_started_as_torchrun_would(tmp_path):
+    status, out, _ = Monarch(STUB, "procs=2", str(tmp_path), "report").finish()
+    assert status == 3  # a script's own, of rank 1
+    reports = sorted(map(json.loads, out.splitlines()), key=lambda report: report[0]["RANK"])
+    for rank, (variables, words) in enumerate(reports):
+        script = REPOSITORY / STUB
+        assert words == [str(script), str(script.parent), "__main__", str(REPOSITORY), True]
+        assert variables == {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1", "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+    wait_until_gone(pids_in(tmp_path))
+
+
+def test_restarts_are_used_up(tmp_path):
+    """The other rank hangs with a child: both are killed before the mesh is spawned again."""
+    job = Monarch(STUB, "procs=2", "restarts=1", str(tmp_path), "last words")
+    status, _, err = job.finish()
+    assert status == 1
+    assert [line.partition("rank 1: ")[0] for line in err.splitlines()] == [
+        "the last words of start 0", "monarch: ", "the last words of start 1", "monarch: ",
+    ]  # fmt: skip
+    assert "restarts=1 are used up" in err.splitlines()[-1]
+    assert sorted(path.name[:4] for path in tmp_path.iterdir()) == [
+        "0-0-", "0-0-", "0-1-", "1-0-", "1-0-", "1-1-",
+    ]  # fmt: skip
+    wait_until_gone(pids_in(tmp_path))
+
+
+def test_nothing_outlives_a_launcher_that_was_killed(tmp_path):
+    job = Monarch(STUB, "procs=2", str(tmp_path), "sleep")
+    job.wait_for(lambda: len(pids_in(tmp_path)) == 4)
+    job.popen.kill()
+    job.finish()
+    wait_until_gone(pids_in(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[str]:
+    """Two "hosts" on this machine."""
+    addresses = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            addresses.append(f"127.0.0.1:{probe.getsockname()[1]}")
+    served = [Monarch(f"serve={address}") for address in addresses]
+    yield ",".join(addresses)
+    for host in served:
+        host.ranks()
+        host.popen.kill()
+        host.finish()
+
+
+def test_two_hosts_with_a_restart(hosts, tmp_path):
+    words = ["procs=1", f"hosts={hosts}", "restarts=1", str(tmp_path), "once"]
+    status, out, err = Monarch(STUB, *words).finish()
+    assert status == 0, err
+    assert sorted(out.splitlines()) == ["rank 0 ends well", "rank 1 ends well"]
+    assert "rank 1: " in err and "Killed(sig=9); restart 1 of 1, from the beginning" in err
+    assert sorted(path.name[:4] for path in tmp_path.iterdir()) == ["0-0-", "0-1-", "1-0-", "1-1-"]
+    wait_until_gone(pids_in(tmp_path))

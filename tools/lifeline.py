@@ -1,0 +1,85 @@
+"""A connection that a process holds to its launcher for as long as it lives.
+
+Where it breaks, or the parent has gone, the process kills itself with all its children: nothing
+outlives a launcher that was killed. From other hosts output comes the same way, as Monarch's own
+log forwarding loses the last words of a process that ends by os._exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+WATCH_SECONDS = 1.0
+
+
+class Lifelines:
+    """The launcher's end of the connections: prints what comes, and breaks when it dies."""
+
+    def __init__(self) -> None:
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self, address: str) -> int:
+        """Listen on a free port, and return it."""
+        self._server = await asyncio.start_server(self._serve, address, 0, limit=1 << 24)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def cut(self) -> None:
+        """Have a moment for what is still on its way, then end what still holds on."""
+        self._server.close()
+        deadline = time.monotonic() + WATCH_SECONDS
+        while self._writers and time.monotonic() < deadline:
+            await asyncio.sleep(WATCH_SECONDS / 20)
+        for writer in self._writers:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        with contextlib.suppress(ConnectionError):  # of a process that was killed
+            stream = sys.stdout if await reader.readline() == b"stdout\n" else sys.stderr
+            async for line in reader:
+                stream.write(line.decode(errors="replace"))
+                stream.flush()
+        self._writers.discard(writer)
+        writer.close()
+
+
+def hold(lifeline: str) -> None:
+    """The process's end: connect to ADDRESS:PORT:OUTPUT, and die when that breaks.
+
+    OUTPUT `remote`: stdout and stderr go there too.
+    """
+    address, port, output = lifeline.rsplit(":", 2)
+    if output == "remote":
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            with connected(address, int(port), name) as stream:
+                os.dup2(stream.fileno(), descriptor)
+    line = connected(address, int(port), "lifeline")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 0)  # Monarch's PR_SET_PDEATHSIG would spare our children
+    threading.Thread(target=watch, args=(line, os.getppid()), daemon=True).start()
+
+
+def connected(address: str, port: int, name: str) -> socket.socket:
+    stream = socket.create_connection((address, port), timeout=60)
+    stream.settimeout(None)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    stream.sendall(f"{name}\n".encode())
+    return stream
+
+
+def watch(line: socket.socket, parent: int) -> None:
+    """Kill this process and its children once the launcher or the parent has gone."""
+    while os.getppid() == parent and not select.select([line], [], [], WATCH_SECONDS)[0]:
+        pass
+    if os.getpgid(0) == os.getpid():  # Monarch makes each process the leader of a group
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

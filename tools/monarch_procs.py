@@ -1,0 +1,248 @@
+"""The door to Monarch: processes on one or several hosts, each of which runs a script in its main
+thread.
+
+Monarch calls actors on threads of their own. A recipe wants the main thread, which alone can take
+signals, so a process of the mesh is started with this file as its program: Monarch's loop runs in a
+thread, and an endpoint hands the script to the main thread. Everything else is as under torchrun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+
+os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")  # 10 s to see a death
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: monarch.py lies there too
+
+import monarch.actor
+from lifeline import Lifelines, hold
+from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
+from monarch.actor import (
+    Actor,
+    attach_to_workers,
+    default_bootstrap_cmd,
+    enable_transport,
+    endpoint,
+    run_worker_loop_forever,
+    this_host,
+)
+
+LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
+STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script with its words, and where and in what environment it runs."""
+
+    argv: list[str]
+    directory: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: `status` where its script came to an end, else the process's `death`."""
+
+    rank: int
+    status: int | None = None
+    death: str = ""
+
+
+class NoMeshError(Exception):
+    """Monarch could not reach a host, or not start a process there."""
+
+
+class Rank(Actor):
+    """One process of the mesh. Two of these live in each, as calls queue one behind another."""
+
+    @endpoint
+    def run(self, job: Job) -> int:
+        """The exit status of a script that the main thread runs."""
+        done: queue.Queue[int] = queue.Queue()
+        jobs.put((job, done))
+        return done.get()
+
+    @endpoint
+    def kill(self, number: int) -> None:
+        """Send this process a signal."""
+        os.kill(os.getpid(), number)
+
+
+class Hosts:
+    """This host, or those at `addresses` (HOST:PORT) where `serve` runs."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        monarch.actor.unhandled_fault_hook = lambda failure: None  # its callers see the error
+        self.address = local_address(addresses)
+        self.addresses = addresses
+        if addresses:
+            enable_transport(f"tcp://{self.address}:0")
+            workers = [f"tcp://{address}" for address in addresses]
+            self.mesh = attach_to_workers(ca="trust_all_connections", workers=workers)
+        else:
+            self.mesh = this_host()
+
+    def points(self, per_host: int) -> list[dict[str, int]]:
+        """The coordinates of every rank."""
+        if not self.addresses:
+            return [{"procs": proc} for proc in range(per_host)]
+        hosts = range(len(self.addresses))
+        return [{"hosts": host, "procs": proc} for host in hosts for proc in range(per_host)]
+
+
+class Procs:
+    """`per_host` processes on each host. As a context manager, none is left afterwards."""
+
+    def __init__(self, hosts: Hosts, per_host: int, environment: dict[str, str]) -> None:
+        self.hosts, self.per_host, self.environment = hosts, per_host, environment
+        self.points = hosts.points(per_host)
+        self._lifelines = Lifelines()
+        self._busy: set[int] = set()
+
+    async def __aenter__(self) -> Procs:
+        port = await self._lifelines.open(self.hosts.address)
+        output = "remote" if self.hosts.addresses else "inherited"
+        command = default_bootstrap_cmd()
+        command.args = ["-P", __file__]  # -P: monarch.py beside this file is not the package
+        lifeline = {LIFELINE: f"{self.hosts.address}:{port}:{output}"}
+        command.env = {**command.env, **self.environment, **lifeline}
+        self._mesh = self.hosts.mesh.spawn_procs(
+            per_host={"procs": self.per_host}, bootstrap_command=command
+        )
+        self._runners = self._mesh.spawn("runners", Rank)
+        self._signallers = self._mesh.spawn("signallers", Rank)
+        try:
+            await self._mesh.initialized
+        except (RuntimeError, ValueError) as error:
+            await self._lifelines.cut()
+            raise NoMeshError(str(error).strip().splitlines()[0]) from error
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._busy:
+            await self._lifelines.cut()
+        with contextlib.suppress(TimeoutError, RuntimeError, ValueError):  # it may be no more
+            await asyncio.wait_for(self._mesh.stop(), STOP_SECONDS)
+        await self._lifelines.cut()
+
+    async def run(self, rank: int, job: Job) -> Ended:
+        """Have a rank run a script to its end."""
+        self._busy.add(rank)
+        try:
+            status = await self._runners.slice(**self.points[rank]).run.call_one(job)
+            ended = Ended(rank, status)
+        except SupervisionError as error:
+            ended = Ended(rank, death=str(error).strip().splitlines()[-1].strip())
+        self._busy.discard(rank)
+        return ended
+
+    async def kill(self, rank: int, number: int) -> None:
+        """Send a rank a signal; one that has died needs none."""
+        with contextlib.suppress(SupervisionError):
+            await self._signallers.slice(**self.points[rank]).kill.call_one(number)
+
+
+def local_address(addresses: list[str]) -> str:
+    """The address by which the given hosts reach this machine; 127.0.0.1 where there are none."""
+    found = {"127.0.0.1"}
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # sends nothing
+            found.add(probe.getsockname()[0])
+    return min(found, key=lambda address: address.startswith("127."))
+
+
+def serve(address: str) -> int:
+    """Offer this machine as a host at HOST:PORT, until it is killed. No authentication.
+
+    Monarch's loop ends by itself, with status 0, some time after a launcher has left that had lost
+    a process here; it is started again.
+    """
+    status = 0
+    while status == 0:
+        with subprocess.Popen([sys.executable, "-P", __file__, address], stdin=-1) as loop:
+            status = loop.wait()
+    return status
+
+
+def host(address: str) -> None:
+    """The process of `serve`: Monarch's loop, which ends with its parent."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    run_worker_loop_forever(ca="trust_all_connections", address=f"tcp://{address}")
+
+
+# ... and from here on a process of the mesh.
+
+jobs: queue.Queue[tuple[Job, queue.Queue[int]] | None] = queue.Queue()
+
+
+def main() -> None:
+    """The program of a process: run what comes until Monarch stops it."""
+    sys.modules["monarch_procs"] = sys.modules["__main__"]  # whose actor is called
+    hold(os.environ.pop(LIFELINE))
+    threading.Thread(target=take_part, name="monarch").start()
+    try:
+        while (item := jobs.get()) is not None:
+            job, done = item
+            done.put(execute(job))
+    except KeyboardInterrupt:  # before the script took its signals
+        os._exit(128 + signal.SIGINT)
+
+
+def take_part() -> None:
+    """Serve Monarch until the mesh is stopped, then end the process."""
+    from monarch._src.actor.bootstrap_main import invoke_main
+
+    try:
+        invoke_main()
+    except SystemExit as end:
+        if end.code or busy.is_set():
+            os._exit(int(end.code or 0))
+    jobs.put(None)
+
+
+busy = threading.Event()
+
+
+def execute(job: Job) -> int:
+    """Run a script as `python SCRIPT WORDS` would; returns its exit status. An exception that it
+    does not catch ends the process."""
+    os.environ.update(job.environment)
+    os.chdir(job.directory)
+    sys.argv[:] = job.argv
+    sys.orig_argv[:] = [sys.executable, *job.argv]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(job.argv[0])))
+    busy.set()
+    try:
+        runpy.run_path(job.argv[0], run_name="__main__")
+        return 0
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    finally:
+        busy.clear()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    host(sys.argv[1]) if len(sys.argv) > 1 else main()
