@@ -66,8 +66,6 @@ def share_of(wave: Wave, rules: Rules, num_ranks: int) -> Share:
 def advantages_of(wave: Wave, rules: Rules) -> dict[int, list[float]]:
     """The advantages of each prompt's samples, by prompt_id, in the order of the outlines."""
     prompt_ids = [o.prompt_id for o in wave.outlines[:: rules.group_size]]
-    if not prompt_ids:
-        return {}
     advantages_PG = group_advantages(wave.rewards(rules.group_size), rules.advantage)
     return dict(zip(prompt_ids, advantages_PG.tolist(), strict=True))
 

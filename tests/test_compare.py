@@ -184,6 +184,8 @@ def test_a_replay_names_what_differs():
     assert same.equal and same.verdict() == "equal to the bit: 2 metrics, 2 samples"
     assert [line.endswith("equal") for line in same.sample_table(1)] == [False, True]
     assert len(same.sample_table(-1)) == 3 and len(same.sample_table(0)) == 1
+    one = Comparison(Step(again.metrics, [sample, others[1] | {"advantage": 0.25}]), again)
+    assert not one.equal and one.verdict() == "DIFFERENT: no metric; 1 of 2 samples"
     wrong = [sample, others[0], others[1] | {"advantage": 0.25}, sample | {"prompt_id": 2}]
     other = Comparison(Step({"loss": 0.75, "kl": None, "entropy": 1.0}, wrong), again)
     assert not other.equal
