@@ -233,4 +233,7 @@ def say(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ending = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ending)  # Monarch's threads can abort an interpreter that ends beneath them
