@@ -17,11 +17,18 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def launch(
-    program: str, num_ranks: int, *words: str, status: int = 0, path: Path | None = None, **options
+    program: str,
+    num_ranks: int,
+    *words: str,
+    status: int = 0,
+    path: Path | None = None,
+    seconds: float = 240,
+    **options,
 ) -> subprocess.CompletedProcess[str]:
     """Run `program` (relative to the repository) on `num_ranks`; one rank needs no torchrun.
 
-    `status` 0: it must succeed, else it must not. `path` goes in front of PYTHONPATH.
+    `status` 0: it must succeed, else it must not. `path` goes in front of PYTHONPATH. `seconds`:
+    the longest that it may take.
     """
     launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else [sys.executable]
     given = os.environ.get("PYTHONPATH")
@@ -31,7 +38,7 @@ def launch(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=seconds,
         **options,
     )
     assert (result.returncode == 0) == (status == 0), result.stdout + result.stderr
