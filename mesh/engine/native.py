@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from mesh.engine.batches import (
     KEY,
@@ -25,10 +24,10 @@ from mesh.engine.batches import (
     spans_of,
 )
 from mesh.engine.cache import PagePool, Sequence, allocate, copy_slots, num_pages
+from mesh.engine.choice import check_requests, choose, tile_logits
 from mesh.engine.graphs import DecodeGraphs
-from mesh.engine.sampler import draw
 from mesh.engine.scheduler import Admission, Scheduler
-from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
+from mesh.model.logprobs import shard_of
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
 from mesh.types import Completion, ModelShape, Request, Sampling
@@ -127,21 +126,8 @@ class NativeEngine:
         return [_completion(s) for s in sorted(done, key=lambda s: (s.prompt_id, s.sample_id))]
 
     def _check(self, requests: Seq[Request], sampling: Sampling) -> None:
-        if self.version < 0:
-            raise ValueError("the engine has no weights yet; sync the weight bridge first")
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
-        if len({request.prompt_id for request in requests}) < len(requests):
-            raise ValueError("two requests have the same prompt_id; give each its own")
-        for request in requests:
-            longest = len(request.tokens) + sampling.max_new_tokens
-            limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
-            if not request.tokens or longest > limit:
-                raise ValueError(
-                    f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
-                    f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
-                    "has at least one token; raise model.max_length or generator.kv_tokens"
-                )
+        limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
+        check_requests(requests, sampling, self.version, limit)
 
     def _prefill(self, admission: Admission) -> None:
         """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
@@ -163,7 +149,8 @@ class NativeEngine:
             hidden_SD = run(rows_SX)
         else:
             hidden_SD = self.model.hidden(*decode_inputs(rows_SX, self.cache))
-        tokens_S, logprobs_S = self._choose(hidden_SD, rows_SX[:, KEY], sampling)
+        logits_SV = tile_logits(hidden_SD, local(self.model.lm_head.weight), self.group)
+        tokens_S, logprobs_S = choose(logits_SV, rows_SX[:, KEY], sampling, self.group)
         # one transfer for both: float64 holds token ids and fp32 logprobs exactly
         tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
@@ -173,21 +160,6 @@ class NativeEngine:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) == sampling.max_new_tokens:
                 sequence.finish_reason = "length"
-
-    def _choose(
-        self, hidden_SD: torch.Tensor, keys_S: torch.Tensor, sampling: Sampling
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles."""
-        weight = local(self.model.lm_head.weight)
-        shard, num_shards = shard_of(self.group)
-        temperature = sampling.temperature or 1.0
-        tiles = vocab_tiles(weight.shape[0] * num_shards, num_shards)
-        logits_SV = torch.cat([F.linear(hidden_SD, weight[slice(*tile)]) for tile in tiles], -1)
-        tokens_S = draw(logits_SV, keys_S, sampling, self.group, temperature)
-        pieces = [([0, *(last for _, last in tiles)], logits_SV)]
-        targets_S = tokens_S - shard * weight.shape[0]
-        scores = score_tiles(pieces, targets_S, temperature, self.group, with_entropy=False)
-        return tokens_S, scores[0]
 
 
 def _completion(sequence: Sequence) -> Completion:
