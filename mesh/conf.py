@@ -106,6 +106,13 @@ class GeneratorConf:
 
 
 @dataclass
+class VllmConf:
+    model: Literal["titan", "native"] = key(
+        "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
+    )
+
+
+@dataclass
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
         None, "compare weight digests after a sync; unset: every on CPU, first on CUDA"
@@ -174,7 +181,7 @@ class Conf:
     seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
     timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
-    engine: Literal["native"] = key("native", "what generates")
+    engine: Literal["native", "vllm"] = key("native", "what generates: ours, or vLLM")
     task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
     num_prompts: int = key(64, "prompts a step", ge=1)
@@ -208,6 +215,7 @@ class Conf:
     model: ModelConf = field(default_factory=ModelConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
     generate: GenerateConf = field(default_factory=GenerateConf)

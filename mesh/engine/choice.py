@@ -44,9 +44,7 @@ def choose(
     return tokens_S, scores[0]
 
 
-def check_requests(
-    requests: Seq[Request], sampling: Sampling, version: int, limit: int
-) -> None:
+def check_requests(requests: Seq[Request], sampling: Sampling, version: int, limit: int) -> None:
     """Raises ValueError for what no engine answers; `limit`: tokens that one sequence may have."""
     if version < 0:
         raise ValueError("the engine has no weights yet; sync the weight bridge first")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from mesh.engine.base import EngineSettings
 from mesh.engine.batches import (
     KEY,
     Row,
@@ -31,19 +31,6 @@ from mesh.model.logprobs import shard_of
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
 from mesh.types import Completion, ModelShape, Request, Sampling
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass."""
-
-    max_length: int
-    max_sequences: int
-    kv_tokens: int
-    page_size: int
-    prefill_tokens: int
-    prefix_cache: bool
-    cuda_graphs: bool
 
 
 class NativeEngine:
@@ -97,6 +84,12 @@ class NativeEngine:
         self.version = version
         for pages in (*self.cache.keys, *self.cache.values):
             pages.zero_()
+
+    def with_settings(self, settings: EngineSettings) -> NativeEngine:
+        """Another engine of the same weights, of the same version."""
+        other = NativeEngine(self.model, self.shape, settings, self.group)
+        other.reset(self.version)
+        return other
 
     def close(self) -> None:
         """Free the captured graphs: those with collectives in them keep NCCL from shutting down."""

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request as CoreRequest
 
+from mesh.engine.base import EngineSettings
 from mesh.engine.batches import Row
 from mesh.engine.cache import num_pages
 from mesh.engine.choice import check_requests
-from mesh.engine.native import EngineSettings
 from mesh.engine.vllm_parts.fused import unfused
 from mesh.engine.vllm_parts.sampler import CounterSampler, key_of, request_name
 from mesh.engine.vllm_parts.start import start_core, stop_core
@@ -50,8 +50,10 @@ class VllmEngine:
         group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
+        timeout_seconds: int = 1800,
     ) -> None:
-        self.shape, self.settings, self.device = shape, settings, device
+        self.shape, self.settings = shape, settings
+        self._start = (group, device, dtype, timeout_seconds)
         self.group = group if group.size() > 1 else None
         self.policy = None if model is None else model.eval().requires_grad_(False)
         self.version = -1
@@ -59,6 +61,7 @@ class VllmEngine:
         self.observer: Callable[[list[Row]], None] | None = None
         token = None if model is None else blueprint.set((model, shape, self.group))
         options = engine_options(settings, shape, group.size(), device, dtype, model is not None)
+        options["distributed_timeout_seconds"] = timeout_seconds
         entries = model_entries(shape, ARCHITECTURE if model is not None else None)
         try:
             self.core = start_core(entries, options, group, device.index or 0)
@@ -101,6 +104,12 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache: it still runs requests")
         for cache in self.runner.kv_caches:
             cache.zero_()
+
+    def with_settings(self, settings: EngineSettings) -> VllmEngine:
+        """Another engine of the same weights, of the same version; of our own model only."""
+        other = VllmEngine(self.model, self.shape, settings, *self._start)
+        other.reset(self.version)
+        return other
 
     def close(self) -> None:
         """Give back what vLLM holds; the program's process groups stay."""
@@ -201,9 +210,9 @@ def engine_options(
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": settings.max_length,
-        "max_num_seqs": settings.max_sequences,
         # vLLM counts the tokens of decode steps as well
-        "max_num_batched_tokens": max(settings.prefill_tokens, settings.max_sequences),
+        "max_num_seqs": min(settings.max_sequences, settings.prefill_tokens),
+        "max_num_batched_tokens": settings.prefill_tokens,
         "block_size": settings.page_size,
         "num_gpu_blocks_override": blocks,
         "kv_cache_memory_bytes": blocks * settings.page_size * token,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.cache import num_pages
-from mesh.engine.native import EngineSettings, NativeEngine
 from mesh.generator import engine_settings
 from mesh.ladder.batch import Walk, generate, part_of
 from mesh.ladder.bits import Key, Rollouts, Tally, compare_rollouts
@@ -36,14 +36,12 @@ class Way:
 
 
 @contextmanager
-def engine_with(engine: NativeEngine, settings: dict[str, Any]) -> Iterator[NativeEngine]:
+def engine_with(engine: Engine, settings: dict[str, Any]) -> Iterator[Engine]:
     """An engine of the same weights with other settings, for a block; the same one without any."""
     if not settings:
         yield engine
         return
-    changed = replace(engine.settings, **settings)
-    other = NativeEngine(engine.model, engine.shape, changed, engine.group)
-    other.reset(engine.version)
+    other = engine.with_settings(replace(engine.settings, **settings))
     yield other
     other.close()
 
@@ -95,9 +93,7 @@ def _tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
     return max(prompts, num_pages(settings.max_length, page)) * page
 
 
-def generator_checks(
-    walk: Walk, engine: NativeEngine | None, sampling: Sampling
-) -> Iterator[Check]:
+def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iterator[Check]:
     """The rows of L1 on the generator. Collective; `engine` None off it."""
     device = walk.process.device
     settings, whole = engine_settings(walk.conf, device), Way(walk.requests)
@@ -115,7 +111,7 @@ def generator_checks(
 
 
 def compare_way(
-    engine: NativeEngine | None, way: Way, sampling: Sampling, base: Rollouts
+    engine: Engine | None, way: Way, sampling: Sampling, base: Rollouts
 ) -> tuple[Tally, int]:
     """This engine's tally of one way against the whole batch, and how often it preempted."""
     if engine is None:
@@ -126,7 +122,7 @@ def compare_way(
         return compare_rollouts(found, base), other.preemptions - before
 
 
-def tracer(engine: NativeEngine | None, way: Way, sampling: Sampling) -> Tracer:
+def tracer(engine: Engine | None, way: Way, sampling: Sampling) -> Tracer:
     """Generates one way again and traces a sequence of it, where this engine has it."""
 
     def trace(key: Key) -> Trace:
