@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mesh.conf import Conf, resolve_path
-from mesh.engine.vllm_parts.checks import default_page, vllm_problems
+from mesh.engine.vllm_checks import default_page, vllm_problems
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
 from mesh.model.hf import weight_problems

@@ -15,7 +15,7 @@ from mesh.conf import Conf
 from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.cache import num_pages
 from mesh.engine.native import NativeEngine
-from mesh.engine.vllm_parts.checks import default_page
+from mesh.engine.vllm_checks import default_page
 from mesh.exchange import replica_of
 from mesh.layout import Meshes, dp_rank
 from mesh.model.layouts import role_layouts, weight_names
@@ -144,7 +144,7 @@ def build_engine(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Engine:
-    """The engine that `conf` names, on this rank of the generator's `mesh`. Collective of its tp."""
+    """The engine that `conf` names, on this rank of the generator's mesh. Collective of its tp."""
     settings, group = engine_settings(conf, device), mesh.get_group("tp")
     model = None
     if conf.engine == "native" or conf.vllm.model == "titan":

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request as CoreRequest
 
 from mesh.engine.base import EngineSettings
 from mesh.engine.batches import Row
 from mesh.engine.cache import num_pages
 from mesh.engine.choice import check_requests
 from mesh.engine.vllm_parts.fused import unfused
-from mesh.engine.vllm_parts.sampler import CounterSampler, key_of, request_name
+from mesh.engine.vllm_parts.requests import completion_of, core_requests, key_of
+from mesh.engine.vllm_parts.sampler import CounterSampler
 from mesh.engine.vllm_parts.start import start_core, stop_core
 from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel, blueprint
 from mesh.model.attention import AttentionContext
@@ -30,9 +29,7 @@ from mesh.model.hf import config_entries
 from mesh.model.layouts import weight_names
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
-from mesh.types import Completion, FinishReason, ModelShape, Request, Sampling
-
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+from mesh.types import Completion, ModelShape, Request, Sampling
 
 
 class VllmEngine:
@@ -121,9 +118,9 @@ class VllmEngine:
         limit = min(self.settings.max_length, self._pages() * self.settings.page_size)
         check_requests(requests, sampling, self.version, limit)
         asked = [
-            self._request(request, sample, sampling)
+            one
             for request in requests
-            for sample in range(request.num_samples)
+            for one in core_requests(self.core, request, sampling, self.version)
         ]
         self.sampler.start(sampling)
         self._observe()
@@ -133,27 +130,11 @@ class VllmEngine:
             self.core.step_fn()
         drawn = self.sampler.results()
         self.preemptions += sum(request.num_preemptions for request in asked)
-        completions = [_completion(request, *drawn[request.request_id]) for request in asked]
+        completions = [completion_of(r, *drawn[r.request_id]) for r in asked]
         return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))
 
     def _pages(self) -> int:
         return num_pages(self.settings.kv_tokens, self.settings.page_size)
-
-    def _request(self, request: Request, sample: int, sampling: Sampling) -> CoreRequest:
-        params = SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=list(sampling.stop_tokens),
-            ignore_eos=True,
-            detokenize=False,
-        )
-        return CoreRequest(
-            request_name(request.prompt_id, sample),
-            list(request.tokens),
-            params,
-            None,
-            cache_salt=f"weights {self.version}",
-            block_hasher=self.core.request_block_hasher,
-        )
 
     def _observe(self) -> None:
         """Tell the observer the rows of every forward pass of our own model."""
@@ -176,15 +157,6 @@ class VllmEngine:
                 for p in (next(places) for _ in range(size))
             ]
         self.observer(rows)
-
-
-def _completion(request: CoreRequest, tokens: list[int], logprobs: list[float]) -> Completion:
-    assert tokens == list(request.output_token_ids), (
-        f"{request.request_id}: vLLM has other tokens than were drawn"
-    )
-    prompt_id, sample_id = key_of(request.request_id)
-    reason = REASONS[str(request.get_finished_reason())]
-    return Completion(prompt_id, sample_id, tuple(tokens), tuple(logprobs), reason)
 
 
 def model_entries(shape: ModelShape, architecture: str | None) -> dict[str, Any]:

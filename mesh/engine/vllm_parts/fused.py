@@ -39,7 +39,7 @@ FUSED = {
 def unfused(
     model: nn.Module, shape: ModelShape, names: set[str], tp: int
 ) -> dict[str, torch.Tensor]:
-    """The live weights of vLLM's model by the trainer's `names`: parameters, or views of their rows.
+    """The live weights of vLLM's model by the trainer's `names`: parameters, or rows of them.
 
     Raises RuntimeError where what a forward pass reads would not be what is written here.
     """

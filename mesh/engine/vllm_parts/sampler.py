@@ -1,8 +1,8 @@
 """Our sampler in the place of vLLM's: the native engine's draw and the trainer's logprobs.
 
-vLLM asks for a token of every scheduled sequence, also of one whose prompt is not through: the index
-of a token follows from the length of its sequence, and the first token of an index is the one that
-counts. vLLM's own logprobs are not asked for.
+vLLM asks for a token of every scheduled sequence, also of one whose prompt is not through: the
+index of a token follows from the length of its sequence, and the first token of an index is the one
+that counts. vLLM's own logprobs are not asked for.
 """
 
 from __future__ import annotations
@@ -15,20 +15,8 @@ from vllm.v1.outputs import SamplerOutput
 
 from mesh.engine.choice import choose
 from mesh.engine.sampler import token_keys
+from mesh.engine.vllm_parts.requests import key_of
 from mesh.types import Sampling
-
-Key = tuple[int, int]
-"""(prompt_id, sample_id)"""
-
-
-def request_name(prompt_id: int, sample_id: int) -> str:
-    return f"{prompt_id}/{sample_id}"
-
-
-def key_of(name: str) -> Key:
-    """The sequence that a vLLM request of this name generates."""
-    prompt_id, sample_id = name.split("/")
-    return int(prompt_id), int(sample_id)
 
 
 class CounterSampler:

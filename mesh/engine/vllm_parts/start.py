@@ -1,8 +1,9 @@
 """vLLM's engine core inside this process, with its groups on one replica's ranks alone.
 
 vLLM builds its groups over the default process group and, at its end, destroys that too. So the
-replica's group is the default one while vLLM starts, and we end what it made ourselves. What it
-changes in the process besides - random states, torch.set_num_threads - is put back.
+replica's group is the default one while vLLM starts, and we end what it made ourselves. Besides, it
+is kept from changing the process: random states, torch.set_num_threads, and the NUMA node to which
+all memory of the process would be bound.
 """
 
 from __future__ import annotations
@@ -22,35 +23,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupMember
+from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models import ModelRegistry
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as many threads as the trainer has, on any core
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # one runner, and so one sampler, on CPU and CUDA
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
+from mesh.engine.vllm_parts.fused import unpacked
+from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel
+
 SHM = Path("/dev/shm")
 PREFIX = "mesh-vllm"
-
-# vLLM reads its environment when it is imported, here and in what follows
-os.environ.update(ENVIRONMENT)
-for _name, _value in QUIET.items():
-    os.environ.setdefault(_name, _value)
-
-from vllm.config import VllmConfig  # noqa: E402
-from vllm.distributed import parallel_state  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # noqa: E402
-from vllm.model_executor.models import ModelRegistry  # noqa: E402
-from vllm.v1.engine.core import EngineCore  # noqa: E402
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # noqa: E402
-
-from mesh.engine.vllm_parts.fused import unpacked  # noqa: E402
-from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel  # noqa: E402
 
 LOAD_FORMAT = "mesh"
 _users: list[EngineCore] = []
@@ -152,12 +138,15 @@ def as_default(group: dist.ProcessGroup) -> Iterator[None]:
 
 @contextmanager
 def kept_state() -> Iterator[None]:
-    """Random states and torch.set_num_threads are afterwards what they were."""
+    """Random states and threads are afterwards what they were, and no memory is bound."""
     states, set_num_threads = (random.getstate(), np.random.get_state()), torch.set_num_threads
+    bind, operators = getattr(torch.ops._C, "init_cpu_memory_env", None), torch.ops._C
     try:
+        operators.init_cpu_memory_env = lambda nodes: None
         with torch.random.fork_rng():
             yield
     finally:
+        operators.init_cpu_memory_env = bind
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_num_threads = set_num_threads
