@@ -143,9 +143,10 @@ def test_tokens_and_logprobs_follow_the_full_forward(engines, solo_mesh, kind, s
     batch = packed([prompts[c.prompt_id] + list(c.tokens) for c in completions])
     model = policy(solo_mesh, 4)
     scores_A = batch.scores(model, sampling.temperature or 1.0).logprobs_A
-    likeliest_A = model.lm_head.weight @ model.hidden(
-        batch.tokens_T, batch.positions_T, batch.context
-    )[batch.index_A].T
+    likeliest_A = (
+        model.lm_head.weight
+        @ model.hidden(batch.tokens_T, batch.positions_T, batch.context)[batch.index_A].T
+    )
     sizes = [n - 1 for n in batch.lengths]
     rows = zip(completions, scores_A.split(sizes), likeliest_A.argmax(0).split(sizes), strict=True)
     for completion, scores, likeliest in rows:
@@ -344,4 +345,3 @@ def test_the_head_sizes_are_vllms():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     assert list(CPU_HEADS) == CPUAttentionBackend.get_supported_head_sizes()
-

@@ -25,6 +25,7 @@ SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129, 257)
 FEW = 33  # sequences of the ways that run only few of them at a time
 PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
 MOST = 64  # sequences at a time: the next one joins when one has ended
+NOT_PREEMPTED = "every response fits the pages of its prompt"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def ways(
         f"generator, {most} sequences at a time": [Way(whole, {"max_sequences": most})],
         f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
         "generator, sequences preempted": [
-            Way(few, {"kv_tokens": _tight(settings, few), "prefix_cache": False})
+            Way(few, {"kv_tokens": tight(settings, few), "prefix_cache": False})
         ],
     }
     if on_cuda:
@@ -86,7 +87,7 @@ def _other(on: bool) -> str:
     return "off" if on else "on"
 
 
-def _tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
+def tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
     """A KV cache for all these prompts and none of their responses, or for one whole sequence."""
     page = settings.page_size
     prompts = sum(r.num_samples * num_pages(len(r.tokens), page) for r in requests)
@@ -106,7 +107,7 @@ def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> I
             tally += settle(walk, found, *sides, seek=tally.first is None)
             preempted += sum(walk.process.gather(count))
         idle = "kv_tokens" in some[0].settings and not preempted and tally.passed
-        reason = "every response fits the pages of its prompt" if idle else None
+        reason = NOT_PREEMPTED if idle else None
         yield Check("L1", what, tally, reason)
 
 

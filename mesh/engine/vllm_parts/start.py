@@ -97,6 +97,7 @@ def start_core(
         place = (f"mesh:{name}", group.rank(), device)
         executor = type("InReplica", (InReplica,), {"place": place})
         core = EngineCore(arguments.create_engine_config(), executor, log_stats=False)
+    remove_segments(name)  # all ranks have mapped them: now nothing stays behind, however we end
     _users.append(core)
     return core
 
@@ -171,6 +172,12 @@ def remove_stale_segments(directory: Path = SHM) -> list[str]:
             file.unlink(missing_ok=True)  # another rank may have been faster
             removed.append(file.name)
     return removed
+
+
+def remove_segments(name: str, directory: Path = SHM) -> None:
+    """Take away the names of an engine's segments; whoever has mapped them keeps them."""
+    for file in directory.glob(f"*{name}-*"):
+        file.unlink(missing_ok=True)  # another rank may have been faster
 
 
 def _is_mine(file: Path) -> bool:
