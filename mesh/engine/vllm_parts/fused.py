@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def unpacked() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = packing
 
 
-def _multiply_by_parameter(layer: nn.Module, remove_weight: bool) -> None:
+def _multiply_by_parameter(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = F.linear
 
 

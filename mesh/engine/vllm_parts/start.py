@@ -141,7 +141,8 @@ def as_default(group: dist.ProcessGroup) -> Iterator[None]:
 def kept_state() -> Iterator[None]:
     """Random states and threads are afterwards what they were, and no memory is bound."""
     states, set_num_threads = (random.getstate(), np.random.get_state()), torch.set_num_threads
-    bind, operators = getattr(torch.ops._C, "init_cpu_memory_env", None), torch.ops._C
+    operators: Any = torch.ops._C
+    bind = getattr(operators, "init_cpu_memory_env", None)
     try:
         operators.init_cpu_memory_env = lambda nodes: None
         with torch.random.fork_rng():
