@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from mesh.conf import Conf, resolve_path
+from mesh.engine.vllm_checks import default_page, vllm_problems
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
 from mesh.model.hf import code_problems, weight_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.tokenizer import Tokenizer
-from mesh.types import CPU_PAGE, CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
+from mesh.types import CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
 
 NO_CODE = "no code that comes with a model is run here (trust_remote_code): use a plain Qwen3"
 
@@ -48,6 +49,7 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
         *length_problems(conf, shape),
         *page_problems(conf),
         *reward_problems(conf),
+        *(vllm_problems(conf, shape) if conf.engine == "vllm" else []),
         *(training_problems(conf) if training else []),
         *model_problems(conf, shape),
     ]
@@ -206,11 +208,12 @@ def page_problems(conf: Conf) -> list[str]:
     """A page size that the CUDA kernel refuses; a KV cache too small for one whole sequence."""
     on_cuda, found = resolve_device(conf) == "cuda", []
     page, tokens = conf.generator.page_size, conf.generator.kv_tokens
-    if on_cuda and page % CUDA_PAGE:
+    ours = conf.engine == "native" or conf.vllm.model == "titan"
+    if on_cuda and ours and page % CUDA_PAGE:
         wrong = f"the CUDA attention kernel wants a multiple of {CUDA_PAGE}"
         remedy = f"use {-(-page // CUDA_PAGE) * CUDA_PAGE}, or 0 for the default"
         found.append(problem("generator.page_size", page, wrong, remedy))
-    page = max(page, 0) or (CUDA_PAGE if on_cuda else CPU_PAGE)
+    page = max(page, 0) or default_page(conf, resolve_device(conf))
     needed = -(-conf.model.max_length // page) * page
     if tokens > 0 and tokens // page * page < needed:
         wrong = (
@@ -234,10 +237,8 @@ def run_dir_problems(conf: Conf) -> list[str]:
     holds = [name for name in ("config.yaml", "metrics.jsonl") if (path / name).exists()]
     if not holds:
         return []
-    wrong = f"already holds a run ({', '.join(holds)})"
-    return [
-        problem("run_dir", conf.run_dir, wrong, "name another directory, or move that run away")
-    ]
+    remedy = "name another directory, or move that run away"
+    return [problem("run_dir", conf.run_dir, f"already holds a run ({', '.join(holds)})", remedy)]
 
 
 def link_problems(name: str, path: Path) -> list[str]:

@@ -117,6 +117,13 @@ class RewardConf:
 
 
 @dataclass
+class VllmConf:
+    model: Literal["titan", "native"] = key(
+        "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
+    )
+
+
+@dataclass
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
         None, "compare weight digests after a sync; unset: every on CPU, first on CUDA"
@@ -188,7 +195,7 @@ class Conf:
     stall_seconds: int = key(
         900, "no rank gets on for this long: the run shows all stacks and ends [s]; 0: never", ge=0
     )
-    engine: Literal["native"] = key("native", "what generates")
+    engine: Literal["native", "vllm"] = key("native", "what generates: ours, or vLLM")
     task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
     num_prompts: int = key(64, "prompts a step", ge=1)
@@ -228,6 +235,7 @@ class Conf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     reward: RewardConf = field(default_factory=RewardConf)
+    vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
     generate: GenerateConf = field(default_factory=GenerateConf)

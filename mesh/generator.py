@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.conf import Conf
+from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.cache import num_pages
-from mesh.engine.native import EngineSettings, NativeEngine
+from mesh.engine.native import NativeEngine
+from mesh.engine.vllm_checks import default_page
 from mesh.exchange import replica_of
 from mesh.layout import Meshes, dp_rank
-from mesh.model.layouts import role_layouts
+from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.qwen3 import build_model
 from mesh.reshard import ParamLayout
 from mesh.tasks import Task
 from mesh.tasks.scorer import Scorer
 from mesh.tokenizer import Tokenizer
 from mesh.types import (
-    CPU_PAGE,
-    CUDA_PAGE,
     Completion,
     ModelShape,
     Prompt,
@@ -57,15 +58,19 @@ class Generator:
         self.layouts: list[ParamLayout] = role_layouts(
             shape, conf.model.max_length, mesh.mesh, fsdp=False
         )
+        # vLLM's own model has its own buffers, and fused weights that nothing can stand in for
+        self.own_model = conf.engine != "vllm" or conf.vllm.model == "titan"
+        if not self.own_model:
+            names = weight_names(shape)
+            self.layouts = [layout for layout in self.layouts if layout.name in names]
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
         self.speaks = meshes.on_generator and mesh.get_local_rank("tp") == 0
         self.scorer = Scorer(conf)
-        self.engine: NativeEngine | None = None
+        self.engine: Engine | None = None
         self.group: dist.ProcessGroup | None = None
         if meshes.on_generator:
-            model = build_model(shape, conf.model.max_length, device, dtype, mesh)
             self.group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
-            self.engine = NativeEngine(model, shape, engine_settings(conf, device), self.group)
+            self.engine = build_engine(conf, shape, mesh, device, dtype)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's live local tensors; empty off the generator."""
@@ -168,10 +173,30 @@ class Generator:
         return [p for p in prompts if replica_of(p.prompt_id, self.replicas) == self.replica]
 
 
+def build_engine(
+    conf: Conf,
+    shape: ModelShape,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Engine:
+    """The engine that `conf` names, on this rank of the generator's mesh. Collective of its tp."""
+    settings, group = engine_settings(conf, device), mesh.get_group("tp")
+    model = None
+    if conf.engine == "native" or conf.vllm.model == "titan":
+        model = build_model(shape, conf.model.max_length, device, dtype, mesh)
+    if conf.engine == "native":
+        assert model is not None
+        return NativeEngine(model, shape, settings, group if group.size() > 1 else None)
+    from mesh.engine.vllm import VllmEngine  # takes seconds, and is not everywhere
+
+    return VllmEngine(model, shape, settings, group, device, dtype, conf.timeout_seconds)
+
+
 def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
     """The engine's sizes, with what the configuration leaves open filled in."""
     generator = conf.generator
-    page_size = generator.page_size or (CUDA_PAGE if device.type == "cuda" else CPU_PAGE)
+    page_size = generator.page_size or default_page(conf, device.type)
     full_response = num_pages(generator.max_new_tokens + page_size, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
     return EngineSettings(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mesh.checks import check_start, prompt_problems, readable_json
 from mesh.cli import load_conf
 from mesh.conf import Conf, resolve_path
+from mesh.connect import connect
 from mesh.evaluate import held_out_prompts
 from mesh.exchange import Exchange
 from mesh.generator import Generator
@@ -35,7 +36,7 @@ from mesh.tasks.scorer import checked_task
 from mesh.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
 from mesh.trainer import Start, Trainer
 from mesh.types import ModelShape, Prompt
-from mesh.weights import Verify, WeightBridge
+from mesh.weights import WeightBridge
 from mesh.weights import weights_digest as digest_of
 
 T = TypeVar("T")
@@ -197,32 +198,6 @@ def assemble(
     exchange = Exchange(layout, conf.group_size, timeout)
     bridge = connect(conf, process, trainer, generator, dtype)
     return Program(meshes, parts, trainer, generator, exchange, bridge)
-
-
-def connect(
-    conf: Conf, process: Process, trainer: Trainer, generator: Generator, dtype: torch.dtype
-) -> WeightBridge:
-    """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
-    storage instead of its own.
-    """
-    default: Verify = "first" if resolve_device(conf) == "cuda" else "every"
-    assert dist.group.WORLD is not None, "the process group is not there"
-    bridge = WeightBridge(
-        trainer.weights(),
-        generator.weights(),
-        trainer.layouts,
-        generator.layouts,
-        dtype=dtype,
-        group=dist.group.WORLD,
-        cpu_group=process.cpu_group,
-        verify=conf.sync.verify or default,
-        bucket_bytes=conf.sync.bucket_mb << 20,
-        device=process.device,
-    )
-    if bridge.aliased:
-        generator.bind(bridge.aliases())
-        bridge.bind(generator.weights())
-    return bridge
 
 
 def sync(program: Program) -> float:

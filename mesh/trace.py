@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mesh.batch import Leaf, pack
+from mesh.engine.base import Engine
 from mesh.engine.batches import Row
-from mesh.engine.native import NativeEngine
 from mesh.model.tracer import LOGPROBS, Rows, Tracer
 from mesh.trainer import Trainer
 from mesh.types import Request, Rollout, Sampling
@@ -55,7 +55,7 @@ class Difference:
 
 
 def trace_generation(
-    engine: NativeEngine, requests: Sequence[Request], sampling: Sampling, key: Key
+    engine: Engine, requests: Sequence[Request], sampling: Sampling, key: Key
 ) -> Trace:
     """Generate again and keep what belongs to one sample. All tp ranks of the engine call it.
 

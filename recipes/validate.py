@@ -13,8 +13,9 @@ kernels: what differs then shows that the comparisons can see.
     L1  a sequence alone or among any others, chunked, cached, preempted, packed: the same logprobs
     L2  trainer logprobs == generator logprobs, in steps of the real loop and at other temperatures
     L3  L2 in every layout of this world, with the same tokens and logprobs in all of them
+    L6  with engine=vllm: the native engine's tokens and logprobs, with weights that were trained
 
-Left out: L4 and above (whole runs on other meshes, resuming, vLLM), gradients compared between
+Left out: L4 and L5 (whole runs on other meshes, resuming), gradients compared between
 layouts, contexts beyond 1,024 prompt tokens, and more than one draw of the weights and prompts.
 """
 
@@ -31,6 +32,7 @@ from mesh.invariant.switch import batch_invariant
 from mesh.ladder.batch import Walk, mixed_requests, sampling_of
 from mesh.ladder.bits import Rollouts
 from mesh.ladder.crossing import layout_checks, reference_of
+from mesh.ladder.engines import engine_checks
 from mesh.ladder.generator import generator_checks
 from mesh.ladder.layouts import built
 from mesh.ladder.loop import loop_checks, mixed_check, twice_checks
@@ -81,6 +83,7 @@ def in_own_layout(walk: Walk) -> Generator[Check, None, Rollouts]:
         yield from trainer_checks(walk, program.trainer, reference, sampling.temperature)
         yield mixed_check(walk, program, reference, sampling)
         yield from loop_checks(walk, program)
+        yield from engine_checks(walk, program.generator.engine, sampling)
     yield engines
     return reference
 

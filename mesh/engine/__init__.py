@@ -11,5 +11,6 @@
   cached under another version is unusable.
 - `bind(tensors)`: take these tensors, of the same names, shapes and dtypes, in place of its own:
   the trainer's storage, where layouts match.
+- `with_settings(settings)`: another engine of the same weights, with other sizes.
 - `close()`: let go of what keeps process groups alive.
 """

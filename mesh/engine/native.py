@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
+from mesh.engine.base import EngineSettings
 from mesh.engine.batches import (
     KEY,
     Row,
@@ -25,27 +24,14 @@ from mesh.engine.batches import (
     spans_of,
 )
 from mesh.engine.cache import PagePool, Sequence, allocate, copy_slots, num_pages
+from mesh.engine.choice import check_requests, choose, tile_logits
 from mesh.engine.graphs import DecodeGraphs
-from mesh.engine.sampler import draw
 from mesh.engine.scheduler import Admission, Scheduler
-from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
+from mesh.model.logprobs import shard_of
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
 from mesh.pulse import beat
 from mesh.types import Completion, ModelShape, Request, Sampling
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass."""
-
-    max_length: int
-    max_sequences: int
-    kv_tokens: int
-    page_size: int
-    prefill_tokens: int
-    prefix_cache: bool
-    cuda_graphs: bool
 
 
 class NativeEngine:
@@ -100,6 +86,12 @@ class NativeEngine:
         for pages in (*self.cache.keys, *self.cache.values):
             pages.zero_()
 
+    def with_settings(self, settings: EngineSettings) -> NativeEngine:
+        """Another engine of the same weights, of the same version."""
+        other = NativeEngine(self.model, self.shape, settings, self.group)
+        other.reset(self.version)
+        return other
+
     def close(self) -> None:
         """Free the captured graphs: those with collectives in them keep NCCL from shutting down."""
         self.graphs = None
@@ -129,21 +121,8 @@ class NativeEngine:
         return [_completion(s) for s in sorted(done, key=lambda s: (s.prompt_id, s.sample_id))]
 
     def _check(self, requests: Seq[Request], sampling: Sampling) -> None:
-        if self.version < 0:
-            raise ValueError("the engine has no weights yet; sync the weight bridge first")
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
-        if len({request.prompt_id for request in requests}) < len(requests):
-            raise ValueError("two requests have the same prompt_id; give each its own")
-        for request in requests:
-            longest = len(request.tokens) + sampling.max_new_tokens
-            limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
-            if not request.tokens or longest > limit:
-                raise ValueError(
-                    f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
-                    f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
-                    "has at least one token; raise model.max_length or generator.kv_tokens"
-                )
+        limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
+        check_requests(requests, sampling, self.version, limit)
 
     def _prefill(self, admission: Admission) -> None:
         """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
@@ -165,7 +144,8 @@ class NativeEngine:
             hidden_SD = run(rows_SX)
         else:
             hidden_SD = self.model.hidden(*decode_inputs(rows_SX, self.cache))
-        tokens_S, logprobs_S = self._choose(hidden_SD, rows_SX[:, KEY], sampling)
+        logits_SV = tile_logits(hidden_SD, local(self.model.lm_head.weight), self.group)
+        tokens_S, logprobs_S = choose(logits_SV, rows_SX[:, KEY], sampling, self.group)
         # one transfer for both: float64 holds token ids and fp32 logprobs exactly
         tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
@@ -175,21 +155,6 @@ class NativeEngine:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) == sampling.max_new_tokens:
                 sequence.finish_reason = "length"
-
-    def _choose(
-        self, hidden_SD: torch.Tensor, keys_S: torch.Tensor, sampling: Sampling
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles."""
-        weight = local(self.model.lm_head.weight)
-        shard, num_shards = shard_of(self.group)
-        temperature = sampling.temperature or 1.0
-        tiles = vocab_tiles(weight.shape[0] * num_shards, num_shards)
-        logits_SV = torch.cat([F.linear(hidden_SD, weight[slice(*tile)]) for tile in tiles], -1)
-        tokens_S = draw(logits_SV, keys_S, sampling, self.group, temperature)
-        pieces = [([0, *(last for _, last in tiles)], logits_SV)]
-        targets_S = tokens_S - shard * weight.shape[0]
-        scores = score_tiles(pieces, targets_S, temperature, self.group, with_entropy=False)
-        return tokens_S, scores[0]
 
 
 def _completion(sequence: Sequence) -> Completion:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 from mesh.conf import Conf
-from mesh.engine.native import NativeEngine
+from mesh.engine.base import Engine
 from mesh.generator import Generator
 from mesh.ladder.bits import Key
 from mesh.process import Process
@@ -74,9 +74,7 @@ def part_of(requests: Sequence[Request], size: int) -> list[Request]:
     raise AssertionError(f"{size} sequences too many were asked for")
 
 
-def generate(
-    engine: NativeEngine, requests: Sequence[Request], sampling: Sampling
-) -> dict[Key, Rollout]:
+def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> dict[Key, Rollout]:
     """What the engine makes of the requests, without rewards."""
     prompts = {request.prompt_id: request.tokens for request in requests}
     return {

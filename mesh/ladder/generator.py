@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.cache import num_pages
-from mesh.engine.native import EngineSettings, NativeEngine
 from mesh.generator import engine_settings
 from mesh.ladder.batch import Walk, generate, part_of
 from mesh.ladder.bits import Key, Rollouts, Tally, compare_rollouts
@@ -25,6 +25,7 @@ SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129, 257)
 FEW = 33  # sequences of the ways that run only few of them at a time
 PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
 MOST = 64  # sequences at a time: the next one joins when one has ended
+NOT_PREEMPTED = "every response fits the pages of its prompt"
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,12 @@ class Way:
 
 
 @contextmanager
-def engine_with(engine: NativeEngine, settings: dict[str, Any]) -> Iterator[NativeEngine]:
+def engine_with(engine: Engine, settings: dict[str, Any]) -> Iterator[Engine]:
     """An engine of the same weights with other settings, for a block; the same one without any."""
     if not settings:
         yield engine
         return
-    changed = replace(engine.settings, **settings)
-    other = NativeEngine(engine.model, engine.shape, changed, engine.group)
-    other.reset(engine.version)
+    other = engine.with_settings(replace(engine.settings, **settings))
     yield other
     other.close()
 
@@ -67,7 +66,7 @@ def ways(
         f"generator, {most} sequences at a time": [Way(whole, {"max_sequences": most})],
         f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
         "generator, sequences preempted": [
-            Way(few, {"kv_tokens": _tight(settings, few), "prefix_cache": False})
+            Way(few, {"kv_tokens": tight(settings, few), "prefix_cache": False})
         ],
     }
     if on_cuda:
@@ -88,16 +87,14 @@ def _other(on: bool) -> str:
     return "off" if on else "on"
 
 
-def _tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
+def tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
     """A KV cache for all these prompts and none of their responses, or for one whole sequence."""
     page = settings.page_size
     prompts = sum(r.num_samples * num_pages(len(r.tokens), page) for r in requests)
     return max(prompts, num_pages(settings.max_length, page)) * page
 
 
-def generator_checks(
-    walk: Walk, engine: NativeEngine | None, sampling: Sampling
-) -> Iterator[Check]:
+def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iterator[Check]:
     """The rows of L1 on the generator. Collective; `engine` None off it."""
     device = walk.process.device
     settings, whole = engine_settings(walk.conf, device), Way(walk.requests)
@@ -110,12 +107,12 @@ def generator_checks(
             tally += settle(walk, found, *sides, seek=tally.first is None)
             preempted += sum(walk.process.gather(count))
         idle = "kv_tokens" in some[0].settings and not preempted and tally.passed
-        reason = "every response fits the pages of its prompt" if idle else None
+        reason = NOT_PREEMPTED if idle else None
         yield Check("L1", what, tally, reason)
 
 
 def compare_way(
-    engine: NativeEngine | None, way: Way, sampling: Sampling, base: Rollouts
+    engine: Engine | None, way: Way, sampling: Sampling, base: Rollouts
 ) -> tuple[Tally, int]:
     """This engine's tally of one way against the whole batch, and how often it preempted."""
     if engine is None:
@@ -126,7 +123,7 @@ def compare_way(
         return compare_rollouts(found, base), other.preemptions - before
 
 
-def tracer(engine: NativeEngine | None, way: Way, sampling: Sampling) -> Tracer:
+def tracer(engine: Engine | None, way: Way, sampling: Sampling) -> Tracer:
     """Generates one way again and traces a sequence of it, where this engine has it."""
 
     def trace(key: Key) -> Trace:

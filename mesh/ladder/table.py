@@ -16,7 +16,7 @@ from mesh.process import Process
 from mesh.program import dtype_of
 from mesh.run import describe_environment, describe_rank
 
-RUNGS = ("L0", "L1", "L2", "L3")
+RUNGS = ("L0", "L1", "L2", "L3", "L6")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""The weight bridge between the two roles, and the storage that they may share."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from mesh.conf import Conf
+from mesh.generator import Generator
+from mesh.layout import resolve_device
+from mesh.process import Process
+from mesh.trainer import Trainer
+from mesh.weights import Verify, WeightBridge
+
+
+def connect(
+    conf: Conf, process: Process, trainer: Trainer, generator: Generator, dtype: torch.dtype
+) -> WeightBridge:
+    """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
+    storage instead of its own.
+    """
+    default: Verify = "first" if resolve_device(conf) == "cuda" else "every"
+    assert dist.group.WORLD is not None, "the process group is not there"
+    names = {layout.name for layout in generator.layouts}
+    bridge = WeightBridge(
+        {name: tensor for name, tensor in trainer.weights().items() if name in names},
+        generator.weights(),
+        [layout for layout in trainer.layouts if layout.name in names],
+        generator.layouts,
+        dtype=dtype,
+        group=dist.group.WORLD,
+        cpu_group=process.cpu_group,
+        verify=conf.sync.verify or default,
+        bucket_bytes=conf.sync.bucket_mb << 20,
+        device=process.device,
+        allow_alias=generator.own_model,
+    )
+    if bridge.aliased:
+        generator.bind(bridge.aliases())
+        bridge.bind(generator.weights())
+    return bridge

@@ -1,0 +1,62 @@
+"""The next token of every sequence and its logprob, from hidden states: one function for all
+engines, over the trainer's own vocabulary tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from mesh.engine.sampler import draw
+from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
+from mesh.types import Request, Sampling
+
+
+def tile_logits(
+    hidden_SD: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Logits [S, V / shards] of this rank's vocabulary shard, each tile a product of its own."""
+    _, num_shards = shard_of(group)
+    tiles = vocab_tiles(weight.shape[0] * num_shards, num_shards)
+    return torch.cat([F.linear(hidden_SD, weight[slice(*tile)]) for tile in tiles], -1)
+
+
+def choose(
+    logits_SV: torch.Tensor,
+    keys_S: torch.Tensor,
+    sampling: Sampling,
+    group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles.
+
+    logits_SV: this rank's vocabulary shard of logits; keys_S: `sampler.token_keys`.
+    """
+    shard, num_shards = shard_of(group)
+    temperature = sampling.temperature or 1.0
+    tiles = vocab_tiles(logits_SV.shape[-1] * num_shards, num_shards)
+    tokens_S = draw(logits_SV, keys_S, sampling, group, temperature)
+    pieces = [([0, *(last for _, last in tiles)], logits_SV)]
+    targets_S = tokens_S - shard * logits_SV.shape[-1]
+    scores = score_tiles(pieces, targets_S, temperature, group, with_entropy=False)
+    return tokens_S, scores[0]
+
+
+def check_requests(requests: Seq[Request], sampling: Sampling, version: int, limit: int) -> None:
+    """Raises ValueError for what no engine answers; `limit`: tokens that one sequence may have."""
+    if version < 0:
+        raise ValueError("the engine has no weights yet; sync the weight bridge first")
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
+    if len({request.prompt_id for request in requests}) < len(requests):
+        raise ValueError("two requests have the same prompt_id; give each its own")
+    for request in requests:
+        longest = len(request.tokens) + sampling.max_new_tokens
+        if not request.tokens or longest > limit:
+            raise ValueError(
+                f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
+                f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
+                "has at least one token; raise model.max_length or generator.kv_tokens"
+            )

@@ -1,0 +1,196 @@
+"""The door to vLLM: an engine with the native engine's verbs, in this process.
+
+Every tp rank of a replica has a scheduler of its own, and all decide alike. vLLM batches, pages and
+caches; the model (`titan`: the trainer's own; `native`: vLLM's) is in `vllm_parts/`, and tokens are
+drawn and scored by our functions in both cases. vLLM's own logprobs, its LLM class, tokenizer and
+output processing are left out. One runner, vLLM's first, serves CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mesh.engine.base import EngineSettings
+from mesh.engine.batches import Row
+from mesh.engine.cache import num_pages
+from mesh.engine.choice import check_requests
+from mesh.engine.vllm_parts.fused import unfused
+from mesh.engine.vllm_parts.requests import completion_of, core_requests, key_of
+from mesh.engine.vllm_parts.sampler import CounterSampler
+from mesh.engine.vllm_parts.start import start_core, stop_core
+from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel, blueprint
+from mesh.model.attention import AttentionContext
+from mesh.model.hf import config_entries
+from mesh.model.layouts import weight_names
+from mesh.model.parallel import adopt, local
+from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.pulse import beat
+from mesh.types import Completion, ModelShape, Request, Sampling
+
+
+class VllmEngine:
+    """Owns vLLM's engine core of one generator replica. All its tp ranks make the same calls.
+
+    model: the policy of this rank (vllm.model=titan), or None for vLLM's own (native), of `dtype`
+    on `device`; group: the replica's tp ranks, also where there is one.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3 | None,
+        shape: ModelShape,
+        settings: EngineSettings,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        timeout_seconds: int = 1800,
+    ) -> None:
+        self.shape, self.settings = shape, settings
+        self._start = (group, device, dtype, timeout_seconds)
+        self.group = group if group.size() > 1 else None
+        self.policy = None if model is None else model.eval().requires_grad_(False)
+        self.version = -1
+        self.preemptions = 0
+        self.observer: Callable[[list[Row]], None] | None = None
+        token = None if model is None else blueprint.set((model, shape, self.group))
+        options = engine_options(settings, shape, group.size(), device, dtype, model is not None)
+        options["distributed_timeout_seconds"] = timeout_seconds
+        entries = model_entries(shape, ARCHITECTURE if model is not None else None)
+        try:
+            self.core = start_core(entries, options, group, device.index or 0)
+        finally:
+            if token is not None:
+                blueprint.reset(token)
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.sampler = CounterSampler(self.runner, self.group if model is not None else None)
+        self.runner.sampler = self.sampler
+
+    @property
+    def model(self) -> Qwen3:
+        """The policy, for those who look into it; an assertion where it is vLLM's own."""
+        assert self.policy is not None, "vLLM's own Qwen3 has none of our modules"
+        return self.policy
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Live local shards by torchtitan's names, tied weights under each; of our own model with
+        the buffers.
+        """
+        if self.policy is None:
+            tp = 1 if self.group is None else self.group.size()
+            return unfused(self.runner.get_model(), self.shape, weight_names(self.shape), tp)
+        return {name: local(tensor.detach()) for name, tensor in self._named().items()}
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {**named_weights(self.model), **dict(self.model.named_buffers())}
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these local tensors, of the same shapes and dtypes, in place of the engine's own."""
+        for name, mine in self._named().items():
+            adopt(self.model, name, mine, tensors[name])
+
+    def reset(self, version: int) -> None:
+        """Weights of `version` are in place. Nothing that was cached before is served again: the
+        prefix cache is dropped, and its keys carry the version besides.
+        """
+        self.version = version
+        if not self.core.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: it still runs requests")
+        for cache in self.runner.kv_caches:
+            cache.zero_()
+
+    def with_settings(self, settings: EngineSettings) -> VllmEngine:
+        """Another engine of the same weights, of the same version; of our own model only."""
+        other = VllmEngine(self.model, self.shape, settings, *self._start)
+        other.reset(self.version)
+        return other
+
+    def close(self) -> None:
+        """Give back what vLLM holds; the program's process groups stay."""
+        stop_core(self.core)
+
+    @torch.no_grad()
+    def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+        """Complete every sample of every request; see the contract in `mesh.engine`."""
+        limit = min(self.settings.max_length, self._pages() * self.settings.page_size)
+        check_requests(requests, sampling, self.version, limit)
+        asked = [
+            one
+            for request in requests
+            for one in core_requests(self.core, request, sampling, self.version)
+        ]
+        self.sampler.start(sampling)
+        self._observe()
+        for request in asked:
+            self.core.add_request(request)
+        while self.core.scheduler.has_requests() or self.core.batch_queue:
+            beat()
+            self.core.step_fn()
+        drawn = self.sampler.results()
+        self.preemptions += sum(request.num_preemptions for request in asked)
+        completions = [completion_of(r, *drawn[r.request_id]) for r in asked]
+        return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))
+
+    def _pages(self) -> int:
+        return num_pages(self.settings.kv_tokens, self.settings.page_size)
+
+    def _observe(self) -> None:
+        """Tell the observer the rows of every forward pass of our own model."""
+        model = self.runner.get_model()
+        if isinstance(model, TitanModel):
+            model.observer = self._tell if self.observer is not None else None
+
+    def _tell(self, context: AttentionContext, positions_T: torch.Tensor) -> None:
+        assert self.observer is not None
+        batch, rows = self.runner.input_batch, []
+        sizes = context.cu_seqlens.diff()[: batch.num_reqs].tolist()
+        places = iter(positions_T.tolist())
+        for name, size, prompt in zip(
+            batch.req_ids, sizes, batch.num_prompt_tokens.tolist(), strict=False
+        ):
+            prompt_id, sample_id = key_of(name)
+            # pages of a prompt, but for the last token, may serve all its samples
+            rows += [
+                (prompt_id, sample_id if p >= prompt - 1 else None, p)
+                for p in (next(places) for _ in range(size))
+            ]
+        self.observer(rows)
+
+
+def model_entries(shape: ModelShape, architecture: str | None) -> dict[str, Any]:
+    """The config.json that vLLM reads, of the architecture that it is to build; None: its own."""
+    entries: dict[str, Any] = config_entries(shape, ())
+    del entries["eos_token_id"]
+    return entries if architecture is None else entries | {"architectures": [architecture]}
+
+
+def engine_options(
+    settings: EngineSettings,
+    shape: ModelShape,
+    tp: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ours: bool,
+) -> dict[str, Any]:
+    """vLLM's arguments for these sizes. Block 0 is vLLM's own and holds no sequence."""
+    blocks = 1 + num_pages(settings.kv_tokens, settings.page_size)
+    token = 2 * shape.num_layers * (shape.num_kv_heads // tp) * shape.head_dim * dtype.itemsize
+    graphs = settings.cuda_graphs and device.type == "cuda"
+    compiled = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} if ours and graphs else {}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": settings.max_length,
+        # vLLM counts the tokens of decode steps as well
+        "max_num_seqs": min(settings.max_sequences, settings.prefill_tokens),
+        "max_num_batched_tokens": settings.prefill_tokens,
+        "block_size": settings.page_size,
+        "num_gpu_blocks_override": blocks,
+        "kv_cache_memory_bytes": blocks * settings.page_size * token,
+        "enable_prefix_caching": settings.prefix_cache,
+        "enforce_eager": not graphs,
+        "compilation_config": compiled,
+    }

@@ -1,0 +1,54 @@
+"""Our requests as vLLM's, and what vLLM made of them as completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request as CoreRequest
+
+from mesh.types import Completion, FinishReason, Request, Sampling
+
+Key = tuple[int, int]
+"""(prompt_id, sample_id)"""
+
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+def key_of(name: str) -> Key:
+    """The sequence that a vLLM request of this name generates."""
+    prompt_id, sample_id = name.split("/")
+    return int(prompt_id), int(sample_id)
+
+
+def core_requests(
+    core: EngineCore, request: Request, sampling: Sampling, version: int
+) -> list[CoreRequest]:
+    """One vLLM request for each sample. Cached pages are found under the weights' version only."""
+    return [
+        CoreRequest(
+            f"{request.prompt_id}/{sample}",
+            list(request.tokens),
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(sampling.stop_tokens),
+                ignore_eos=True,
+                detokenize=False,
+            ),
+            None,
+            cache_salt=f"weights {version}",
+            block_hasher=core.request_block_hasher,
+        )
+        for sample in range(request.num_samples)
+    ]
+
+
+def completion_of(request: Any, tokens: list[int], logprobs: list[float]) -> Completion:
+    """A finished request with what our sampler drew for it."""
+    assert tokens == list(request.output_token_ids), (
+        f"{request.request_id}: vLLM has other tokens than were drawn"
+    )
+    reason = str(request.get_finished_reason())
+    assert reason in REASONS, f"{request.request_id}: vLLM ended it with {reason}"
+    return Completion(*key_of(request.request_id), tuple(tokens), tuple(logprobs), REASONS[reason])

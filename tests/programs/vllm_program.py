@@ -1,0 +1,96 @@
+"""Four gloo ranks that train with the native engine and with vLLM, in one layout after another.
+
+`DIR/RANK.json` gets, by engine and layout, what this rank saw of three steps of the recipe. Then
+vLLM's own model with ordinary kernels; and at the end an engine fails on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mesh.conf import Conf
+from mesh.invariant.switch import batch_invariant
+from mesh.ladder.layouts import built
+from mesh.phases import Phases
+from mesh.process import Process, start
+from mesh.program import Parts, Program, check, read_command
+from recipes.grpo import train_step
+
+STEPS = 3
+FAILURE = "the KV cache is on fire"
+LAYOUTS = {
+    "split_2_2_tp": ("split", 1, 2),
+    "split_2_2_dp": ("split", 2, 1),
+    "colocated_tp": ("colocated", 2, 2),
+    "colocated_dp": ("colocated", 4, 1),
+}
+"""(mode, generator.dp, generator.tp)"""
+
+
+def laid_out(conf: Conf, engine: str, layout: str) -> Conf:
+    conf = deepcopy(conf)
+    conf.engine = engine
+    conf.mesh.mode, conf.generator.dp, conf.generator.tp = LAYOUTS[layout]
+    return conf
+
+
+def steps(conf: Conf, process: Process, parts: Parts) -> dict[str, Any]:
+    with built(conf, process, parts) as program:
+        generated: list[dict[str, Any]] = []
+        if program.generator.engine is not None:
+            engine, generate = program.generator.engine, program.generator.engine.generate
+
+            def watched(*args):
+                completions = generate(*args)
+                generated.extend(vars(completion) for completion in completions)
+                return completions
+
+            engine.generate = watched
+        metrics = [
+            train_step(conf, program, process, Phases(process.device), n)[0] for n in range(STEPS)
+        ]
+        return {"generated": generated, "metrics": metrics, "name": name_of(program)}
+
+
+def name_of(program: Program) -> str:
+    return type(program.generator.engine).__name__
+
+
+def main(directory: Path, words: list[str]) -> None:
+    _, conf = read_command(words)
+    found: dict[str, Any] = {}
+    with ExitStack() as switch:
+        switch.enter_context(batch_invariant(True, "cpu", conf.invariant.chunks))
+        with start("cpu", conf.timeout_seconds) as process:
+            parts = check(conf, process.world_size, held_out=False)
+            for layout in LAYOUTS:
+                for engine in ("native", "vllm"):
+                    found[f"{engine} {layout}"] = steps(
+                        laid_out(conf, engine, layout), process, parts
+                    )
+            switch.close()
+            plain = laid_out(conf, "vllm", "split_2_2_tp")
+            plain.batch_invariant, plain.vllm.model = False, "native"
+            found["own"] = steps(plain, process, parts)
+            (directory / f"{process.rank}.json").write_text(json.dumps(found))
+            with built(laid_out(conf, "vllm", "colocated_tp"), process, parts) as program:
+                if process.rank == 2:
+                    program.generator.engine.core.step_fn = fail
+                steps_of(conf, program, process)
+
+
+def fail():
+    raise RuntimeError(FAILURE)
+
+
+def steps_of(conf: Conf, program: Program, process: Process) -> None:
+    train_step(conf, program, process, Phases(process.device), 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

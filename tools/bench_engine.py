@@ -1,0 +1,144 @@
+"""Engines side by side: tokens per second, and seconds from the start to the first token.
+
+    python tools/bench_engine.py [conf=NAME] [batches=32] [prompt=16] [new=64] [repeats=5] ...
+
+Every engine is a process of its own (`tools/engine_worker.py`, `tools/plain_vllm.py`); they take
+turns, so that whatever else the machine does disturbs all alike. Without a GPU: the tiny model, and
+CPU time of the process, which others do not lengthen. With one: the shape of Qwen3-0.6B, 256 and 8
+prompts of 128 tokens, 256 new tokens each. Weights are random, and no response ends early. Other
+words are keys. Ratios are over the rate of plain vLLM. Exit status 1 if a target is missed.
+Left out: several GPUs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mesh.run import cpu_model
+
+KINDS = {
+    "native": ["engine=native"],
+    "native exact": ["engine=native", "batch_invariant=true"],
+    "vllm titan": ["engine=vllm"],
+    "vllm titan exact": ["engine=vllm", "batch_invariant=true"],
+    "vllm native": ["engine=vllm", "vllm.model=native"],
+    "plain vLLM": [],
+}
+PLAIN = "plain vLLM"
+ON_CPU = {"conf": "qwen3_tiny", "batches": "32", "prompt": "16", "new": "64", "repeats": "5"}
+ON_GPU = {"conf": "qwen3", "batches": "256,8", "prompt": "128", "new": "256", "repeats": "5"}
+LEAST_ON_CPU = 5000
+LEAST_RATIOS = {"vllm native": 0.95, "vllm titan": 0.85}
+EXACT_AT_MOST, START_AT_MOST = 1.15, 1.10
+TOOLS = Path(__file__).parent
+
+
+@dataclass
+class Worker:
+    """An engine's process; `start`: seconds to its first token."""
+
+    process: subprocess.Popen[str]
+    start: float
+
+    def ask(self, batch: int) -> float:
+        """Tokens per second of one batch."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        print(batch, file=stdin, flush=True)
+        return float(answer(self.process))
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    """The next line of the worker that is for us."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("bench: "):
+            return line.removeprefix("bench: ").strip()
+    raise SystemExit(f"{process.args!r} ended with status {process.wait()}")
+
+
+def start_worker(kind: str, options: dict[str, str], words: list[str]) -> Worker:
+    """Start one engine and wait for its first token."""
+    most = max(int(batch) for batch in options["batches"].split(","))
+    length = int(options["prompt"]) + int(options["new"])
+    sizes = [f"conf={options['conf']}", "model.path=null", "model.init=random",
+             f"model.max_length={length}", f"generator.max_new_tokens={options['new']}",
+             f"generator.max_sequences={most}", "generator.prefix_cache=false"]  # fmt: skip
+    program = "plain_vllm.py" if kind == PLAIN else "engine_worker.py"
+    command = [sys.executable, str(TOOLS / program), options["prompt"], *sizes, *words]
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *KINDS[kind]], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    first = answer(process)
+    assert first == "ready", first
+    return Worker(process, time.perf_counter() - began)
+
+
+def main(argv: list[str]) -> int:
+    on_gpu = torch.cuda.is_available()
+    options = dict(ON_GPU if on_gpu else ON_CPU)
+    given = dict(word.split("=", 1) for word in argv if word.partition("=")[0] in options)
+    options |= given
+    words = [word for word in argv if word.partition("=")[0] not in options]
+    kinds = list(KINDS)
+    print(torch.cuda.get_device_name() if on_gpu else f"{cpu_model()}, CPU time", flush=True)
+    workers = {kind: start_worker(kind, options, words) for kind in kinds}
+    missed = []
+    for batch in map(int, options["batches"].split(",")):
+        rates = measure(workers, batch, int(options["repeats"]))
+        show(workers, batch, options, rates)
+        missed += misses(rates, workers, on_gpu)
+    for worker in workers.values():
+        assert worker.process.stdin is not None
+        worker.process.stdin.close()
+        worker.process.wait(60)
+    for text in missed:
+        print(f"missed: {text}")
+    return 1 if missed else 0
+
+
+def measure(workers: dict[str, Worker], batch: int, repeats: int) -> dict[str, float]:
+    """The median rate of each engine over turns of all; a first turn is not counted."""
+    turns = [{kind: w.ask(batch) for kind, w in workers.items()} for _ in range(repeats + 1)]
+    return {kind: median(turn[kind] for turn in turns[1:]) for kind in workers}
+
+
+def show(
+    workers: dict[str, Worker], batch: int, options: dict[str, str], rates: dict[str, float]
+) -> None:
+    print(f"\nbatch {batch}, {options['prompt']} + {options['new']} tokens")
+    print("| engine | tokens/s | over plain vLLM | start to first token [s] |")
+    print("| --- | --- | --- | --- |")
+    for kind, rate in rates.items():
+        ratio = rate / rates[PLAIN]
+        print(f"| {kind} | {rate:,.0f} | {ratio:.2f}x | {workers[kind].start:.1f} |", flush=True)
+
+
+def misses(rates: dict[str, float], workers: dict[str, Worker], on_gpu: bool) -> list[str]:
+    """Which targets were missed, each as a line of text."""
+    if not on_gpu:
+        slow = [kind for kind in ("vllm titan", "vllm native") if rates[kind] < LEAST_ON_CPU]
+        return [f"{kind}: {rates[kind]:,.0f} tokens/s, below {LEAST_ON_CPU:,}" for kind in slow]
+    found = [
+        f"{kind}: {rates[kind] / rates[PLAIN]:.2f} of plain vLLM's rate, below {least}"
+        for kind, least in LEAST_RATIOS.items()
+        if rates[kind] < least * rates[PLAIN]
+    ]
+    exact = rates["vllm titan"] / rates["vllm titan exact"]
+    if exact > EXACT_AT_MOST:
+        found.append(f"vllm titan exact: {exact:.2f}x slower, over {EXACT_AT_MOST}")
+    limit = START_AT_MOST * workers[PLAIN].start
+    late = [kind for kind, worker in workers.items() if worker.start > limit]
+    return found + [f"{kind}: first token after {workers[kind].start:.0f} s" for kind in late]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""One of our engines for `tools/bench_engine.py`: answers batch sizes on stdin with rates."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+
+from mesh.cli import load_conf
+from mesh.conf import Conf
+from mesh.engine.base import Engine
+from mesh.generator import build_engine
+from mesh.invariant.switch import batch_invariant
+from mesh.layout import build_meshes, plan_layout, resolve_device
+from mesh.model.layouts import weight_names
+from mesh.model.products import self_test_of
+from mesh.model.qwen3 import shape_of_flavor
+from mesh.process import Process, start
+from mesh.types import ModelShape, Request, Sampling
+
+
+def main(prompt_tokens: int, words: list[str]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    _, conf = load_conf(words)
+    with (
+        batch_invariant(conf.batch_invariant, resolve_device(conf), conf.invariant.chunks),
+        start(conf.device, conf.timeout_seconds) as process,
+    ):
+        shape = shape_of_flavor(conf.model.flavor)
+        engine = ready(conf, process, shape)
+        process.closers.append(engine.close)
+        seconds(engine, shape, prompt_tokens, 1, 1)
+        print("bench: ready", flush=True)
+        for line in sys.stdin:
+            batch, new = int(line), conf.generator.max_new_tokens
+            taken = seconds(engine, shape, prompt_tokens, batch, new)
+            print(f"bench: {batch * new / taken}", flush=True)
+
+
+@torch.no_grad()
+def ready(conf: Conf, process: Process, shape: ModelShape) -> Engine:
+    """An engine with random weights."""
+    dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
+    if conf.batch_invariant:
+        chunks = conf.invariant.chunks
+        process.say(self_test_of(shape, chunks, dtype, process.device, process.cpu_group))
+    meshes = build_meshes(plan_layout(conf, process.world_size), process.device.type)
+    engine = build_engine(conf, shape, meshes.generator_mesh, process.device, dtype)
+    names = weight_names(shape)
+    for name, weight in engine.weights().items():
+        if name in names:
+            weight.fill_(1) if weight.ndim == 1 else weight.normal_(0, 0.02)
+    engine.reset(0)
+    return engine
+
+
+def seconds(engine: Engine, shape: ModelShape, prompt: int, batch: int, new: int) -> float:
+    """To answer a batch: of the clock on a GPU, else of this process's CPU."""
+    tokens = torch.randint(shape.vocab_size, (batch, prompt)).tolist()
+    requests = [Request(i, tuple(row), 1) for i, row in enumerate(tokens)]
+    sampling = Sampling(temperature=1.0, max_new_tokens=new, seed=0, step=0)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    began = clock()
+    completions = engine.generate(requests, sampling)
+    assert sum(len(c.tokens) for c in completions) == batch * new
+    return clock() - began
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
