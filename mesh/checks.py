@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mesh.conf import Conf, resolve_path
+from mesh.directory import run_dir_problems
 from mesh.engine.vllm_checks import default_page, vllm_problems
 from mesh.keys import problem, range_problems, refuse
 from mesh.layout import layout_problems, resolve_device
@@ -223,29 +224,6 @@ def page_problems(conf: Conf) -> list[str]:
         remedy = f"use at least {needed}, or 0 for the default"
         found.append(problem("generator.kv_tokens", tokens, wrong, remedy))
     return found
-
-
-def run_dir_problems(conf: Conf) -> list[str]:
-    """A run directory that is a file, or already holds a run."""
-    if conf.run_dir is None:
-        return []
-    path = resolve_path(conf.run_dir)
-    if conf.resume is not None:
-        return link_problems(conf.resume, path)
-    if path.exists() and not path.is_dir():
-        return [problem("run_dir", conf.run_dir, "is a file", "name a directory")]
-    holds = [name for name in ("config.yaml", "metrics.jsonl") if (path / name).exists()]
-    if not holds:
-        return []
-    remedy = "name another directory, or move that run away"
-    return [problem("run_dir", conf.run_dir, f"already holds a run ({', '.join(holds)})", remedy)]
-
-
-def link_problems(name: str, path: Path) -> list[str]:
-    """Symbolic links in the directory of a run that goes on: it would write where they lead."""
-    links = sorted(item.name for item in path.iterdir() if item.is_symlink())
-    wrong = f"holds symbolic links ({', '.join(links)}), which are not followed"
-    return [problem("resume", name, wrong, "put the files themselves there")] if links else []
 
 
 def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:

@@ -121,7 +121,7 @@ def leads_group() -> bool:
     return "TORCHELASTIC_RESTART_COUNT" in os.environ and os.getpgid(0) == os.getpid()
 
 
-def attempt() -> int:
+def restart_count() -> int:
     """How often the launcher has started this run anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 

@@ -32,12 +32,12 @@ import torch.distributed as dist
 from mesh.ending import (
     Failure,
     alive,
-    attempt,
     forget_signals,
     leads_group,
     mute,
     patience_seconds,
     place,
+    restart_count,
     say,
     show_stack,
     under_torchrun,
@@ -67,7 +67,7 @@ class Guard:
         self._peers = [r for r in range(world_size) if r != rank]
         alone = not self._peers and not under_torchrun()
         store: dist.Store = dist.HashStore() if alone else _open_store()
-        self._store = dist.PrefixStore(f"mesh/{attempt()}", store)
+        self._store = dist.PrefixStore(f"mesh/{restart_count()}", store)
         self._lasting = dist.PrefixStore("mesh/all", store)
         self._local_pids = self._exchange_pids(local_peers)
         self._parent = os.getppid()
@@ -126,6 +126,7 @@ class Guard:
         """A clean end begins: from now on a hanging teardown is cut short with `exit_code`."""
         with self._lock:
             self._leave_at, self._exit_code = time.monotonic(), exit_code
+            self._watchdog.close()
             self._announce("left")
         hosts_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if self._peers and hosts_store:

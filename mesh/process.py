@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from mesh.ending import attempt, write_error_files
+from mesh.ending import restart_count, under_torchrun, write_error_files
 from mesh.guard import Guard
 
 REFUSAL_SECONDS = 5.0  # a launcher ends all ranks when one leaves: the one that prints goes first
@@ -58,6 +58,10 @@ class Process:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
         self.guard.told(stop=bool(flag))
         return bool(flag)
+
+    def listen(self) -> None:
+        """From now on a first request to stop is obeyed at the next `should_stop`."""
+        self.guard.told(stop=False)
 
     def from_rank0(self, value: Any) -> Any:
         """Rank 0's value of a small picklable object, on every rank. Collective."""
@@ -117,6 +121,7 @@ def start(
     ValueError where the device is not there.
     """
     _be_a_world_of_one_without_launcher()
+    _refuse_restarts_of_many_machines()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -137,7 +142,7 @@ def _join_world(backend: str, timeout: timedelta) -> None:
     """`init_process_group`, with keys of its own at each attempt: torchrun's store outlives a
     restart, and torch 2.13 would find the addresses of dead processes in it."""
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    mine = dist.PrefixStore(f"attempt-{attempt()}", store)
+    mine = dist.PrefixStore(f"attempt-{restart_count()}", store)
     dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -171,6 +176,17 @@ def _be_a_world_of_one_without_launcher() -> None:
         "MASTER_PORT": str(port),
     }
     os.environ.update(alone)
+
+
+def _refuse_restarts_of_many_machines() -> None:
+    """Each of torchrun's agents counts restarts by itself, and not those that a peer's failure
+    brings: the processes of two machines could not tell which attempt they are in."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if under_torchrun() and restarts != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"--max-restarts={restarts} works on one machine only; leave it out, and start again "
+            "with resume=RUN_DIR"
+        )
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mesh.directory import MARKS
 from mesh.process import Process
 
 PACKAGES = """
@@ -28,7 +29,6 @@ VARIABLES = """
     OMP_NUM_THREADS MKL_NUM_THREADS MKL_CBWR CUDA_VISIBLE_DEVICES CUBLAS_WORKSPACE_CONFIG
     NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE PYTORCH_CUDA_ALLOC_CONF PYTHONHASHSEED
 """
-MARKS = ("config.yaml", "metrics.jsonl")
 
 
 def default_run_dir(conf_name: str) -> Path:

@@ -6,7 +6,8 @@ that fell silent first is the one to look at. Every rank writes its count of bea
 rendezvous store and reads the others'.
 
 A thread that holds the GIL for ever silences its own guard. The timer of `faulthandler` needs no
-GIL: it is set anew at every look, and where it runs out it prints the stacks and ends the process.
+GIL: it is set anew at every look, and where it runs out it prints the stacks. It does not end the
+process, as it runs out, too, when a process was suspended; the launcher does after the others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 MOST_SECONDS_BETWEEN_LOOKS = 10.0
-GIL_SECONDS = 5.0  # how much later than the others' verdict a silenced guard's process ends
+GIL_SECONDS = 5.0  # how much later than a stall a silenced guard's process shows its stacks
+ABSENT = 5  # intervals without a look after which this process was suspended itself
 STDERR = 2
 SHOWN = 8
 
@@ -46,14 +48,16 @@ class Watchdog:
         self._rank, self._store, self._seconds, self._beats = rank, store, seconds, beats
         self._sights = {r: Sight(-1, now) for r in range(world_size)}
         self._interval = min(seconds / 10, MOST_SECONDS_BETWEEN_LOOKS)
-        self._next = now
+        self._last, self._next = now, now
 
     def look(self, now: float) -> str | None:
         """What to say where the world has stalled. Called often; looks when it is time to."""
         if not self._seconds or now < self._next:
             return None
-        self._next = now + self._interval
-        faulthandler.dump_traceback_later(self._seconds + GIL_SECONDS, exit=True, file=STDERR)
+        if now > self._last + ABSENT * self._interval:
+            self._sights = {rank: Sight(-1, now) for rank in self._sights}
+        self._last, self._next = now, now + self._interval
+        faulthandler.dump_traceback_later(self._seconds + GIL_SECONDS, file=STDERR)
         self._store.set(f"beats/{self._rank}", str(self._beats()))
         for rank, sight in self._sights.items():
             if self._store.check([f"beats/{rank}"]):

@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         phases = Phases(process.device)
         words = asdict(conf)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words, first) as logger:
+            process.listen()
             sync(program)
             if not resume:
                 logger.log(0, held_out(conf, program, process))

@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
         phases = Phases(process.device)
         words = asdict(conf)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
+            process.listen()
             for step in range(conf.steps):
                 with phases("train"):
                     metrics = train_step(conf, program, step)

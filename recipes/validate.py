@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     conf.batch_invariant = True
     with ExitStack() as switch:
         switch.enter_context(batch_invariant(True, resolve_device(conf), conf.invariant.chunks))
-        with start(conf.device, conf.timeout_seconds) as process:
+        with start(conf.device, conf.timeout_seconds, conf.stall_seconds) as process:
             parts = check(conf, process.world_size, held_out=False)
             run_dir = create_run_dir(process, conf.run_dir, f"validate-{name}", to_yaml(conf))
             tested = self_test(conf, process, parts)

@@ -25,9 +25,9 @@ from mesh.checkpoint.files import (
     write_tensors,
 )
 from mesh.checkpoint.keeper import Checkpointer
-from mesh.checks import run_dir_problems
 from mesh.cli import load_conf, save_conf
 from mesh.conf import Conf
+from mesh.directory import run_dir_problems
 from mesh.layout import build_meshes, plan_layout
 from mesh.metrics import cut_after
 from mesh.model.qwen3 import TINY
@@ -276,7 +276,6 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
         p, lambda index: index["content"].update(step=7)
     ),
     "is not the index": lambda p: (p / "index.json").write_text("[]"),
-    "has format 1": lambda p: rewritten(p, lambda index: index["content"].update(format=1)),
 }
 
 
@@ -304,6 +303,18 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(process, tmp_path
         loaded(process, tmp_path / "run", conf)
     with pytest.raises(ValueError, match=f"resume={tmp_path / 'run'}: no whole checkpoint"):
         loaded(process, tmp_path / "run", conf)
+
+
+def test_what_may_be_whole_is_left_as_it_is(process, tmp_path):
+    """Of another version of this program, or on a disk that cannot be read at the moment."""
+    conf, _ = run_with(process, tmp_path / "run", 1)
+    path = tmp_path / "run" / "checkpoints" / "step-1"
+    rewritten(path, lambda index: index["content"].update(format=1))
+    with pytest.raises(RuntimeError, match=f"{path} has format 1, this program reads 2; resume"):
+        loaded(process, tmp_path / "run", conf)
+    assert names_in(tmp_path / "run") == ["step-1"]
+    with pytest.raises(OSError, match="File name too long"):
+        file_problem(path / ("x" * 300), Entry(0, "", {}))
 
 
 def bytes_in(path: Path) -> dict[Path, bytes]:

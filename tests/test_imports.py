@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 HOUSE = """
     types conf pulse
     keys
+    directory
     usage cli
     advantage loss batch reshard
     invariant

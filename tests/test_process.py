@@ -75,7 +75,7 @@ def test_exception_on_one_rank_ends_all_and_is_printed_last(tmp_path):
     launch.wait_for_pids(4)
     status, _, err, seconds = launch.finish(4)
     assert status != 0
-    assert seconds < 15
+    assert seconds < 30
     assert before_summary(err).endswith("KeyError: 'the first error'")
     assert before_summary(err).count("Traceback") == 1
     assert "rank 1 failed at 20" in err
@@ -89,7 +89,7 @@ def test_killed_rank_ends_all(tmp_path):
     launch.wait_for_pids(3)
     status, _, err, seconds = launch.finish(3)
     assert status != 0
-    assert seconds < 15
+    assert seconds < 30
     assert before_summary(err).endswith("was killed, or crashed outside Python")
     assert "rank 1 (process" in before_summary(err).splitlines()[-1]
 
@@ -145,7 +145,7 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path):
     assert len(steps) == 1
     assert 5 <= steps.pop() < 399
     assert err.count(STOPPING) == 1
-    assert seconds < 10
+    assert seconds < 30
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
@@ -156,7 +156,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert status == 0
     assert len({line.rsplit(" ", 1)[1] for line in out.splitlines()}) == 1
     assert len(out.splitlines()) == 2
-    assert seconds < 10
+    assert seconds < 30
 
 
 def test_second_ctrl_c_ends_at_once_and_says_where_the_run_lies(tmp_path):
@@ -169,17 +169,17 @@ def test_second_ctrl_c_ends_at_once_and_says_where_the_run_lies(tmp_path):
     assert status != 0
     assert err.count("stopped: ended at once; the run lies in runs/example") == 1
     assert err.index(STOPPING) < err.index("stopped: ended at once")
-    assert seconds < 10
+    assert seconds < 30
 
 
 def test_step_is_abandoned_before_torchrun_kills(tmp_path):
-    launch = Launch("train-slowly", 2, tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7")
+    launch = Launch("train-slowly", 2, tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="12")
     launch.wait_until_running()
     launch.press_ctrl_c()
     _, _, err, seconds = launch.finish(2)
     assert "stopped: the step did not end in time; the run lies in runs/example" in err
     assert "SIGKILL" not in err
-    assert 1.5 < seconds < 6
+    assert 5 < seconds < 12
 
 
 @pytest.mark.parametrize("num_ranks", [0, 2])
@@ -191,7 +191,7 @@ def test_program_that_never_asks_ends_at_the_first_ctrl_c(tmp_path, num_ranks):
     assert status != 0
     assert err.count("stopped: ended at once; the run lies in runs/example") == 1
     assert STOPPING not in err
-    assert seconds < 10
+    assert seconds < 30
 
 
 def test_what_follows_the_stop_has_the_time_that_torchrun_gives(tmp_path):
@@ -211,7 +211,7 @@ def test_ranks_do_not_outlive_torchrun(tmp_path):
     launch.popen.kill()
     _, _, err, seconds = launch.finish(2)
     assert "rank 0 ends: torchrun is gone" in err
-    assert seconds < 10
+    assert seconds < 30
 
 
 def test_one_process_without_launcher(tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mesh.conf import Conf
+from mesh.directory import run_dir_problems
 from mesh.process import Process, start
 from mesh.run import create_run_dir, default_run_dir, git_commit
 
@@ -77,3 +79,11 @@ def test_refuses_a_path_below_a_file(process: Process, tmp_path):
 def test_git_commit_is_this_repositorys():
     if (Path(__file__).parent.parent / ".git").exists():
         assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", git_commit() or "")
+
+
+def test_a_new_run_does_not_write_where_links_lead(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "not-there-yet")
+    (said,) = run_dir_problems(Conf(run_dir=str(tmp_path / "run")))
+    assert "holds symbolic links (samples.jsonl), which are not followed" in said
+    assert run_dir_problems(Conf(run_dir=str(tmp_path / "new"))) == []

@@ -110,7 +110,7 @@ class Supervisor:
             ended = await self._attempt(hosts, attempt)
             statuses = [end.status for end in ended if end.status]
             dead = [end for end in ended if end.status is None]
-            if self.signals and (dead or statuses):
+            if self.signals and (dead or statuses or not ended):
                 return 128 + self.signals[0]
             if statuses or not dead:
                 return statuses[0] if statuses else 0
@@ -134,6 +134,8 @@ class Supervisor:
         store = dist.TCPStore(hosts.address, 0, is_master=True, wait_for_workers=False)
         master = {"MASTER_ADDR": hosts.address, "MASTER_PORT": str(store.port)}
         async with Procs(hosts, self.command.procs, threads(self.command.procs)) as self.procs:
+            if self.signals:  # while the mesh was made
+                return []
             ranks = [
                 asyncio.create_task(self.procs.run(rank, self._job(rank, attempt, master)))
                 for rank in range(len(self.procs.points))

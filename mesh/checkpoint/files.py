@@ -12,6 +12,7 @@ disk before their checksum counts.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -99,18 +100,21 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def read_index(path: Path) -> Index:
-    """The index of a checkpoint's directory. Raises ValueError that says what is wrong with it."""
+    """The index of a checkpoint's directory. Raises ValueError that says what is wrong with it;
+    RuntimeError or OSError where it may be whole and cannot be read here."""
     if path.is_symlink():
         raise ValueError("is a symbolic link, which is not followed")
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
         if content["format"] != FORMAT:
-            raise ValueError(f"has format {content['format']} instead of {FORMAT}")
+            wrong = f"{path} has format {content['format']}, this program reads {FORMAT}"
+            raise RuntimeError(f"{wrong}; resume it with the program that wrote it")
         if stored["sha256"] != _sha256_of(content):
             raise ValueError(f"the checksum of {INDEX} is wrong")
         return _index_of(content)
     except OSError as error:
+        _only_damage(error)
         raise ValueError(f"{INDEX}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{INDEX} is not the index of a checkpoint, or was cut short") from error
@@ -132,7 +136,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
-    """What is wrong with a file that an index names: missing, a link, cut short, other bytes."""
+    """What is wrong with a file that an index names: missing, a link, cut short, other bytes.
+    OSError where it cannot be read."""
     digest, length = hashlib.sha256(), 0
     try:
         with open(path, "rb", opener=_no_link) as file:
@@ -141,6 +146,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
                 beat()
                 length += len(piece)
     except OSError as error:
+        _only_damage(error)
         return f"{path.name}: {error.strerror}"
     if length != entry.bytes:
         return f"{path.name} has {length} bytes instead of {entry.bytes}"
@@ -194,6 +200,13 @@ def _flush(file: Any) -> None:
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _only_damage(error: OSError) -> None:
+    """Raise it again unless it says that a file is not there, or is a link or a directory: a disk
+    that cannot be read now is no reason to set a checkpoint aside."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+        raise error
 
 
 def _read(path: Path) -> str:

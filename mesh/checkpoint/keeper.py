@@ -42,7 +42,7 @@ from mesh.weights import weights_digest
 
 T = TypeVar("T")
 PARTIAL, DAMAGED = ".partial", ".damaged"
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl")
 
 
 class Writing(threading.Thread):
@@ -176,8 +176,10 @@ class Checkpointer:
 
     def _complete(self, index: Index) -> None:
         partial = self.path / f"step-{index.step}{PARTIAL}"
-        for name in LOGS:  # a resumed run cuts its logs after this step, so they must reach it
-            sync_path(self.run_dir / name)
+        # a resumed run reads its keys, and cuts its logs after this step, so they must reach it
+        for path in (*(self.run_dir / name for name in LOGS), self.run_dir):
+            if path.exists():
+                sync_path(path)
         write_index(partial, index)
         partial.rename(self.path / f"step-{index.step}")
         sync_path(self.path)

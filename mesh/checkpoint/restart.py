@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mesh.checkpoint.keeper import remove, steps_in
+from mesh.checkpoint.keeper import DAMAGED, remove, steps_in
 from mesh.cli import read_conf
 from mesh.conf import Conf
-from mesh.ending import attempt
+from mesh.ending import restart_count
 from mesh.process import Process
 
 RUN_DIR = "run_dir"
-OF_A_RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard")
+OF_A_RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "nonfinite.jsonl", "tensorboard")
 
 
 def after_restart(conf: Conf, process: Process) -> Conf:
@@ -25,7 +25,7 @@ def after_restart(conf: Conf, process: Process) -> Conf:
     A run without a checkpoint starts over, in its directory. Nothing changes in a first attempt,
     or where the directory is another run's, which is then refused as it is for any other start.
     """
-    if attempt() == 0 or conf.resume is not None:
+    if restart_count() == 0 or conf.resume is not None:
         return conf
     found = _begun(conf, process.guard.recall(RUN_DIR)) if process.rank == 0 else None
     path, resumes = process.from_rank0(found) or (None, False)
@@ -33,7 +33,7 @@ def after_restart(conf: Conf, process: Process) -> Conf:
         conf.run_dir = path
         conf.resume = path if resumes else None
         how = "continues" if resumes else "starts over: it had no checkpoint yet"
-        process.say(f"attempt {attempt() + 1} {how}, run_dir={path}")
+        process.say(f"attempt {restart_count() + 1} {how}, run_dir={path}")
     return conf
 
 
@@ -47,8 +47,11 @@ def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
     if path.is_symlink() or not _same_run(path / "config.yaml", conf):
         return None
     checkpoints = path / "checkpoints"
-    if checkpoints.is_dir() and not checkpoints.is_symlink() and steps_in(checkpoints):
-        return name, True
+    if checkpoints.is_dir() and not checkpoints.is_symlink():
+        if steps_in(checkpoints):
+            return name, True
+        if damaged := sorted(item.name for item in checkpoints.glob(f"step-*{DAMAGED}")):
+            raise RuntimeError(f"{checkpoints} holds no whole checkpoint, only {damaged}")
     for item in (path / held for held in OF_A_RUN):
         if item.is_symlink() or item.exists():
             remove(item)

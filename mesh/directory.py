@@ -1,0 +1,36 @@
+"""Which directories a run may write to: its own alone, and never where a link leads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mesh.conf import Conf, resolve_path
+from mesh.keys import problem
+
+MARKS = ("config.yaml", "metrics.jsonl")
+"""Files by which a directory is known to hold a run."""
+
+
+def run_dir_problems(conf: Conf) -> list[str]:
+    """A run directory that is a file, holds symbolic links, or already holds another run."""
+    if conf.run_dir is None:
+        return []
+    path = resolve_path(conf.run_dir)
+    if conf.resume is not None:
+        return link_problems("resume", conf.resume, path)
+    if path.exists() and not path.is_dir():
+        return [problem("run_dir", conf.run_dir, "is a file", "name a directory")]
+    if holds := [name for name in MARKS if (path / name).exists()]:
+        wrong = f"already holds a run ({', '.join(holds)})"
+        remedy = "name another directory, or move that run away"
+        return [problem("run_dir", conf.run_dir, wrong, remedy)]
+    return link_problems("run_dir", conf.run_dir, path)
+
+
+def link_problems(key: str, name: str, path: Path) -> list[str]:
+    """Symbolic links in a directory that a run would write to: it would write where they lead."""
+    links = (
+        sorted(item.name for item in path.iterdir() if item.is_symlink()) if path.exists() else []
+    )
+    wrong = f"holds symbolic links ({', '.join(links)}), which are not followed"
+    return [problem(key, name, wrong, "put the files themselves there")] if links else []
