@@ -22,6 +22,7 @@ from mesh.engine.native import NativeEngine
 from mesh.engine.vllm_checks import CPU_HEADS, install_problems
 from mesh.invariant.switch import batch_invariant
 from mesh.model.qwen3 import Qwen3, build_model, named_weights
+from mesh.trace import first_difference, trace_generation
 from mesh.types import ModelShape, Request, Sampling
 
 if install_problems("cpu"):
@@ -260,6 +261,20 @@ def test_vllm_has_the_native_engines_bits(make, tied):
     assert sum(len(c.tokens) for c in native) > 1000
     plain = make("titan", shape=shape).generate(asked, SAMPLED)
     assert plain != native, "the switch changes no bit of this batch: the test cannot see"
+
+
+def test_a_trace_of_vllm_names_the_module_that_differs(make, solo_mesh):
+    """What check=strict and the validation ask of an engine, with prompts that share pages."""
+    asked, key = requests(3, [40, 7, 64]), (10, 1)
+    with batch_invariant(True, "cpu"):
+        native, vllm = make("native"), make("titan", prefill_tokens=37)
+        theirs = trace_generation(native, asked, SAMPLED, key)
+        assert first_difference(trace_generation(vllm, asked, SAMPLED, key), theirs) is None
+        assert vllm.observer is None
+        vllm.model.layers["1"].ffn_norm.weight.data[5] += 0.5
+        vllm.reset(version=1)
+        found = first_difference(trace_generation(vllm, asked, SAMPLED, key), theirs)
+    assert found is not None and found.module == "layers.1.ffn_norm" and found.position == 0
 
 
 def test_an_engine_binds_the_trainers_storage(make, solo_mesh):
