@@ -147,7 +147,7 @@ def test_a_replay_names_what_was_logged_otherwise(resumed, tmp_path):
     steps = resumed.metrics[-1]["step"]
     for file, number, key in (("metrics.jsonl", -1, "grad_norm"), ("samples.jsonl", -2, "reward")):
         lines = [json.loads(line) for line in lines_of(path / file)]
-        lines[number][key] += 1e-15
+        lines[number][key] += 1e-9
         (path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     newest = max(
         (int(item.name[5:]), item) for item in (path / "checkpoints").glob("step-*")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chaos_checks import (
@@ -64,7 +64,9 @@ class Chaos:
         for missed in range(TRIES):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            outcome = Attempt(self, planned, folder).run()
+            early = 1 - missed / (TRIES - 1)  # the last time as soon as it comes into the phase
+            aims = tuple(replace(aim, fraction=early * aim.fraction) for aim in planned.aims)
+            outcome = Attempt(self, replace(planned, aims=aims), folder).run()
             if outcome is not None:
                 outcome.missed = missed
                 if not outcome.problems:

@@ -113,7 +113,7 @@ class Job:
             if self._phase(rank, aim) == aim.phase:
                 return self._kill(rank, aim, pids)
             send(pids[rank], signal.SIGCONT)
-            fraction = fraction / 2 if fraction > aim.fraction / 4 else 0.0
+            fraction = fraction / 3 if fraction == aim.fraction else 0.0  # 0 is met for certain
             if aim.phase == STARTUP:
                 return None
         return None
