@@ -68,7 +68,8 @@ class Monarch:
 
 
 def spoken(err: str) -> list[str]:
-    return [line for line in err.splitlines() if not line.startswith("Monarch internal logs")]
+    monarchs_own = ("Monarch internal logs", "(bootstrap) PDEATHSIG disabled")
+    return [line for line in err.splitlines() if line and not line.startswith(monarchs_own)]
 
 
 def wait_until_gone(pids: set[int]) -> None:
