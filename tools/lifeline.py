@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -63,8 +62,6 @@ def hold(lifeline: str) -> None:
             with connected(address, int(port), name) as stream:
                 os.dup2(stream.fileno(), descriptor)
     line = connected(address, int(port), "lifeline")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 0)  # Monarch's PR_SET_PDEATHSIG would spare our children
     threading.Thread(target=watch, args=(line, os.getppid()), daemon=True).start()
 
 

@@ -39,6 +39,9 @@ from monarch.actor import (
 )
 
 LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
+# Else the kernel kills a process whose parent died before it can kill its own children. Each process
+# then says "(bootstrap) PDEATHSIG disabled via config".
+NO_PDEATHSIG = "HYPERACTOR_MESH_BOOTSTRAP_ENABLE_PDEATHSIG"
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
 
 
@@ -116,7 +119,7 @@ class Procs:
         output = "remote" if self.hosts.addresses else "inherited"
         command = default_bootstrap_cmd()
         command.args = ["-P", __file__]  # -P: monarch.py beside this file is not the package
-        lifeline = {LIFELINE: f"{self.hosts.address}:{port}:{output}"}
+        lifeline = {LIFELINE: f"{self.hosts.address}:{port}:{output}", NO_PDEATHSIG: "false"}
         command.env = {**command.env, **self.environment, **lifeline}
         self._mesh = self.hosts.mesh.spawn_procs(
             per_host={"procs": self.per_host}, bootstrap_command=command
