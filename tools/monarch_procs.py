@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")  # 10 s to see a death
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: monarch.py lies there too
+sys.path.append(os.path.dirname(__file__))  # last: monarch.py lies there too
 
 import monarch.actor
 from lifeline import Lifelines, hold
@@ -39,7 +39,7 @@ from monarch.actor import (
 )
 
 LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
-# Else the kernel kills a process whose parent died before it can kill its own children. Each process
+# Else the kernel kills a process whose parent died before it can kill its children. Each process
 # then says "(bootstrap) PDEATHSIG disabled via config".
 NO_PDEATHSIG = "HYPERACTOR_MESH_BOOTSTRAP_ENABLE_PDEATHSIG"
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
