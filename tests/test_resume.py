@@ -163,13 +163,13 @@ def test_a_replay_names_what_was_logged_otherwise(resumed, tmp_path):
     assert len([line for line in lines if line.endswith("differs: reward")]) == 1
 
 
-def test_goes_on_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
+def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
     """Loading compares the digests of weights and moments with those of the mesh that saved."""
     path, steps = resumed.path, resumed.metrics[-1]["step"]
     before = lines_of(path / "metrics.jsonl")
     said = f"resumed from {path}/checkpoints/step-%d: weights and moments are those that were saved"
     words = ["trainer.tp=2", "generator.tp=2", f"steps={steps + 1}"]
-    assert said % steps in launch("recipes/grpo.py", 2, f"resume={path}", *words).stdout
+    assert said % steps in launch("recipes/grpo.py", 4, f"resume={path}", *words).stdout
     job = Foreground("grpo.py", 2, f"resume={path}", "mesh.mode=split")  # one rank trains
     job.wait_for(lambda: steps_of(path)[-1] >= steps + 3)
     out, _ = job.press_ctrl_c()

@@ -42,7 +42,7 @@ from mesh.weights import weights_digest
 
 T = TypeVar("T")
 PARTIAL, DAMAGED = ".partial", ".damaged"
-LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Writing(threading.Thread):
@@ -177,7 +177,7 @@ class Checkpointer:
     def _complete(self, index: Index) -> None:
         partial = self.path / f"step-{index.step}{PARTIAL}"
         # a resumed run reads its keys, and cuts its logs after this step, so they must reach it
-        for path in (*(self.run_dir / name for name in LOGS), self.run_dir):
+        for path in (*(self.run_dir / name for name in ("config.yaml", *LOGS)), self.run_dir):
             if path.exists():
                 sync_path(path)
         write_index(partial, index)
