@@ -32,7 +32,7 @@ WORDS = [
 
 def trained(metrics: list[dict]) -> list[dict]:
     """What a step's line says of the training alone."""
-    return [{k: v for k, v in x.items() if not k.startswith("eval/")} for x in untimed(metrics)]
+    return [{k: v for k, v in x.items() if not k.startswith("eval/")} for x in map(untimed, metrics)]
 
 
 def killed(path: Path) -> int:
