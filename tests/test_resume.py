@@ -32,7 +32,8 @@ WORDS = [
 
 def trained(metrics: list[dict]) -> list[dict]:
     """What a step's line says of the training alone."""
-    return [{k: v for k, v in x.items() if not k.startswith("eval/")} for x in map(untimed, metrics)]
+    lines = map(untimed, metrics)
+    return [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
 
 
 def killed(path: Path) -> int:
