@@ -190,6 +190,8 @@ def engine_options(
         "block_size": settings.page_size,
         "num_gpu_blocks_override": blocks,
         "kv_cache_memory_bytes": blocks * settings.page_size * token,
+        # vLLM wants this share of the device to be free, and takes no more of it than said above
+        "gpu_memory_utilization": 0.01,
         "enable_prefix_caching": settings.prefix_cache,
         "enforce_eager": not graphs,
         "compilation_config": compiled,
