@@ -86,6 +86,11 @@ class Generator:
         if self.engine is not None:
             self.engine.reset(version)
 
+    def release(self) -> None:
+        """Let the trainer have the memory of the KV cache, until tokens are asked for again."""
+        if self.engine is not None:
+            self.engine.release()
+
     def close(self) -> None:
         """Let go of what would keep the process groups from ending, and end what scores."""
         self.scorer.close()
@@ -199,6 +204,7 @@ def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
     page_size = generator.page_size or default_page(conf, device.type)
     full_response = num_pages(generator.max_new_tokens + page_size, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
+    shared = conf.mesh.mode == "colocated"
     return EngineSettings(
         max_length=conf.model.max_length,
         max_sequences=generator.max_sequences,
@@ -207,4 +213,5 @@ def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
         prefill_tokens=generator.prefill_tokens,
         prefix_cache=generator.prefix_cache,
         cuda_graphs=generator.cuda_graphs,
+        releases=conf.engine == "vllm" and shared and device.type == "cuda",
     )

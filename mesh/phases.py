@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step."""
+"""Seconds of each phase of a step, and the GPU memory that is in use at its end."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Phases:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
+        self._gpu_bytes: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -31,6 +32,9 @@ class Phases:
             yield
         finally:
             self._seconds[name] += self._now() - began
+            if self._cuda:
+                free, total = torch.cuda.mem_get_info()
+                self._gpu_bytes[name] = total - free
             beat()
 
     def seconds(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -39,14 +43,27 @@ class Phases:
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         if group is None or not taken:
             return taken
-        slowest = torch.tensor([taken[name] for name in sorted(taken)], dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-        return dict(zip(sorted(taken), slowest.tolist(), strict=True))
+        return _largest(taken, group)
+
+    def gpu_memory(self, group: dist.ProcessGroup) -> dict[str, float]:
+        """`gpu_gb/<phase>`: memory in use of the fullest rank's GPU at the phase's last end, by
+        whichever process [1e9 bytes]; empty without GPUs. Collective, as `seconds`.
+        """
+        used, self._gpu_bytes = self._gpu_bytes, {}
+        largest = _largest(dict(used), group) if used else {}
+        return {f"gpu_gb/{phase}": value / 1e9 for phase, value in largest.items()}
 
     def _now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _largest(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
+    """The largest of all ranks' values under each name."""
+    largest = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(sorted(values), largest.tolist(), strict=True))
 
 
 def phase_metrics(seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, float]:

@@ -97,6 +97,7 @@ def train_step(
             wave = program.exchange([p.prompt_id for p in part], rollouts)
             share = share_of(wave, rules, trainer.dp)
         with phases("train"):
+            generator.release()
             logprobs_A = trainer.accumulate(share.leaves, share.token_counts, objective)
         if conf.check == "strict":
             stop_at_difference(program, process, Scored(step, part, share, logprobs_A))
@@ -129,10 +130,11 @@ def held_out(conf: Conf, program: Program, process: Process) -> Metrics:
 
 
 def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
-    """Seconds of each phase, the slowest rank's, and tokens per second."""
+    """Seconds of each phase, the slowest rank's, tokens per second, and memory on a GPU."""
     seconds = phases.seconds(process.cpu_group)
     tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
-    return phase_metrics(seconds, {k: int(metrics.get(name, 0)) for k, name in tokens.items()})
+    counts = {phase: int(metrics.get(name, 0)) for phase, name in tokens.items()}
+    return phase_metrics(seconds, counts) | phases.gpu_memory(process.cpu_group)
 
 
 def chosen(conf: Conf, parts: list[list[Sample]]) -> list[Sample]:

@@ -54,6 +54,7 @@ def plain(conf: Conf) -> LLM:
             max_num_seqs=settings.max_sequences,
             enable_prefix_caching=settings.prefix_cache,
             kv_cache_memory_bytes=settings.kv_tokens * token,
+            gpu_memory_utilization=0.01,  # nothing is asked for beyond that
             enforce_eager=device.type == "cpu",
         )
 

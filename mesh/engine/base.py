@@ -17,7 +17,9 @@ from mesh.types import Completion, ModelShape, Request, Sampling
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass."""
+    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass;
+    releases: the cache's memory is the trainer's between calls of `generate`.
+    """
 
     max_length: int
     max_sequences: int
@@ -26,6 +28,7 @@ class EngineSettings:
     prefill_tokens: int
     prefix_cache: bool
     cuda_graphs: bool
+    releases: bool = False
 
 
 class Engine(Protocol):
@@ -53,6 +56,8 @@ class Engine(Protocol):
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
     def reset(self, version: int) -> None: ...
+
+    def release(self) -> None: ...
 
     def with_settings(self, settings: EngineSettings) -> Self: ...
 

@@ -1,4 +1,4 @@
-"""The draw of `mesh.engine.sampler` as one pass over the logits (Triton, CUDA).
+"""The draw of `mesh.engine.sampler` as one pass over the logits, and its keys (Triton, CUDA).
 
 The plain function builds a dozen [S, V] temporaries; a vocabulary of 152k makes that cost more than
 the model's forward pass. The hash is integer arithmetic and so the same in both; the logarithms
@@ -14,6 +14,7 @@ import triton.language as tl
 from mesh.model.triton_scores import inverse_of
 
 BLOCK = 4096
+KEYS = 256  # of a program
 
 
 @triton.jit
@@ -21,6 +22,32 @@ def _murmur3(x):
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _mix64(x):
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _key_kernel(sequence_keys, positions, keys, rows, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    key = tl.load(sequence_keys + row, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    position = tl.load(positions + row, mask=inside, other=0).to(tl.int64)
+    key = _mix64(_mix64(key) ^ position.to(tl.uint64, bitcast=True))
+    tl.store(keys + row, key.to(tl.int64, bitcast=True), mask=inside)
+
+
+def position_keys(sequence_keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """`sampler.position_keys`, int64 [S]."""
+    keys_S = torch.empty_like(sequence_keys_S)
+    rows = len(keys_S)
+    _key_kernel[(triton.cdiv(rows, KEYS),)](sequence_keys_S, positions_S, keys_S, rows, ROWS=KEYS)
+    return keys_S
 
 
 @triton.jit

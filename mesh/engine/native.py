@@ -24,12 +24,18 @@ from mesh.engine.batches import (
     spans_of,
 )
 from mesh.engine.cache import PagePool, Sequence, allocate, copy_slots, num_pages
-from mesh.engine.choice import check_requests, choose, tile_logits
+from mesh.engine.choice import (
+    adopt_weights,
+    check_requests,
+    choose,
+    live_weights,
+    tile_logits,
+)
 from mesh.engine.graphs import DecodeGraphs
 from mesh.engine.scheduler import Admission, Scheduler
 from mesh.model.logprobs import shard_of
-from mesh.model.parallel import adopt, local
-from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.model.parallel import local
+from mesh.model.qwen3 import Qwen3
 from mesh.pulse import beat
 from mesh.types import Completion, ModelShape, Request, Sampling
 
@@ -67,15 +73,11 @@ class NativeEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Live local shards by torchtitan's names, tied weights under each; buffers included."""
-        return {name: local(tensor.detach()) for name, tensor in self._named().items()}
-
-    def _named(self) -> dict[str, torch.Tensor]:
-        return {**named_weights(self.model), **dict(self.model.named_buffers())}
+        return live_weights(self.model)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take these local tensors, of the same shapes and dtypes, in place of the engine's own."""
-        for name, mine in self._named().items():
-            adopt(self.model, name, mine, tensors[name])
+        adopt_weights(self.model, tensors)
 
     def reset(self, version: int) -> None:
         """Weights of `version` are in place. The cache holds nothing between calls of `generate`,
@@ -85,6 +87,9 @@ class NativeEngine:
         self.version = version
         for pages in (*self.cache.keys, *self.cache.values):
             pages.zero_()
+
+    def release(self) -> None:
+        """Nothing: captured graphs hold the addresses of the cache, so its memory stays."""
 
     def with_settings(self, settings: EngineSettings) -> NativeEngine:
         """Another engine of the same weights, of the same version."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from mesh.engine.kernels import draw_shard
+from mesh.engine import kernels
 from mesh.model.logprobs import shard_of
 from mesh.types import Sampling
 
@@ -47,10 +47,22 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
     ids_S2: int64 (prompt_id, sample_id) of every sequence; positions_S: index of the new token in
     its response.
     """
-    key_S = torch.full_like(positions_S, sampling.seed, dtype=torch.int64)
-    for part in (sampling.step, ids_S2[:, 0], ids_S2[:, 1], positions_S):
+    return position_keys(sequence_keys(sampling, ids_S2), positions_S)
+
+
+def sequence_keys(sampling: Sampling, ids_S2: torch.Tensor) -> torch.Tensor:
+    """The part of `token_keys` that all tokens of a sequence share, int64 [S]."""
+    key_S = torch.full_like(ids_S2[:, 0], sampling.seed)
+    for part in (sampling.step, ids_S2[:, 0], ids_S2[:, 1]):
         key_S = mix64(key_S) ^ part
-    return mix64(key_S)
+    return key_S
+
+
+def position_keys(sequence_keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """`token_keys` from `sequence_keys`; one kernel on CUDA."""
+    if sequence_keys_S.is_cuda:
+        return kernels.position_keys(sequence_keys_S, positions_S)
+    return mix64(mix64(sequence_keys_S) ^ positions_S)
 
 
 def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -137,7 +149,7 @@ def _draw_shard(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest perturbed logit [S], its index in the shard [S]); see `kernels.draw_shard`."""
     if logits_SV.is_cuda:
-        return draw_shard(logits_SV, keys_S, first, noise, divisor)
+        return kernels.draw_shard(logits_SV, keys_S, first, noise, divisor)
     z = logits_SV.float() / divisor
     if noise:
         z = z + gumbel(keys_S, first, first + z.shape[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from mesh.engine.base import EngineSettings
 from mesh.engine.batches import Row
 from mesh.engine.cache import num_pages
-from mesh.engine.choice import check_requests
+from mesh.engine.choice import adopt_weights, check_requests, live_weights
 from mesh.engine.vllm_parts.fused import unfused
 from mesh.engine.vllm_parts.requests import completion_of, core_requests, key_of
 from mesh.engine.vllm_parts.sampler import CounterSampler
@@ -27,10 +28,11 @@ from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel, blueprint
 from mesh.model.attention import AttentionContext
 from mesh.model.hf import config_entries
 from mesh.model.layouts import weight_names
-from mesh.model.parallel import adopt, local
-from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.model.qwen3 import Qwen3
 from mesh.pulse import beat
 from mesh.types import Completion, ModelShape, Request, Sampling
+
+KV_CACHE = "kv_cache"  # vLLM's name for the memory of it
 
 
 class VllmEngine:
@@ -55,6 +57,7 @@ class VllmEngine:
         self.group = group if group.size() > 1 else None
         self.policy = None if model is None else model.eval().requires_grad_(False)
         self.version = -1
+        self.released = False
         self.preemptions = 0
         self.observer: Callable[[list[Row]], None] | None = None
         token = None if model is None else blueprint.set((model, shape, self.group))
@@ -66,7 +69,8 @@ class VllmEngine:
         finally:
             if token is not None:
                 blueprint.reset(token)
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.worker = self.core.model_executor.driver_worker.worker
+        self.runner = self.worker.model_runner
         self.sampler = CounterSampler(self.runner, self.group if model is not None else None)
         self.runner.sampler = self.sampler
 
@@ -83,28 +87,49 @@ class VllmEngine:
         if self.policy is None:
             tp = 1 if self.group is None else self.group.size()
             return unfused(self.runner.get_model(), self.shape, weight_names(self.shape), tp)
-        return {name: local(tensor.detach()) for name, tensor in self._named().items()}
-
-    def _named(self) -> dict[str, torch.Tensor]:
-        return {**named_weights(self.model), **dict(self.model.named_buffers())}
+        return live_weights(self.model)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take these local tensors, of the same shapes and dtypes, in place of the engine's own."""
-        for name, mine in self._named().items():
-            adopt(self.model, name, mine, tensors[name])
+        adopt_weights(self.model, tensors)
 
     def reset(self, version: int) -> None:
         """Weights of `version` are in place. Nothing that was cached before is served again: the
         prefix cache is dropped, and its keys carry the version besides.
         """
         self.version = version
+        self._forget()
+        if not self.released:
+            self._zero()
+
+    def release(self) -> None:
+        """Give the cache's memory back until `generate` is called next; its addresses stay, so that
+        captured graphs do too. Only with settings.releases.
+        """
+        if self.settings.releases and not self.released:
+            self._forget()
+            self.worker.discard((KV_CACHE,))
+            self.released = True
+
+    def _take_back(self) -> None:
+        if self.released:
+            self.worker.wake_up([KV_CACHE])
+            self.released = False
+            self._zero()
+
+    def _forget(self) -> None:
         if not self.core.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it still runs requests")
+
+    def _zero(self) -> None:
         for cache in self.runner.kv_caches:
             cache.zero_()
 
     def with_settings(self, settings: EngineSettings) -> VllmEngine:
-        """Another engine of the same weights, of the same version; of our own model only."""
+        """Another engine of the same weights, of the same version; of our own model only. vLLM lets
+        one engine of a process release its cache.
+        """
+        settings = replace(settings, releases=False)
         other = VllmEngine(self.model, self.shape, settings, *self._start)
         other.reset(self.version)
         return other
@@ -123,6 +148,7 @@ class VllmEngine:
             for request in requests
             for one in core_requests(self.core, request, sampling, self.version)
         ]
+        self._take_back()
         self.sampler.start(sampling)
         self._observe()
         for request in asked:
@@ -192,6 +218,9 @@ def engine_options(
         "kv_cache_memory_bytes": blocks * settings.page_size * token,
         # vLLM wants this share of the device to be free, and takes no more of it than said above
         "gpu_memory_utilization": 0.01,
+        "enable_sleep_mode": settings.releases,
+        # of kernels that draw tokens, which is not left to vLLM
+        "kernel_config": {"enable_jit_warmup": False},
         "enable_prefix_caching": settings.prefix_cache,
         "enforce_eager": not graphs,
         "compilation_config": compiled,

@@ -45,10 +45,12 @@ def core_requests(
 
 
 def completion_of(request: Any, tokens: list[int], logprobs: list[float]) -> Completion:
-    """A finished request with what our sampler drew for it."""
-    assert tokens == list(request.output_token_ids), (
+    """A finished request with what our sampler drew for it, which may be a token beyond its end."""
+    taken = list(request.output_token_ids)
+    assert tokens[: len(taken)] == taken and len(logprobs) - len(taken) in (0, 1), (
         f"{request.request_id}: vLLM has other tokens than were drawn"
     )
     reason = str(request.get_finished_reason())
     assert reason in REASONS, f"{request.request_id}: vLLM ended it with {reason}"
-    return Completion(*key_of(request.request_id), tuple(tokens), tuple(logprobs), REASONS[reason])
+    key, logprobs = key_of(request.request_id), logprobs[: len(taken)]
+    return Completion(*key, tuple(taken), tuple(logprobs), REASONS[reason])
