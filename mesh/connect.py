@@ -33,7 +33,7 @@ def connect(
         verify=conf.sync.verify or default,
         bucket_bytes=conf.sync.bucket_mb << 20,
         device=process.device,
-        allow_alias=generator.own_model,
+        allow_alias=generator.binds,
     )
     if bridge.aliased:
         generator.bind(bridge.aliases())

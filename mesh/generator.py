@@ -34,6 +34,7 @@ from mesh.types import (
     Sampling,
 )
 
+PROMPT_ROOM = 256  # tokens of a prompt, beside its response, for which a GPU's KV cache has room
 EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
 
 
@@ -58,9 +59,12 @@ class Generator:
         self.layouts: list[ParamLayout] = role_layouts(
             shape, conf.model.max_length, mesh.mesh, fsdp=False
         )
-        # vLLM's own model has its own buffers, and fused weights that nothing can stand in for
-        self.own_model = conf.engine != "vllm" or conf.vllm.model == "titan"
-        if not self.own_model:
+        # vLLM's own model has its own buffers, and fused weights that nothing can stand in for;
+        # its graphs are captured as it starts, and go on with the weights of then
+        theirs = conf.engine == "vllm" and conf.vllm.model == "native"
+        captured = conf.engine == "vllm" and conf.generator.cuda_graphs and device.type == "cuda"
+        self.binds = not theirs and not captured
+        if theirs:
             names = weight_names(shape)
             self.layouts = [layout for layout in self.layouts if layout.name in names]
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
@@ -202,7 +206,8 @@ def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
     """The engine's sizes, with what the configuration leaves open filled in."""
     generator = conf.generator
     page_size = generator.page_size or default_page(conf, device.type)
-    full_response = num_pages(generator.max_new_tokens + page_size, page_size) * page_size
+    prompt = max(page_size, PROMPT_ROOM) if device.type == "cuda" else page_size
+    full_response = num_pages(generator.max_new_tokens + prompt, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
     shared = conf.mesh.mode == "colocated"
     return EngineSettings(

@@ -25,6 +25,7 @@ from statistics import median
 import torch
 
 from mesh.run import cpu_model
+from mesh.types import CUDA_PAGE
 
 KINDS = {
     "native": ["engine=native"],
@@ -79,6 +80,9 @@ def start_worker(kind: str, options: dict[str, str], words: list[str], caches: s
     sizes = [f"conf={options['conf']}", "model.path=null", "model.init=random",
              f"model.max_length={length}", f"generator.max_new_tokens={options['new']}",
              f"generator.max_sequences={most}", "generator.prefix_cache=false"]  # fmt: skip
+    if torch.cuda.is_available():
+        page = 16 if kind in (PLAIN, "vllm native") else CUDA_PAGE
+        sizes.append(f"generator.kv_tokens={most * (length // page + 1) * page}")  # all at a time
     program = "plain_vllm.py" if kind == PLAIN else "engine_worker.py"
     command = [sys.executable, str(TOOLS / program), options["prompt"], *sizes, *words]
     places = {name: str(Path(caches, kind.replace(" ", "_"), name)) for name in CACHES}

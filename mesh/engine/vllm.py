@@ -20,6 +20,7 @@ from mesh.engine.base import EngineSettings
 from mesh.engine.batches import Row
 from mesh.engine.cache import num_pages
 from mesh.engine.choice import adopt_weights, check_requests, live_weights
+from mesh.engine.vllm_parts.draws import Draws
 from mesh.engine.vllm_parts.fused import unfused
 from mesh.engine.vllm_parts.requests import completion_of, core_requests, key_of
 from mesh.engine.vllm_parts.sampler import CounterSampler
@@ -71,8 +72,15 @@ class VllmEngine:
                 blueprint.reset(token)
         self.worker = self.core.model_executor.driver_worker.worker
         self.runner = self.worker.model_runner
-        self.sampler = CounterSampler(self.runner, self.group if model is not None else None)
+        graphs = settings.cuda_graphs and device.type == "cuda"
+        theirs = self.runner.get_model()
+        if isinstance(theirs, TitanModel):
+            draws = Draws(theirs.head, self.group, graphs)
+        else:
+            draws = Draws(lambda logits_SV: logits_SV, None, graphs)
+        self.sampler = CounterSampler(self.runner, draws)
         self.runner.sampler = self.sampler
+        self.binds = model is not None and not graphs
 
     @property
     def model(self) -> Qwen3:
@@ -90,7 +98,10 @@ class VllmEngine:
         return live_weights(self.model)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take these local tensors, of the same shapes and dtypes, in place of the engine's own."""
+        """Take these local tensors, of the same shapes and dtypes, in place of the engine's own;
+        graphs that were captured as the engine started would go on with the old ones.
+        """
+        assert self.binds, "captured graphs hold the addresses of the weights"
         adopt_weights(self.model, tensors)
 
     def reset(self, version: int) -> None:

@@ -3,7 +3,7 @@
     start      vLLM's engine core in this process, its groups on the replica's ranks alone
     titan      the trainer's own model over vLLM's paged KV cache
     fused      vLLM's own Qwen3, and the trainer's weights as views of its fused ones
-    sampler    the draw of every token
+    sampler    the draw of every token, and draws, how it is made
     requests   our nouns as vLLM's, and back
 
 vLLM reads its environment when it is imported, so this is set before.

@@ -12,21 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from vllm.v1.outputs import SamplerOutput
 
-from mesh.engine.choice import choose
-from mesh.engine.sampler import position_keys, sequence_keys
+from mesh.engine.sampler import sequence_keys
+from mesh.engine.vllm_parts.draws import Draws, Rows
 from mesh.engine.vllm_parts.requests import key_of
 from mesh.types import Sampling
-
-
-class Seats(NamedTuple):
-    """What the rows of a batch are, which changes when a sequence comes or goes only."""
-
-    names: list[str]
-    keys_S: torch.Tensor
-    prompt_lengths_S: torch.Tensor
 
 
 class Step(NamedTuple):
@@ -39,42 +30,41 @@ class Step(NamedTuple):
 
 
 class CounterSampler:
-    """Owns the tokens and logprobs drawn since `start`. `runner`: vLLM's model runner.
+    """Owns the tokens and logprobs drawn since `start`. `runner`: vLLM's model runner."""
 
-    group: the ranks that hold a shard of the logits each; None: they come whole.
-    """
-
-    def __init__(self, runner: Any, group: dist.ProcessGroup | None) -> None:
-        self.runner = runner
-        self.group = group
+    def __init__(self, runner: Any, draws: Draws) -> None:
+        self.runner, self.draws = runner, draws
+        lengths = runner.seq_lens
+        self.rows = Rows(lengths.new_zeros(len(lengths), dtype=torch.int64), lengths * 0, lengths)
         self.sampling: Sampling | None = None
-        self.seats: Seats | None = None
+        self.names: list[str] = []
         self.steps: list[Step] = []
 
     def start(self, sampling: Sampling) -> None:
-        self.sampling, self.seats, self.steps = sampling, None, []
+        self.sampling, self.names, self.steps = sampling, [], []
 
     def __call__(self, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
+        """logits: what our `Draws` make of what the model gave, a row for each sequence."""
         assert self.sampling is not None, "vLLM samples, but nobody asked"
         batch = self.runner.input_batch
         count = batch.num_reqs
-        names = batch.req_ids[:count]
-        if self.seats is None or names != self.seats.names:
-            self.seats = self._seats(names, batch.num_prompt_tokens[:count], logits.device)
-        seats = self.seats
-        positions_S = self.runner.seq_lens[:count] - seats.prompt_lengths_S
-        keys_S = position_keys(seats.keys_S, positions_S)
-        tokens_S, logprobs_S = choose(logits, keys_S, self.sampling, self.group)
+        prompt_lengths, names = batch.num_prompt_tokens[:count], batch.req_ids[:count]
+        if names != self.names:
+            self._seat(names, prompt_lengths)
+        tokens_S, logprobs_S = self.draws(logits, self.rows, self.sampling)
         lengths = self.runner.optimistic_seq_lens_cpu[:count].numpy()
         untaken = self.runner.discard_request_mask.np[:count]
-        indices = np.where(untaken, -1, lengths - batch.num_prompt_tokens[:count])
-        self.steps.append(Step(seats.names, indices, tokens_S, logprobs_S))
+        indices = np.where(untaken, -1, lengths - prompt_lengths)
+        self.steps.append(Step(self.names, indices, tokens_S, logprobs_S))
         return SamplerOutput(tokens_S.int()[:, None], logprobs_tensors=None)
 
-    def _seats(self, names: list[str], prompt_lengths: np.ndarray, device: torch.device) -> Seats:
+    def _seat(self, names: list[str], prompt_lengths: np.ndarray) -> None:
+        """Sequences have come, gone or moved."""
         assert self.sampling is not None
         keys_S = sequence_keys(self.sampling, torch.tensor([key_of(name) for name in names]))
-        return Seats(names, keys_S.to(device), torch.tensor(prompt_lengths, device=device))
+        self.rows.keys[: len(names)] = keys_S
+        self.rows.prompt_lengths[: len(names)] = torch.from_numpy(prompt_lengths.copy())
+        self.names = names
 
     def results(self) -> dict[str, tuple[list[int], list[float]]]:
         """(tokens, logprobs) drawn for every request since `start`, by its name."""

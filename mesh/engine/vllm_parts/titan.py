@@ -161,7 +161,11 @@ class TitanModel(nn.Module):
         return self.policy.hidden(input_ids, positions, self._context(positions))
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """This rank's vocabulary shard [S, V / tp]: our sampler takes it from there."""
+        """The hidden states as they are: the product is a part of our draws."""
+        return hidden_SD
+
+    def head(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V / tp] of this rank's vocabulary shard."""
         return tile_logits(hidden_SD, local(self.policy.lm_head.weight), self.group)
 
     def _context(self, positions: torch.Tensor) -> AttentionContext:
