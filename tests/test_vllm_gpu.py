@@ -5,6 +5,7 @@ Skipped without one; what needs two is skipped with one.
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_the_cache_gives_way_and_comes_back(pair):
 
 
 def used() -> int:
+    gc.collect()  # engines of the test before
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
@@ -144,9 +146,10 @@ def finished(path: Path, ranks: int, *words: str) -> Run:
 
 
 def test_a_strict_run_ends_well_and_releases(tmp_path: Path):
-    found = finished(tmp_path / "run", 1, *STRICT)
+    """A cache of 4 GB, of which training sees nothing."""
+    found = finished(tmp_path / "run", 1, *STRICT, "generator.kv_tokens=8388608")
     assert all(m["logprob_diff/max"] == 0 for m in found.metrics[1:])
-    assert all(m["gpu_gb/train"] < m["gpu_gb/generate"] for m in found.metrics[1:])
+    assert all(m["gpu_gb/train"] + 3 < m["gpu_gb/generate"] for m in found.metrics[1:])
 
 
 def test_vllms_own_model_follows_the_trainer(tmp_path: Path):

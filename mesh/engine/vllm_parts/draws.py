@@ -1,8 +1,8 @@
-"""Drawing the tokens of a batch: logits, keys, draw and score; a CUDA graph where that pays.
+"""Drawing the tokens of a batch: logits, keys, draw and score; on CUDA one graph.
 
-For few sequences a decode step of vLLM takes as long as the host needs to prepare it; these twenty
-launches were a sixth of that. The captured calls are the eager ones on static buffers, so they have
-their bits: a row does not know how many rows there are.
+A decode step of vLLM takes as long as the host needs to prepare it; these twenty launches were a
+sixth of that. The captured calls are the eager ones on static buffers, so they have their bits: a
+row does not know how many rows there are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from mesh.engine.choice import choose
 from mesh.engine.graphs import bucket_of
 from mesh.engine.sampler import position_keys
 from mesh.types import Sampling
-
-MOST_ROWS = 64  # of a graph: above it the device is the slower one
 
 
 class Rows(NamedTuple):
@@ -35,7 +33,6 @@ class Rows(NamedTuple):
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    features: torch.Tensor
     tokens: torch.Tensor
     logprobs: torch.Tensor
 
@@ -54,6 +51,7 @@ class Draws:
         self.head, self.group = head, group
         self.graphs = graphs and group is None
         self.captured: dict[tuple[int, float], _Captured] = {}
+        self.features: torch.Tensor | None = None
         self.pool: Any = None
 
     def __call__(
@@ -62,13 +60,16 @@ class Draws:
         """(tokens_S, logprobs_S), new tensors."""
         count = len(features_SX)
         truncated = sampling.top_k > 0 or sampling.top_p < 1
-        if not self.graphs or truncated or count > MOST_ROWS:
+        if not self.graphs or truncated:
             return self._draw(features_SX, rows, sampling)
-        key = min(bucket_of(count), len(rows.keys)), sampling.temperature
+        if self.features is None:
+            self.features = features_SX.new_zeros(len(rows.keys), features_SX.shape[1])
+        self.features[:count] = features_SX
+        bucket = min(bucket_of(count), len(rows.keys))
+        key = bucket, sampling.temperature
         if key not in self.captured:
-            self.captured[key] = self._capture(features_SX, rows, sampling, key[0])
+            self.captured[key] = self._capture(self.features[:bucket], rows, sampling)
         static = self.captured[key]
-        static.features[:count] = features_SX
         static.graph.replay()
         return static.tokens[:count].clone(), static.logprobs[:count].clone()
 
@@ -79,17 +80,14 @@ class Draws:
         keys_S = position_keys(keys_S, lengths_S - prompt_lengths_S)
         return choose(self.head(features_SX), keys_S, sampling, self.group)
 
-    def _capture(
-        self, features_SX: torch.Tensor, rows: Rows, sampling: Sampling, bucket: int
-    ) -> _Captured:
-        features = features_SX.new_zeros(bucket, features_SX.shape[1])
+    def _capture(self, features_SX: torch.Tensor, rows: Rows, sampling: Sampling) -> _Captured:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._draw(features, rows, sampling)
+            self._draw(features_SX, rows, sampling)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            tokens, logprobs = self._draw(features, rows, sampling)
+            tokens, logprobs = self._draw(features_SX, rows, sampling)
         self.pool = self.pool or graph.pool()
-        return _Captured(graph, features, tokens, logprobs)
+        return _Captured(graph, tokens, logprobs)
