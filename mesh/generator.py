@@ -59,12 +59,8 @@ class Generator:
         self.layouts: list[ParamLayout] = role_layouts(
             shape, conf.model.max_length, mesh.mesh, fsdp=False
         )
-        # vLLM's own model has its own buffers, and fused weights that nothing can stand in for;
-        # its graphs are captured as it starts, and go on with the weights of then
-        theirs = conf.engine == "vllm" and conf.vllm.model == "native"
-        captured = conf.engine == "vllm" and conf.generator.cuda_graphs and device.type == "cuda"
-        self.binds = not theirs and not captured
-        if theirs:
+        self.binds = takes_storage(conf, device)
+        if conf.engine == "vllm" and conf.vllm.model == "native":  # it has its own buffers
             names = weight_names(shape)
             self.layouts = [layout for layout in self.layouts if layout.name in names]
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
@@ -200,6 +196,18 @@ def build_engine(
     from mesh.engine.vllm import VllmEngine  # takes seconds, and is not everywhere
 
     return VllmEngine(model, shape, settings, group, device, dtype, conf.timeout_seconds)
+
+
+def takes_storage(conf: Conf, device: torch.device) -> bool:
+    """Whether the engine's weights may be the trainer's own tensors.
+
+    Not those of vLLM's own model, which are fused, and not where vLLM has captured CUDA graphs as it
+    started: these would go on with the weights of then, and no digest would see it.
+    """
+    if conf.engine != "vllm":
+        return True
+    captured = conf.generator.cuda_graphs and device.type == "cuda"
+    return conf.vllm.model == "titan" and not captured
 
 
 def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:

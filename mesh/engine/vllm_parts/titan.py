@@ -88,7 +88,7 @@ class PagedBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        raise NotImplementedError("the model calls its attention itself")
+        raise AssertionError("vLLM wants to call attention, which the model calls itself")
 
     @staticmethod
     def get_builder_cls() -> type[ContextBuilder]:
