@@ -201,7 +201,7 @@ def build_engine(
 def takes_storage(conf: Conf, device: torch.device) -> bool:
     """Whether the engine's weights may be the trainer's own tensors.
 
-    Not those of vLLM's own model, which are fused, and not where vLLM has captured CUDA graphs as it
+    Not those of vLLM's own model, which are fused, and not where vLLM captured CUDA graphs as it
     started: these would go on with the weights of then, and no digest would see it.
     """
     if conf.engine != "vllm":
