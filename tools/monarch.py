@@ -114,7 +114,7 @@ class Supervisor:
                 return 128 + self.signals[0]
             if statuses or not dead:
                 return statuses[0] if statuses else 0
-            killed = [end for end in dead if "sig=" in end.death]  # and the others followed
+            killed = [end for end in dead if end.killed]  # and the others followed
             first = (killed or dead)[0]
             cause = f"rank {first.rank}: {first.death}"
             early = self.run_dir is not None and starts(self.run_dir) == begun

@@ -42,6 +42,7 @@ LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
 # Else the kernel kills a process whose parent died before it can kill its children. Each process
 # then says "(bootstrap) PDEATHSIG disabled via config".
 NO_PDEATHSIG = "HYPERACTOR_MESH_BOOTSTRAP_ENABLE_PDEATHSIG"
+LINE_SECONDS = 2.0  # from Monarch's word of a death to its own; the line to a lost host holds
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
 
 
@@ -56,11 +57,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: `status` where its script came to an end, else the process's `death`."""
+    """How a rank ended: `status` where its script came to an end, else the process's `death`.
+    `killed`: it did not end by itself."""
 
     rank: int
     status: int | None = None
     death: str = ""
+    killed: bool = False
 
 
 class NoMeshError(Exception):
@@ -143,18 +146,39 @@ class Procs:
     async def run(self, rank: int, job: Job) -> Ended:
         """Have a rank run a script to its end."""
         self._busy.add(rank)
+        gone = self._lifelines.gone(rank)
+        call = asyncio.create_task(self._call(rank, job))
         try:
-            status = await self._runners.slice(**self.points[rank]).run.call_one(job)
-            ended = Ended(rank, status)
-        except SupervisionError as error:
-            ended = Ended(rank, death=str(error).strip().splitlines()[-1].strip())
+            either: set[asyncio.Future] = {call, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if call.done() and call.result().status is not None:
+                ended = call.result()
+            else:
+                await asyncio.wait({gone}, timeout=LINE_SECONDS)
+                ended = left(rank, gone.result()) if gone.done() else call.result()
+        finally:
+            call.cancel()
         self._busy.discard(rank)
         return ended
+
+    async def _call(self, rank: int, job: Job) -> Ended:
+        try:
+            return Ended(rank, await self._runners.slice(**self.points[rank]).run.call_one(job))
+        except SupervisionError as error:
+            death = str(error).strip().splitlines()[-1].strip()
+            return Ended(rank, death=death, killed=True)
 
     async def kill(self, rank: int, number: int) -> None:
         """Send a rank a signal; one that has died needs none."""
         with contextlib.suppress(SupervisionError):
             await self._signallers.slice(**self.points[rank]).kill.call_one(number)
+
+
+def left(rank: int, status: int | None) -> Ended:
+    """How the process of a rank went, by its own account."""
+    if status is None:
+        return Ended(rank, death="killed, or crashed outside Python", killed=True)
+    return Ended(rank, death=f"left with status {status}")
 
 
 def local_address(addresses: list[str]) -> str:
@@ -195,11 +219,12 @@ jobs: queue.Queue[tuple[Job, queue.Queue[int]] | None] = queue.Queue()
 def main() -> None:
     """The program of a process: run what comes until Monarch stops it."""
     sys.modules["monarch_procs"] = sys.modules["__main__"]  # whose actor is called
-    hold(os.environ.pop(LIFELINE))
+    line = hold(os.environ.pop(LIFELINE))
     threading.Thread(target=take_part, name="monarch").start()
     try:
         while (item := jobs.get()) is not None:
             job, done = item
+            line.sendall(f"rank {job.environment['RANK']}\n".encode())
             done.put(execute(job))
     except KeyboardInterrupt:  # before the script took its signals
         os._exit(128 + signal.SIGINT)

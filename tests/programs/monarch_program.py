@@ -24,21 +24,44 @@ def main(directory: Path, what: str) -> None:
     if what == "report":
         variables = {name: os.environ.get(name) for name in NAMES.split()}
         in_main = threading.current_thread() is threading.main_thread()
-        words = [sys.argv[0], sys.path[0], __name__, os.getcwd(), in_main]
-        print(json.dumps([variables, words]))
+        report = [variables, [sys.argv, sys.path[0], __name__, os.getcwd(), in_main]]
+        say(json.dumps(report))
         sys.exit(3 if rank == "1" else 0)
     elif what == "last words" and rank == "1":
         os.write(2, f"the last words of start {attempt}\n".encode())
         os._exit(7)
+    elif what == "last words" and attempt == 1:
+        leave_after_rank_1(directory, attempt)
     elif what == "once" and attempt == 0 and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "once" and attempt == 0:
+        leave_after_rank_1(directory, attempt)
     elif what == "once":
-        time.sleep(0 if attempt else 600)
-        print(f"rank {rank} ends well")
+        say(f"rank {rank} ends well")
     else:
+        if what == "deaf":
+            heard = directory / f"heard-{rank}-{os.getpid()}"
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: heard.touch())
         child = subprocess.Popen(["sleep", "600"])
         (directory / f"{attempt}-{rank}-{child.pid}").touch()
-        time.sleep(600)
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline:
+            time.sleep(1)
+
+
+def say(line: str) -> None:
+    """In one piece, as the ranks share a pipe: what Monarch starts does not buffer."""
+    sys.stdout.write(line + "\n")
+
+
+def leave_after_rank_1(directory: Path, attempt: int) -> None:
+    """At once, as the guard of a recipe does."""
+    while not (files := list(directory.glob(f"{attempt}-1-*"))):
+        time.sleep(0.001)
+    while Path("/proc", files[0].name.split("-")[2]).exists():
+        time.sleep(0.001)
+    os._exit(1)
 
 
 if __name__ == "__main__":
