@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,8 +28,8 @@ class MetricsLogger:
         config: dict[str, Any] | None = None,
         first: int = 0,
     ):
-        """`config` is shown by W&B. `first`: a run goes on after so many steps; what the files hold
-        of later ones is cut off.
+        """`config` is shown by W&B. `first`: a run goes on after so many steps, with which
+        its files end: its checkpoint has put them back.
 
         Raises ValueError where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
@@ -41,9 +40,7 @@ class MetricsLogger:
         self._closed = False
         self._last: Metrics = {}
         if first:
-            self._last = cut_after(run_dir / "metrics.jsonl", first)
-            for name in ("samples.jsonl", "nonfinite.jsonl"):
-                cut_after(run_dir / name, first)
+            self._last = last_logged(run_dir / "metrics.jsonl")
         self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
         self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
@@ -118,31 +115,13 @@ class MetricsLogger:
         return "  ".join(words)
 
 
-def cut_after(path: Path, step: int) -> Metrics:
-    """Drop the lines of later steps from a file of JSON lines, and a last one that was torn.
-
-    Returns the last metrics that stay, the last evaluation's among them. Raises ValueError where
-    a line before that cannot be read.
-    """
+def last_logged(path: Path) -> Metrics:
+    """The last metrics of a file of JSON lines, the last evaluation's among them."""
     last: Metrics = {}
-    end = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                record = _record(path, line) if line.endswith(b"\n") else {"step": step + 1}
-                if record["step"] > step:
-                    break
-                end += len(line)
-                last = _of_eval(last) | record
-        os.truncate(path, end)
+    with open(path) as file:
+        for line in file:
+            last = _of_eval(last) | json.loads(line)
     return last
-
-
-def _record(path: Path, line: bytes) -> Metrics:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {line[:80]!r} is not JSON; take that line out") from error
 
 
 def _of_eval(metrics: Metrics) -> Metrics:

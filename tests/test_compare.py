@@ -114,7 +114,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 def test_the_command_says_equal_different_or_unreadable(tmp_path):
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
     result = command(a, b)
-    expected = "equal: 3 lines of metrics, 3 samples, 2 files of the model\n"
+    expected = "equal: 3 lines of metrics, 3 samples, 2 files of models\n"
     assert (result.returncode, result.stdout) == (0, expected)
     with_line(b, "metrics.jsonl", 1, loss=0.5)
     result = command(a, b)
