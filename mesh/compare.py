@@ -81,8 +81,8 @@ def compare_runs(a: Path, b: Path) -> Compared:
     metrics = [read_lines(run / "metrics.jsonl") for run in (a, b)]
     samples = [read_lines(run / "samples.jsonl") for run in (a, b)]
     models = [file_digests(run / "model", "model/") for run in (a, b)]
-    best = [best_model(run) for run in (a, b)]
-    if best[0] is not None and best[1] is not None:
+    best = [path for path in map(best_model, (a, b)) if path is not None]
+    if len(best) == 2:
         models = [m | file_digests(p, f"best/{p.name}/") for m, p in zip(models, best, strict=True)]
     found = [
         *line_differences("metrics.jsonl", *metrics),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,8 @@ class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every verb is a collective of the world."""
 
     def __init__(self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer) -> None:
-        """Raises RuntimeError where checkpoints are asked for and their directory cannot be."""
+        """To be made before the first step. Raises RuntimeError where checkpoints are asked for and
+        their directory cannot be."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
@@ -70,6 +71,7 @@ class Checkpointer:
             for name, block in held.items()
             if block is not None and holders[name][block][0] == process.rank
         }
+        self.reference = self._reference_digest()
         self._pending: Pending | None = None
         self._logs: dict[str, Entry] = {}  # what the checkpoint before has of them
         if conf.checkpoint.every or conf.resume:
@@ -141,9 +143,9 @@ class Checkpointer:
         kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
         return weights | kinds | self.reference
 
-    @cached_property
-    def reference(self) -> dict[str, str]:
-        """The digest of the frozen reference's weights; nothing where the loss has no KL."""
+    def _reference_digest(self) -> dict[str, str]:
+        """Of the frozen reference's weights, as long as they are sharded: FSDP leaves some gathered
+        after a forward pass. Nothing where the loss has no KL."""
         if not self.conf.kl_coef:
             return {}
         weights, group = self.trainer.reference_weights(), self.process.cpu_group
