@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any, TextIO
 
 from mesh.conf import LogConf
 from mesh.progress import Metrics, Pace, clock, open_progress
+
+WANDB_ID = "wandb-id.txt"
 
 
 class MetricsLogger:
@@ -168,10 +171,18 @@ def _open_tensorboard(run_dir: Path, first: int) -> Any:
 
 
 def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A W&B run. Its API key stays where W&B keeps it: in its own files or WANDB_API_KEY."""
+    """The W&B run of this run directory, the same one in every start that goes on with it. Its API
+    key stays where W&B keeps it: in its own files or WANDB_API_KEY."""
     try:
         import wandb
     except ImportError as error:
         remedy = "pip install wandb, or leave log.wandb unset"
         raise ValueError(f"log.wandb={project}: wandb is not installed; {remedy}") from error
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config)
+    path = run_dir / WANDB_ID
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return wandb.init(
+        project=project, name=run_dir.name, dir=str(run_dir), config=config,
+        allow_val_change=True,  # a resumed run may have other `steps`
+        id=path.read_text().strip(), resume="allow",
+    )  # fmt: skip

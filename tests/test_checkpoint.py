@@ -110,8 +110,11 @@ def conf_of(*words: str) -> Conf:
 
 
 def trainer_of(conf: Conf) -> Trainer:
+    """From the weights in model.path where that is no shipped model, else from random ones."""
     meshes = build_meshes(plan_layout(conf, 1), "cpu")
-    return Trainer(conf, meshes, TINY, torch.device("cpu"), torch.float32, Start(None, seed=3))
+    shipped = conf.model.path is None or conf.model.path.startswith("package:")
+    start = Start(None if shipped else Path(str(conf.model.path)), seed=3)
+    return Trainer(conf, meshes, TINY, torch.device("cpu"), torch.float32, start)
 
 
 def advance(trainer: Trainer, seed: int) -> dict[str, float]:

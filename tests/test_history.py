@@ -19,7 +19,6 @@ from mesh.model.hf import export
 from mesh.model.qwen3 import TINY
 from mesh.process import Process
 from mesh.tokenizer import CHARACTERS
-from mesh.trainer import Trainer
 
 
 class Small:
@@ -28,7 +27,7 @@ class Small:
     def __init__(self, process: Process, path: Path, *words: str, resume: bool = False) -> None:
         self.path, self.conf = path, conf_of(*words)
         path.mkdir(exist_ok=True)
-        self.trainer: Trainer = trainer_of(self.conf)
+        self.trainer = trainer_of(self.conf)
         if resume:
             self.conf.resume = str(path)
         self.keeper = Checkpointer(self.conf, path, process, self.trainer)
@@ -213,3 +212,33 @@ def test_no_best_model_is_kept_where_none_is_asked_for(process, tmp_path, word):
     run.take(2, VALUES)
     assert not (run.path / "best").exists()
     assert run.conf.checkpoint.best == (word != "checkpoint.best=false") and Conf().checkpoint.best
+
+
+def exported(path: Path, run: Small) -> None:
+    export(path, run.trainer.parameters(), TINY, CHARACTERS, (1,), write=True)
+
+
+def test_a_reference_whose_weights_have_changed_is_refused(process, tmp_path):
+    """One number of one tensor is another than when the run began."""
+    start, path = tmp_path / "start", tmp_path / "run"
+    exported(start, Small(process, tmp_path / "first"))
+    words = [f"model.path={start}", "kl_coef=0.01", "checkpoint.every=2"]
+    Small(process, path, *words).take(2)
+    assert Small(process, path, *words, resume=True).step == 2
+    flip(start / "model.safetensors", -3)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    said = rf"model.path={start}: has other weights than .*/step-2 began with, .* put those back"
+    with pytest.raises(ValueError, match=said):
+        Small(process, path, *words, resume=True)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    flip(start / "model.safetensors", -3)
+    assert Small(process, path, *words, resume=True).step == 2
+
+
+def test_without_a_reference_the_start_may_go(process, tmp_path):
+    start, path = tmp_path / "start", tmp_path / "run"
+    exported(start, Small(process, tmp_path / "first"))
+    words = [f"model.path={start}", "checkpoint.every=2"]
+    Small(process, path, *words).take(2)
+    flip(start / "model.safetensors", -3)
+    assert Small(process, path, *words, resume=True).step == 2
