@@ -195,6 +195,14 @@ def test_a_resumed_run_has_the_best_of_its_step(process, tmp_path):
         assert files[0] == files[1] and "model.safetensors" in files[0]
 
 
+def test_a_resumed_run_remembers_how_good_the_best_was(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(4, VALUES)
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    again.take(2, {5: 0.5, 6: 0.4375})
+    assert again.named()["step-6"] == (2, 0.5) and again.bests() == ["step-2"]
+
+
 def test_a_best_model_that_is_gone_is_told_and_looked_for_anew(process, tmp_path, capsys):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(2, VALUES)
