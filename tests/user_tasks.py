@@ -157,7 +157,8 @@ last_step = [0]
 
 @dataclass(frozen=True)
 class Foreseen(SpellBackward):
-    """Evaluations come out as `RIGHT` says, whatever the model; to be scored by the rank itself."""
+    """Evaluations come out as `RIGHT` says, whatever the model; every step changes the weights. To
+    be scored by the rank itself."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         last_step[:] = [step]
@@ -166,7 +167,7 @@ class Foreseen(SpellBackward):
     def score(self, prompt: Prompt, response: str) -> float:
         if is_held_out(prompt.text):
             return float(prompt.prompt_id < RIGHT[min(last_step[0], len(RIGHT) - 1)])
-        return super().score(prompt, response)
+        return float(len(response))  # seldom all equal in a group
 
 
 def pair_of_ids() -> list[int]:
