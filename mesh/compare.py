@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -75,17 +76,19 @@ def line_differences(file: str, a: Sequence[Line], b: Sequence[Line]) -> Iterato
 
 
 def compare_runs(a: Path, b: Path) -> Compared:
-    """Compare metrics, samples and final models. Raises ValueError where a log cannot be read."""
+    """Compare metrics, samples, final models and, where both runs keep one, the best models.
+    Raises ValueError where a log cannot be read."""
     metrics = [read_lines(run / "metrics.jsonl") for run in (a, b)]
     samples = [read_lines(run / "samples.jsonl") for run in (a, b)]
-    models = [file_digests(run / "model") for run in (a, b)]
+    models = [file_digests(run / "model", "model/") for run in (a, b)]
+    best = [path for path in map(best_model, (a, b)) if path is not None]
+    if len(best) == 2:
+        models = [m | file_digests(p, f"best/{p.name}/") for m, p in zip(models, best, strict=True)]
     found = [
         *line_differences("metrics.jsonl", *metrics),
         *line_differences("samples.jsonl", *samples),
         *(
-            Difference(
-                f"model/{name}", "", "SHA-256", *(side.get(name, NOTHING) for side in models)
-            )
+            Difference(name, "", "SHA-256", *(side.get(name, NOTHING) for side in models))
             for name in sorted(models[0] | models[1])
             if models[0].get(name) != models[1].get(name)
         ),
@@ -118,10 +121,17 @@ def read_lines(path: Path, killed: bool = False) -> list[dict[str, Any]]:
     return found
 
 
-def file_digests(path: Path) -> dict[str, str]:
+def best_model(run_dir: Path) -> Path | None:
+    """The directory of a run's best model, the last one of those it keeps; None: it keeps none."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "best").glob("step-*"))
+    steps = [int(match[1]) for match in names if match]
+    return run_dir / "best" / f"step-{max(steps)}" if steps else None
+
+
+def file_digests(path: Path, prefix: str = "") -> dict[str, str]:
     """SHA-256 by name of the files in a directory; none where it is not there."""
     files = sorted(path.iterdir()) if path.is_dir() else []
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {prefix + file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _names(line: Line) -> str:

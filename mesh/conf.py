@@ -172,6 +172,9 @@ class ValidateConf:
 class CheckpointConf:
     every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
     keep: int = key(2, "complete checkpoints that are kept, the newest ones", ge=1)
+    best: bool = key(
+        True, "with checkpoint.every, keep the model of the best eval/accuracy in RUN_DIR/best"
+    )
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""Which directories a run may write to: its own alone, and never where a link leads."""
+"""Which directories a run may write to - its own alone, never where a link leads - and how what it
+wrote is known to be on the disk."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mesh.conf import Conf, resolve_path
@@ -34,3 +36,18 @@ def link_problems(key: str, name: str, path: Path) -> list[str]:
     )
     wrong = f"holds symbolic links ({', '.join(links)}), which are not followed"
     return [problem(key, name, wrong, "put the files themselves there")] if links else []
+
+
+def sync_path(path: Path) -> None:
+    """Have a directory's names, or a file's bytes, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Have a directory of files on the disk."""
+    for item in (*path.iterdir(), path):
+        sync_path(item)

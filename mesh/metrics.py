@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
+import secrets
 from pathlib import Path
 from typing import Any, TextIO
 
 from mesh.conf import LogConf
 from mesh.progress import Metrics, Pace, clock, open_progress
+
+WANDB_ID = "wandb-id.txt"
 
 
 class MetricsLogger:
@@ -29,8 +31,8 @@ class MetricsLogger:
         config: dict[str, Any] | None = None,
         first: int = 0,
     ):
-        """`config` is shown by W&B. `first`: a run goes on after so many steps; what the files hold
-        of later ones is cut off.
+        """`config` is shown by W&B. `first`: a run goes on after so many steps, with which
+        its files end: its checkpoint has put them back.
 
         Raises ValueError where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
@@ -41,9 +43,7 @@ class MetricsLogger:
         self._closed = False
         self._last: Metrics = {}
         if first:
-            self._last = cut_after(run_dir / "metrics.jsonl", first)
-            for name in ("samples.jsonl", "nonfinite.jsonl"):
-                cut_after(run_dir / name, first)
+            self._last = last_logged(run_dir / "metrics.jsonl")
         self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
         self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
@@ -118,31 +118,13 @@ class MetricsLogger:
         return "  ".join(words)
 
 
-def cut_after(path: Path, step: int) -> Metrics:
-    """Drop the lines of later steps from a file of JSON lines, and a last one that was torn.
-
-    Returns the last metrics that stay, the last evaluation's among them. Raises ValueError where
-    a line before that cannot be read.
-    """
+def last_logged(path: Path) -> Metrics:
+    """The last metrics of a file of JSON lines, the last evaluation's among them."""
     last: Metrics = {}
-    end = 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                record = _record(path, line) if line.endswith(b"\n") else {"step": step + 1}
-                if record["step"] > step:
-                    break
-                end += len(line)
-                last = _of_eval(last) | record
-        os.truncate(path, end)
+    with open(path) as file:
+        for line in file:
+            last = _of_eval(last) | json.loads(line)
     return last
-
-
-def _record(path: Path, line: bytes) -> Metrics:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {line[:80]!r} is not JSON; take that line out") from error
 
 
 def _of_eval(metrics: Metrics) -> Metrics:
@@ -189,10 +171,18 @@ def _open_tensorboard(run_dir: Path, first: int) -> Any:
 
 
 def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A W&B run. Its API key stays where W&B keeps it: in its own files or WANDB_API_KEY."""
+    """The W&B run of this run directory, the same one in every start that goes on with it. Its API
+    key stays where W&B keeps it: in its own files or WANDB_API_KEY."""
     try:
         import wandb
     except ImportError as error:
         remedy = "pip install wandb, or leave log.wandb unset"
         raise ValueError(f"log.wandb={project}: wandb is not installed; {remedy}") from error
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config)
+    path = run_dir / WANDB_ID
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return wandb.init(
+        project=project, name=run_dir.name, dir=str(run_dir), config=config,
+        allow_val_change=True,  # a resumed run may have other `steps`
+        id=path.read_text().strip(), resume="allow",
+    )  # fmt: skip

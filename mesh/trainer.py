@@ -123,6 +123,10 @@ class Trainer:
         """The master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
 
+    def reference_weights(self) -> dict[str, torch.Tensor]:
+        """The frozen reference's weights; none without one."""
+        return named_weights(self.reference) if self.reference is not None else {}
+
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """What the next step needs, by kind and name: `weights`, and AdamW's moments `exp_avg` and
         `exp_avg_sq`, which are zeros before the first step. fp32 DTensors, the trainer's own; a

@@ -61,12 +61,15 @@ def main(argv: list[str]) -> None:
         checkpoints = Checkpointer(conf, run_dir, process, program.trainer)
         first = checkpoints.load() if resume else 0
         phases = Phases(process.device)
-        words = asdict(conf)
+        words, save = asdict(conf), partial(save_model, conf, program)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words, first) as logger:
             process.listen()
             sync(program)
             if not resume:
-                logger.log(0, held_out(conf, program, process))
+                metrics = held_out(conf, program, process)
+                logger.log(0, metrics)
+                with phases("checkpoint"):
+                    checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
                 metrics, samples = train_step(conf, program, process, phases, step)
                 if is_due(step + 1, conf.eval.every, conf.steps):
@@ -76,10 +79,11 @@ def main(argv: list[str]) -> None:
                 logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
                 stop = process.should_stop()
                 with phases("checkpoint"):
+                    checkpoints.consider(step + 1, metrics, save)
                     checkpoints.after(step + 1, stop)
                 if stop:
                     break
-            save_model(conf, program, run_dir / "model")
+            save(run_dir / "model")
 
 
 def train_step(

@@ -1,4 +1,4 @@
-"""What tests share: a world of one rank, for models that are built on a mesh."""
+"""What tests share: worlds of one rank, for models that are built on a mesh and for programs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout import AXES
+from mesh.process import Process, start
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +20,13 @@ def solo_mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield DeviceMesh("cpu", torch.zeros(1, 1, 1, dtype=torch.int64), mesh_dim_names=AXES)
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def process(monkeypatch) -> Iterator[Process]:
+    """This process as a program's only rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with start(device="cpu", timeout_seconds=30) as process:
+        yield process

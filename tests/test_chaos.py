@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from chaos_checks import finished_problems, kept_problems, kept_text, newest, text_problems
 from chaos_plan import FIRST, MESHES, plan
 from launching import launch
+from safetensors.torch import save_file
 
 
 @pytest.mark.timeout(900)
@@ -47,6 +49,7 @@ def test_fifty_rounds_meet_every_phase_five_times_and_change_the_mesh(seed):
 
 
 STEPS, SAMPLES = 3, 2
+BEST = [0.5, 0.25, 0.5, 0.75]  # the evaluations after each step
 
 
 def finished(path: Path) -> Path:
@@ -55,9 +58,16 @@ def finished(path: Path) -> Path:
     (path / "checkpoints" / "step-2").mkdir(parents=True)
     (path / "model").mkdir()
     checkpoint.mkdir()
-    content = {"content": {"digests": {"weights": "3"}}}
-    (checkpoint / "index.json").write_text(json.dumps(content))
-    metrics = [{"step": step, "digest/weights": str(step)} for step in range(STEPS + 1)]
+    for step, best in ((2, 0), (3, 3)):
+        content = {"digests": {"weights": "3"}, "best": {"step": best, "value": BEST[best]}}
+        index = path / "checkpoints" / f"step-{step}" / "index.json"
+        index.write_text(json.dumps({"content": content}))
+        (path / "best" / f"step-{best}").mkdir(parents=True)
+        save_file({}, path / "best" / f"step-{best}" / "model.safetensors")
+    metrics = [
+        {"step": step, "digest/weights": str(step), "eval/accuracy": BEST[step]}
+        for step in range(STEPS + 1)
+    ]
     samples = [
         {"step": step, "prompt_id": 10 * step, "sample_id": sample}
         for step in range(1, STEPS + 1)
@@ -87,6 +97,18 @@ WRONG = {
     "step-1.damaged was left": lambda p: (p / "checkpoints" / "step-1.damaged").mkdir(),
     "checkpoints of steps [2] are kept": lambda p: (p / "checkpoints" / "step-3").rename(p / "x"),
     "checkpoints of steps [3, 2, 1] are kept": lambda p: (p / "checkpoints" / "step-1").mkdir(),
+    "metrics.jsonl.partial was left": lambda p: (p / "metrics.jsonl.partial").touch(),
+    "best/step-2.partial was left": lambda p: (p / "best" / "step-2.partial").mkdir(),
+    "best models of steps [0] are kept": lambda p: (p / "best" / "step-3").rename(p / "x"),
+    "best models of steps [3, 2, 0] are kept": lambda p: shutil.copytree(
+        p / "best" / "step-0", p / "best" / "step-2"
+    ),
+    "the best model of step 3 is not whole: model.safetensors has": lambda p: (
+        p / "best" / "step-3" / "model.safetensors"
+    ).write_bytes((p / "best" / "step-3" / "model.safetensors").read_bytes() + b"x"),
+    "the last checkpoint names {'step': 3, 'value': 0.75} as best, not {'step': 1,": edit(
+        "metrics.jsonl", lambda x: [x[0], x[1].replace("0.25", "0.75"), *x[2:]]
+    ),
     "the final model is not whole": lambda p: (p / "model.partial").mkdir(),
     "the last checkpoint holds other weights than were logged": edit(
         "metrics.jsonl", lambda x: [line.replace('"3"', '"4"') for line in x]

@@ -87,6 +87,24 @@ def test_the_first_difference_is_named(said, tmp_path):
     assert str(compare_runs(a, b).first).startswith(said)
 
 
+def test_the_last_best_models_are_compared_where_both_runs_keep_one(tmp_path):
+    a, b = made(tmp_path / "a"), made(tmp_path / "b")
+    for run, steps in ((a, (9, 10)), (b, (2, 10))):
+        for step in steps:
+            best = run / "best" / f"step-{step}"
+            best.mkdir(parents=True)
+            (best / "model.safetensors").write_bytes(b"%d" % step)
+        assert str(compare_runs(a, b).first) == "None"
+    (b / "best" / "step-11.partial").mkdir()
+    assert compare_runs(a, b).files == 3
+    (b / "best" / "step-10" / "model.safetensors").write_bytes(b"11")
+    assert str(compare_runs(a, b).first).startswith("best/step-10/model.safetensors: SHA-256")
+    (b / "best" / "step-10").rename(b / "best" / "step-11")
+    said = "best/step-10/model.safetensors: SHA-256 differs: "
+    first = str(compare_runs(a, b).first)
+    assert first.startswith(said) and first.endswith(" and nothing")
+
+
 def test_timings_and_other_files_are_left_out(tmp_path):
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
     lines = [untimed(line) | {"seconds/generate": 7.0} for line in METRICS]
@@ -114,7 +132,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 def test_the_command_says_equal_different_or_unreadable(tmp_path):
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
     result = command(a, b)
-    expected = "equal: 3 lines of metrics, 3 samples, 2 files of the model\n"
+    expected = "equal: 3 lines of metrics, 3 samples, 2 files of models\n"
     assert (result.returncode, result.stdout) == (0, expected)
     with_line(b, "metrics.jsonl", 1, loss=0.5)
     result = command(a, b)

@@ -20,6 +20,7 @@ import pytest
 from launching import REPOSITORY, Run, launch, run
 from test_stopping import Foreground, lines_of
 
+from mesh.checkpoint.logs import LOGS
 from mesh.compare import compare_runs, untimed
 
 pytestmark = pytest.mark.timeout(900)  # of a slow machine; each launch has a limit of its own
@@ -180,7 +181,7 @@ def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(r
     assert logged[: steps + 1] == before
     index = json.loads((path / "checkpoints" / f"step-{last}" / "index.json").read_text())
     assert index["content"]["digests"]["weights"] == json.loads(logged[-1])["digest/weights"]
-    assert index["content"]["files"].keys() == {"rank-0.safetensors"}
+    assert index["content"]["files"].keys() == {"rank-0.safetensors", *LOGS}
     assert f"to continue after step {last}: resume={path}" in out
 
 

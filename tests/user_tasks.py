@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mesh.tasks.draw import is_held_out
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt
 
@@ -148,6 +149,25 @@ class ShortTraining(SpellBackward):
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         return super().train_prompts(step, num - 1)
+
+
+RIGHT = (2, 3, 3, 4, 5, 6, 6)  # held-out prompts that are right after 1, 2, ... steps
+last_step = [0]
+
+
+@dataclass(frozen=True)
+class Foreseen(SpellBackward):
+    """Evaluations come out as `RIGHT` says, whatever the model; every step changes the weights. To
+    be scored by the rank itself."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        last_step[:] = [step]
+        return super().train_prompts(step, num)
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        if is_held_out(prompt.text):
+            return float(prompt.prompt_id < RIGHT[min(last_step[0], len(RIGHT) - 1)])
+        return float(len(response))  # seldom all equal in a group
 
 
 def pair_of_ids() -> list[int]:

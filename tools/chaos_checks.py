@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mesh.checkpoint.keeper import DAMAGED, LOGS, PARTIAL, steps_in
+from mesh.checkpoint.best import METRIC
+from mesh.checkpoint.folder import DAMAGED, PARTIAL, steps_in
+from mesh.checkpoint.logs import LOGS
 from mesh.compare import compare_runs, line_differences, read_lines
+from mesh.model.hf import weight_problems
 
 KEPT = 2  # checkpoint.keep, as unset
 Texts = dict[str, bytes]
@@ -70,7 +74,8 @@ def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[st
         range(1, steps + 1), samples_a_step
     ):
         found.append(f"samples.jsonl holds {len(samples)} lines, by step {dict(per_step)}")
-    return found + directory_problems(run_dir, steps, metrics[-1]["digest/weights"])
+    found += directory_problems(run_dir, steps, metrics[-1]["digest/weights"])
+    return found or best_problems(run_dir, metrics)
 
 
 def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
@@ -78,6 +83,7 @@ def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
     path = run_dir / "checkpoints"
     names = sorted(item.name for item in path.iterdir())
     found = [f"{name} was left" for name in names if name.endswith((PARTIAL, DAMAGED))]
+    found += [f"{item} was left" for item in leftovers(run_dir)]
     if (run_dir / "model.partial").exists() or not (run_dir / "model").is_dir():
         found.append("the final model is not whole")
     held = steps_in(path)
@@ -87,6 +93,34 @@ def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
     if index["content"]["digests"]["weights"] != digest:
         found.append("the last checkpoint holds other weights than were logged")
     return found
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What was being written when a run was killed, beside the checkpoints and the final model."""
+    places = (run_dir.glob(f"*.jsonl{PARTIAL}"), (run_dir / "best").glob(f"*{PARTIAL}"))
+    return sorted(item.relative_to(run_dir) for place in places for item in place)
+
+
+def best_problems(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The newest checkpoint must name the first of the best evaluations that were logged; that
+    model must be there, and no other but those that the checkpoints name."""
+    logged = [line for line in metrics if METRIC in line]
+    best = max(logged, key=lambda line: line[METRIC])  # of equal ones the first
+    expected = {"step": best["step"], "value": best[METRIC]}
+    path = run_dir / "checkpoints"
+    named = {s: json.loads((path / f"step-{s}" / "index.json").read_text()) for s in steps_in(path)}
+    bests = {step: index["content"]["best"] for step, index in named.items()}
+    found = []
+    if bests[max(bests)] != expected:
+        found.append(f"the last checkpoint names {bests[max(bests)]} as best, not {expected}")
+    held = steps_in(run_dir / "best") if (run_dir / "best").is_dir() else []
+    if set(held) != {one["step"] for one in bests.values()}:
+        found.append(f"best models of steps {held} are kept")
+    return found + [
+        f"the best model of step {step} is not whole: {wrong}"
+        for step in held
+        for wrong in weight_problems(run_dir / "best" / f"step-{step}", None)
+    ]
 
 
 def text_problems(run_dir: Path, kept: Sequence[Texts]) -> list[str]:

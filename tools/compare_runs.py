@@ -1,10 +1,10 @@
-"""Whether two runs were the same: metrics (timings left out), samples and final models.
+"""Whether two runs were the same: metrics (timings left out), samples, final and best models.
 
     python tools/compare_runs.py A B
 
 A and B are run directories. Prints the first difference: file, step, key and both values. Exit
 status 0: equal to the bit, 1: different, 2: one of them cannot be read. Left out: configurations,
-environments and checkpoints.
+environments and checkpoints, and best models where one of the two keeps none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         print(f"different: {compared.first}")
         return 1
     counts = f"{compared.steps} lines of metrics, {compared.samples} samples"
-    print(f"equal: {counts}, {compared.files} files of the model")
+    print(f"equal: {counts}, {compared.files} files of models")
     return 0
 
 

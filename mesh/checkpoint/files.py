@@ -25,17 +25,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mesh.directory import sync_path
 from mesh.pulse import beat
 from mesh.reshard import Block, Copy, ParamLayout, plan
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One rank's file: its length, its SHA-256, and the block of each parameter that is in it."""
+    """A file: its length, its SHA-256, and the block of each parameter that is in it (of a rank's
+    file; a log has none)."""
 
     bytes: int
     sha256: str
@@ -43,10 +45,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: after which step, and its value."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
 class Index:
     """All that a checkpoint says of itself. `updates`: steps that changed the weights, fewer than
     `step` where some were skipped. `digests` has a mesh-independent number for each kind of state,
-    `shapes` each parameter's whole shape, `files` an entry by file name."""
+    `shapes` each parameter's whole shape, `files` an entry by file name; `best` names the model in
+    RUN_DIR/best that was the best one at that step."""
 
     step: int
     updates: int
@@ -54,6 +65,7 @@ class Index:
     digests: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
+    best: Best | None = None
 
     def layouts(self) -> list[ParamLayout]:
         """Where each parameter's blocks lie; the "ranks" count the files, sorted by name."""
@@ -87,7 +99,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
             file.write(piece)
             digest.update(piece)
             beat()
-        _flush(file)
+        flush(file)
     return length, digest.hexdigest()
 
 
@@ -95,7 +107,7 @@ def write_index(path: Path, index: Index) -> None:
     """Write `path/index.json`, after which the directory is whole."""
     with open(path / INDEX, "x") as file:
         file.write(index.to_json())
-        _flush(file)
+        flush(file)
     sync_path(path)
 
 
@@ -132,7 +144,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
         files[name] = Entry(entry["bytes"], entry["sha256"], blocks)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
-    return Index(step, updates, seed, content["digests"], shapes, files)
+    best = None if content["best"] is None else Best(**content["best"])
+    return Index(step, updates, seed, content["digests"], shapes, files, best)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
@@ -140,7 +153,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
     OSError where it cannot be read."""
     digest, length = hashlib.sha256(), 0
     try:
-        with open(path, "rb", opener=_no_link) as file:
+        with open(path, "rb", opener=no_link) as file:
             while piece := file.read(READ_BYTES):
                 digest.update(piece)
                 beat()
@@ -184,21 +197,14 @@ def read_blocks(
                     tensors[copy.name][copy.destination.slices].copy_(stored)
 
 
-def sync_path(path: Path) -> None:
-    """Have a directory's names, or a file's bytes, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(file: Any) -> None:
+def flush(file: Any) -> None:
+    """Have a file's bytes on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _no_link(path: str, flags: int) -> int:
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that refuses a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
@@ -210,7 +216,7 @@ def _only_damage(error: OSError) -> None:
 
 
 def _read(path: Path) -> str:
-    with open(path, opener=_no_link) as file:
+    with open(path, opener=no_link) as file:
         return file.read()
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mesh.checkpoint.keeper import DAMAGED, remove, steps_in
+from mesh.checkpoint.folder import DAMAGED, remove, steps_in
+from mesh.checkpoint.logs import KEPT_LOGS
 from mesh.cli import read_conf
 from mesh.conf import Conf
 from mesh.ending import restart_count
+from mesh.metrics import WANDB_ID
 from mesh.process import Process
 
 RUN_DIR = "run_dir"
-OF_A_RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "nonfinite.jsonl", "tensorboard")
+OF_A_RUN = ("config.yaml", *KEPT_LOGS, "best", "tensorboard", WANDB_ID)
 
 
 def after_restart(conf: Conf, process: Process) -> Conf:

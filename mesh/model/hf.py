@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from mesh.directory import sync_directory
 from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
 from mesh.pulse import beat
 from mesh.reshard import Block
@@ -62,9 +63,8 @@ def weight_files(path: Path) -> list[Path]:
 def header_of(file: Path) -> dict[str, tuple[int, ...]]:
     """The size of every tensor in a safetensors file.
 
-    Raises ValueError where it is missing, or not as long as its own header says. Its form: 8 bytes
-    of little-endian header length, a JSON header with each tensor's `data_offsets`, then the data
-    (https://huggingface.co/docs/safetensors, "Format").
+    Raises ValueError where it is missing, or not as long as its own header says. Its form: header
+    length, JSON header, data (https://huggingface.co/docs/safetensors, "Format").
     """
     if not file.is_file():
         raise ValueError(f"{file.name} is missing")
@@ -277,14 +277,14 @@ def export(
     if write:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "config.json").write_text(
-            json.dumps(config_entries(shape, eos_ids), indent=2) + "\n"
-        )
+        config = json.dumps(config_entries(shape, eos_ids), indent=2)
+        (partial / "config.json").write_text(config + "\n")
         for name in COPIED_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, partial / name)
     save_weights(partial, weights, shape, write)
     if write:
+        sync_directory(partial)  # before its name says that it is whole
         _put_in_place(partial, path)
 
 
