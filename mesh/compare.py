@@ -1,7 +1,7 @@
 """Whether two runs are the same run: their logs field by field, their models byte by byte.
 
-How long things took is left out. Values are equal where their JSON is, which has every bit of a
-float: -0.0 is not 0.0.
+How long things took, and how full a GPU was, is left out. Values are equal where their JSON is,
+which has every bit of a float: -0.0 is not 0.0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-TIMED = ("seconds/", "tokens_per_second/")
+OF_THE_MACHINE = ("seconds/", "tokens_per_second/", "gpu_gb/")
 NOTHING = "nothing"  # what stands for a field, a line or a file that one side lacks
 NAMES = ("step", "prompt_id", "sample_id")
 
@@ -47,8 +47,8 @@ class Compared:
 
 
 def untimed(line: Line) -> dict[str, Any]:
-    """A step's metrics without how long it took."""
-    return {key: value for key, value in line.items() if not key.startswith(TIMED)}
+    """A step's metrics without what they say of the machine: its time and memory."""
+    return {key: value for key, value in line.items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def different(a: Line, b: Line) -> list[str]:

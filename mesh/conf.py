@@ -95,7 +95,10 @@ class GeneratorConf:
     max_new_tokens: int = key(256, "longest response [tokens]", ge=1)
     max_sequences: int = key(256, "most sequences decoded at a time, per engine", ge=1)
     kv_tokens: int = key(
-        0, "KV cache of one engine [tokens]; 0: max_sequences full responses", ge=0
+        0,
+        "KV cache of one engine [tokens]; 0: max_sequences full responses, on a GPU with prompts "
+        "of 256 tokens",
+        ge=0,
     )
     page_size: int = key(
         0, "tokens a KV page holds; 0: 256 on CUDA (its kernel wants it), 16 on CPU", ge=0
@@ -120,6 +123,9 @@ class RewardConf:
 class VllmConf:
     model: Literal["titan", "native"] = key(
         "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
+    )
+    release: bool = key(
+        True, "colocated on a GPU, the trainer has the memory of vLLM's KV cache while it trains"
     )
 
 

@@ -226,5 +226,5 @@ def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
         prefill_tokens=generator.prefill_tokens,
         prefix_cache=generator.prefix_cache,
         cuda_graphs=generator.cuda_graphs,
-        releases=conf.engine == "vllm" and shared and device.type == "cuda",
+        releases=conf.engine == "vllm" and conf.vllm.release and shared and device.type == "cuda",
     )

@@ -66,7 +66,7 @@ class MetricsLogger:
             for key, value in scalars.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            self._wandb.log(scalars | {"step": step})
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
@@ -179,10 +179,13 @@ def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
         remedy = "pip install wandb, or leave log.wandb unset"
         raise ValueError(f"log.wandb={project}: wandb is not installed; {remedy}") from error
     path = run_dir / WANDB_ID
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # killed as it was written
         path.write_text(secrets.token_hex(4) + "\n")
-    return wandb.init(
+    run = wandb.init(
         project=project, name=run_dir.name, dir=str(run_dir), config=config,
         allow_val_change=True,  # a resumed run may have other `steps`
         id=path.read_text().strip(), resume="allow",
     )  # fmt: skip
+    # W&B ignores what comes for a step of its own counting that it has: ours may come again
+    run.define_metric("*", step_metric="step")
+    return run

@@ -105,9 +105,10 @@ def test_the_last_best_models_are_compared_where_both_runs_keep_one(tmp_path):
     assert first.startswith(said) and first.endswith(" and nothing")
 
 
-def test_timings_and_other_files_are_left_out(tmp_path):
+def test_timings_memory_and_other_files_are_left_out(tmp_path):
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
-    lines = [untimed(line) | {"seconds/generate": 7.0} for line in METRICS]
+    machine = {"seconds/generate": 7.0, "gpu_gb/train": 39.2}
+    lines = [untimed(line) | machine for line in METRICS]
     write(b / "metrics.jsonl", lines)
     (b / "config.yaml").write_text("seed: 1")
     compared = compare_runs(a, b)
@@ -196,7 +197,9 @@ def test_a_replay_names_what_differs():
     sample = {"prompt_id": 1, "sample_id": 0, "prompt": "ab>", "response": "ba", "answer": "ba",
               "reward": 1.0, "advantage": 0.5, "finish_reason": "stop"}  # fmt: skip
     others = [sample | {"sample_id": i, "reward": float(i)} for i in (1, 2, 3)]
-    again = as_logged({"loss": 0.5, "kl": float("nan"), "seconds/x": 1.0}, [sample, *others])
+    again = as_logged(
+        {"loss": 0.5, "kl": float("nan"), "seconds/x": 1.0, "gpu_gb/x": 2.0}, [sample, *others]
+    )
     assert again.metrics == {"loss": 0.5, "kl": None}
     same = Comparison(Step({"loss": 0.5, "kl": None}, [sample, others[1]]), again)
     assert same.equal and same.verdict() == "equal to the bit: 2 metrics, 2 samples"

@@ -23,6 +23,7 @@ from mesh.engine.vllm_checks import install_problems
 from mesh.invariant.switch import batch_invariant
 from mesh.layout import AXES
 from mesh.model.qwen3 import build_model
+from mesh.trace import first_difference, trace_generation
 from mesh.types import ModelShape, Request, Sampling
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -120,6 +121,32 @@ def test_the_cache_gives_way_and_comes_back(pair):
     assert vllm.generate(asked, SAMPLED) == expected
     assert abs(used() - before) < 0.05 * CACHE_BYTES
     vllm.reset(0)
+
+
+def test_a_trace_sees_decode_steps_that_are_captured(pair):
+    native, vllm = pair
+    asked, key = requests([40, 7], 2), (10, 1)
+    expected = trace_generation(native, asked, SAMPLED, key)
+    found = trace_generation(vllm, asked, SAMPLED, key)
+    assert first_difference(found, expected) is None
+    decoded = [p for p in found.positions["layers.1.ffn_norm"] if p >= 40]
+    assert (
+        decoded and found.positions["layers.1.ffn_norm"] == expected.positions["layers.1.ffn_norm"]
+    )
+    captured = vllm.generate(asked, SAMPLED)
+    assert captured == native.generate(asked, SAMPLED), "graphs are replayed again"
+
+
+def test_an_engine_that_is_closed_has_given_back_its_memory(pair):
+    _, vllm = pair
+    before = used()
+    other = vllm.with_settings(ROOMY)
+    other.generate(requests([40, 7], 2), SAMPLED)
+    assert used() - before > 0.95 * CACHE_BYTES
+    other.close()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    assert total - free - before < 0.1 * CACHE_BYTES
 
 
 def used() -> int:

@@ -178,6 +178,8 @@ def left(rank: int, status: int | None) -> Ended:
     """How the process of a rank went, by its own account."""
     if status is None:
         return Ended(rank, death="killed, or crashed outside Python", killed=True)
+    if status == 0:
+        return Ended(rank, 0)
     return Ended(rank, death=f"left with status {status}")
 
 

@@ -30,12 +30,8 @@ class BestModel:
     """Owns RUN_DIR/best. Its verbs are collectives of the world, but for `prune`."""
 
     def __init__(self, conf: Conf, run_dir: Path, process: Process, shape: ModelShape) -> None:
-        self.run_dir, self.path, self.process, self.shape = (
-            run_dir,
-            run_dir / "best",
-            process,
-            shape,
-        )
+        self.run_dir, self.path = run_dir, run_dir / "best"
+        self.process, self.shape = process, shape
         self.wanted = conf.checkpoint.every > 0 and conf.checkpoint.best
         self.now: Best | None = None
         if self.wanted:
@@ -78,7 +74,7 @@ class BestModel:
             self.now = None
 
     def _problems(self, best: Best | None) -> list[str]:
-        if best is None:
+        if best is None or not self.wanted:
             return []
         path = self.folder(best.step)
         if self.path.is_symlink() or path.is_symlink():
@@ -86,13 +82,19 @@ class BestModel:
         return weight_problems(path, self.shape)
 
     def prune(self, named: Collection[int]) -> None:
-        """Remove all but the best one and those of the `named` steps."""
-        if not self.path.exists():
+        """Remove all but the best one and those of the `named` steps; a run that keeps none leaves
+        what is there. One that cannot be removed, say as somebody reads it over NFS, is named.
+        """
+        if not self.wanted:
             return
         kept = {*named, *([self.now.step] if self.now else [])}
         for step in steps_in(self.path):
-            if step not in kept:
+            if step in kept:
+                continue
+            try:
                 retire(self.folder(step))
+            except OSError as error:
+                self.process.say(f"{self.folder(step)} stays, it could not be removed: {error}")
 
     def say(self) -> None:
         """A line that says where it is."""

@@ -41,7 +41,7 @@ def copies(
 def copied(source: Path, length: int, before: Entry | None, target: Path) -> Entry:
     """Copy the first `length` bytes of a log to a new file and to the disk.
 
-    Raises ValueError where they do not begin with those of `before`.
+    Raises ValueError where they are not there, or do not begin with those of `before`.
     """
     digest, done = hashlib.sha256(), 0
     with open(source, "rb", opener=no_link) as reader, open(target, "xb") as writer:
@@ -51,6 +51,8 @@ def copied(source: Path, length: int, before: Entry | None, target: Path) -> Ent
                 wrong = f"the first {before.bytes} bytes of {source} are no longer those logged"
                 raise ValueError(f"{wrong}; resuming puts the file back")
         done += _pass_on(reader, writer, digest, length - done)
+        if done != length:
+            raise ValueError(f"{source} ends after {done} bytes, of {length}")
         flush(writer)
     return Entry(done, digest.hexdigest(), {})
 

@@ -8,6 +8,7 @@ output processing are left out. One runner, vLLM's first, serves CPU and CUDA.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -80,7 +81,7 @@ class VllmEngine:
             draws = Draws(lambda logits_SV: logits_SV, None, graphs)
         self.sampler = CounterSampler(self.runner, draws)
         self.runner.sampler = self.sampler
-        self.binds = model is not None and not graphs
+        self.captured = graphs
 
     @property
     def model(self) -> Qwen3:
@@ -101,7 +102,7 @@ class VllmEngine:
         """Take these local tensors, of the same shapes and dtypes, in place of the engine's own;
         graphs that were captured as the engine started would go on with the old ones.
         """
-        assert self.binds, "captured graphs hold the addresses of the weights"
+        assert not self.captured, "captured graphs hold the addresses of the weights"
         adopt_weights(self.model, tensors)
 
     def reset(self, version: int) -> None:
@@ -146,8 +147,14 @@ class VllmEngine:
         return other
 
     def close(self) -> None:
-        """Give back what vLLM holds; the program's process groups stay."""
+        """Give back what vLLM holds; the program's process groups stay. Memory that is released has
+        to be there again to be freed. Our draws know vLLM's model, whose cache would else live on.
+        """
+        self._take_back()
         stop_core(self.core)
+        self.runner.sampler = None
+        del self.core, self.worker, self.runner, self.sampler
+        gc.collect()
 
     @torch.no_grad()
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
@@ -176,7 +183,11 @@ class VllmEngine:
         return num_pages(self.settings.kv_tokens, self.settings.page_size)
 
     def _observe(self) -> None:
-        """Tell the observer the rows of every forward pass of our own model."""
+        """Tell the observer the rows of every forward pass of our own model. While there is one no
+        captured graph is replayed, in which no Python code, hooks included, is called.
+        """
+        dispatcher = self.runner.cudagraph_dispatcher
+        dispatcher.keys_initialized = self.captured and self.observer is None
         model = self.runner.get_model()
         if isinstance(model, TitanModel):
             model.observer = self._tell if self.observer is not None else None

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -144,8 +144,10 @@ def built(
     """The program of `conf` for a block; afterwards its process groups are gone. Collective.
 
     Its memory goes with the last reference to it, before the next one is built. There is no
-    self-test: whoever walks the ladder has had one.
+    self-test: whoever walks the ladder has had one. No cache is released, which vLLM allows one
+    engine of a process.
     """
+    conf = replace(conf, vllm=replace(conf.vllm, release=False))
     gc.collect()
     if process.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -38,6 +38,8 @@ def main(directory: Path, what: str) -> None:
         leave_after_rank_1(directory, attempt)
     elif what == "once":
         say(f"rank {rank} ends well")
+        if rank == "0":
+            os._exit(0)  # as a guard does whose last words took too long
     else:
         if what == "deaf":
             heard = directory / f"heard-{rank}-{os.getpid()}"
