@@ -214,6 +214,26 @@ def test_a_best_model_that_is_gone_is_told_and_looked_for_anew(process, tmp_path
     assert again.named()["step-4"] == (3, 0.5)
 
 
+def test_a_best_model_that_cannot_be_removed_ends_no_run(process, tmp_path, capsys):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2, VALUES)
+    in_its_way = run.path / "best" / "step-2.partial"
+    in_its_way.mkdir()
+    (in_its_way / "file").touch()
+    run.take(6, VALUES)
+    assert run.named() == {"step-6": (5, 0.75), "step-8": (5, 0.75)}
+    assert run.bests() == ["step-2", "step-2.partial", "step-5"]
+    assert f"{run.path}/best/step-2 stays, it could not be removed" in capsys.readouterr().out
+
+
+def test_a_resumed_run_that_keeps_none_leaves_those_that_are_there(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(5, VALUES)
+    again = Small(process, run.path, "checkpoint.every=2", "checkpoint.best=false", resume=True)
+    again.take(4)
+    assert again.bests() == ["step-2", "step-5"]
+
+
 @pytest.mark.parametrize("word", ["checkpoint.best=false", "checkpoint.every=0"])
 def test_no_best_model_is_kept_where_none_is_asked_for(process, tmp_path, word):
     run = Small(process, tmp_path / "run", word)
