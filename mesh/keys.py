@@ -36,6 +36,7 @@ HOW_IT_RUNS = (
     "generator.prefill_tokens",
     "generator.prefix_cache",
     "generator.cuda_graphs",
+    "vllm.release",
     "reward.",
     "sync.",
     "eval.",
