@@ -74,14 +74,19 @@ class VllmEngine:
         self.worker = self.core.model_executor.driver_worker.worker
         self.runner = self.worker.model_runner
         graphs = settings.cuda_graphs and device.type == "cuda"
-        theirs = self.runner.get_model()
-        if isinstance(theirs, TitanModel):
-            draws = Draws(theirs.head, self.group, graphs)
-        else:
-            draws = Draws(lambda logits_SV: logits_SV, None, graphs)
-        self.sampler = CounterSampler(self.runner, draws)
+        self.sampler = CounterSampler(self.runner, self._draws(graphs))
         self.runner.sampler = self.sampler
         self.captured = graphs
+
+    def _draws(self, graphs: bool) -> Draws:
+        """Our draws of what its model gives: features, of which the head makes logits."""
+        model = self.runner.get_model()
+        if isinstance(model, TitanModel):
+            return Draws(model.head, self.group, graphs)
+        if self.group is not None:  # vLLM gathers the logits, and outside of a graph
+            return Draws(lambda logits_SV: logits_SV, None, graphs)
+        head, model.compute_logits = model.compute_logits, lambda hidden_SD: hidden_SD
+        return Draws(head, None, graphs)
 
     @property
     def model(self) -> Qwen3:

@@ -33,6 +33,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from mesh.engine.vllm_parts.fused import unpacked
+from mesh.engine.vllm_parts.scheduler import DecodeScheduler
 from mesh.engine.vllm_parts.titan import ARCHITECTURE, TitanModel
 
 SHM = Path("/dev/shm")
@@ -92,6 +93,7 @@ def start_core(
             tensor_parallel_size=group.size(),
             distributed_executor_backend="external_launcher",
             disable_log_stats=True,
+            scheduler_cls=DecodeScheduler,
             **options,
         )
         place = (f"mesh:{name}", group.rank(), device)

@@ -1,0 +1,134 @@
+"""vLLM's scheduler, with a short way through steps in which every sequence decodes.
+
+On a GPU a decode step takes as long as the host needs to prepare it, and on the host vLLM's
+scheduler takes most: for every sequence and step it asks for what requests of ours never have
+(encoder inputs, drafts, connectors, logprobs), looks for pages where the last one has room, and
+makes an output that nobody reads. Prompts, preemption and everything else are vLLM's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.utils import check_stop, remove_all
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+
+class DecodeScheduler(AsyncScheduler):
+    """Decides what its base class decides; vLLM may step asynchronously (CUDA) or not (CPU).
+
+    Who generates reads the requests: `update_from_output` returns nothing.
+    """
+
+    running: list[Request]
+    requests: dict[str, Request]
+    finished_req_ids: set[str]
+    reset_preempted_req_ids: set[str]
+    prev_step_scheduled_req_ids: set[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        others = [self.connector, self.ec_connector, self.aux_output_connector, self.lora_config]
+        assert not any(others) and not self.num_spec_tokens and not self.use_v2_model_runner
+        (pages,) = self.kv_cache_manager.coordinator.single_type_managers
+        self.page_size = pages.block_size
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self._all_decode():
+            return self._schedule_decodes()
+        return super().schedule(throttle_prefills)
+
+    def _all_decode(self) -> bool:
+        """No sequence waits or is amid its prompt, and each may have the page that it may need."""
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        fits = len(self.running) <= min(free, self.max_num_scheduled_tokens)
+        waiting = self.waiting or self.kv_holding_waiting or self._inflight_prefills
+        return fits and not waiting
+
+    def _schedule_decodes(self) -> SchedulerOutput:
+        """What `schedule` does where each running sequence computes its newest token. All of them
+        did in the step before: sequences that decode come first, so none was left out for want of
+        room.
+        """
+        self.current_step += 1
+        self.kv_cache_manager.new_step_starts()
+        scheduled: dict[str, int] = {}
+        data = CachedRequestData.make_empty()
+        for request in self.running:
+            computed, underway = request.num_computed_tokens, request.num_output_placeholders
+            most = request.num_prompt_tokens + request.max_tokens
+            if (underway and computed + 2 - underway >= most) or computed + 1 >= self.max_model_len:
+                continue  # its last token is being drawn
+            name = request.request_id
+            scheduled[name] = 1
+            data.new_block_ids.append(self._new_page(request))
+            data.num_computed_tokens.append(computed)
+            data.num_output_tokens.append(request.num_output_tokens + underway)
+            request.num_computed_tokens = computed + 1
+            request.num_in_flight_tokens += 1
+            request.num_output_placeholders = underway + 1
+        data.req_ids.extend(scheduled)
+        self.prev_step_scheduled_req_ids = set(scheduled)
+        output = SchedulerOutput(
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=data,
+            num_scheduled_tokens=scheduled,
+            total_num_scheduled_tokens=len(scheduled),
+            scheduled_spec_decode_tokens={},
+            scheduled_encoder_inputs={},
+            preempted_req_ids=self.reset_preempted_req_ids,
+            finished_req_ids=self.finished_req_ids,
+            free_encoder_mm_hashes=[],
+            new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
+        )
+        self.finished_req_ids, self.reset_preempted_req_ids = set(), set()
+        return output
+
+    def _new_page(self, request: Request) -> tuple[list[int], ...] | None:
+        """The page for its next token, where that is the first of one."""
+        if request.num_computed_tokens % self.page_size:
+            return None
+        pages = self.kv_cache_manager.allocate_slots(request, 1)
+        assert pages is not None, "a page was free"
+        return pages.get_block_ids(allow_none=True)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Take the tokens that were drawn in a step; end the sequences that are through."""
+        tokens, rows = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        ended: set[Request] = set()
+        ended_waiting: set[Request] = set()
+        for name, count in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests.get(name)
+            if request is None:
+                continue  # it ended in the step before, when this one was already under way
+            request.num_in_flight_tokens -= count
+            stale = request.num_stale_output_tokens > 0  # it was preempted since
+            if stale:
+                request.num_stale_output_tokens -= count
+            drawn = tokens[rows[name]] if tokens else []
+            if not drawn:
+                continue  # amid its prompt
+            running = request.status == RequestStatus.RUNNING
+            self._append(request, drawn[0], stale)
+            if check_stop(request, self.max_model_len):
+                self._free_request(request)
+                (ended if running else ended_waiting).add(request)
+        if ended:
+            self.running = remove_all(self.running, ended)
+        if ended_waiting:
+            self.waiting.remove_requests(ended_waiting)
+        return {}
+
+    def _append(self, request: Request, token: int, stale: bool) -> None:
+        """Also keep, for the prefix cache, the page that the token's sequence has now filled."""
+        request.append_output_token_ids(token)
+        if not stale:
+            request.num_output_placeholders -= 1
+        known = request.num_computed_tokens - request.num_output_placeholders
+        if known % self.page_size == 0:
+            self.kv_cache_manager.cache_blocks(request, known)

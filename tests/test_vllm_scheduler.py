@@ -1,0 +1,169 @@
+"""Our scheduler decides, step for step, what vLLM's own would. No model runs: tokens are made up."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mesh.engine.vllm_checks import install_problems
+from mesh.model.hf import config_entries
+from mesh.types import ModelShape, Request, Sampling
+
+if install_problems("cpu"):
+    pytest.skip(f"{install_problems('cpu')[0]}", allow_module_level=True)
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.structured_output import StructuredOutputManager
+
+from mesh.engine.vllm_parts.requests import core_requests
+from mesh.engine.vllm_parts.scheduler import DecodeScheduler
+
+PAGE, LONGEST, VOCAB = 4, 48, 50
+STOP = 7
+SHAPE = ModelShape(
+    vocab_size=VOCAB, dim=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=64,
+    tied=False, max_positions=LONGEST,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(config_entries(SHAPE, ())))
+    return directory
+
+
+def scheduler_of(kind: type[Scheduler], directory, pages: int, prefix_cache: bool) -> Scheduler:
+    config = EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        max_model_len=LONGEST,
+        max_num_seqs=6,
+        max_num_batched_tokens=9,
+        enable_prefix_caching=prefix_cache,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = pages
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    return kind(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(pages, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=PAGE,
+        hash_block_size=PAGE,
+    )
+
+
+class Run:
+    """One scheduler at its work: `underway` steps are scheduled before the first is read."""
+
+    def __init__(self, scheduler: Scheduler, seed: int, underway: int) -> None:
+        self.scheduler, self.underway = scheduler, underway
+        self.steps: deque = deque()
+        draw, hasher = random.Random(seed), get_hash_fn_by_name("sha256")
+        init_none_hash(hasher)
+        core = SimpleNamespace(request_block_hasher=get_request_block_hasher(PAGE, hasher))
+        self.requests = []
+        for i in range(12):
+            prompt = tuple(draw.choices(range(VOCAB), k=draw.choice([1, 3, 8, 13, 30])))
+            sampling = Sampling(1.0, draw.choice([1, 2, 5, 17, 60]), seed, 0, stop_tokens=(STOP,))
+            self.requests += core_requests(core, Request(i, prompt, 2), sampling, 0)
+        for request in self.requests:
+            scheduler.add_request(request)
+
+    def step(self) -> tuple | None:
+        """What vLLM's engine core does in a step; returns what was decided, if anything was."""
+        decided = None
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            drawn = {name: self._draw(name) for name in output.num_scheduled_tokens}
+            self.steps.append((output, drawn))
+            decided = _decisions(output)
+            if len(self.steps) < self.underway and (drawn or self.scheduler.has_requests()):
+                return decided
+        self._read(*self.steps.popleft())
+        return decided
+
+    @property
+    def through(self) -> bool:
+        return not self.scheduler.has_requests() and not self.steps
+
+    def _draw(self, name: str) -> list[int]:
+        """Depends on the sequence and the position alone; none amid a prompt."""
+        request = self.scheduler.requests[name]
+        if request.is_prefill_chunk:
+            return []
+        return [random.Random(f"{name} {request.num_computed_tokens}").randrange(VOCAB)]
+
+    def _read(self, output, drawn: dict[str, list[int]]) -> None:
+        rows = {name: i for i, name in enumerate(drawn)}
+        self.scheduler.update_from_output(
+            output, ModelRunnerOutput(list(drawn), rows, list(drawn.values()))
+        )
+
+    def state(self) -> tuple:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        requests = [
+            (r.request_id, list(r.output_token_ids), r.status, r.stop_reason, r.num_preemptions,
+             r.num_computed_tokens, r.num_in_flight_tokens, r.num_stale_output_tokens)
+            for r in self.requests
+        ]  # fmt: skip
+        running = [r.request_id for r in self.scheduler.running]
+        cached = sorted(block.block_id for block in pool.blocks if block.block_hash is not None)
+        return requests, running, pool.get_num_free_blocks(), cached
+
+
+def _decisions(output) -> tuple:
+    cached = output.scheduled_cached_reqs
+    new = [(r.req_id, r.block_ids, r.num_computed_tokens) for r in output.scheduled_new_reqs]
+    return (
+        new, cached,
+        output.num_scheduled_tokens, output.total_num_scheduled_tokens,
+        output.finished_req_ids, output.preempted_req_ids, output.new_block_ids_to_zero,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("pages", [15, 25, 200])
+@pytest.mark.parametrize(("theirs", "underway"), [(Scheduler, 1), (AsyncScheduler, 2)])
+def test_every_decision_is_vllms(directory, theirs, underway, pages, prefix_cache, monkeypatch):
+    """From a cache that preempts all the time to one that never does."""
+    short = count_calls(monkeypatch)
+    preemptions = 0
+    for seed in range(12):
+        kinds = theirs, DecodeScheduler
+        runs = [
+            Run(scheduler_of(kind, directory, pages, prefix_cache), seed, underway)
+            for kind in kinds
+        ]
+        while not runs[0].through:
+            assert not runs[1].through
+            expected, found = (run.step() for run in runs)
+            assert found == expected
+            assert runs[1].state() == runs[0].state()
+        assert runs[1].through
+        preemptions += sum(r.num_preemptions for r in runs[1].requests)
+    assert len(short) > 50, "the short way was hardly taken"
+    assert (preemptions > 0) == (pages < 200)
+
+
+def count_calls(monkeypatch) -> list[None]:
+    calls: list[None] = []
+    whole = DecodeScheduler._schedule_decodes
+
+    def counted(self):
+        calls.append(None)
+        return whole(self)
+
+    monkeypatch.setattr(DecodeScheduler, "_schedule_decodes", counted)
+    return calls
