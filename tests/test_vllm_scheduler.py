@@ -1,4 +1,4 @@
-"""Our scheduler decides, step for step, what vLLM's own would. No model runs: tokens are made up."""
+"""Our scheduler decides, step by step, what vLLM's own would. Tokens are made up: no model runs."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class VllmEngine:
             for one in core_requests(self.core, request, sampling, self.version)
         ]
         self._take_back()
-        self.sampler.start(sampling)
+        self.sampler.start(sampling, [request.request_id for request in asked])
         self._observe()
         for request in asked:
             self.core.add_request(request)

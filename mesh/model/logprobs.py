@@ -89,14 +89,6 @@ def shard_of(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def _pick(logits: torch.Tensor, targets_A: torch.Tensor, first: int) -> torch.Tensor:
-    """The targets' logits where the tile that starts at `first` holds them, else -inf. [A]"""
-    index_A = targets_A - first
-    inside_A = (index_A >= 0) & (index_A < logits.shape[-1])
-    picked_A = logits.gather(-1, index_A.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-    return picked_A.masked_fill(~inside_A, -torch.inf)
-
-
 def plain_tile_scores(
     logits_AV: torch.Tensor,
     edges: Sequence[int],
@@ -104,16 +96,29 @@ def plain_tile_scores(
     temperature: float,
     with_moment: bool,
 ) -> torch.Tensor:
-    """`tile_scores` by PyTorch's own operators, an fp32 copy of each tile at a time."""
-    scores = []
-    for first, last in pairwise(edges):
-        z = logits_AV[:, first - edges[0] : last - edges[0]].float() / temperature
-        logsumexp_A = tile_logsumexp(z)
-        moment_A = torch.zeros_like(logsumexp_A)
-        if with_moment:
-            moment_A = (F.softmax(z, dim=-1) * z).sum(-1)
-        scores.append(torch.stack([logsumexp_A, _pick(z, targets_A, first), moment_A]))
-    return torch.stack(scores)
+    """`tile_scores` by PyTorch's own operators: at once where the tiles are small and of one width
+    (a row does not know how many rows there are), else with an fp32 copy of one tile at a time.
+    """
+    width = edges[1] - edges[0]
+    alike = all(last - first == width for first, last in pairwise(edges))
+    if len(edges) > 2 and (not alike or edges[-1] - edges[0] > MAX_TILE):
+        tiles = [
+            (logits_AV[:, first - edges[0] : last - edges[0]], (first, last))
+            for first, last in pairwise(edges)
+        ]
+        return torch.cat(
+            [plain_tile_scores(*t, targets_A, temperature, with_moment) for t in tiles]
+        )
+    z_AKW = (logits_AV.float() / temperature).unflatten(-1, (-1, width))
+    logsumexp_AK = tile_logsumexp(z_AKW)
+    moment_AK = torch.zeros_like(logsumexp_AK)
+    if with_moment:
+        moment_AK = (F.softmax(z_AKW, dim=-1) * z_AKW).sum(-1)
+    index_A1 = (targets_A - edges[0])[:, None]
+    picked_A1 = z_AKW.flatten(1).gather(1, index_A1.clamp(0, edges[-1] - edges[0] - 1))
+    holder_K = torch.arange(z_AKW.shape[1], device=index_A1.device)
+    picked_AK = picked_A1.where(index_A1 // width == holder_K, -torch.inf)
+    return torch.stack([logsumexp_AK, picked_AK, moment_AK]).permute(2, 0, 1).contiguous()
 
 
 def tile_scores(

@@ -35,13 +35,18 @@ class CounterSampler:
     def __init__(self, runner: Any, draws: Draws) -> None:
         self.runner, self.draws = runner, draws
         lengths = runner.seq_lens
-        self.rows = Rows(lengths.new_zeros(len(lengths), dtype=torch.int64), lengths * 0, lengths)
+        self.places_2S = lengths.new_zeros(2, len(lengths), dtype=torch.int64)
+        self.rows = Rows(self.places_2S[0], self.places_2S[1], lengths)
         self.sampling: Sampling | None = None
+        self.keys: dict[str, int] = {}
         self.names: list[str] = []
         self.steps: list[Step] = []
 
-    def start(self, sampling: Sampling) -> None:
+    def start(self, sampling: Sampling, names: list[str]) -> None:
+        """Before these requests are run."""
         self.sampling, self.names, self.steps = sampling, [], []
+        ids_S2 = torch.tensor([key_of(name) for name in names]).view(-1, 2)
+        self.keys = dict(zip(names, sequence_keys(sampling, ids_S2).tolist(), strict=True))
 
     def __call__(self, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
         """logits: what our `Draws` make of what the model gave, a row for each sequence."""
@@ -59,12 +64,12 @@ class CounterSampler:
         return SamplerOutput(tokens_S.int()[:, None], logprobs_tensors=None)
 
     def _seat(self, names: list[str], prompt_lengths: np.ndarray) -> None:
-        """Sequences have come, gone or moved."""
-        assert self.sampling is not None
-        keys_S = sequence_keys(self.sampling, torch.tensor([key_of(name) for name in names]))
-        self.rows.keys[: len(names)] = keys_S
-        self.rows.prompt_lengths[: len(names)] = torch.from_numpy(prompt_lengths.copy())
+        """Sequences have come, gone or moved. The device hears of it without the host waiting."""
         self.names = names
+        places_2S = torch.tensor([[self.keys[name] for name in names], prompt_lengths.tolist()])
+        if self.places_2S.is_cuda:
+            places_2S = places_2S.pin_memory().to(self.places_2S.device, non_blocking=True)
+        self.places_2S[:, : len(names)] = places_2S
 
     def results(self) -> dict[str, tuple[list[int], list[float]]]:
         """(tokens, logprobs) drawn for every request since `start`, by its name."""
