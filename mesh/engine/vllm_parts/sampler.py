@@ -45,7 +45,7 @@ class CounterSampler:
     def start(self, sampling: Sampling, names: list[str]) -> None:
         """Before these requests are run."""
         self.sampling, self.names, self.steps = sampling, [], []
-        ids_S2 = torch.tensor([key_of(name) for name in names]).view(-1, 2)
+        ids_S2 = torch.tensor([key_of(name) for name in names], dtype=torch.int64).view(-1, 2)
         self.keys = dict(zip(names, sequence_keys(sampling, ids_S2).tolist(), strict=True))
 
     def __call__(self, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
