@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import launch
+from launching import PAIRS, launch
 
 from mesh.invariant.switch import batch_invariant
 
@@ -101,15 +101,7 @@ def test_two_gpus_validate_every_layout(tmp_path: Path):
 
 
 @two_gpus
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
-        ["mesh.mode=colocated", "trainer.tp=1", "trainer.dp_shard=2", "generator.tp=2"],
-        ["mesh.mode=split", "trainer.tp=1", "generator.tp=1"],
-    ],
-    ids=["trainer tp 2", "generator tp 2", "split"],
-)
+@pytest.mark.parametrize("words", PAIRS.values(), ids=PAIRS)
 def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
     path = tmp_path / "run"
     small = ["steps=3", "eval.num_prompts=8", "log.tensorboard=false", f"run_dir={path}"]
