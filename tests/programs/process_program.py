@@ -1,5 +1,6 @@
 """A program for `test_process.py` to end: `torchrun process_program.py WHAT PID_DIR`."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -38,7 +39,10 @@ def in_compute(process: Process) -> None:
 
 
 def hold_the_gil(process: Process) -> None:
-    sum(range(10**12))
+    """A deadlock in C code: unlike CDLL, PyDLL does not let the GIL go. It burns no core."""
+    mutex = ctypes.create_string_buffer(64)  # zeros are an open one
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
 
 def stall(process: Process, how) -> None:
@@ -109,7 +113,7 @@ def export(process: Process) -> None:
         say("running")
     while not process.should_stop():
         time.sleep(0.05)
-    time.sleep(8)
+    time.sleep(4)
     say(f"rank {process.rank} saved")
 
 
