@@ -121,6 +121,15 @@ def pids_in(directory: Path) -> set[int]:
     return {int(path.name.split("-")[2]) for path in directory.iterdir()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def last_words(tmp_path_factory) -> Iterator[tuple[Monarch, Path]]:
+    """Started before the first test, because it mostly waits: 15 s for a rank that hangs."""
+    path = tmp_path_factory.mktemp("last_words")
+    job = Monarch(STUB, "procs=2", "restarts=1", str(path), "last words")
+    yield job, path
+    job.popen.kill()  # where its test did not run; nothing outlives it
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Run:
     """The run under torchrun that was never killed, and writes no checkpoint."""
@@ -232,9 +241,9 @@ def test_every_process_is_started_as_torchrun_would(tmp_path):
     wait_until_gone(pids_in(tmp_path))
 
 
-def test_restarts_are_used_up(tmp_path):
+def test_restarts_are_used_up(last_words):
     """At first the other rank hangs with a child: both are killed before there is a new mesh."""
-    job = Monarch(STUB, "procs=2", "restarts=1", str(tmp_path), "last words")
+    job, path = last_words
     status, _, err = job.finish()
     assert status == 1
     lines = err.splitlines()
@@ -242,10 +251,10 @@ def test_restarts_are_used_up(tmp_path):
     assert lines[::2] == ["the last words of start 0", "the last words of start 1"]
     assert lines[1] == "monarch: rank 1: left with status 7; restart 1 of 1, from the beginning"
     assert re.fullmatch(r"monarch: rank [01]: left with .*; restarts=1 are used up, .*", lines[3])
-    assert sorted(path.name[:4] for path in tmp_path.iterdir()) == [
+    assert sorted(note.name[:4] for note in path.iterdir()) == [
         "0-0-", "0-0-", "0-1-", "1-0-", "1-1-",
     ]  # fmt: skip
-    wait_until_gone(pids_in(tmp_path))
+    wait_until_gone(pids_in(path))
 
 
 def test_nothing_outlives_a_launcher_that_was_killed(tmp_path):
