@@ -260,6 +260,7 @@ def test_replicas_and_tensor_parallel_ranks_are_heard_and_count_once():
 
 
 # A task whose import breaks the engine: in the third step one logprob of one answer is infinite.
+# The ranks score by themselves, as a process that scores would import the engine, and torch, too.
 BROKEN = """
 from dataclasses import dataclass, replace
 
@@ -288,6 +289,7 @@ WORDS = [
     "conf=qwen3_tiny", "mesh.mode=split", "num_prompts=8", "group_size=4", "waves=2", "steps=4",
     "eval.every=0", "eval.num_prompts=8", "eval.num_samples=1", "log.tensorboard=false",
     "checkpoint.every=1", "checkpoint.keep=9", "task=broken:Task",
+    "reward.workers=0",
 ]  # fmt: skip
 KEYS = {"WANDB_API_KEY": "4d61726b65724f6e65" * 2, "netrc": "4d61726b657254776f" * 2}
 
