@@ -113,7 +113,7 @@ def export(process: Process) -> None:
         say("running")
     while not process.should_stop():
         time.sleep(0.05)
-    time.sleep(4)
+    time.sleep(8)
     say(f"rank {process.rank} saved")
 
 
