@@ -15,7 +15,7 @@ from mesh.invariant.selftest import Product, operands
 from mesh.invariant.switch import batch_invariant, use_ordinary_softmax
 from mesh.model.attention import AttentionContext, KVCache, attention, packed_context
 from mesh.model.layers import rms_norm, rope_table, rotate, swiglu
-from mesh.model.logprobs import token_logprobs
+from mesh.model.logprobs import tile_scores, token_logprobs
 
 THREADS = (1, 2, 3)
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
@@ -246,3 +246,25 @@ def test_attention_has_the_gradients_of_the_plain_one():
         results.append([out.detach(), *(x.grad for x in leaves)])
     for mine, plain in zip(*results, strict=True):
         assert torch.allclose(mine, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [16, 100, 4096], ids="tiles of {}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_scored_at_once_have_the_bits_of_tiles_alone(threads, dtype, width):
+    """The generator scores all at once, the trainer each for itself."""
+    edges = [width * tile for tile in range(9)]
+    for rows in (1, 3, 32, 129):
+        logits = 5 * torch.randn(rows, 8 * width, dtype=dtype)
+        targets = torch.randint(-width, 9 * width, (rows,))
+        with batch_invariant(True, "cpu"):
+            for moments in (False, True):
+                whole = tile_scores(logits, edges, targets, 0.7, moments)
+                alone = [
+                    tile_scores(logits[:, first : first + width], (first, first + width), targets,
+                                0.7, moments)
+                    for first in edges[:-1]
+                ]  # fmt: skip
+                assert torch.equal(whole, torch.cat(alone))
+                assert (
+                    whole[:, 1].isfinite().sum(0) == ((targets >= 0) & (targets < 8 * width))
+                ).all()

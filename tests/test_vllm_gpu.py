@@ -66,6 +66,30 @@ def gpu_mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_captured_head_of_vllms_own_model_has_new_weights(gpu_mesh, tied):
+    """Eight sequences fill a bucket, so a captured draw multiplies what an eager one does."""
+    from mesh.engine.vllm import VllmEngine
+
+    shape, settings = replace(SHAPE, tied=tied), replace(ROOMY, page_size=16, releases=False)
+    device, group = torch.device("cuda"), gpu_mesh.get_group("tp")
+    engine = VllmEngine(None, shape, settings, group, device, torch.bfloat16)
+    asked, found = requests([40, 7], 4), []
+    sampling = replace(SAMPLED, stop_tokens=())
+    for version in range(2):
+        for weight in engine.weights().values():
+            weight.fill_(1) if weight.ndim == 1 else weight.normal_(0, 0.1)
+        engine.reset(version)
+        found.append(engine.generate(asked, sampling))
+        assert len(engine.sampler.draws.captured) > 0
+        engine.sampler.draws.graphs = False
+        engine.reset(version)
+        assert engine.generate(asked, sampling) == found[-1]
+        engine.sampler.draws.graphs = True
+    assert found[0] != found[1]
+    engine.close()
+
+
 @pytest.fixture(scope="module")
 def pair(gpu_mesh):
     """(native engine, vLLM's) of one random policy, with the switch on."""

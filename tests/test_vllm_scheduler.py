@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections import deque
@@ -70,18 +71,28 @@ class Run:
     def __init__(self, scheduler: Scheduler, seed: int, underway: int) -> None:
         self.scheduler, self.underway = scheduler, underway
         self.steps: deque = deque()
-        draw, hasher = random.Random(seed), get_hash_fn_by_name("sha256")
+        self.draw, hasher = random.Random(seed), get_hash_fn_by_name("sha256")
         init_none_hash(hasher)
-        core = SimpleNamespace(request_block_hasher=get_request_block_hasher(PAGE, hasher))
-        self.requests = []
-        for i in range(12):
-            prompt = tuple(draw.choices(range(VOCAB), k=draw.choice([1, 3, 8, 13, 30])))
-            sampling = Sampling(1.0, draw.choice([1, 2, 5, 17, 60]), seed, 0, stop_tokens=(STOP,))
-            self.requests += core_requests(core, Request(i, prompt, 2), sampling, 0)
-        for request in self.requests:
-            scheduler.add_request(request)
+        self.core = SimpleNamespace(request_block_hasher=get_request_block_hasher(PAGE, hasher))
+        self.requests: list = []
 
-    def step(self) -> tuple | None:
+    def ask(self, version: int) -> None:
+        """Sequences of many lengths, under the same names each time."""
+        self.requests.clear()
+        for i in range(12):
+            prompt = tuple(self.draw.choices(range(VOCAB), k=self.draw.choice([1, 3, 8, 13, 30])))
+            most = self.draw.choice([1, 2, 5, 17, 60])
+            self.add([Request(i, prompt, 2)], most, stop_tokens=(STOP,), version=version)
+
+    def add(self, asked, max_new_tokens, stop_tokens, version=0) -> None:
+        sampling = Sampling(1.0, max_new_tokens, 0, 0, stop_tokens=stop_tokens)
+        for request in asked:
+            made = core_requests(self.core, request, sampling, version)
+            self.requests += made
+            for one in made:
+                self.scheduler.add_request(one)
+
+    def step(self) -> dict | None:
         """What vLLM's engine core does in a step; returns what was decided, if anything was."""
         decided = None
         if self.scheduler.has_requests():
@@ -115,55 +126,68 @@ class Run:
         pool = self.scheduler.kv_cache_manager.block_pool
         requests = [
             (r.request_id, list(r.output_token_ids), r.status, r.stop_reason, r.num_preemptions,
-             r.num_computed_tokens, r.num_in_flight_tokens, r.num_stale_output_tokens)
+             r.num_computed_tokens, r.num_in_flight_tokens, r.num_stale_output_tokens,
+             r.num_output_placeholders)
             for r in self.requests
         ]  # fmt: skip
         running = [r.request_id for r in self.scheduler.running]
         cached = sorted(block.block_id for block in pool.blocks if block.block_hash is not None)
-        return requests, running, pool.get_num_free_blocks(), cached
+        free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+        return requests, running, free, cached
 
 
-def _decisions(output) -> tuple:
-    cached = output.scheduled_cached_reqs
-    new = [(r.req_id, r.block_ids, r.num_computed_tokens) for r in output.scheduled_new_reqs]
-    return (
-        new, cached,
-        output.num_scheduled_tokens, output.total_num_scheduled_tokens,
-        output.finished_req_ids, output.preempted_req_ids, output.new_block_ids_to_zero,
-    )  # fmt: skip
+def _decisions(output) -> dict:
+    """All that the runner is told."""
+    told = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    told["scheduled_new_reqs"] = [vars(request) for request in output.scheduled_new_reqs]
+    return told
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("pages", [15, 25, 200])
 @pytest.mark.parametrize(("theirs", "underway"), [(Scheduler, 1), (AsyncScheduler, 2)])
-def test_every_decision_is_vllms(directory, theirs, underway, pages, prefix_cache, monkeypatch):
+def test_every_decision_is_vllms(directory, theirs, underway, pages, prefix_cache):
     """From a cache that preempts all the time to one that never does."""
-    short = count_calls(monkeypatch)
     preemptions = 0
     for seed in range(12):
-        kinds = theirs, DecodeScheduler
         runs = [
             Run(scheduler_of(kind, directory, pages, prefix_cache), seed, underway)
-            for kind in kinds
+            for kind in (theirs, DecodeScheduler)
         ]
-        while not runs[0].through:
-            assert not runs[1].through
-            expected, found = (run.step() for run in runs)
-            assert found == expected
-            assert runs[1].state() == runs[0].state()
-        assert runs[1].through
+        for version in (0, 1):
+            for run in runs:
+                run.ask(version)
+            while not runs[0].through:
+                assert not runs[1].through
+                expected, found = (run.step() for run in runs)
+                assert found == expected
+                assert runs[1].state() == runs[0].state()
+            assert runs[1].through
+            assert all(run.scheduler.reset_prefix_cache() for run in runs)
         preemptions += sum(r.num_preemptions for r in runs[1].requests)
-    assert len(short) > 50, "the short way was hardly taken"
     assert (preemptions > 0) == (pages < 200)
 
 
-def count_calls(monkeypatch) -> list[None]:
-    calls: list[None] = []
-    whole = DecodeScheduler._schedule_decodes
+@pytest.mark.parametrize("sequences", [6, 20], ids=["a full house", "with a queue"])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_no_step_of_decodes_takes_the_long_way(directory, monkeypatch, sequences, spare):
+    """Six sequences of two pages at a time, in a cache that they fill: vLLM is asked where a prompt
+    or a new sequence is in the step, and nowhere else."""
+    scheduler = scheduler_of(DecodeScheduler, directory, 1 + 6 * 2 + spare, prefix_cache=False)
+    run, long = Run(scheduler, 0, 2), []
+    monkeypatch.setattr(AsyncScheduler, "schedule", noting(AsyncScheduler.schedule, long))
+    run.add([Request(i, (i, i, i), 1) for i in range(sequences)], 2 * PAGE - 3, stop_tokens=())
+    steps = 0
+    while not run.through:
+        run.step()
+        steps += 1
+    with_prompts = [output for output in long if output.scheduled_new_reqs]
+    assert len(long) == len(with_prompts) < steps / 2
 
-    def counted(self):
-        calls.append(None)
-        return whole(self)
 
-    monkeypatch.setattr(DecodeScheduler, "_schedule_decodes", counted)
-    return calls
+def noting(schedule, outputs: list):
+    def noted(self, throttle_prefills: bool = False):
+        outputs.append(schedule(self, throttle_prefills))
+        return outputs[-1]
+
+    return noted

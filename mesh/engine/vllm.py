@@ -74,19 +74,17 @@ class VllmEngine:
         self.worker = self.core.model_executor.driver_worker.worker
         self.runner = self.worker.model_runner
         graphs = settings.cuda_graphs and device.type == "cuda"
-        self.sampler = CounterSampler(self.runner, self._draws(graphs))
+        theirs = self.runner.get_model()
+        if isinstance(theirs, TitanModel):
+            draws = Draws(theirs.head, self.group, graphs)
+        elif self.group is None:  # as of our model, the product is left to our draws
+            draws = Draws(theirs.compute_logits, None, graphs)
+            theirs.compute_logits = _as_they_are
+        else:  # it gathers logits, which is not captured
+            draws = Draws(_as_they_are, None, graphs)
+        self.sampler = CounterSampler(self.runner, draws)
         self.runner.sampler = self.sampler
         self.captured = graphs
-
-    def _draws(self, graphs: bool) -> Draws:
-        """Our draws of what its model gives: features, of which the head makes logits."""
-        model = self.runner.get_model()
-        if isinstance(model, TitanModel):
-            return Draws(model.head, self.group, graphs)
-        if self.group is not None:  # vLLM gathers the logits, and outside of a graph
-            return Draws(lambda logits_SV: logits_SV, None, graphs)
-        head, model.compute_logits = model.compute_logits, lambda hidden_SD: hidden_SD
-        return Draws(head, None, graphs)
 
     @property
     def model(self) -> Qwen3:
@@ -212,6 +210,10 @@ class VllmEngine:
                 for p in (next(places) for _ in range(size))
             ]
         self.observer(rows)
+
+
+def _as_they_are(features_SX: torch.Tensor) -> torch.Tensor:
+    return features_SX
 
 
 def model_entries(shape: ModelShape, architecture: str | None) -> dict[str, Any]:

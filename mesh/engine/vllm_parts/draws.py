@@ -1,8 +1,8 @@
 """Drawing the tokens of a batch: logits, keys, draw and score; on CUDA one graph.
 
 A decode step of vLLM takes as long as the host needs to prepare it; these twenty launches were a
-sixth of that. The captured calls are the eager ones on static buffers, so they have their bits: a
-row does not know how many rows there are.
+sixth of that. The captured calls are the eager ones on static buffers. In the batch-invariant mode
+they have the bits of the eager ones, as a row does not know how many rows there are.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class _Captured(NamedTuple):
 
 
 class Draws:
-    """Owns the captured graphs. `head`: from features [S, X], whatever the model gives, to logits
-    [S, V / shards], of which each rank of `group` has a shard; None: they are whole.
+    """Owns the captured graphs. `head`: from features [S, X], hidden states or logits, whatever the
+    model gives, to logits [S, V / shards], of which each rank of `group` has a shard; None: they
+    are whole.
     """
 
     def __init__(

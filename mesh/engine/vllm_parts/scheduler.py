@@ -1,9 +1,10 @@
 """vLLM's scheduler, with a short way through steps in which every sequence decodes.
 
-On a GPU a decode step takes as long as the host needs to prepare it, and on the host vLLM's
-scheduler takes most: for every sequence and step it asks for what requests of ours never have
-(encoder inputs, drafts, connectors, logprobs), looks for pages where the last one has room, and
-makes an output that nobody reads. Prompts, preemption and everything else are vLLM's.
+Where many sequences of a small model decode, a step takes as long as the host needs to prepare it,
+most of it in vLLM's scheduler: for every sequence and step it asks for what requests of ours never
+have (encoder inputs, drafts, connectors, logprobs), looks for pages where the last one has room,
+and makes an output that nobody reads. Steps with prompts or preemption are scheduled by vLLM; what
+was drawn is taken by ours in all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.utils import check_stop, remove_all
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -32,9 +34,11 @@ class DecodeScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         others = [self.connector, self.ec_connector, self.aux_output_connector, self.lora_config]
-        assert not any(others) and not self.num_spec_tokens and not self.use_v2_model_runner
-        (pages,) = self.kv_cache_manager.coordinator.single_type_managers
-        self.page_size = pages.block_size
+        plain = not any(others) and not self.num_spec_tokens and not self.use_v2_model_runner
+        assert plain, "connectors, adapters, drafts and the second runner are not provided for"
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        assert [type(m) for m in managers] == [FullAttentionManager], "layers differ in their cache"
+        self.page_size = managers[0].block_size
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._all_decode():
@@ -42,11 +46,13 @@ class DecodeScheduler(AsyncScheduler):
         return super().schedule(throttle_prefills)
 
     def _all_decode(self) -> bool:
-        """No sequence waits or is amid its prompt, and each may have the page that it may need."""
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        fits = len(self.running) <= min(free, self.max_num_scheduled_tokens)
-        waiting = self.waiting or self.kv_holding_waiting or self._inflight_prefills
-        return fits and not waiting
+        """Nobody can be admitted or is amid its prompt, and there are the pages that are needed."""
+        seats = len(self.running) < self.max_num_active_reqs
+        if (seats and (self.waiting or self.kv_holding_waiting)) or self._inflight_prefills:
+            return False
+        need = sum(request.num_computed_tokens % self.page_size == 0 for request in self.running)
+        fits = len(self.running) <= self.max_num_scheduled_tokens
+        return fits and need <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _schedule_decodes(self) -> SchedulerOutput:
         """What `schedule` does where each running sequence computes its newest token. All of them
