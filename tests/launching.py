@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-PAIRS = {
+TWO_RANK_LAYOUTS = {
     "trainer tp 2": ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
     "generator tp 2": ["mesh.mode=colocated", "trainer.dp_shard=2", "generator.tp=2"],
     "split": ["mesh.mode=split"],

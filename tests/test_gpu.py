@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import PAIRS, launch
+from launching import TWO_RANK_LAYOUTS, launch
 
 from mesh.invariant.switch import batch_invariant
 
@@ -101,7 +101,7 @@ def test_two_gpus_validate_every_layout(tmp_path: Path):
 
 
 @two_gpus
-@pytest.mark.parametrize("words", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("words", TWO_RANK_LAYOUTS.values(), ids=TWO_RANK_LAYOUTS)
 def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
     path = tmp_path / "run"
     small = ["steps=3", "eval.num_prompts=8", "log.tensorboard=false", f"run_dir={path}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launching import PAIRS, Run, launch, run
+from launching import TWO_RANK_LAYOUTS, Run, launch, run
 from tiny_qwen3 import random_sequences
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -208,7 +208,7 @@ def test_vllms_own_model_follows_the_trainer(tmp_path: Path):
 
 
 @two_gpus
-@pytest.mark.parametrize("words", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("words", TWO_RANK_LAYOUTS.values(), ids=TWO_RANK_LAYOUTS)
 def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
     found = finished(tmp_path / "run", 2, *STRICT, *words)
     assert all(m["logprob_diff/max"] == 0 for m in found.metrics[1:])
