@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mesh.engine.sampler import draw
-from mesh.model.logprobs import score_tiles, shard_of, vocab_tiles
+from mesh.model.logprobs import score_tiles, shard_of, vocab_products, vocab_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.qwen3 import Qwen3, named_weights
 from mesh.types import Request, Sampling
@@ -36,10 +36,11 @@ def _named(model: Qwen3) -> dict[str, torch.Tensor]:
 def tile_logits(
     hidden_SD: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Logits [S, V / shards] of this rank's vocabulary shard, each tile a product of its own."""
+    """Logits [S, V / shards] of this rank's vocabulary shard, by the trainer's products."""
     _, num_shards = shard_of(group)
-    tiles = vocab_tiles(weight.shape[0] * num_shards, num_shards)
-    return torch.cat([F.linear(hidden_SD, weight[slice(*tile)]) for tile in tiles], -1)
+    pieces = vocab_products(len(weight), num_shards)
+    logits = [F.linear(hidden_SD, weight[edges[0] : edges[-1]]) for edges in pieces]
+    return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
 
 
 def choose(

@@ -8,6 +8,7 @@ the logits have the same bits.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,34 +16,26 @@ from mesh.engine import kernels
 from mesh.model.logprobs import shard_of
 from mesh.types import Sampling
 
-_MASK32 = 0xFFFFFFFF
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
 
 
-def _signed(value: int) -> int:
-    """An unsigned 64-bit constant as the int64 with the same bits."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+def _bits(x_S: torch.Tensor) -> np.ndarray:
+    """The bits of an int64 tensor as uint64, on which NumPy shifts and multiplies as C does."""
+    return x_S.numpy().view(np.uint64)
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64 bits (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix64(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser on int64 bits (Steele, Lea, Flood 2014, fig. 16), wrapping."""
+def mix64(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64 (Steele, Lea, Flood 2014, fig. 16), wrapping."""
     x = x + _GAMMA
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
+    x = (x ^ x >> 30) * _MIX1
+    x = (x ^ x >> 27) * _MIX2
+    return x ^ x >> 31
 
 
 def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-    """The 64-bit key of each token to draw, int64 [S].
+    """The 64-bit key of each token to draw, int64 [S], on the CPU.
 
     ids_S2: int64 (prompt_id, sample_id) of every sequence; positions_S: index of the new token in
     its response.
@@ -51,42 +44,47 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
 
 
 def sequence_keys(sampling: Sampling, ids_S2: torch.Tensor) -> torch.Tensor:
-    """The part of `token_keys` that all tokens of a sequence share, int64 [S]."""
-    key_S = torch.full_like(ids_S2[:, 0], sampling.seed)
-    for part in (sampling.step, ids_S2[:, 0], ids_S2[:, 1]):
+    """The part of `token_keys` that all tokens of a sequence share, int64 [S], on the CPU."""
+    seed, step = np.array([sampling.seed, sampling.step]).view(np.uint64)
+    prompt_S, sample_S = _bits(ids_S2).T
+    key_S = np.full_like(prompt_S, seed)
+    for part in (step, prompt_S, sample_S):
         key_S = mix64(key_S) ^ part
-    return key_S
+    return torch.from_numpy(key_S.view(np.int64))
 
 
 def position_keys(sequence_keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
     """`token_keys` from `sequence_keys`; one kernel on CUDA."""
     if sequence_keys_S.is_cuda:
         return kernels.position_keys(sequence_keys_S, positions_S)
-    return mix64(mix64(sequence_keys_S) ^ positions_S)
+    key_S = mix64(mix64(_bits(sequence_keys_S)) ^ _bits(positions_S))
+    return torch.from_numpy(key_S.view(np.int64))
 
 
 def gumbel(keys_S: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first].
+    """Standard Gumbel noise for vocabulary entries first..last-1, fp32 [S, last - first], on the
+    CPU.
 
     32 random bits per entry: murmur3's finaliser over the key's halves and the entry's index. The
     noise is -log(E), E = -log(1 - u) exponential; small E, the winners, come from the power series
     of the logarithm (exact to fp32 below 2^-8), because 1 - u would round their bits away.
     """
-    entry_V = torch.arange(first, last, device=keys_S.device, dtype=torch.int64)
-    low, high = keys_S & _MASK32, _shift_right(keys_S, 32)
-    bits = _murmur3(low[:, None] ^ (entry_V * 0x9E3779B1 & _MASK32))
-    bits = _murmur3(bits ^ high[:, None])
+    entry_V = np.arange(first, last, dtype=np.uint32) * 0x9E3779B1
+    keys_S1 = _bits(keys_S)[:, None]
+    low_S1, high_S1 = keys_S1.astype(np.uint32), (keys_S1 >> 32).astype(np.uint32)
+    bits = _murmur3(_murmur3(low_S1 ^ entry_V) ^ high_S1)
     # fp32 rounds the largest bits to 2^32: kept below 1, where the noise would be -inf
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    uniform = np.minimum((bits.astype(np.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     series = uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + uniform * 0.25)))
-    return -torch.log(torch.where(uniform < 2.0**-8, series, -torch.log(1 - uniform)))
+    exact = -torch.log(torch.from_numpy(1 - uniform))
+    return -torch.log(torch.from_numpy(np.where(uniform < 2.0**-8, series, exact.numpy())))
 
 
-def _murmur3(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finaliser (Appleby), on int64 tensors that hold 32-bit values."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
-    return x ^ (x >> 16)
+def _murmur3(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 32-bit finaliser (Appleby) on uint32, wrapping."""
+    x = (x ^ x >> 16) * 0x85EBCA6B
+    x = (x ^ x >> 13) * 0xC2B2AE35
+    return x ^ x >> 16
 
 
 def truncate(logits_SV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

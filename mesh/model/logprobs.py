@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mesh.invariant.switch import current
 from mesh.types import MAX_TP
 
 MAX_TILE = 32768
@@ -55,6 +56,17 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
+def vocab_products(rows: int, num_shards: int) -> list[list[int]]:
+    """Which tiles of a shard of this many rows are multiplied at once, as lists of their edges.
+
+    While the switch is on each is a product of its own, as other meshes cut the shard elsewhere.
+    """
+    tiles = vocab_tiles(rows * num_shards, num_shards)
+    if current() is None and rows <= MAX_TILE:
+        return [[0, *(last for _, last in tiles)]]
+    return [list(tile) for tile in tiles]
+
+
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """log(sum(exp(logits))) over the last dim, by way of log_softmax.
 
@@ -67,11 +79,11 @@ def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
 def combine_logsumexp(tiles_KA: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp over tiles, [K, A] -> [A], added along one fixed binary tree."""
     peak_A = tiles_KA.amax(0)
-    terms = list((tiles_KA - peak_A).exp())
-    while len(terms) > 1:
-        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = pairs + terms[2 * len(pairs) :]
-    return peak_A + terms[0].log()
+    terms_KA = (tiles_KA - peak_A).exp()
+    while (count := len(terms_KA)) > 1:
+        pairs = terms_KA[: count - 1 : 2] + terms_KA[1::2]
+        terms_KA = torch.cat([pairs, terms_KA[-1:]]) if count % 2 else pairs
+    return peak_A + terms_KA[0].log()
 
 
 def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -229,11 +241,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         shard, num_shards = shard_of(group)
         targets_A = targets_A - shard * weight.shape[0]
-        tiles = (
-            (tile, F.linear(hidden_AD, weight[slice(*tile)]))
-            for tile in vocab_tiles(weight.shape[0] * num_shards, num_shards)
+        pieces = (
+            (edges, F.linear(hidden_AD, weight[edges[0] : edges[-1]]))
+            for edges in vocab_products(len(weight), num_shards)
         )
-        logprobs_A, entropy_A, logsumexp_A = score_tiles(tiles, targets_A, temperature, group, True)
+        scores = score_tiles(pieces, targets_A, temperature, group, with_entropy=True)
+        logprobs_A, entropy_A, logsumexp_A = scores
         ctx.save_for_backward(hidden_AD, weight, targets_A, logsumexp_A)
         ctx.temperature, ctx.group, ctx.num_shards = temperature, group, num_shards
         ctx.mark_non_differentiable(entropy_A)
@@ -245,7 +258,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_A = grad_A / ctx.temperature
         grad_hidden_AD = torch.zeros_like(hidden_AD, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
-        for first, last in vocab_tiles(weight.shape[0] * ctx.num_shards, ctx.num_shards):
+        for first, *_, last in vocab_products(len(weight), ctx.num_shards):
             logits = F.linear(hidden_AD, weight[first:last])
             grad = tile_gradient(logits, first, targets_A, logsumexp_A, scale_A, ctx.temperature)
             grad_hidden_AD += grad @ weight[first:last]
