@@ -59,6 +59,12 @@ class AttentionContext:
         return keys if current() is None else -(-keys // KEYS) * KEYS
 
     @cached_property
+    def pages(self) -> torch.Tensor:
+        """int64 [S * pages]: what `index_select` takes."""
+        assert self.block_table is not None
+        return self.block_table.flatten().long()
+
+    @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where padded [S, max_query] queries read packed tokens, and the inverse (flat)."""
         query_lengths = self.cu_seqlens.diff()
@@ -121,9 +127,7 @@ def flash_attention_2(
 
 def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
     """Keys or values of every sequence, [S, keys, K, H], zeros beyond its pages."""
-    assert ctx.block_table is not None
-    table = ctx.block_table.long()
-    rows = pages.index_select(0, table.flatten()).view(len(table), -1, *pages.shape[2:])
+    rows = pages.index_select(0, ctx.pages).view(len(ctx.lengths), -1, *pages.shape[2:])
     missing = ctx.keys - rows.shape[1]
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
@@ -132,17 +136,20 @@ def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
     """Plain attention over queries padded to the longest span; what a CPU and fp32 use."""
-    rows_SL, packed = ctx.padding
+    decodes = ctx.max_query == 1 and len(q_TNH) == len(ctx.lengths)  # spans of one token each
+    q_SLNH = q_TNH[:, None] if decodes else q_TNH[ctx.padding[0]]
     if ctx.cache is None:
-        k_SLKH, v_SLKH = k[rows_SL], v[rows_SL]
+        k_SLKH, v_SLKH = (x[ctx.padding[0]] for x in (k, v))
         if missing := ctx.keys - ctx.max_query:
             k_SLKH, v_SLKH = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_SLKH, v_SLKH))
     else:
         k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
-    q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_TNH[rows_SL], k_SLKH, v_SLKH))
+    q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))
     of_all = _whole if current() is None else attention_by_query
     out_SNLH = of_all(q_SNLH, k_SKLH, v_SKLH, ctx.causal_mask, scale)
-    return out_SNLH.transpose(1, 2).flatten(0, 1)[packed]
+    if decodes:
+        return out_SNLH[:, :, 0]
+    return out_SNLH.transpose(1, 2).flatten(0, 1)[ctx.padding[1]]
 
 
 def _whole(

@@ -172,9 +172,8 @@ class QKVLinear(TitanQKVLinear):
         pass
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv)
-        )
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (linear(x).view(heads) for linear in (self.wq, self.wk, self.wv))
         return q, k, v
 
 
