@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from tiny_qwen3 import CPU, MAX_LENGTH, Variant, load_role, packed, random_sequences
 from tiny_qwen3 import save_checkpoint as save
 
+from mesh.invariant.switch import batch_invariant
 from mesh.model.layers import rope_table, rotate
-from mesh.model.logprobs import MAX_TILE, token_logprobs, vocab_tiles
+from mesh.model.logprobs import MAX_TILE, token_logprobs, vocab_products, vocab_tiles
 from mesh.model.qwen3 import named_weights
 
 VARIANTS = [
@@ -122,7 +125,19 @@ def test_tiles_of_shards_are_the_tiles_of_the_whole(vocab_size, shards):
         return
     width, local = vocab_size // shards, vocab_tiles(vocab_size, shards)
     joined = [(r * width + a, r * width + b) for r in range(shards) for a, b in local]
-    assert joined == whole
+    assert joined == list(whole)
+
+
+@pytest.mark.parametrize("switch", [False, True])
+@pytest.mark.parametrize(("rows", "shards"), [(128, 1), (MAX_TILE, 2), (MAX_TILE + 8, 1), (5, 1)])
+def test_products_cover_the_tiles_and_are_no_larger_than_one_may_be(rows, shards, switch):
+    tiles = vocab_tiles(rows * shards, shards)
+    with batch_invariant(switch, "cpu"):
+        products = vocab_products(rows, shards)
+    assert [pair for edges in products for pair in pairwise(edges)] == list(tiles)
+    assert all(edges[-1] - edges[0] <= MAX_TILE for edges in products)
+    at_once = not switch and rows <= MAX_TILE
+    assert len(products) == (1 if at_once else len(tiles)), "other meshes cut elsewhere"
 
 
 def test_the_rope_table_holds_cosines_then_sines_of_positions_times_frequencies():

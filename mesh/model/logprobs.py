@@ -13,6 +13,7 @@ the specification.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ class TokenScores(NamedTuple):
     entropy_A: torch.Tensor
 
 
-def vocab_tiles(vocab_size: int, num_shards: int = 1) -> list[tuple[int, int]]:
+@cache
+def vocab_tiles(vocab_size: int, num_shards: int = 1) -> tuple[tuple[int, int], ...]:
     """Half-open tiles (first, last) of one of `num_shards` equal shards, in local indices.
 
     The tiles of the whole vocabulary are the same for every `num_shards` up to MAX_TP: it is halved
@@ -53,7 +55,7 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> list[tuple[int, int]]:
         for piece in range(per_part)
     ]
     edges = [*edges[: len(edges) // num_shards], vocab_size // num_shards]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(pairwise(edges))
 
 
 def vocab_products(rows: int, num_shards: int) -> list[list[int]]:
