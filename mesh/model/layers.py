@@ -73,7 +73,8 @@ def rotate_both(
         from mesh.model import triton_elementwise  # needs a GPU's driver
 
         return triton_elementwise.rotate_both(q, k, rope_TE)
-    return rotate(q, rope_TE), rotate(k, rope_TE)
+    q, k = rotate(torch.cat((q, k), -2), rope_TE).split((q.shape[-2], k.shape[-2]), -2)
+    return q, k
 
 
 def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
