@@ -81,10 +81,9 @@ class _AttentionByQuery(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor,
+        bias: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         loop = _over_queries if q.shape[2] <= len(q) else _over_sequences
         out, logsumexp = loop(q, k, v, bias, scale)
         ctx.save_for_backward(q, k, v, bias, out, logsumexp)
@@ -101,14 +100,14 @@ class _AttentionByQuery(torch.autograd.Function):
 
 
 def attention_by_query(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Grouped-query attention where `mask` is true. Returns [S, N, L, H].
+    """Grouped-query attention where `bias` is 0 and not -inf. Returns [S, N, L, H].
 
-    q: [S, N, L, H]; k, v: [S, K, keys, H], keys a multiple of KEYS; mask: bool [S, 1, L, keys], in
-    which every query sees a key.
+    q: [S, N, L, H]; k, v: [S, K, keys, H], keys a multiple of KEYS; bias: [S, 1, L, keys] in q's
+    dtype, in which every query sees a key.
     """
     assert k.shape[2] % KEYS == 0, "keys are not padded"
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return _AttentionByQuery.apply(q, k, v, mask, scale)
+    return _AttentionByQuery.apply(q, k, v, bias, scale)

@@ -74,13 +74,14 @@ class AttentionContext:
         return rows_SL, inside_SL.flatten().nonzero()[:, 0]
 
     @cached_property
-    def causal_mask(self) -> torch.Tensor:
-        """bool [S, 1, max_query, keys]: a query sees the keys up to its own position."""
+    def causal_bias(self) -> torch.Tensor:
+        """fp32 [S, 1, max_query, keys]: 0 at keys up to the query's own position, else -inf."""
         query_lengths = self.cu_seqlens.diff()
         device = self.cu_seqlens.device
         first_S = (self.lengths - query_lengths)[:, None, None]
         positions_SL = first_S + torch.arange(self.max_query, device=device)[None, :, None]
-        return (torch.arange(self.keys, device=device) <= positions_SL)[:, None]
+        seen = torch.arange(self.keys, device=device) <= positions_SL
+        return torch.where(seen, 0.0, -torch.inf)[:, None]
 
 
 def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContext:
@@ -146,17 +147,17 @@ def _padded(
         k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
     q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))
     of_all = _whole if current() is None else attention_by_query
-    out_SNLH = of_all(q_SNLH, k_SKLH, v_SKLH, ctx.causal_mask, scale)
+    out_SNLH = of_all(q_SNLH, k_SKLH, v_SKLH, ctx.causal_bias.to(q_TNH.dtype), scale)
     if decodes:
         return out_SNLH[:, :, 0]
     return out_SNLH.transpose(1, 2).flatten(0, 1)[ctx.padding[1]]
 
 
 def _whole(
-    q_SNLH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+    q_SNLH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
-        q_SNLH, k, v, attn_mask=mask, scale=scale, enable_gqa=q_SNLH.shape[1] != k.shape[1]
+        q_SNLH, k, v, attn_mask=bias, scale=scale, enable_gqa=q_SNLH.shape[1] != k.shape[1]
     )
 
 
