@@ -50,7 +50,7 @@ class AttentionContext:
     block_table: torch.Tensor | None = None
     slots_T: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """Keys of a padded sequence."""
         keys = self.max_query
@@ -76,11 +76,12 @@ class AttentionContext:
     @cached_property
     def causal_bias(self) -> torch.Tensor:
         """fp32 [S, 1, max_query, keys]: 0 at keys up to the query's own position, else -inf."""
-        query_lengths = self.cu_seqlens.diff()
-        device = self.cu_seqlens.device
-        first_S = (self.lengths - query_lengths)[:, None, None]
-        positions_SL = first_S + torch.arange(self.max_query, device=device)[None, :, None]
-        seen = torch.arange(self.keys, device=device) <= positions_SL
+        device = self.lengths.device
+        end_SL = self.lengths[:, None, None]
+        if self.max_query > 1:
+            first_S = (self.lengths - self.cu_seqlens.diff())[:, None, None]
+            end_SL = first_S + torch.arange(1, self.max_query + 1, device=device)[None, :, None]
+        seen = torch.arange(self.keys, device=device) < end_SL
         return torch.where(seen, 0.0, -torch.inf)[:, None]
 
 
@@ -128,7 +129,7 @@ def flash_attention_2(
 
 def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
     """Keys or values of every sequence, [S, keys, K, H], zeros beyond its pages."""
-    rows = pages.index_select(0, ctx.pages).view(len(ctx.lengths), -1, *pages.shape[2:])
+    rows = pages.index_select(0, ctx.pages).view(*ctx.lengths.shape, -1, *pages.shape[2:])
     missing = ctx.keys - rows.shape[1]
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
@@ -137,7 +138,7 @@ def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
     """Plain attention over queries padded to the longest span; what a CPU and fp32 use."""
-    decodes = ctx.max_query == 1 and len(q_TNH) == len(ctx.lengths)  # spans of one token each
+    decodes = ctx.max_query == 1 and q_TNH.shape[:1] == ctx.lengths.shape  # a token a span
     q_SLNH = q_TNH[:, None] if decodes else q_TNH[ctx.padding[0]]
     if ctx.cache is None:
         k_SLKH, v_SLKH = (x[ctx.padding[0]] for x in (k, v))

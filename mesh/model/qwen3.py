@@ -74,7 +74,7 @@ class Qwen3(Qwen3Model):
     ) -> torch.Tensor:
         """Final hidden states [T, D]. Positions must be below `max_length`."""
         h_BTD = self.tok_embeddings(tokens_T)[None]
-        rope_TE = self.rope_table[positions_T]
+        rope_TE = self.rope_table.index_select(0, positions_T)
         for layer in self.layers.values():
             h_BTD = layer(h_BTD, context, rope_TE)
         return replicate(self.norm(h_BTD), len(tokens_T), self.token_group)[0]
