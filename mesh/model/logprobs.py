@@ -247,8 +247,9 @@ class _TokenLogprobs(torch.autograd.Function):
             (edges, F.linear(hidden_AD, weight[edges[0] : edges[-1]]))
             for edges in vocab_products(len(weight), num_shards)
         )
-        scores = score_tiles(pieces, targets_A, temperature, group, with_entropy=True)
-        logprobs_A, entropy_A, logsumexp_A = scores
+        logprobs_A, entropy_A, logsumexp_A = score_tiles(
+            pieces, targets_A, temperature, group, with_entropy=True
+        )
         ctx.save_for_backward(hidden_AD, weight, targets_A, logsumexp_A)
         ctx.temperature, ctx.group, ctx.num_shards = temperature, group, num_shards
         ctx.mark_non_differentiable(entropy_A)
@@ -260,7 +261,8 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_A = grad_A / ctx.temperature
         grad_hidden_AD = torch.zeros_like(hidden_AD, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
-        for first, *_, last in vocab_products(len(weight), ctx.num_shards):
+        for edges in vocab_products(len(weight), ctx.num_shards):
+            first, last = edges[0], edges[-1]
             logits = F.linear(hidden_AD, weight[first:last])
             grad = tile_gradient(logits, first, targets_A, logsumexp_A, scale_A, ctx.temperature)
             grad_hidden_AD += grad @ weight[first:last]
