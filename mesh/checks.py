@@ -47,6 +47,7 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
     return [
         *range_problems(conf),
         *device_problems(conf),
+        *graph_problems(conf),
         *length_problems(conf, shape),
         *page_problems(conf),
         *reward_problems(conf),
@@ -128,6 +129,17 @@ def device_problems(conf: Conf) -> list[str]:
         return []
     wrong = f"{local} processes on this machine, which has {gpus} GPUs"
     return [problem("device", conf.device, wrong, f"start at most {gpus}, or set device=cpu")]
+
+
+def graph_problems(conf: Conf) -> list[str]:
+    """Our attention in fp32 under captured graphs, for which it is not made."""
+    vllms = conf.engine == "vllm" and conf.vllm.model == "native"
+    captured = resolve_device(conf) == "cuda" and conf.generator.cuda_graphs
+    if conf.generator.dtype != "float32" or not captured or vllms:
+        return []
+    wrong = "its decode steps cannot be captured as CUDA graphs"
+    remedy = "use bfloat16, or set generator.cuda_graphs=false"
+    return [problem("generator.dtype", "float32", wrong, remedy)]
 
 
 def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:

@@ -132,7 +132,8 @@ class VllmConf:
 @dataclass
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
-        None, "compare weight digests after a sync; unset: every on CPU, first on CUDA"
+        None,
+        "compare weight digests after a sync; unset: first with engine=native on CUDA, else every",
     )
     bucket_mb: int = key(256, "most data of one point-to-point message [MiB]", ge=1)
 

@@ -19,7 +19,9 @@ def connect(
     """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
     storage instead of its own.
     """
-    default: Verify = "first" if resolve_device(conf) == "cuda" else "every"
+    default: Verify = "every"
+    if resolve_device(conf) == "cuda" and conf.engine == "native":
+        default = "first"  # vLLM's weights are not ours alone
     assert dist.group.WORLD is not None, "the process group is not there"
     names = {layout.name for layout in generator.layouts}
     bridge = WeightBridge(

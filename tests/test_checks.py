@@ -193,6 +193,18 @@ def test_page_size_on_cuda_is_a_multiple_of_256():
     ]
 
 
+@without_cuda
+def test_fp32_on_cuda_is_not_captured():
+    conf = Conf(device="cuda", model=ModelConf(init="random"))
+    conf.generator.dtype = "float32"
+    assert conf_problems(conf)[1:] == [
+        "generator.dtype=float32: its decode steps cannot be captured as CUDA graphs; use "
+        "bfloat16, or set generator.cuda_graphs=false"
+    ]
+    conf.generator.cuda_graphs = False
+    assert conf_problems(conf)[1:] == []
+
+
 @needs_cuda
 def test_more_processes_than_gpus(monkeypatch):
     gpus = torch.cuda.device_count()

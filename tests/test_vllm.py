@@ -21,12 +21,16 @@ from mesh.engine.base import EngineSettings
 from mesh.engine.native import NativeEngine
 from mesh.engine.vllm_checks import CPU_HEADS, install_problems
 from mesh.invariant.switch import batch_invariant
+from mesh.model.layouts import role_layouts
 from mesh.model.qwen3 import Qwen3, build_model, named_weights
 from mesh.trace import first_difference, trace_generation
 from mesh.types import ModelShape, Request, Sampling
+from mesh.weights import WeightBridge
 
 if install_problems("cpu"):
     pytest.skip(f"{install_problems('cpu')[0]}", allow_module_level=True)
+
+import psutil  # vLLM brings it
 
 from mesh.engine.vllm import VllmEngine
 from mesh.engine.vllm_parts import fused, start
@@ -236,6 +240,49 @@ def test_after_new_weights_and_a_reset_an_engine_is_a_fresh_one(engines, make, s
         assert without_logprobs(stale) != without_logprobs(fresh)
 
 
+@pytest.mark.parametrize("kind", ["titan", "vllm"])
+def test_pages_of_other_weights_are_not_found_if_the_cache_is_not_dropped(
+    make, solo_mesh, monkeypatch, kind
+):
+    """Their keys carry the weights' version."""
+    engine, asked = make(kind), requests(2, [70, 100])
+    engine.generate(asked, SAMPLED)
+    copy_weights(engine, policy(solo_mesh, 6))
+    monkeypatch.setattr(engine.core, "reset_prefix_cache", lambda: True)
+    monkeypatch.setattr(engine, "_zero", lambda: None)
+    engine.reset(version=1)
+    assert_same(engine.generate(asked, SAMPLED), make("native", 6).generate(asked, SAMPLED))
+
+
+@pytest.mark.parametrize("kind", ["titan", "vllm"])
+def test_a_sync_that_does_nothing_is_not_missed(make, solo_mesh, kind):
+    """The digest of what was written, and the addresses of what vLLM has."""
+    engine, model = make(kind), policy(solo_mesh, 6)
+    source = {**named_weights(model), "rope_table": model.rope_table}
+    weights = engine.weights()
+    layouts = role_layouts(SHAPE, MAX_LENGTH, solo_mesh.mesh, fsdp=False)
+    layouts = [layout for layout in layouts if layout.name in weights]
+    world = dist.group.WORLD
+    bridge = WeightBridge(
+        {name: source[name] for name in weights}, weights, layouts, layouts,
+        dtype=torch.float32, group=world, cpu_group=world, allow_alias=False,
+    )  # fmt: skip
+    bridge.sync()
+    engine.reset(version=1)
+    fresh = make("native", 6).generate(requests(), SAMPLED)
+    assert_same(engine.generate(requests(), SAMPLED), fresh)
+    bridge.local_copies = []
+    model.norm.weight.data += 1
+    with pytest.raises(RuntimeError, match="weights differ after sync 2(?s:.*)norm.weight"):
+        bridge.sync()
+    parts = engine.runner.get_model().get_submodule(
+        "policy.norm" if kind == "titan" else "model.norm"
+    )
+    parts.weight = torch.nn.Parameter(parts.weight.detach().clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="vLLM has replaced norm.weight since"):
+        engine.reset(version=2)
+
+
 @pytest.mark.parametrize("kind", ["native", "titan"])
 def test_an_engine_without_weights_refuses(make, solo_mesh, engines, kind):
     engine = engines[kind]
@@ -294,10 +341,11 @@ def test_a_start_and_an_end_leave_the_process_as_it_was(solo_mesh):
     world, names = dist.GroupMember.WORLD, set(dist.distributed_c10d._world.pg_map)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     threads, count = torch.set_num_threads, dist.distributed_c10d._world.group_count
-    users = list(start._users)
+    users, children = list(start._users), psutil.Process().children(recursive=True)
     engine = Maker(solo_mesh)("titan")
     engine.generate(requests(), SAMPLED)
     assert start._users == [*users, engine.core]
+    assert psutil.Process().children(recursive=True) == children, "it runs in this process"
     engine.close()
     assert start._users == users
     assert dist.GroupMember.WORLD is world and torch.set_num_threads is threads

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, TORCHRUN, run
+from launching import REPOSITORY, TORCHRUN, launch, run
 from programs.vllm_program import FAILURE, LAYOUTS, STEPS
 
 from mesh.engine.vllm_checks import install_problems
@@ -78,6 +78,16 @@ def test_an_engine_that_fails_ends_all_ranks_with_its_message(program):
 def test_nothing_stays_in_shared_memory(program):
     """Also after ranks that ended at once, as a kill would end them."""
     assert [file.name for file in SHM.glob("*mesh-vllm-*")] == []
+
+
+def test_the_validation_holds_with_vllm(tmp_path):
+    words = ["conf=qwen3_tiny", "engine=vllm", "generator.max_new_tokens=8", "validate.steps=2"]
+    words += ["validate.sequences=33", f"run_dir={tmp_path / 'run'}"]
+    launch("recipes/validate.py", 1, *words, seconds=800)
+    report = json.loads((tmp_path / "run" / "validation.json").read_text())
+    held = [check for check in report["checks"] if check["result"] == "pass"]
+    assert all(check["tally"]["compared"] > 0 for check in held)
+    assert {check["rung"] for check in held} == {"L0", "L1", "L2", "L6"}
 
 
 def test_the_command_trains_strictly_and_ends_well(tmp_path):

@@ -62,6 +62,7 @@ class VllmEngine:
         self.released = False
         self.preemptions = 0
         self.observer: Callable[[list[Row]], None] | None = None
+        self.places: dict[str, int] = {}
         token = None if model is None else blueprint.set((model, shape, self.group))
         options = engine_options(settings, shape, group.size(), device, dtype, model is not None)
         options["distributed_timeout_seconds"] = timeout_seconds
@@ -94,12 +95,16 @@ class VllmEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Live local shards by torchtitan's names, tied weights under each; of our own model with
-        the buffers.
+        the buffers. From the first call on they have to stay where they are (`reset` looks).
         """
         if self.policy is None:
             tp = 1 if self.group is None else self.group.size()
-            return unfused(self.runner.get_model(), self.shape, weight_names(self.shape), tp)
-        return live_weights(self.model)
+            model = self.runner.get_model()
+            weights = unfused(model, self.shape, weight_names(self.shape), tp)
+        else:
+            weights = live_weights(self.policy)
+        self.places = self.places or _places(weights)
+        return weights
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take these local tensors, of the same shapes and dtypes, in place of the engine's own;
@@ -107,11 +112,19 @@ class VllmEngine:
         """
         assert not self.captured, "captured graphs hold the addresses of the weights"
         adopt_weights(self.model, tensors)
+        self.places = _places(live_weights(self.model))
 
     def reset(self, version: int) -> None:
         """Weights of `version` are in place. Nothing that was cached before is served again: the
-        prefix cache is dropped, and its keys carry the version besides.
+        prefix cache is dropped, and its keys carry the version besides. RuntimeError where vLLM has
+        other tensors by now than it handed out, which a sync writes and proves.
         """
+        moved = _places(self.weights()).items() - self.places.items()
+        if moved:
+            raise RuntimeError(
+                f"vLLM has replaced {', '.join(sorted(name for name, _ in moved))} since it handed "
+                "out its weights: a sync does not reach them"
+            )
         self.version = version
         self._forget()
         if not self.released:
@@ -210,6 +223,11 @@ class VllmEngine:
                 for p in (next(places) for _ in range(size))
             ]
         self.observer(rows)
+
+
+def _places(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The addresses of tensors."""
+    return {name: tensor.data_ptr() for name, tensor in weights.items()}
 
 
 def _as_they_are(features_SX: torch.Tensor) -> torch.Tensor:
