@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,8 @@ from tiny_qwen3 import CPU, MAX_LENGTH, Variant, load_role, packed, random_seque
 from tiny_qwen3 import save_checkpoint as save
 
 from mesh.invariant.switch import batch_invariant
-from mesh.model.layers import rope_table, rotate
+from mesh.model.attention import AttentionContext, KVCache, attention
+from mesh.model.layers import rope_table, rotate, rotate_both
 from mesh.model.logprobs import MAX_TILE, token_logprobs, vocab_products, vocab_tiles
 from mesh.model.qwen3 import named_weights
 
@@ -129,15 +131,14 @@ def test_tiles_of_shards_are_the_tiles_of_the_whole(vocab_size, shards):
 
 
 @pytest.mark.parametrize("switch", [False, True])
-@pytest.mark.parametrize(("rows", "shards"), [(128, 1), (MAX_TILE, 2), (MAX_TILE + 8, 1), (5, 1)])
-def test_products_cover_the_tiles_and_are_no_larger_than_one_may_be(rows, shards, switch):
-    tiles = vocab_tiles(rows * shards, shards)
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("vocab_size", [128, MAX_TILE, MAX_TILE + 8, 151936])
+def test_products_cover_the_tiles_and_are_alike_on_every_mesh(vocab_size, shards, switch):
+    rows, tiles = vocab_size // shards, vocab_tiles(vocab_size, shards)
     with batch_invariant(switch, "cpu"):
         products = vocab_products(rows, shards)
     assert [pair for edges in products for pair in pairwise(edges)] == list(tiles)
-    assert all(edges[-1] - edges[0] <= MAX_TILE for edges in products)
-    at_once = not switch and rows <= MAX_TILE
-    assert len(products) == (1 if at_once else len(tiles)), "other meshes cut elsewhere"
+    assert len(products) == (1 if vocab_size <= MAX_TILE else len(tiles))
 
 
 def test_the_rope_table_holds_cosines_then_sines_of_positions_times_frequencies():
@@ -159,6 +160,43 @@ def test_rotation_turns_pairs_by_the_angle_of_their_position():
     turn = torch.polar(torch.ones(()).double(), positions[:, None, None] * frequencies)
     pairs = torch.view_as_complex(torch.stack(x_TNH.double().chunk(2, -1), -1))
     torch.testing.assert_close(out, pairs * turn, rtol=0, atol=1e-5)
+
+
+def test_queries_and_keys_are_rotated_as_each_alone():
+    generator, table = torch.Generator().manual_seed(0), rope_table(8, 20, 1e4, CPU)[3:8]
+    both = [torch.randn(1, 5, heads, 8, generator=generator) for heads in (4, 2)]
+    upstream = [torch.randn(x.shape, generator=generator) for x in both]
+    found, expected = ([x.clone().requires_grad_() for x in both] for _ in range(2))
+    rotated = rotate_both(*found, table)
+    torch.autograd.backward(rotated, upstream)
+    for x, out, alone, grad in zip(found, rotated, expected, upstream, strict=True):
+        turned = rotate(alone, table)
+        turned.backward(grad)
+        assert torch.equal(out, turned) and torch.equal(x.grad, alone.grad)
+
+
+@pytest.mark.parametrize("switch", [False, True])
+@pytest.mark.parametrize("page_size", [16, 24])
+def test_decode_steps_that_pad_nothing_are_those_that_do(switch, page_size):
+    """The last row has no token, as those that pad a captured batch."""
+    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 7, 48, 33, 0])
+    pages = torch.arange(1, 16).view(5, 3).int()[:, : -(-48 // page_size)]
+    keys, values = (torch.randn(16, page_size, 2, 8, generator=draw) for _ in range(2))
+    last = (lengths - 1).clamp(min=0)
+    slots = pages.gather(1, last[:, None] // page_size)[:, 0] * page_size + last % page_size
+    context = AttentionContext(
+        torch.tensor([0, 1, 2, 3, 4, 4]).int(), lengths.int(), 1, 48,
+        KVCache([keys], [values]), pages, slots,
+    )  # fmt: skip
+    tokens = [torch.randn(5, heads, 8, generator=draw) for heads in (4, 2, 2)]
+    with batch_invariant(switch, "cpu"):
+        found = attention(*tokens, context, 0, 0.3)
+        padding = replace(context, max_query=2, slots_T=slots[:4])
+        expected = attention(*(x[:4] for x in tokens), padding, 0, 0.3)
+    assert found.isfinite().all()
+    if switch:
+        assert torch.equal(found[:4], expected)
+    torch.testing.assert_close(found[:4], expected)
 
 
 def test_activation_checkpointing_recomputes_and_gives_the_same_gradients(tmp_path, solo_mesh):

@@ -21,9 +21,10 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 
 
-def _bits(x_S: torch.Tensor) -> np.ndarray:
+def _bits(x: torch.Tensor) -> np.ndarray:
     """The bits of an int64 tensor as uint64, on which NumPy shifts and multiplies as C does."""
-    return x_S.numpy().view(np.uint64)
+    assert x.dtype == torch.int64, "halves of other integers would be taken for whole ones"
+    return x.numpy().view(np.uint64)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -45,7 +46,7 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
 
 def sequence_keys(sampling: Sampling, ids_S2: torch.Tensor) -> torch.Tensor:
     """The part of `token_keys` that all tokens of a sequence share, int64 [S], on the CPU."""
-    seed, step = np.array([sampling.seed, sampling.step]).view(np.uint64)
+    seed, step = np.array([sampling.seed, sampling.step], np.int64).view(np.uint64)
     prompt_S, sample_S = _bits(ids_S2).T
     key_S = np.full_like(prompt_S, seed)
     for part in (step, prompt_S, sample_S):
@@ -54,7 +55,7 @@ def sequence_keys(sampling: Sampling, ids_S2: torch.Tensor) -> torch.Tensor:
 
 
 def position_keys(sequence_keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-    """`token_keys` from `sequence_keys`; one kernel on CUDA."""
+    """`token_keys` from `sequence_keys` and int64 positions; one kernel on CUDA."""
     if sequence_keys_S.is_cuda:
         return kernels.position_keys(sequence_keys_S, positions_S)
     key_S = mix64(mix64(_bits(sequence_keys_S)) ^ _bits(positions_S))

@@ -59,10 +59,12 @@ class AttentionContext:
         return keys if current() is None else -(-keys // KEYS) * KEYS
 
     @cached_property
-    def pages(self) -> torch.Tensor:
-        """int64 [S * pages]: what `index_select` takes."""
-        assert self.block_table is not None
-        return self.block_table.flatten().long()
+    def page_ids(self) -> torch.Tensor:
+        """The block table for all `keys`, as `index_select` takes it: int64 [S * pages]."""
+        assert self.block_table is not None and self.cache is not None
+        missing = -(-self.keys // self.cache.page_size) - self.block_table.shape[1]
+        table = F.pad(self.block_table, (0, missing)) if missing else self.block_table
+        return table.flatten().long()
 
     @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,10 +76,16 @@ class AttentionContext:
         return rows_SL, inside_SL.flatten().nonzero()[:, 0]
 
     @cached_property
+    def key_rows(self) -> torch.Tensor:
+        """Where keys and values [S, keys] read packed tokens; token 0, unseen, beyond a span."""
+        missing = self.keys - self.max_query
+        return F.pad(self.padding[0], (0, missing)) if missing else self.padding[0]
+
+    @cached_property
     def causal_bias(self) -> torch.Tensor:
         """fp32 [S, 1, max_query, keys]: 0 at keys up to the query's own position, else -inf."""
         device = self.lengths.device
-        end_SL = self.lengths[:, None, None]
+        end_SL = self.lengths.clamp(min=1)[:, None, None]  # also a row that pads sees a key
         if self.max_query > 1:
             first_S = (self.lengths - self.cu_seqlens.diff())[:, None, None]
             end_SL = first_S + torch.arange(1, self.max_query + 1, device=device)[None, :, None]
@@ -128,22 +136,20 @@ def flash_attention_2(
 
 
 def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
-    """Keys or values of every sequence, [S, keys, K, H], zeros beyond its pages."""
-    rows = pages.index_select(0, ctx.pages).view(*ctx.lengths.shape, -1, *pages.shape[2:])
-    missing = ctx.keys - rows.shape[1]
-    return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+    """Keys or values of every sequence, [S, keys, K, H]; page 0, unseen, beyond its own pages."""
+    rows = pages.index_select(0, ctx.page_ids).view(ctx.lengths.shape[0], -1, *pages.shape[2:])
+    return rows[:, : ctx.keys]
 
 
 def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
     """Plain attention over queries padded to the longest span; what a CPU and fp32 use."""
-    decodes = ctx.max_query == 1 and q_TNH.shape[:1] == ctx.lengths.shape  # a token a span
+    # a token to each span; those that have none and pad a captured batch come last
+    decodes = ctx.max_query == 1 and q_TNH.shape[:1] == ctx.lengths.shape
     q_SLNH = q_TNH[:, None] if decodes else q_TNH[ctx.padding[0]]
     if ctx.cache is None:
-        k_SLKH, v_SLKH = (x[ctx.padding[0]] for x in (k, v))
-        if missing := ctx.keys - ctx.max_query:
-            k_SLKH, v_SLKH = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_SLKH, v_SLKH))
+        k_SLKH, v_SLKH = (x[ctx.key_rows] for x in (k, v))
     else:
         k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
     q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))

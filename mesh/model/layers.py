@@ -173,8 +173,11 @@ class QKVLinear(TitanQKVLinear):
         pass
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (linear(x).view(heads) for linear in (self.wq, self.wk, self.wv))
+        q, k, v = (linear(x) for linear in (self.wq, self.wk, self.wv))
+        q, k, v = (
+            out.view(*x.shape[:-1], out.shape[-1] // self.head_dim, self.head_dim)
+            for out in (q, k, v)
+        )
         return q, k, v
 
 

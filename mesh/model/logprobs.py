@@ -4,7 +4,7 @@
 
 The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A vocabulary-parallel
 rank holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so
-ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes a tile's
+ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes the
 logits (as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
 On CUDA each pass over logits is a kernel of `triton_scores`, for which the plain functions here are
 the specification.
@@ -59,14 +59,20 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> tuple[tuple[int, int], 
 
 
 def vocab_products(rows: int, num_shards: int) -> list[list[int]]:
-    """Which tiles of a shard of this many rows are multiplied at once, as lists of their edges.
-
-    While the switch is on each is a product of its own, as other meshes cut the shard elsewhere.
-    """
+    """Which tiles of a shard of this many rows are multiplied at once, as lists of their edges."""
     tiles = vocab_tiles(rows * num_shards, num_shards)
-    if current() is None and rows <= MAX_TILE:
+    if at_once(rows * num_shards):
         return [[0, *(last for _, last in tiles)]]
     return [list(tile) for tile in tiles]
+
+
+def at_once(vocab_size: int) -> bool:
+    """Whether the tiles of a shard are one product: of a small vocabulary, which needs little
+    memory. While the switch is on only on a CPU, where the self-test compares it as that of any
+    layer whose outputs ranks may cut.
+    """
+    switch = current()
+    return vocab_size <= MAX_TILE and (switch is None or switch.device_type == "cpu")
 
 
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:

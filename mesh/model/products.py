@@ -6,13 +6,18 @@ import torch
 import torch.distributed as dist
 
 from mesh.invariant.selftest import Product, self_test
-from mesh.model.logprobs import vocab_tiles
+from mesh.model.logprobs import at_once, vocab_tiles
 from mesh.model.rowwise import compared_rows
 from mesh.types import ModelShape
 
 
 def products_of(shape: ModelShape) -> list[Product]:
-    """Every linear layer of one block, and the vocabulary tiles, which no rank cuts further."""
+    """Every linear layer of one block, and the vocabulary: whole, or its tiles, which no rank cuts
+    further.
+    """
+    head = [Product(shape.dim, width, "lm_head", sharded=False) for width in tile_widths(shape)]
+    if at_once(shape.vocab_size):
+        head = [Product(shape.dim, shape.vocab_size, "lm_head")]
     heads, kv_heads = (n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads))
     return [
         Product(shape.dim, heads, "wq"),
@@ -22,7 +27,7 @@ def products_of(shape: ModelShape) -> list[Product]:
         Product(shape.dim, shape.ffn_dim, "w1"),
         Product(shape.dim, shape.ffn_dim, "w3"),
         Product(shape.ffn_dim, shape.dim, "w2"),
-        *(Product(shape.dim, width, "lm_head", sharded=False) for width in tile_widths(shape)),
+        *head,
     ]
 
 
