@@ -177,26 +177,31 @@ def test_queries_and_keys_are_rotated_as_each_alone():
 
 @pytest.mark.parametrize("switch", [False, True])
 @pytest.mark.parametrize("page_size", [16, 24])
-def test_decode_steps_that_pad_nothing_are_those_that_do(switch, page_size):
+def test_decode_steps_attend_to_their_pages_with_the_bits_of_padded_queries(switch, page_size):
     """The last row has no token, as those that pad a captured batch."""
-    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 7, 48, 33, 0])
-    pages = torch.arange(1, 16).view(5, 3).int()[:, : -(-48 // page_size)]
-    keys, values = (torch.randn(16, page_size, 2, 8, generator=draw) for _ in range(2))
+    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 7, 280, 33, 0])
+    width = -(-280 // page_size)
+    pages = torch.randperm(5 * width, generator=draw).view(5, width).int() + 1
+    keys, values = (torch.randn(5 * width + 1, page_size, 2, 8, generator=draw) for _ in range(2))
     last = (lengths - 1).clamp(min=0)
     slots = pages.gather(1, last[:, None] // page_size)[:, 0] * page_size + last % page_size
-    context = AttentionContext(
-        torch.tensor([0, 1, 2, 3, 4, 4]).int(), lengths.int(), 1, 48,
-        KVCache([keys], [values]), pages, slots,
-    )  # fmt: skip
+    starts = torch.tensor([0, 1, 2, 3, 4, 4]).int()
+    cache = KVCache([keys], [values])
+    context = AttentionContext(starts, lengths.int(), 1, 280, cache, pages, slots)
     tokens = [torch.randn(5, heads, 8, generator=draw) for heads in (4, 2, 2)]
     with batch_invariant(switch, "cpu"):
         found = attention(*tokens, context, 0, 0.3)
         padding = replace(context, max_query=2, slots_T=slots[:4])
         expected = attention(*(x[:4] for x in tokens), padding, 0, 0.3)
     assert found.isfinite().all()
-    if switch:
-        assert torch.equal(found[:4], expected)
+    assert not switch or torch.equal(found[:4], expected)
     torch.testing.assert_close(found[:4], expected)
+    for row, length in enumerate(lengths[:4].tolist()):
+        k, v = (
+            x[pages[row]].flatten(0, 1)[:length].repeat_interleave(2, 1) for x in (keys, values)
+        )
+        weights = (torch.einsum("nh,knh->nk", tokens[0][row], k) * 0.3).softmax(-1)
+        torch.testing.assert_close(found[row], torch.einsum("nk,knh->nh", weights, v))
 
 
 def test_activation_checkpointing_recomputes_and_gives_the_same_gradients(tmp_path, solo_mesh):
