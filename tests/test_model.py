@@ -179,15 +179,15 @@ def test_queries_and_keys_are_rotated_as_each_alone():
 @pytest.mark.parametrize("page_size", [16, 24])
 def test_decode_steps_attend_to_their_pages_with_the_bits_of_padded_queries(switch, page_size):
     """The last row has no token, as those that pad a captured batch."""
-    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 7, 280, 33, 0])
-    width = -(-280 // page_size)
+    draw, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 7, 330, 33, 0])
+    width = -(-330 // page_size)
     pages = torch.randperm(5 * width, generator=draw).view(5, width).int() + 1
     keys, values = (torch.randn(5 * width + 1, page_size, 2, 8, generator=draw) for _ in range(2))
     last = (lengths - 1).clamp(min=0)
     slots = pages.gather(1, last[:, None] // page_size)[:, 0] * page_size + last % page_size
     starts = torch.tensor([0, 1, 2, 3, 4, 4]).int()
     cache = KVCache([keys], [values])
-    context = AttentionContext(starts, lengths.int(), 1, 280, cache, pages, slots)
+    context = AttentionContext(starts, lengths.int(), 1, 330, cache, pages, slots)
     tokens = [torch.randn(5, heads, 8, generator=draw) for heads in (4, 2, 2)]
     with batch_invariant(switch, "cpu"):
         found = attention(*tokens, context, 0, 0.3)
