@@ -13,15 +13,20 @@ from mesh.trainer import Trainer
 from mesh.weights import Verify, WeightBridge
 
 
+def verify_of(conf: Conf) -> Verify:
+    """After which syncs digests are compared: on a GPU after the first, unless the weights are
+    vLLM's, which are not ours alone.
+    """
+    ours_on_gpu = conf.engine == "native" and resolve_device(conf) == "cuda"
+    return conf.sync.verify or ("first" if ours_on_gpu else "every")
+
+
 def connect(
     conf: Conf, process: Process, trainer: Trainer, generator: Generator, dtype: torch.dtype
 ) -> WeightBridge:
     """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
     storage instead of its own.
     """
-    default: Verify = "every"
-    if resolve_device(conf) == "cuda" and conf.engine == "native":
-        default = "first"  # vLLM's weights are not ours alone
     assert dist.group.WORLD is not None, "the process group is not there"
     names = {layout.name for layout in generator.layouts}
     bridge = WeightBridge(
@@ -32,7 +37,7 @@ def connect(
         dtype=dtype,
         group=dist.group.WORLD,
         cpu_group=process.cpu_group,
-        verify=conf.sync.verify or default,
+        verify=verify_of(conf),
         bucket_bytes=conf.sync.bucket_mb << 20,
         device=process.device,
         allow_alias=generator.binds,

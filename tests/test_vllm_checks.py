@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mesh.checks import check_start, conf_problems
-from mesh.conf import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, VllmConf
+from mesh.conf import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, SyncConf, VllmConf
+from mesh.connect import verify_of
 from mesh.engine.vllm_checks import VERSION, default_page, install_problems
 from mesh.generator import engine_settings, takes_storage
 from mesh.types import ModelShape
@@ -54,6 +56,14 @@ def test_memory_is_released_where_the_trainer_shares_the_gpu():
     assert not engine_settings(conf_of(mesh=split), cuda).releases
     assert not engine_settings(conf_of(), torch.device("cpu")).releases
     assert not engine_settings(Conf(), cuda).releases
+
+
+def test_digests_are_compared_after_every_sync_unless_the_weights_are_ours_on_a_gpu():
+    cuda = [Conf(device="cuda"), replace(conf_of(), device="cuda"),
+            replace(conf_of("native"), device="cuda")]  # fmt: skip
+    assert [verify_of(conf) for conf in cuda] == ["first", "every", "every"]
+    assert [verify_of(conf) for conf in (Conf(device="cpu"), conf_of())] == ["every", "every"]
+    assert verify_of(conf_of(sync=SyncConf(verify="off"))) == "off"
 
 
 def conf_of(model: str = "titan", **keys) -> Conf:

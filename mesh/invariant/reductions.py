@@ -53,11 +53,10 @@ def mean_dim(
     if not (dtype or x.dtype).is_floating_point:
         raise RuntimeError(f"mean(): the result is {dtype or x.dtype}; it has to be floating point")
     work = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
-    if dims == [x.ndim - 1]:  # as in a norm, whose time on a CPU is that of its calls
-        mean = (tree_sum(x.to(work)) / x.shape[-1]).to(dtype or x.dtype)
-        return mean.unsqueeze(-1) if keepdim else mean
-    rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), -1).to(work)
-    mean = (tree_sum(rows) / rows.shape[-1]).to(dtype or x.dtype)
+    rows = x
+    if dims != [x.ndim - 1]:  # a norm's, which take as long as their calls on a CPU, lie so already
+        rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), -1)
+    mean = (tree_sum(rows.to(work)) / rows.shape[-1]).to(dtype or x.dtype)
     if keepdim:
         mean = mean.reshape([1 if d in dims else x.shape[d] for d in range(x.ndim)])
     return mean
