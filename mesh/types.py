@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 FinishReason = Literal["stop", "length"]
 
 MAX_TP = 8
@@ -84,6 +86,34 @@ class Rollout:
     logprobs: tuple[float, ...]
     reward: float
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What every trainer rank knows of a rollout: all but its tokens."""
+
+    prompt_id: int
+    sample_id: int
+    prompt_length: int
+    response_length: int
+    reward: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A wave as a rank sees it after the exchange.
+
+    outlines: all rollouts of the wave, by (prompt_id, sample_id), on trainer ranks; rollouts: those
+    whose prompts this data-parallel rank owns. Off the trainer both are empty.
+    """
+
+    outlines: list[Outline]
+    rollouts: list[Rollout]
+
+    def rewards(self, group_size: int) -> torch.Tensor:
+        """rewards_PG, fp32, in the order of the outlines."""
+        return torch.tensor([o.reward for o in self.outlines]).view(-1, group_size)
 
 
 @dataclass(frozen=True)

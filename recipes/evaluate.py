@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import sys
 
-from mesh.conf import Conf, resolve_path
-from mesh.evaluate import evaluate
-from mesh.program import assemble, check, launch, read_command, sync, without_training
+from mesh.config.schema import Conf, resolve_path
+from mesh.program.assembly import assemble, check, launch, read_command, sync, without_training
+from mesh.roles.evaluation import evaluate
 
 
 def main(argv: list[str]) -> None:

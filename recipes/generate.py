@@ -14,12 +14,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mesh.checks import prompt_problems
-from mesh.conf import Conf
-from mesh.generator import EVAL_STEP
-from mesh.keys import refuse
-from mesh.process import Process
-from mesh.program import (
+from mesh.config.keys import refuse
+from mesh.config.schema import Conf
+from mesh.lifecycle.process import Process
+from mesh.program.assembly import (
     Parts,
     Program,
     assemble,
@@ -29,6 +27,8 @@ from mesh.program import (
     sync,
     without_training,
 )
+from mesh.program.checks import prompt_problems
+from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import drawn
 from mesh.types import Completion, Prompt
 

@@ -19,17 +19,14 @@ from typing import Any
 
 import torch
 
-from mesh.batch import PackedBatch
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
-from mesh.cli import to_yaml
-from mesh.conf import Conf
-from mesh.evaluate import evaluate
-from mesh.loss import policy_loss_T
-from mesh.metrics import MetricsLogger
-from mesh.phases import Phases, phase_metrics
-from mesh.process import Process
-from mesh.program import (
+from mesh.config.loading import to_yaml
+from mesh.config.schema import Conf
+from mesh.exactness.strict import Scored, stop_at_difference
+from mesh.lifecycle.process import Process
+from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.program.assembly import (
     Program,
     assemble,
     check,
@@ -41,9 +38,12 @@ from mesh.program import (
     sync,
     weights_digest,
 )
-from mesh.run import create_run_dir
-from mesh.step import rollout_metrics, samples_of, share_of, waves_of
-from mesh.strict import Scored, stop_at_difference
+from mesh.rl.losses import policy_loss_T
+from mesh.rl.packing import PackedBatch
+from mesh.rl.step import rollout_metrics, samples_of, share_of, waves_of
+from mesh.roles.evaluation import evaluate
+from mesh.runs.directory import create_run_dir
+from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import drawn
 
 Metrics = dict[str, Any]

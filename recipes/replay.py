@@ -22,11 +22,11 @@ from typing import Any
 from grpo import chosen, held_out, train_step
 
 from mesh.checkpoint.keeper import Checkpointer
-from mesh.conf import Conf
-from mesh.phases import Phases
-from mesh.process import Process, refuse_to_start
-from mesh.program import Program, assemble, check, launch, read_command, sync
-from mesh.replay import Comparison, Step, as_logged, cautions, logged_step
+from mesh.config.schema import Conf
+from mesh.lifecycle.process import Process, refuse_to_start
+from mesh.lifecycle.timers import Phases
+from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
 
 USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
 

@@ -26,15 +26,24 @@ from dataclasses import asdict
 
 import torch
 
-from mesh.batch import PackedBatch, assign, leaves
-from mesh.cli import read_words, to_yaml
-from mesh.conf import Conf, resolve_path
-from mesh.evaluate import evaluate
-from mesh.keys import problem, refuse, value_of
-from mesh.metrics import MetricsLogger
-from mesh.phases import Phases, phase_metrics
-from mesh.program import Parts, Program, assemble, check, launch, read_command, save_model, sync
-from mesh.run import create_run_dir
+from mesh.config.keys import problem, refuse, value_of
+from mesh.config.loading import read_words, to_yaml
+from mesh.config.schema import Conf, resolve_path
+from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.program.assembly import (
+    Parts,
+    Program,
+    assemble,
+    check,
+    launch,
+    read_command,
+    save_model,
+    sync,
+)
+from mesh.rl.packing import PackedBatch, assign, leaves
+from mesh.roles.evaluation import evaluate
+from mesh.runs.directory import create_run_dir
+from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import drawn
 from mesh.types import Prompt, Rollout
 

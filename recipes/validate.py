@@ -26,23 +26,23 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from mesh.cli import to_yaml
-from mesh.conf import Conf
+from mesh.config.loading import to_yaml
+from mesh.config.schema import Conf
+from mesh.exactness.batch import Walk, mixed_requests, sampling_of
+from mesh.exactness.bits import Rollouts
+from mesh.exactness.crossing import layout_checks, reference_of
+from mesh.exactness.engines import engine_checks
+from mesh.exactness.generator import generator_checks
+from mesh.exactness.layouts import built
+from mesh.exactness.loop import loop_checks, mixed_check, twice_checks
+from mesh.exactness.table import Check, as_json, header, line, passed, verdict, with_control
+from mesh.exactness.trainer import trainer_checks
 from mesh.invariant.switch import batch_invariant
-from mesh.ladder.batch import Walk, mixed_requests, sampling_of
-from mesh.ladder.bits import Rollouts
-from mesh.ladder.crossing import layout_checks, reference_of
-from mesh.ladder.engines import engine_checks
-from mesh.ladder.generator import generator_checks
-from mesh.ladder.layouts import built
-from mesh.ladder.loop import loop_checks, mixed_check, twice_checks
-from mesh.ladder.table import Check, as_json, header, line, passed, verdict, with_control
-from mesh.ladder.trainer import trainer_checks
-from mesh.layout import resolve_device
+from mesh.layout.meshes import resolve_device
+from mesh.lifecycle.process import Process, start
 from mesh.model.products import self_test_of
-from mesh.process import Process, start
-from mesh.program import Parts, check, dtype_of, read_command
-from mesh.run import create_run_dir
+from mesh.program.assembly import Parts, check, dtype_of, read_command
+from mesh.runs.directory import create_run_dir
 
 
 def main(argv: list[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mesh.layout import AXES
-from mesh.process import Process, start
+from mesh.layout.meshes import AXES
+from mesh.lifecycle.process import Process, start
 
 
 @pytest.fixture(scope="module")

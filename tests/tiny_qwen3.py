@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from mesh.holdings import local_tensors
+from mesh.layout.holdings import local_tensors
 from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
 from mesh.model.layouts import role_layouts

@@ -24,7 +24,7 @@ from statistics import median
 
 import torch
 
-from mesh.run import cpu_model
+from mesh.runs.directory import cpu_model
 from mesh.types import CUDA_PAGE
 
 KINDS = {

@@ -20,10 +20,10 @@ from statistics import median
 import torch
 from measured_run import MeasuredRun, run_recipe
 
-from mesh.cli import load_conf
-from mesh.process import start
-from mesh.program import Program, assemble, check, sync
-from mesh.run import cpu_model
+from mesh.config.loading import load_conf
+from mesh.lifecycle.process import start
+from mesh.program.assembly import Program, assemble, check, sync
+from mesh.runs.directory import cpu_model
 from mesh.types import Request, Sampling
 
 START_BELOW = 0.35

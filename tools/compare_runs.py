@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mesh.compare import compare_runs
+from mesh.runs.compare import compare_runs
 
 
 def main(argv: list[str]) -> int:

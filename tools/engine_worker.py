@@ -8,16 +8,16 @@ import time
 
 import torch
 
-from mesh.cli import load_conf
-from mesh.conf import Conf
+from mesh.config.loading import load_conf
+from mesh.config.schema import Conf
 from mesh.engine.base import Engine
-from mesh.generator import build_engine
 from mesh.invariant.switch import batch_invariant
-from mesh.layout import build_meshes, plan_layout, resolve_device
+from mesh.layout.meshes import build_meshes, plan_layout, resolve_device
+from mesh.lifecycle.process import Process, start
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
 from mesh.model.qwen3 import shape_of_flavor
-from mesh.process import Process, start
+from mesh.roles.generator import build_engine
 from mesh.types import ModelShape, Request, Sampling
 
 

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mesh.model.attention
-from mesh.engine.native import EngineSettings, NativeEngine
+from mesh.engine.native.engine import EngineSettings, NativeEngine
+from mesh.lifecycle.process import start
 from mesh.model.attention import AttentionContext, flash_attention_2, packed_context
 from mesh.model.qwen3 import Qwen3, build_model, shape_of_flavor
-from mesh.process import start
 from mesh.types import CUDA_PAGE, ModelShape, Request, Sampling
 
 PACKINGS = ((16, 512), (2, 4096))  # (sequences, tokens of each)

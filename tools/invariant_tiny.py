@@ -10,12 +10,12 @@ import torch
 from bench_main import print_row
 from timing import Switch, paired
 
-from mesh.batch import PackedBatch
-from mesh.cli import load_conf
-from mesh.loss import policy_loss_T
-from mesh.process import start
-from mesh.program import Program, assemble, check, rules_of, sync
-from mesh.step import Share, share_of
+from mesh.config.loading import load_conf
+from mesh.lifecycle.process import start
+from mesh.program.assembly import Program, assemble, check, rules_of, sync
+from mesh.rl.losses import policy_loss_T
+from mesh.rl.packing import PackedBatch
+from mesh.rl.step import Share, share_of
 from mesh.tasks import drawn
 
 MOST = {"generation": 2.0, "training": 1.5}

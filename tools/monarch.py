@@ -30,9 +30,9 @@ sys.path.append(sys.path.pop(0))  # this file is not the package
 import torch.distributed as dist
 from monarch_procs import Ended, Hosts, Job, NoMeshError, Procs, serve
 
-from mesh.cli import load_conf
-from mesh.keys import refuse
-from mesh.run import default_run_dir
+from mesh.config.keys import refuse
+from mesh.config.loading import load_conf
+from mesh.runs.directory import default_run_dir
 
 OWN = ("procs", "restarts", "hosts", "serve")
 ENDING_SECONDS = 15.0  # from the first death to giving the other ranks up; they end by themselves

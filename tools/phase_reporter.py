@@ -131,12 +131,12 @@ def within(phase: Callable[[], Any], function: Callable[..., Any]) -> Callable[.
 
 def watch(report: Reporter) -> None:
     """Wrap what the recipe will import."""
-    import mesh.evaluate
-    import mesh.program
+    import mesh.program.assembly
+    import mesh.roles.evaluation
     from mesh.checkpoint.keeper import Checkpointer
     from mesh.checkpoint.writing import Writing
-    from mesh.metrics import MetricsLogger
-    from mesh.phases import Phases
+    from mesh.lifecycle.timers import Phases
+    from mesh.runs.metrics import MetricsLogger
 
     timed = Phases.__call__
 

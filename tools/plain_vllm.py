@@ -18,11 +18,11 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "VLLM_NO_U
 import torch
 from vllm import LLM, SamplingParams
 
-from mesh.cli import load_conf
-from mesh.conf import Conf
-from mesh.generator import engine_settings
+from mesh.config.loading import load_conf
+from mesh.config.schema import Conf
 from mesh.model.hf import config_entries
 from mesh.model.qwen3 import shape_of_flavor
+from mesh.roles.generator import engine_settings
 
 
 def main(prompt_tokens: int, words: list[str]) -> None:

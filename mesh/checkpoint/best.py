@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 
 from mesh.checkpoint.files import Best
 from mesh.checkpoint.folder import indexed, on_rank0, prepare, refuse_link, retire, steps_in
-from mesh.conf import Conf
-from mesh.directory import sync_path
+from mesh.config.schema import Conf
+from mesh.lifecycle.files import sync_path
+from mesh.lifecycle.process import Process
 from mesh.model.hf import weight_problems
-from mesh.process import Process
 from mesh.types import ModelShape
 
 METRIC = "eval/accuracy"

@@ -4,7 +4,7 @@ Not torch.distributed.checkpoint: its .metadata file is a pickle, which runs cod
 Here every rank writes the blocks of which it is the first holder, so that each element is written
 once; the index says which block lies where, with the length and the SHA-256 of every file and of
 itself. A rank of any other mesh reads what its own blocks have in common with the stored ones,
-by the same plan that moves weights between meshes (`mesh/reshard.py`).
+by the same plan that moves weights between meshes (`mesh/layout/reshard.py`).
 
 Files are created anew (an existing file or link is an error) under the user's umask, and reach the
 disk before their checksum counts.
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mesh.directory import sync_path
-from mesh.pulse import beat
-from mesh.reshard import Block, Copy, ParamLayout, plan
+from mesh.layout.reshard import Block, Copy, ParamLayout, plan
+from mesh.lifecycle.files import sync_path
+from mesh.lifecycle.heartbeat import beat
 
 FORMAT = 3
 INDEX = "index.json"

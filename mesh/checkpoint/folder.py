@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mesh.checkpoint.files import Index, read_index
-from mesh.process import Process
+from mesh.lifecycle.process import Process
 
 T = TypeVar("T")
 PARTIAL, DAMAGED = ".partial", ".damaged"

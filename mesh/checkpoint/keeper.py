@@ -43,13 +43,13 @@ from mesh.checkpoint.folder import (
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copies, put_back
 from mesh.checkpoint.writing import Pending, Writing, write_blocks
-from mesh.conf import Conf
-from mesh.directory import sync_path
-from mesh.holdings import local_tensors
-from mesh.keys import problem
-from mesh.process import Process
-from mesh.trainer import Trainer
-from mesh.weights import weights_digest
+from mesh.config.keys import problem
+from mesh.config.schema import Conf
+from mesh.layout.holdings import local_tensors
+from mesh.lifecycle.files import sync_path
+from mesh.lifecycle.process import Process
+from mesh.roles.trainer import Trainer
+from mesh.weights.bridge import weights_digest
 
 T = TypeVar("T")
 

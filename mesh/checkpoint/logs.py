@@ -17,9 +17,9 @@ from typing import Any
 
 from mesh.checkpoint.files import READ_BYTES, Entry, flush, no_link
 from mesh.checkpoint.folder import PARTIAL
-from mesh.directory import sync_path
-from mesh.finite import REPORT
-from mesh.pulse import beat
+from mesh.lifecycle.files import sync_path
+from mesh.lifecycle.heartbeat import beat
+from mesh.roles.nonfinite import REPORT
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT_LOGS = (*LOGS, REPORT)  # the last one is there only where a step was not finite

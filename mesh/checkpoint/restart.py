@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mesh.checkpoint.folder import DAMAGED, remove, steps_in
 from mesh.checkpoint.logs import KEPT_LOGS
-from mesh.cli import read_conf
-from mesh.conf import Conf
-from mesh.ending import restart_count
-from mesh.metrics import WANDB_ID
-from mesh.process import Process
+from mesh.config.loading import read_conf
+from mesh.config.schema import Conf
+from mesh.lifecycle.ending import restart_count
+from mesh.lifecycle.process import Process
+from mesh.runs.metrics import WANDB_ID
 
 RUN_DIR = "run_dir"
 OF_A_RUN = ("config.yaml", *KEPT_LOGS, "best", "tensorboard", WANDB_ID)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mesh.checkpoint.files import Entry, Index, write_tensors
-from mesh.reshard import Block
+from mesh.layout.reshard import Block
 
 
 class Writing(threading.Thread):

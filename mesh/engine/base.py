@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 import torch.distributed as dist
 
-from mesh.engine.batches import Row
+from mesh.engine.native.batches import Row
 from mesh.model.qwen3 import Qwen3
 from mesh.types import Completion, ModelShape, Request, Sampling
 

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from mesh.directory import sync_directory
+from mesh.layout.reshard import Block
+from mesh.lifecycle.files import sync_directory
+from mesh.lifecycle.heartbeat import beat
 from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
-from mesh.pulse import beat
-from mesh.reshard import Block
 from mesh.types import ModelShape
 
 SINGLE = "model.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mesh.reshard import Block
+from mesh.layout.reshard import Block
 
 STD = 0.02
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.model.parallel import tp_dims
 from mesh.model.qwen3 import Qwen3, model_config, named_weights
-from mesh.reshard import ParamLayout, layouts_of
 from mesh.types import ModelShape
 
 

@@ -9,9 +9,9 @@ import pickle
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
-from mesh.conf import Conf
-from mesh.keys import problem
-from mesh.pulse import beat
+from mesh.config.keys import problem
+from mesh.config.schema import Conf
+from mesh.lifecycle.heartbeat import beat
 from mesh.tasks import Task, load_task
 from mesh.tasks.pool import Pool
 from mesh.tasks.scoring import Outcome, case, outcome_of

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mesh.conf import Conf, GeneratorConf, MeshConf, TrainerConf
-from mesh.exchange import Exchange, Wave, replica_of
-from mesh.layout import Layout, plan_layout
-from mesh.types import Rollout
+from mesh.config.schema import Conf, GeneratorConf, MeshConf, TrainerConf
+from mesh.exchange.rollouts import Exchange, replica_of
+from mesh.layout.meshes import Layout, plan_layout
+from mesh.types import Rollout, Wave
 
 GROUP_SIZE = 3
 NUM_WAVES = 3

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mesh.batch import Leaf, PackedBatch, leaves, owner
-from mesh.conf import Conf
-from mesh.holdings import local_tensors
-from mesh.layout import build_meshes, plan_layout
+from mesh.config.schema import Conf
+from mesh.layout.holdings import local_tensors
+from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.qwen3 import TINY
-from mesh.trainer import Start, Trainer
+from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
+from mesh.roles.trainer import Start, Trainer
 from mesh.types import Rollout
 
 LAYOUTS = {"shard": (1, 2, 1), "replicate": (2, 1, 1), "tp": (1, 1, 2)}

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from tiny_qwen3 import CPU, MAX_LENGTH, Packed, load_role, packed, random_sequences
 
-from mesh.batch import Leaf, PackedBatch, leaves, owner
-from mesh.conf import Conf
-from mesh.engine.native import EngineSettings, NativeEngine
-from mesh.holdings import local_tensors
+from mesh.config.schema import Conf
+from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.invariant.switch import batch_invariant
-from mesh.layout import Meshes, build_meshes, plan_layout
+from mesh.layout.holdings import local_tensors
+from mesh.layout.meshes import Meshes, build_meshes, plan_layout
 from mesh.model.hf import export
 from mesh.model.layers import RMSNorm
 from mesh.model.qwen3 import Qwen3, shape_of_directory
-from mesh.trainer import Start, Trainer
+from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
+from mesh.roles.trainer import Start, Trainer
 from mesh.types import Request, Rollout, Sampling
 
 TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel)

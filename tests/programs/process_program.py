@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mesh.phases import Phases
-from mesh.process import Process, start
-from mesh.pulse import beat
-from mesh.run import create_run_dir
+from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.process import Process, start
+from mesh.lifecycle.timers import Phases
+from mesh.runs.directory import create_run_dir
 
 STEPS = 400
 

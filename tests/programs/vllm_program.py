@@ -13,12 +13,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from mesh.conf import Conf
+from mesh.config.schema import Conf
+from mesh.exactness.layouts import built
 from mesh.invariant.switch import batch_invariant
-from mesh.ladder.layouts import built
-from mesh.phases import Phases
-from mesh.process import Process, start
-from mesh.program import Parts, Program, check, read_command
+from mesh.lifecycle.process import Process, start
+from mesh.lifecycle.timers import Phases
+from mesh.program.assembly import Parts, Program, check, read_command
 from recipes.grpo import train_step
 
 STEPS = 3

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mesh.reshard import Block, ParamLayout, layouts_of
-from mesh.weights import WeightBridge, weights_digest
+from mesh.layout.reshard import Block, ParamLayout, layouts_of
+from mesh.weights.bridge import WeightBridge, weights_digest
 
 # tok has rows that do not divide; two has fewer than three ranks want; rope is an fp32 buffer
 SHAPES = {"tok": (10, 6), "wq": (8, 6), "wo": (6, 8), "two": (2,), "rope": (5, 4), "out": (10, 6)}

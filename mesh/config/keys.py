@@ -1,0 +1,172 @@
+"""What can be said of every configuration key: its name, its range, and how a refusal reads.
+
+A refusal is a list of problems, collected from everywhere before it is raised: whoever mends a
+configuration should see all that is wrong with it at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mesh.config.schema import INF, Conf
+
+# Keys (or how they begin) that a resumed run may be given anew.
+HOW_IT_RUNS = (
+    "resume",
+    "steps",
+    "timeout_seconds",
+    "stall_seconds",
+    "waves",
+    "check",
+    "on_nonfinite",
+    "mesh.mode",
+    "trainer.dp_",
+    "trainer.tp",
+    "trainer.sequence_parallel",
+    "trainer.microbatch_tokens",
+    "trainer.activation_checkpointing",
+    "generator.dp",
+    "generator.tp",
+    "generator.max_sequences",
+    "generator.kv_tokens",
+    "generator.page_size",
+    "generator.prefill_tokens",
+    "generator.prefix_cache",
+    "generator.cuda_graphs",
+    "vllm.release",
+    "reward.",
+    "sync.",
+    "eval.",
+    "checkpoint.",
+    "log.",
+)
+
+# How names end whose values no log and no error file may have.
+SECRETS = ("key", "token", "secret", "password")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the schema says of one key; `name` is dotted, `annotation` a resolved type."""
+
+    name: str
+    annotation: Any
+    default: Any
+    meaning: str
+    bounds: dict[str, float]
+
+
+def conf_keys(schema: type = Conf, prefix: str = "") -> dict[str, Key]:
+    """Every leaf key of `schema` by its dotted name, in the schema's order."""
+    found: dict[str, Key] = {}
+    hints, defaults = get_type_hints(schema), schema()
+    for part in fields(schema):
+        name, annotation = prefix + part.name, hints[part.name]
+        if is_dataclass(annotation) and isinstance(annotation, type):
+            found |= conf_keys(annotation, name + ".")
+            continue
+        default, meta = getattr(defaults, part.name), part.metadata
+        found[name] = Key(name, annotation, default, meta["help"], meta["bounds"])
+    return found
+
+
+def value_of(conf: Conf, name: str) -> Any:
+    """The value of a dotted key, e.g. `trainer.lr`."""
+    value: Any = conf
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as a user would type it: null, true, [0.9, 0.95]."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(shown(item) for item in value)}]"
+    return str(value)
+
+
+def problem(name: str, value: Any, wrong: str, remedy: str) -> str:
+    """One line of a refusal: which key, its value, what is wrong, and what to do."""
+    return f"{name}={shown(value)}: {wrong}; {remedy}"
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises one ValueError that lists all `problems`, each once; no problems, no error."""
+    unique = list(dict.fromkeys(problems))
+    if unique:
+        title = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
+        listed = "\n".join(f"- {line}" for line in unique)
+        raise ValueError(f"{title} with the configuration:\n{listed}")
+
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def range_text(bounds: dict[str, float]) -> str:
+    """`>= 0 and < 1`; infinity is called finite, as nobody types it as a bound."""
+    words = ["finite" if v == INF else f"{SIGNS[name]} {v}" for name, v in bounds.items()]
+    return " and ".join(words)
+
+
+def in_range(value: Any, bounds: dict[str, float]) -> bool:
+    """NaN is in no range, None in every one."""
+    if value is None:
+        return True
+    if isinstance(value, list | tuple):
+        return all(in_range(item, bounds) for item in value)
+    holds = {
+        "ge": lambda bound: value >= bound,
+        "gt": lambda bound: value > bound,
+        "le": lambda bound: value <= bound,
+        "lt": lambda bound: value < bound,
+    }
+    return all(holds[name](bound) for name, bound in bounds.items())
+
+
+def range_problems(conf: Conf) -> list[str]:
+    """One problem for each key whose value lies outside the range that the schema gives it."""
+    found = []
+    for item in conf_keys().values():
+        value = value_of(conf, item.name)
+        if not in_range(value, item.bounds):
+            must = f"must be {range_text(item.bounds)}"
+            found.append(problem(item.name, value, must, f"the default is {shown(item.default)}"))
+    return found
+
+
+def alternatives(annotation: Any) -> tuple[Any, bool]:
+    """An annotation without its None, and whether it had one."""
+    parts = get_args(annotation)
+    if NoneType not in parts:
+        return annotation, False
+    return next(part for part in parts if part is not NoneType), True
+
+
+def expected(annotation: Any) -> str:
+    """A type in a user's words."""
+    kind, optional = alternatives(annotation)
+    if get_origin(kind) is Literal:
+        words = f"one of {', '.join(get_args(kind))}"
+    elif get_origin(kind) is list:
+        words = "a list of texts like [one, two]"
+    elif get_origin(kind) is tuple:
+        words = f"a list of {len(get_args(kind))} numbers"
+    else:
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+        words = names.get(kind, "a mapping like {name: value}")
+    return f"{words}, or null" if optional else words
+
+
+def example(key: Key, value: Any) -> str:
+    """A value that `key` would take: the choice nearest to `value`, else its default."""
+    kind, _ = alternatives(key.annotation)
+    if get_origin(kind) is Literal:
+        return get_close_matches(str(value), get_args(kind), n=1, cutoff=0.0)[0]
+    if get_origin(kind) is dict:
+        return "{}"
+    return "1" if key.default is None and kind is int else shown(key.default)

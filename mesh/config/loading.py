@@ -1,0 +1,270 @@
+"""Reading a run: schema <- `conf/NAME.yaml` <- `key=value` words, and what `--help` prints.
+
+Every value is text until the schema's type reads it, whether it comes from a YAML or from a word:
+YAML's own guesses would make `sync.verify=off` a false and `run_dir=1e3` the number 1000.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mesh.config.help import print_help_and_exit
+from mesh.config.keys import (
+    HOW_IT_RUNS,
+    SECRETS,
+    Key,
+    alternatives,
+    conf_keys,
+    example,
+    expected,
+    problem,
+    range_problems,
+    refuse,
+    shown,
+    value_of,
+)
+from mesh.config.schema import CONF_DIR, Conf
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `key: value` as written; `source` is "" for a word, else the YAML's name."""
+
+    source: str
+    name: str
+    value: Any
+
+
+class Quoted(str):
+    """A scalar that stood in quotes in a YAML: text, whatever it looks like."""
+
+
+class TextLoader(yaml.BaseLoader):
+    """Leaves every YAML scalar as the text it is."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        return Quoted(node.value) if node.style in ("'", '"') else str(node.value)
+
+
+def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
+    """The name and the values of the run that the command line `argv` (no program name) asks for.
+
+    Prints keys and configs, and exits, for `--help`, for `conf=` without a name, and where no conf=
+    is given (status 2). Raises ValueError listing every unknown key, wrong type, value out of its
+    range, unknown config and word that is not key=value. `resumes`: the program can continue the
+    run of `resume=RUN_DIR`, which takes the place of conf=.
+    """
+    settings, problems = read_words(argv)
+    named = [setting.value for setting in settings if setting.name == "conf"]
+    resumed = [setting.value for setting in settings if setting.name == "resume"]
+    if wants_help(argv) or not (named or resumed) or "" in named:
+        print_help_and_exit(missing=not (named or resumed) and not wants_help(argv))
+    overrides = [setting for setting in settings if setting.name != "conf"]
+    if resumed:
+        conf, more = resumed_conf(resumed[-1], overrides, resumes and not named)
+        refuse(problems + more + range_problems(conf))
+        return Path(resumed[-1]).name, conf
+    base, more = read_config(named[-1])
+    conf, wrong = merge(base + overrides)
+    if conf.resume is not None:
+        remedy = "leave it out, and say resume=RUN_DIR in place of conf= to continue a run"
+        wrong.append(problem("resume", conf.resume, "a config cannot resume", remedy))
+    refuse(problems + more + wrong + range_problems(conf))
+    return Path(named[-1]).stem, conf
+
+
+def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, list[str]]:
+    """The configuration that a run was started with, with `words`, and what is wrong with that.
+
+    Words may say where and how it goes on (`HOW_IT_RUNS`), not what it computes.
+    """
+    if not can:
+        remedy = "continue it by recipes/grpo.py resume=RUN_DIR, without conf="
+        return Conf(), [problem("resume", run_dir, "cannot be obeyed here", remedy)]
+    path = Path(run_dir).expanduser() / "config.yaml"
+    if path.is_symlink() or not path.is_file():
+        wrong = f"holds no run ({path} is not a file)"
+        return Conf(), [problem("resume", run_dir, wrong, "name the directory of a run")]
+    settings, problems = read_yaml(path, ())
+    settings += [Setting("", name, run_dir) for name in ("run_dir", "resume")]
+    saved, more = merge(settings)
+    conf, of_words = merge(settings + words)
+    if more:
+        return saved, problems + more
+    for name in conf_keys():
+        before, now = value_of(saved, name), value_of(conf, name)
+        if before != now and not name.startswith(HOW_IT_RUNS):
+            differs = f"the run computes with {shown(before)}"
+            problems.append(problem(name, now, differs, "leave it out, or start a new run"))
+    return conf, problems + of_words
+
+
+def to_yaml(conf: Conf) -> str:
+    """Every key of `conf` as YAML, so that `read_conf` gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(conf))
+
+
+def save_conf(conf: Conf, path: Path | str) -> None:
+    """Writes `to_yaml(conf)`."""
+    Path(path).write_text(to_yaml(conf))
+
+
+def read_conf(path: Path | str) -> Conf:
+    """The configuration that `save_conf` wrote; ValueError as for `load_conf`."""
+    settings, problems = read_yaml(Path(path), ())
+    conf, wrong = merge(settings)
+    refuse(problems + wrong + range_problems(conf))
+    return conf
+
+
+def read_words(words: list[str]) -> tuple[list[Setting], list[str]]:
+    """The settings of a command line, and a problem for each word that is not key=value."""
+    settings, problems = [], []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if word in ("-h", "--help"):
+            continue
+        if not equals or not name or name.startswith("-"):
+            remedy = f"write {name.lstrip('-') or 'KEY'}={text or 'VALUE'}"
+            problems.append(f"{word!r} is not key=value; {remedy}")
+        elif not text and name != "conf":
+            problems.append(f"{word} has no value; write {name}=VALUE, or {name}=null to unset it")
+        else:
+            settings.append(Setting("", name, text))
+    return settings, problems
+
+
+def config_names() -> list[str]:
+    """The configs of `conf/`, by name."""
+    return sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+
+
+def read_config(name: str, seen: tuple[Path, ...] = ()) -> tuple[list[Setting], list[str]]:
+    """The settings of a config given by name or as a path to a .yaml, its base's settings first."""
+    path = Path(name) if name.endswith(".yaml") else CONF_DIR / f"{name}.yaml"
+    if path.is_file():
+        return read_yaml(path, seen)
+    names = config_names()
+    close = get_close_matches(name, names, n=1, cutoff=0.0)
+    remedy = f"did you mean {close[0]}? there are {', '.join(names)}" if close else "there are none"
+    return [], [problem("conf", name, "no such config", remedy)]
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...]) -> tuple[list[Setting], list[str]]:
+    """The settings of one YAML after those of the config that its `defaults:` line names."""
+    if path.resolve() in seen:
+        return [], [f"{path.name}: its defaults lead back to itself; break the circle"]
+    try:
+        content = yaml.load(path.read_text(), TextLoader)
+    except yaml.YAMLError as error:
+        return [], [f"{path} is not YAML: {' '.join(str(error).split())}"]
+    if content is not None and not isinstance(content, dict):
+        return [], [f"{path} holds no `key: value` lines; write e.g. `steps: 100`"]
+    content = dict(content or {})
+    base = content.pop("defaults", None)
+    settings, problems = read_config(base, (*seen, path.resolve())) if base else ([], [])
+    return settings + flatten(path.name, content, ""), problems
+
+
+def flatten(source: str, content: dict[str, Any], prefix: str) -> list[Setting]:
+    """One setting for each leaf of nested mappings; an empty value is null, as YAML has it."""
+    settings: list[Setting] = []
+    for part, value in content.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, dict) and value:
+            settings += flatten(source, value, f"{name}.")
+        else:
+            empty = value == "" and not isinstance(value, Quoted)
+            settings.append(Setting(source, name, "null" if empty else value))
+    return settings
+
+
+def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
+    """The schema's defaults overridden by `settings` in order, and what was wrong with those."""
+    merged, problems, keys = OmegaConf.structured(Conf), [], conf_keys()
+    for setting in settings:
+        wrong = apply(merged, setting, keys)
+        if wrong:
+            problems.append(f"{setting.source}: {wrong}" if setting.source else wrong)
+    conf = OmegaConf.to_object(merged)
+    assert isinstance(conf, Conf)
+    return conf, problems
+
+
+def apply(merged: DictConfig, setting: Setting, keys: dict[str, Key]) -> str | None:
+    """Sets one key of `merged`; returns the problem where its name or its type is wrong."""
+    name, value = setting.name, setting.value
+    key = keys.get(name) or open_key(name, keys)
+    if key is None:
+        return unknown_key(name, value, keys)
+    if "${" in str(value):
+        return problem(name, value, "${...} is not replaced here", "write the value itself")
+    try:
+        OmegaConf.update(merged, name, typed(value, key.annotation))
+    except (OmegaConfBaseException, yaml.YAMLError):
+        wrong = f"expected {expected(key.annotation)}"
+        return problem(name, value, wrong, f"write e.g. {name}={example(key, value)}")
+    return None
+
+
+def open_key(name: str, keys: dict[str, Key]) -> Key | None:
+    """The key that takes anything below it (`task_args`), where `name` lies below one."""
+    above = keys.get(name.partition(".")[0])
+    if above is None or get_origin(above.annotation) is not dict:
+        return None
+    return Key(name, Any, None, above.meaning, {})
+
+
+def unknown_key(name: str, value: Any, keys: dict[str, Key]) -> str:
+    """The problem of a name that is no key: a group of keys, or a misspelt one."""
+    if name.lower().endswith(SECRETS):
+        value = "(not shown)"
+    inside = [key for key in keys if key.startswith(f"{name}.")]
+    if inside:
+        return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
+    last = name.rpartition(".")[2]
+    same_last = [key for key in keys if key.rpartition(".")[2] == last]
+    near = same_last or get_close_matches(name, keys, n=1, cutoff=0.0)
+    remedy = f"did you mean {' or '.join(near)}? --help lists all keys"
+    return problem(name, value, "unknown key", remedy)
+
+
+def typed(value: Any, annotation: Any) -> Any:
+    """What OmegaConf is given for a written value: text as it stands, anything else parsed."""
+    kind, optional = alternatives(annotation)
+    if isinstance(value, Quoted):
+        return str(value)
+    if kind is str or get_origin(kind) is Literal:
+        return None if optional and value == "null" else value
+    if kind == list[str]:
+        return texts(value)
+    return parsed(value)
+
+
+def texts(value: Any) -> Any:
+    """A list of texts as YAML writes it, each as it stands; a word that is no list is its one."""
+    if isinstance(value, str):
+        value = yaml.load(value, TextLoader) if value.startswith("[") else [value]
+    return [str(text) for text in value]
+
+
+def parsed(value: Any) -> Any:
+    """Text read as a YAML scalar, list or mapping with OmegaConf's rules (1e-6 is a number)."""
+    if isinstance(value, Quoted):
+        return str(value)
+    if isinstance(value, list):
+        return [parsed(item) for item in value]
+    if isinstance(value, dict):
+        return {name: parsed(item) for name, item in value.items()}
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index,call-overload]
+
+
+def wants_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv

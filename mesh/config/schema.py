@@ -1,0 +1,268 @@
+"""Configuration: nested dataclasses are schema and defaults, a YAML in `conf/` is a whole run, and
+`key=value` words on the command line override it (`mesh/config/loading.py` reads both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def key(default: Any, meaning: str, **bounds: float) -> Any:
+    """A configuration key: its default, the one line that `--help` prints, and its range.
+
+    `bounds` are any of `ge`, `gt`, `le`, `lt` (pydantic's words); they hold for each element of a
+    tuple, and None is always inside.
+    """
+    metadata = {"help": meaning, "bounds": bounds}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+INF = float("inf")
+
+
+@dataclass
+class InvariantConf:
+    chunks: int = key(4, "most parts of a layer that are tested to have its bits: bounds tp", ge=1)
+
+
+@dataclass
+class MeshConf:
+    mode: Literal["colocated", "split"] = key(
+        "colocated", "trainer and generator on the same ranks, or on disjoint ones"
+    )
+
+
+@dataclass
+class ModelConf:
+    path: str | None = key(None, "Hugging Face model directory, or package:NAME for a shipped one")
+    flavor: str = key(
+        "0.6B", "Qwen3 size where no model.path gives one: tiny, 0.6B, 1.7B, 4B, 8B, ..."
+    )
+    init: Literal["checkpoint", "random"] = key(
+        "checkpoint", "start from the weights in model.path, or from random ones"
+    )
+    tokenizer: str | None = key(
+        None, "directory with tokenizer.json; unset: model.path, else the shipped characters"
+    )
+    max_length: int = key(
+        2048, "context: prompt and response together never exceed it [tokens]", ge=2
+    )
+
+
+@dataclass
+class TrainerConf:
+    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
+    dp_shard: int | None = key(
+        None, "ranks that share one copy (FSDP); unset: fills the submesh", ge=1
+    )
+    tp: int = key(1, "tensor-parallel degree", ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None, "compute dtype over fp32 master weights; unset: bfloat16 on CUDA, float32 on CPU"
+    )
+    lr: float = key(1e-6, "peak learning rate of AdamW", gt=0, lt=INF)
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", ge=0, lt=INF)
+    warmup_steps: int = key(0, "steps over which the learning rate rises linearly", ge=0)
+    clip_norm: float = key(
+        1.0, "the gradient's norm is clipped to this; 0: not at all", ge=0, lt=INF
+    )
+    microbatch_tokens: int = key(16384, "most tokens packed into one forward [tokens]", ge=1)
+    activation_checkpointing: Literal["none", "selective", "full"] = key(
+        "none", "recompute activations in the backward pass"
+    )
+    sequence_parallel: bool = key(
+        False, "between tensor-parallel layers a rank keeps only its share of the tokens"
+    )
+
+
+@dataclass
+class GeneratorConf:
+    dp: int | None = key(None, "data-parallel engines; unset: fills the submesh", ge=1)
+    tp: int = key(1, "tensor-parallel degree", ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None, "dtype of weights, activations and KV cache; unset: bfloat16 on CUDA, float32 on CPU"
+    )
+    temperature: float = key(1.0, "sampling temperature of the rollouts", gt=0, lt=INF)
+    top_k: int = key(0, "sample from the k likeliest tokens; 0: from all", ge=0)
+    top_p: float = key(
+        1.0, "sample from the smallest set with this probability; 1: from all", gt=0, le=1
+    )
+    max_new_tokens: int = key(256, "longest response [tokens]", ge=1)
+    max_sequences: int = key(256, "most sequences decoded at a time, per engine", ge=1)
+    kv_tokens: int = key(
+        0,
+        "KV cache of one engine [tokens]; 0: max_sequences full responses, on a GPU with prompts "
+        "of 256 tokens",
+        ge=0,
+    )
+    page_size: int = key(
+        0, "tokens a KV page holds; 0: 256 on CUDA (its kernel wants it), 16 on CPU", ge=0
+    )
+    prefill_tokens: int = key(8192, "most prompt tokens of one forward pass [tokens]", ge=1)
+    prefix_cache: bool = key(True, "the samples of one prompt share its prompt's KV")
+    cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
+
+
+@dataclass
+class RewardConf:
+    workers: int | None = key(
+        None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+    )
+    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, le=1e6)
+    on_failure: Literal["stop", "zero"] = key(
+        "stop", "a score that hangs, raises, crashes or is not finite ends the run, or is 0.0"
+    )
+
+
+@dataclass
+class VllmConf:
+    model: Literal["titan", "native"] = key(
+        "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
+    )
+    release: bool = key(
+        True, "colocated on a GPU, the trainer has the memory of vLLM's KV cache while it trains"
+    )
+
+
+@dataclass
+class SyncConf:
+    verify: Literal["every", "first", "off"] | None = key(
+        None,
+        "compare weight digests after a sync; unset: first with engine=native on CUDA, else every",
+    )
+    bucket_mb: int = key(256, "most data of one point-to-point message [MiB]", ge=1)
+
+
+@dataclass
+class EvalConf:
+    every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
+    num_prompts: int = key(256, "held-out prompts", ge=1)
+    num_samples: int = key(4, "samples per held-out prompt; k of pass@k", ge=1)
+    output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
+
+
+@dataclass
+class GenerateConf:
+    prompts: list[str] = key(
+        [], "what recipes/generate.py answers; -: the lines of stdin; unset: held-out prompts"
+    )
+    num_samples: int = key(1, "answers per prompt", ge=1)
+    greedy: bool = key(True, "always the likeliest token; false: sampled, as in training")
+
+
+@dataclass
+class SFTConf:
+    steps: int = key(75, "supervised steps", ge=1)
+    batch_size: int = key(128, "examples per step", ge=1)
+    lr: float = key(1e-3, "learning rate of AdamW", gt=0, lt=INF)
+    output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
+
+
+@dataclass
+class ValidateConf:
+    steps: int = key(3, "training steps that recipes/validate.py compares", ge=1)
+    sequences: int = key(257, "sequences of the batch that it generates in many ways", ge=2)
+    layouts: Literal["all", "cover", "own"] = key(
+        "cover", "every pair of layouts of this world, each of a role's at least once, or conf's"
+    )
+    control: bool = key(
+        False, "compare the same with ordinary kernels as well, to show that it would be seen"
+    )
+
+
+@dataclass
+class CheckpointConf:
+    every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
+    keep: int = key(2, "complete checkpoints that are kept, the newest ones", ge=1)
+    best: bool = key(
+        True, "with checkpoint.every, keep the model of the best eval/accuracy in RUN_DIR/best"
+    )
+
+
+@dataclass
+class LogConf:
+    progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
+    tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
+    wandb: str | None = key(None, "Weights & Biases project to log to")
+    samples: int = key(4, "rollouts a step that go to samples.jsonl; -1: all", ge=-1)
+
+
+@dataclass
+class Conf:
+    run_dir: str | None = key(None, "where the run is written; unset: runs/CONF-DATE-TIME")
+    resume: str | None = key(
+        None, "run directory of a run to continue, with its own keys (in place of conf=)"
+    )
+    steps: int = key(100, "optimizer steps", ge=1)
+    seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
+    timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
+    stall_seconds: int = key(
+        900, "no rank gets on for this long: the run shows all stacks and ends [s]; 0: never", ge=0
+    )
+    engine: Literal["native", "vllm"] = key("native", "what generates: ours, or vLLM")
+    task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
+    task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
+    num_prompts: int = key(64, "prompts a step", ge=1)
+    group_size: int = key(8, "rollouts per prompt", ge=2)
+    waves: int = key(
+        1, "parts in which a step's prompts are generated; split meshes overlap them", ge=1
+    )
+    loss: Literal["grpo", "dr_grpo"] = key("grpo", "preset of advantage and aggregation")
+    advantage: Literal["std", "centred"] | None = key(
+        None, "reward minus group mean, over the group's deviation or not; unset: the loss's own"
+    )
+    aggregation: Literal["token", "sequence", "constant"] | None = key(
+        None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
+    )
+    clip_low: float = key(0.2, "the ratio is clipped below 1 - clip_low", ge=0, lt=1)
+    clip_high: float = key(0.2, "the ratio is clipped above 1 + clip_high", ge=0, lt=INF)
+    kl_coef: float = key(
+        0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
+    )
+    drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    batch_invariant: bool = key(
+        False, "bits of a token do not depend on its batch, nor on the layout"
+    )
+    check: Literal["strict"] | None = key(
+        None,
+        "strict: end at the first token whose trainer and generator logprobs differ, and name the "
+        "module; all ranks wait for each other after every wave",
+    )
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "a loss, gradient or logprob that is not finite ends the run; skip: it goes on without "
+        "that step's update",
+    )
+    invariant: InvariantConf = field(default_factory=InvariantConf)
+    mesh: MeshConf = field(default_factory=MeshConf)
+    model: ModelConf = field(default_factory=ModelConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    generator: GeneratorConf = field(default_factory=GeneratorConf)
+    reward: RewardConf = field(default_factory=RewardConf)
+    vllm: VllmConf = field(default_factory=VllmConf)
+    sync: SyncConf = field(default_factory=SyncConf)
+    eval: EvalConf = field(default_factory=EvalConf)
+    generate: GenerateConf = field(default_factory=GenerateConf)
+    sft: SFTConf = field(default_factory=SFTConf)
+    validate: ValidateConf = field(default_factory=ValidateConf)
+    checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
+    log: LogConf = field(default_factory=LogConf)
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE_DATA = PACKAGE / "data"
+# inside an installed package, beside it in a checkout
+CONF_DIR = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+
+
+def resolve_path(path: str) -> Path:
+    """`package:NAME` is the data directory NAME shipped inside the package; `~` is the home."""
+    if path.startswith("package:"):
+        return PACKAGE_DATA / path.removeprefix("package:")
+    return Path(path).expanduser()

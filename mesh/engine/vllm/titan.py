@@ -1,0 +1,184 @@
+"""vllm.model=titan: the trainer's own model, registered with vLLM as one from out of tree.
+
+vLLM decides which tokens run and which pages hold their keys and values. What it knows of a batch
+becomes an `AttentionContext` here, and the model is called as the native engine calls it, so that
+both have the same bits. Parameters keep their names and stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from mesh.engine.choice import tile_logits
+from mesh.engine.native.cache import num_pages
+from mesh.model.attention import AttentionContext, KVCache, packed_context
+from mesh.model.parallel import local
+from mesh.model.qwen3 import Qwen3
+from mesh.types import ModelShape
+
+ARCHITECTURE = "MeshQwen3"
+
+Blueprint = tuple[Qwen3, ModelShape, dist.ProcessGroup | None]
+"""(model, its shape, the tp ranks; None: one) of an engine that is being built."""
+
+blueprint: ContextVar[Blueprint] = ContextVar("blueprint")
+"""vLLM makes the model from a configuration of its own, which has no room for these."""
+
+
+class ContextBuilder(AttentionMetadataBuilder[AttentionContext]):
+    """Turns what vLLM knows of a batch into the context that the model takes."""
+
+    # a captured decode step reads vLLM's persistent buffers: nothing is copied here on CUDA
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> AttentionContext:
+        batch, page_size = common_attn_metadata, self.kv_cache_spec.block_size
+        table = batch.block_table_tensor
+        if not table.is_cuda:  # the plain attention reads every page that the table names
+            table = table[:, : num_pages(batch.max_seq_len, page_size)]
+        return AttentionContext(
+            cu_seqlens=batch.query_start_loc,
+            lengths=batch.seq_lens,
+            max_query=batch.max_query_len,
+            max_length=table.shape[1] * page_size,
+            block_table=table,
+            slots_T=batch.slot_mapping,
+        )
+
+
+class PagedBackend(AttentionBackend):
+    """Attention over vLLM's pages by the functions that training and the native engine call."""
+
+    supported_dtypes = [torch.float32, torch.bfloat16]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise AssertionError("vLLM wants to call attention, which the model calls itself")
+
+    @staticmethod
+    def get_builder_cls() -> type[ContextBuilder]:
+        return ContextBuilder
+
+
+class PagedLayer(AttentionLayerBase):
+    """One layer's share of vLLM's KV cache: keys and values [num_pages, page_size, K, H]."""
+
+    def __init__(self, spec: FullAttentionSpec, num_heads: int) -> None:
+        self.spec = spec
+        self.num_heads = num_heads
+        self.kv_cache = torch.tensor([])
+        self.pages: list[torch.Tensor] = []
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return PagedBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.spec
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Keys in the first half of the layer's memory, values in the second: our kernels want the
+        heads of a token side by side. kv_cache: [num_pages, K, page_size, 2 * H] in some order.
+        """
+        self.kv_cache = kv_cache
+        order = sorted(range(kv_cache.ndim), key=kv_cache.stride, reverse=True)
+        memory = kv_cache.permute(order)
+        assert memory.is_contiguous(), "vLLM's KV cache of one layer is not one piece of memory"
+        spec = self.spec
+        shape = (2, len(kv_cache), spec.block_size, spec.num_kv_heads, spec.head_size)
+        self.pages = list(memory.reshape(-1).view(shape).unbind())
+
+
+class TitanModel(nn.Module):
+    """What vLLM calls: the trainer's model behind vLLM's names.
+
+    `observer`, where there is one, is told the context and positions of every forward pass.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.policy, shape, self.group = blueprint.get()
+        self.observer: Callable[[AttentionContext, torch.Tensor], None] | None = None
+        tp = 1 if self.group is None else dist.get_world_size(self.group)
+        dtype = vllm_config.model_config.dtype
+        spec = FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=shape.num_kv_heads // tp,
+            head_size=shape.head_dim,
+            dtype=dtype,
+        )
+        self.cache: KVCache | None = None
+        self.names = [f"layers.{layer}.attention" for layer in range(shape.num_layers)]
+        self.paged = [PagedLayer(spec, shape.num_heads // tp) for _ in self.names]
+        places = vllm_config.compilation_config.static_forward_context
+        places.update(zip(self.names, self.paged, strict=True))
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.policy.tok_embeddings(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [T, D] of the scheduled tokens."""
+        return self.policy.hidden(input_ids, positions, self._context(positions))
+
+    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """The hidden states as they are: the product is a part of our draws."""
+        return hidden_SD
+
+    def head(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V / tp] of this rank's vocabulary shard."""
+        return tile_logits(hidden_SD, local(self.policy.lm_head.weight), self.group)
+
+    def _context(self, positions: torch.Tensor) -> AttentionContext:
+        metadata = get_forward_context().attn_metadata
+        if not metadata:  # vLLM measures memory before there is a cache
+            bounds = torch.tensor([0, len(positions)], dtype=torch.int32, device=positions.device)
+            return packed_context(bounds, len(positions))
+        if self.cache is None:
+            keys, values = zip(*(layer.pages for layer in self.paged), strict=True)
+            self.cache = KVCache(list(keys), list(values))
+        context: AttentionContext = metadata[self.names[0]]
+        if self.observer is not None:
+            self.observer(context, positions)
+        assert context.slots_T is not None
+        # rows that pad a captured batch have no slot: they write page 0, which vLLM gives to nobody
+        return replace(context, cache=self.cache, slots_T=context.slots_T.clamp(min=0))

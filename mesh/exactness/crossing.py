@@ -1,0 +1,91 @@
+"""L3: every layout of this world makes the same tokens and logprobs from the same weights.
+
+All are compared with one batch, which the configuration's own layout generated: where each layout
+of the trainer and each of the generator agrees with that, any two of them agree with each other.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mesh.config.schema import Conf
+from mesh.exactness.batch import Walk, generate, sampling_of
+from mesh.exactness.bits import Key, Rollouts, Tally, compare_rollouts, of_all_ranks
+from mesh.exactness.generator import Way
+from mesh.exactness.generator import tracer as engine_tracer
+from mesh.exactness.layouts import built, candidates
+from mesh.exactness.naming import AGREED, named, settle
+from mesh.exactness.table import Check
+from mesh.exactness.trace import Trace
+from mesh.exactness.trainer import score_arranged
+from mesh.exactness.trainer import tracer as arrangement_tracer
+from mesh.exchange.rollouts import replica_of
+from mesh.program.assembly import Program
+from mesh.types import Rollout
+
+
+def reference_of(walk: Walk, program: Program) -> tuple[dict[Key, Rollout], Check]:
+    """What the first engine makes of the batch, on every rank, and the row of L3 that says whether
+    all other engines make the same of it. Collective.
+    """
+    engine, process = program.generator.engine, walk.process
+    sampling = sampling_of(program.generator)
+    mine = generate(engine, walk.requests, sampling) if engine is not None else {}
+    first = program.meshes.layout.generator_ranks[0]
+    reference = process.gather(mine if process.rank == first else {})[first]
+    tally = of_all_ranks(process, compare_rollouts(mine, reference))
+    alone = len(program.meshes.layout.generator_ranks) == 1
+    return reference, Check(
+        "L3", "the whole batch on every engine", tally, "one engine" if alone else None
+    )
+
+
+def layout_checks(walk: Walk, reference: Rollouts) -> Iterator[Check]:
+    """The rows of L3, one a layout. reference: what the own layout made of the batch."""
+    world_size = walk.process.world_size
+    if world_size == 1:
+        yield Check("L3", "layouts", not_run="one rank")
+        return
+    gc.collect()
+    gc.freeze()  # what is there stays: so the collection before a layout looks at the last one only
+    for candidate in candidates(walk.conf, world_size, walk.parts.shape):
+        tally, trace = compare_layout(walk, candidate.applied(walk.conf), reference)
+        if trace is not None:
+            tally = against_own(walk, reference, tally, trace)
+        yield Check("L3", str(candidate), tally)
+    gc.unfreeze()
+
+
+def compare_layout(walk: Walk, conf: Conf, reference: Rollouts) -> tuple[Tally, Trace | None]:
+    """Both roles of a layout against the reference. Where they differ from it but not from each
+    other, also the trainer's trace of the first sequence that does.
+    """
+    with built(conf, walk.process, walk.parts, with_optimizer=False) as program:
+        trainer, generator = program.trainer, program.generator
+        sampling, found = sampling_of(generator), Tally()
+        share = [
+            r for r in walk.requests
+            if replica_of(r.prompt_id, generator.replicas) == generator.replica
+        ]  # fmt: skip
+        if generator.engine is not None:
+            found = compare_rollouts(generate(generator.engine, share, sampling), reference)
+        found += compare_rollouts(
+            score_arranged(trainer, reference, sampling.temperature), reference
+        )
+        generated = engine_tracer(generator.engine, Way(share), sampling)
+        trained = arrangement_tracer(trainer, reference, sampling.temperature)
+        tally = settle(walk, found, generated, trained)
+        alike = tally.first is not None and tally.first.module == AGREED
+        key = tally.first.key if alike and tally.first else None
+        return tally, trained(key) if key is not None else None
+
+
+def against_own(walk: Walk, reference: Rollouts, tally: Tally, trace: Trace) -> Tally:
+    """The tally with the module at which a trace parts from the own layout's trainer."""
+    assert tally.first is not None, "there is nothing to look for"
+    with built(walk.conf, walk.process, walk.parts, with_optimizer=False) as program:
+        temperature = program.generator.sampling(0).temperature
+        own = arrangement_tracer(program.trainer, reference, temperature)
+        return replace(tally, first=named(walk.process, tally.first, lambda _: trace, own))

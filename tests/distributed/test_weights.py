@@ -1,0 +1,134 @@
+"""The weight bridge on four real ranks: one launch of `weights_program.py`, judged case by case."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mesh.layout.reshard import Block, ParamLayout
+from mesh.weights.bridge import can_alias
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = REPOSITORY / "tests" / "programs" / "weights_program.py"
+RANKS = range(4)
+# elements of one copy of the parameters and of the fp32 buffer; `out` is written as `tok`
+PARAMETERS, BUFFER = 60 + 48 + 48 + 2, 20
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank saw in each case: results[rank][case]."""
+    directory = tmp_path_factory.mktemp("weights")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc-per-node=4", str(PROGRAM), str(directory)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    return [torch.load(directory / f"{rank}.pt") for rank in RANKS]
+
+
+def of_case(results, case, key):
+    for rank in RANKS:
+        assert "raised" not in results[rank][case], results[rank][case]["raised"]
+    return [results[rank][case][key] for rank in RANKS]
+
+
+def alike(results, case, key):
+    """The value that all ranks have, which must be the same."""
+    values = of_case(results, case, key)
+    assert values == [values[0]] * len(RANKS)
+    return values[0]
+
+
+LAYOUTS = {  # name: (bytes moved by one sync, verified first and second time)
+    "split_2_2": (PARAMETERS * 2 + 2 * 2 + BUFFER * 4 * 2, [True, True]),
+    "split_3_1": ((PARAMETERS + BUFFER) * 4, [True, False]),
+    "split_1_3": ((PARAMETERS * 2 + BUFFER * 4) * 3, [False, False]),
+    "colocated_2x2_4x1": ((PARAMETERS * 2 + BUFFER * 4) * 4, [True, True]),
+    "colocated_hsdp_2x2": ((PARAMETERS + BUFFER + 2 + BUFFER) * 4 * 2, [True, True]),
+    "overlapping": ((PARAMETERS + BUFFER + 2 + BUFFER) * 4, [True, True]),
+    "aliased": (0, [True, True]),
+    "alias_refused": ((PARAMETERS + BUFFER) * 4 * 4, [True, True]),
+    "cast_no_alias": ((PARAMETERS * 2 + BUFFER * 4) * 4, [True, True]),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_generator_holds_the_bits_of_the_full_tensors(results, case):
+    assert alike(results, case, "wrong") == []
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_blocks_are_where_torch_says_the_shards_are(results, case):
+    assert alike(results, case, "blocks") == []
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_reports_count_versions_bytes_and_checks(results, case):
+    moved, verified = LAYOUTS[case]
+    expected = [(1, moved, verified[0]), (2, moved, verified[1])]
+    assert alike(results, case, "reports") == expected
+
+
+def test_the_weights_digest_is_the_same_on_any_mesh(results):
+    digests = {alike(results, case, "digest") for case in LAYOUTS}
+    assert len(digests) == 1
+
+
+def test_only_equal_layouts_and_dtypes_are_aliased(results):
+    assert [case for case in LAYOUTS if alike(results, case, "aliased")] == ["aliased"]
+
+
+def test_small_buckets_make_many_rounds(results):
+    assert alike(results, "split_2_2", "num_rounds") > 4
+    assert alike(results, "split_3_1", "num_rounds") == 1
+
+
+def test_a_corrupted_destination_is_named_on_all_ranks(results):
+    error = alike(results, "corrupted", "error")
+    assert error.startswith("RuntimeError: weights differ after sync 1 (1 findings)")
+    # the trainer's row shards tile the whole tensor, so the rank itself is known
+    assert "wo: generator ranks [3] differ from the trainer" in error
+
+
+def test_a_stale_trainer_replica_is_named_on_all_ranks(results):
+    error = alike(results, "stale_source", "error")
+    for name in ("tok", "out", "wq", "wo", "two", "rope"):
+        assert f"{name}: trainer ranks [1] differ from other replicas" in error
+
+
+def test_a_sync_into_storage_that_should_be_aliased_is_refused(results):
+    error = alike(results, "unbound_alias", "error")
+    assert error.startswith("RuntimeError: aliased weights have storage of their own: ")
+
+
+def test_tensors_that_do_not_fit_are_refused_on_all_ranks(results):
+    error = alike(results, "misfits", "tensors")
+    assert error.startswith("ValueError")
+    assert "wq on generator rank 3 has shape (6, 8); the layout says (8, 6)" in error
+    assert "wo on generator rank 3 is on the meta device" in error
+    assert "two is torch.bfloat16 and torch.float16 on different generator ranks" in error
+    assert "more on generator rank 3 has no layout" in error
+    assert "tok on generator rank 3 is missing" in error
+
+
+def test_sides_with_different_names_are_refused_on_all_ranks(results):
+    error = alike(results, "misfits", "names")
+    assert error == "ValueError: layouts do not fit: out is missing from the source"
+
+
+def test_can_alias_wants_the_same_blocks_ranks_dtypes_and_plain_storage():
+    def layout(rank: int, rows: int) -> list[ParamLayout]:
+        return [ParamLayout("w", (4,), {rank: Block((0,), (rows,))})]
+
+    fp32, bf16 = {"w": torch.float32}, {"w": torch.bfloat16}
+    assert can_alias(layout(0, 4), layout(0, 4), fp32, fp32, plain=True)
+    assert not can_alias(layout(0, 4), layout(1, 4), fp32, fp32, plain=True)
+    assert not can_alias(layout(0, 4), layout(0, 2), fp32, fp32, plain=True)
+    assert not can_alias(layout(0, 4), layout(0, 4), fp32, bf16, plain=True)
+    assert not can_alias(layout(0, 4), layout(0, 4), fp32, fp32, plain=False)

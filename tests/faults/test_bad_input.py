@@ -1,0 +1,314 @@
+"""What a user can get wrong: one ValueError with key, value and remedy, before a model is built.
+
+All through the recipes' own entry: the command line is read and checked as `main` does it. Three
+cases are launched for real, because a reward function is only called by a run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import launch
+from safetensors.torch import load_file, save_file
+
+from mesh.config.loading import load_conf
+from mesh.config.schema import PACKAGE_DATA
+from mesh.program.assembly import check
+
+SHIPPED = PACKAGE_DATA / "qwen3_tiny"
+BAD_TASK = """
+from dataclasses import dataclass
+
+from mesh.tasks.spell_backward import SpellBackward
+
+
+@dataclass(frozen=True)
+class NotANumber(SpellBackward):
+    def score(self, prompt, response):
+        return float("nan") if prompt.prompt_id == 3 else 0.0
+
+
+@dataclass(frozen=True)
+class Raises(SpellBackward):
+    def score(self, prompt, response):
+        return {}["no such entry"]
+"""
+
+
+def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
+    """The message with which a start on `world_size` ranks is refused."""
+    with pytest.raises(ValueError) as caught:
+        check(load_conf([f"conf={conf}", *words])[1], world_size)
+    return str(caught.value)
+
+
+def lines(message: str) -> list[str]:
+    return [line.removeprefix("- ") for line in message.splitlines()[1:]]
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_built(monkeypatch):
+    """Giving a model memory fails; `check` must not come that far."""
+
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was built before the configuration was checked")
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", build)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the shipped checkpoint, to be damaged."""
+    return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of model.safetensors."""
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(model: Path, **entries: Any) -> None:
+    """Set entries of config.json; None removes one."""
+    path = model / "config.json"
+    merged = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
+
+
+CASES = {  # words, ranks, and what the one problem must say: key=value, what is wrong, remedy
+    "misspelt": (["trainer.lrr=1"], 2, ["trainer.lrr=1: unknown key", "did you mean trainer.lr"]),
+    "key without its group": (["lr=1"], 2, ["lr=1: unknown key", "did you mean trainer.lr"]),
+    "wrong type": (["steps=many"], 2, ["steps=many: expected an integer", "steps=100"]),
+    "wrong choice": (["mesh.mode=splt"], 2, ["mesh.mode=splt: expected one of", "mesh.mode=split"]),
+    "group of one": (["group_size=1"], 2, ["group_size=1: must be >= 2", "default is 8"]),
+    "not a number": (["kl_coef=nan"], 2, ["kl_coef=nan: must be >= 0 and finite"]),
+    "batch, ranks": (["num_prompts=63"], 2, ["num_prompts=63: does not divide by 2", "62 or 64"]),
+    "batch and waves": (["waves=3"], 2, ["num_prompts=64: does not divide by 6", "60 or 66"]),
+    "prompt too long": (
+        ["model.max_length=12", "generator.max_new_tokens=8"], 2,
+        ["model.max_length=12: the prompt '", "longer than the context", "use at least 14"],
+    ),
+    "context too long": (
+        ["model.max_length=4097"], 2,
+        ["model.max_length=4097: the model's own context is 4096 tokens", "use at most 4096"],
+    ),
+    "prompts from 1": (
+        ["task=user_tasks:FromOne"], 2,
+        ["train_prompts was asked for 64", "from index 0 on with prompt_id 1, 2", "counts 0, 1"],
+    ),
+    "too few prompts": (
+        ["task=user_tasks:Short"], 2,
+        ["eval_prompts was asked for 256 prompts and gave 255; return 256"],
+    ),
+    "too few questions": (
+        ["eval.num_prompts=60", "task_args.min_length=1", "task_args.max_length=1"], 2,
+        ["eval.num_prompts=60: found only ", "ask for at most"],
+    ),
+    "response too long": (
+        ["model.max_length=8"], 2,
+        ["generator.max_new_tokens=8: leaves no room for a prompt", "use at most 7"],
+    ),
+    "tp and heads": (["trainer.tp=8"], 8, ["trainer.tp=8: does not divide the model's 4 heads"]),
+    "generator tp": (
+        ["generator.tp=3", "num_prompts=63"], 3,
+        ["generator.tp=3: does not divide the model's 4 heads", "choose one of 1, 2, 4"],
+    ),
+    "no rank left": (
+        ["mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2"], 2,
+        ["trainer.dp_shard=2: the trainer takes 2 of 2 ranks", "start 4 processes"],
+    ),
+    "layout too big": (
+        ["trainer.dp_shard=4"], 2,
+        ["trainer.dp_shard=4: makes the trainer 4 ranks large, but it has 2", "trainer.dp_shard=2"],
+    ),
+    "split alone": (["mesh.mode=split"], 1, ["mesh.mode=split: a world of 1", "start e.g. 2"]),
+    "a key of W&B": (
+        ["log.wandb_api_key=0123abcd"], 2,
+        ["log.wandb_api_key=(not shown): unknown key", "did you mean log.wandb?"],
+    ),
+    "no such model": (["model.path=/nope"], 2, ["model.path=/nope: no such directory", "name a"]),
+    "not shipped": (["model.path=package:x"], 2, ["model.path=package:x: no such directory"]),
+    "no such size": (
+        ["model.path=null", "model.init=random", "model.flavor=tinny"], 2,
+        ["model.flavor=tinny", "choose one of tiny, 0.6B"],
+    ),
+    "no weights": (
+        ["model.path=null"], 2, ["model.path=null: there are no weights", "model.init=random"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_problem_names_key_value_and_remedy(case):
+    words, world_size, parts = CASES[case]
+    message = refusal(*words, world_size=world_size)
+    assert message.startswith("1 problem with the configuration:\n- ")
+    for part in parts:
+        assert part in message
+    assert len(lines(message)) == 1
+
+
+def test_unknown_config_names_the_nearest():
+    (line,) = lines(refusal(conf="qwen3_tny"))
+    assert line.startswith("conf=qwen3_tny: no such config; did you mean qwen3_tiny?")
+
+
+def test_unknown_task_and_task_key_name_the_nearest():
+    assert "the nearest is spell_backward" in refusal("task=spell_backwards")
+    assert "the nearest is task_args.max_length" in refusal("task_args.maxlength=4")
+    assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
+
+
+def test_several_problems_are_listed_together():
+    message = refusal("model.path=/nope", "num_prompts=63", "trainer.clip_norm=inf")
+    assert "clip_norm" in message  # a range is refused as soon as it is read
+    found = lines(refusal("model.path=/nope", "num_prompts=63", "generator.kv_tokens=16"))
+    assert [line.partition("=")[0] for line in found] == [
+        "generator.kv_tokens", "model.path", "num_prompts",
+    ]  # fmt: skip
+
+
+def test_tokenizer_task_weights_and_layout_are_in_the_same_list(model):
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    rewrite(model, lambda weights: weights.pop("model.norm.weight"))
+    words = [f"model.path={model}", "task_args.maxlength=4", "task_args.minlength=2"]
+    found = lines(refusal(*words, "num_prompts=63"))
+    starts = [
+        f"{model}/tokenizer.json is not a tokenizer",
+        "task_args.maxlength=4",
+        "task_args.minlength=2",
+        f"model.path={model}: the safetensors files lack model.norm.weight",
+        "num_prompts=63",
+    ]
+    assert len(found) == len(starts)
+    for line, start in zip(found, starts, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_file_of_a_checkpoint_is_named(model, name):
+    (model / name).unlink()
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert line.startswith(f"model.path={model}: ") and name in line and "copy it" in line
+
+
+def test_truncated_weights_are_found_before_anything_is_loaded(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert line.startswith(f"model.path={model}: model.safetensors has ")
+
+
+@pytest.mark.parametrize(
+    "content, wrong",
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json describes no model"),
+        ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
+    ],
+)
+def test_config_json_that_describes_no_qwen3(model, content, wrong):
+    (model / "config.json").write_text(content)
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert line.startswith(f"model.path={model}: {wrong}")
+
+
+def test_config_json_without_a_size(model):
+    edit(model, hidden_size=None, intermediate_size=None)
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert "config.json lacks hidden_size, intermediate_size; copy it again" in line
+
+
+def test_a_directory_that_wants_its_own_code_is_refused(model):
+    own = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    edit(model, auto_map=own, model_type="mine")
+    (model / "modeling_mine.py").write_text("raise SystemExit('was run')\n")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_mine.Mine", None]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = lines(refusal(f"model.path={model}"))
+    config, of_tokenizer = (line for line in found if "wants code of its own" in line)
+    assert config.startswith(f"model.path={model}: config.json wants code of its own (auto_map: ")
+    assert "modeling_mine.MineForCausalLM" in config
+    assert "tokenizer_config.json wants code" in of_tokenizer and "Mine" in of_tokenizer
+    assert all("no code that comes with a model is run here" in x for x in (config, of_tokenizer))
+    assert any("model_type 'mine' is not supported" in line for line in found)
+    of_both = lines(refusal(f"model.tokenizer={model}"))
+    assert [line.partition(" wants code")[0] for line in of_both] == [
+        f"model.tokenizer={model}: {name}" for name in ("config.json", "tokenizer_config.json")
+    ]
+
+
+def test_vocabulary_of_another_model(model):
+    edit(model, vocab_size=64)
+    (line,) = lines(refusal(f"model.path={model}", "model.init=random"))
+    assert "its ids go up to 97, the model's vocabulary up to 63" in line
+    assert "use the tokenizer that belongs to the model" in line
+
+
+def test_run_directory_that_holds_a_run_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    words = ["conf=qwen3_tiny", f"run_dir={tmp_path}", "num_prompts=63"]
+    result = launch("recipes/grpo.py", 2, *words, status=1)
+    assert f"run_dir={tmp_path}: already holds a run (metrics.jsonl)" in result.stderr
+    assert "num_prompts=63: does not divide by 2" in result.stderr
+    assert result.stderr.count("2 problems with the configuration") <= 2  # ours, torchrun's summary
+    assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(
+    "name, num_ranks, outcome",
+    [("NotANumber", 2, "returned nan"), ("Raises", 1, "raised KeyError: 'no such entry'")],
+)
+def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, outcome):
+    (tmp_path / "bad_task.py").write_text(BAD_TASK)
+    words = ["conf=qwen3_tiny", f"task=bad_task:{name}", "num_prompts=4", "eval.num_prompts=4"]
+    words += [f"run_dir={tmp_path / 'run'}", "log.tensorboard=false"]
+    began = time.monotonic()
+    result = launch("recipes/grpo.py", num_ranks, *words, status=1, path=tmp_path)
+    assert time.monotonic() - began < 150, "it waited for a time limit instead of ending"
+    message = result.stderr[result.stderr.index("ValueError: the score function of ") :]
+    first, prompt, response, answer, remedy = message.splitlines()[:5]
+    assert first.startswith(f"ValueError: the score function of {name}(") and outcome in first
+    word = prompt.partition("prompt:")[2].strip().strip("'").removesuffix(">")
+    assert answer.partition("answer:")[2].strip() == repr(word[::-1])
+    assert "response:" in response and "make it return a finite number" in remedy
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_missing_from_the_file_are_named(model):
+    rewrite(model, lambda weights: weights.pop("model.norm.weight"))
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert line.startswith(
+        f"model.path={model}: the safetensors files lack model.norm.weight; copy it from"
+    )
+    rewrite(model, lambda weights: [weights.pop(name) for name in sorted(weights)[:9]])
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert "lack model.embed_tokens.weight, " in line and " and 6 more; " in line
+    assert "config.json" not in line
+
+
+def test_weights_of_other_sizes_are_named(model):
+    edit(model, vocab_size=256)
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert (
+        "sizes that do not fit config.json: model.embed_tokens.weight [128, 128] instead of "
+        "[256, 128]; copy it from"
+    ) in line
+
+
+def test_generate_refuses_prompts_it_cannot_answer():
+    long = "abcdefghijklmnopqrstuvwxyz>"
+    words = ["conf=qwen3_tiny", f"generate.prompts=[abc>,{long}]"]
+    result = launch("recipes/generate.py", 1, *words, status=1)
+    assert f"model.max_length=32: the prompt '{long}' has 27 tokens" in result.stderr
+    assert "use at least 35" in result.stderr

@@ -1,0 +1,272 @@
+"""What checkpoints know of the past, in a world of one: the logs, the best model, the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_checkpoint import RANK_0, advance, conf_of, flip, names_in, trainer_of
+
+from mesh.checkpoint.files import read_index
+from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.logs import KEPT_LOGS
+from mesh.config.schema import Conf
+from mesh.lifecycle.process import Process
+from mesh.model.hf import export
+from mesh.model.qwen3 import TINY
+from mesh.text.tokenizer import CHARACTERS
+
+
+class Small:
+    """A run that takes steps with random gradients: it logs, evaluates as it is told, keeps."""
+
+    def __init__(self, process: Process, path: Path, *words: str, resume: bool = False) -> None:
+        self.path, self.conf = path, conf_of(*words)
+        path.mkdir(exist_ok=True)
+        self.trainer = trainer_of(self.conf)
+        if resume:
+            self.conf.resume = str(path)
+        self.keeper = Checkpointer(self.conf, path, process, self.trainer)
+        self.step = self.keeper.load() if resume else 0
+
+    def log(self, name: str) -> None:
+        with open(self.path / name, "a") as file:
+            file.write(json.dumps({"step": self.step, "of": name}) + "\n")
+
+    def evaluated(self, value: float) -> None:
+        metrics = {"loss": 1.0, "eval/accuracy": value}
+        self.keeper.consider(self.step, metrics, self.save)
+
+    def save(self, path: Path) -> None:
+        export(path, self.trainer.parameters(), TINY, CHARACTERS, (1,), write=True)
+
+    def take(self, steps: int, values: dict[int, float] | None = None, odd: str = "") -> None:
+        """`values`: evaluations by step; `odd`: a log with a line of the odd steps alone."""
+        for _ in range(steps):
+            self.step += 1
+            advance(self.trainer, self.step)
+            for name in ("metrics.jsonl", "samples.jsonl", *([odd] if self.step % 2 else [])):
+                if name:
+                    self.log(name)
+            if values and self.step in values:
+                self.evaluated(values[self.step])
+            self.keeper.after(self.step, stop=False)
+        self.keeper._finish(wait=True)
+
+    def logs(self) -> dict[str, bytes]:
+        paths = (self.path / name for name in KEPT_LOGS)
+        return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+    def bests(self) -> list[str]:
+        return sorted(path.name for path in (self.path / "best").iterdir())
+
+    def named(self) -> dict[str, tuple[int, float] | None]:
+        """The best model that each checkpoint names."""
+        found = {n: read_index(self.path / "checkpoints" / n).best for n in names_in(self.path)}
+        return {name: best and (best.step, best.value) for name, best in found.items()}
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 - 3)
+
+
+def to_zeros(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def to_a_directory_elsewhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent)
+
+
+def gone_with_what_was_begun_anew(path: Path) -> None:
+    """The resumed start before this one was killed while it put the file back."""
+    path.unlink()
+    path.with_name(path.name + ".partial").write_text('{"step": 1, "of"')
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "later": lambda path: None, "gone": Path.unlink, "empty": lambda path: os.truncate(path, 0),
+    "cut": cut, "zeros": to_zeros, "bit": lambda path: flip(path, 10),
+    "link": to_a_directory_elsewhere, "again": gone_with_what_was_begun_anew,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logs_are_put_back_as_they_were_after_the_step(process, tmp_path, loss):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(4, odd="nonfinite.jsonl")
+    logged = run.logs()
+    assert [text.count(b"\n") for text in logged.values()] == [4, 4, 2]
+    run.take(1, odd="nonfinite.jsonl")
+    for name in logged:
+        with open(run.path / name, "a") as file:
+            file.write('{"step": 6, "los')  # it was killed while it wrote this
+        LOSSES[loss](run.path / name)
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert again.step == 4 and again.logs() == logged
+    assert not [path for path in run.path.glob("*") if path.is_symlink()]
+    assert not list(run.path.glob("*.partial"))
+    again.take(2, odd="nonfinite.jsonl")
+    steps = [json.loads(line)["step"] for line in again.logs()["metrics.jsonl"].splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6] and names_in(run.path) == ["step-4", "step-6"]
+
+
+def test_a_log_of_later_steps_alone_goes(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2)
+    run.log("nonfinite.jsonl")
+    assert Small(process, run.path, resume=True).logs().keys() == {"metrics.jsonl", "samples.jsonl"}
+
+
+def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(4)
+    flip(run.path / "checkpoints" / "step-4" / "samples.jsonl", 3)
+    again = Small(process, run.path, resume=True)
+    assert again.step == 2 and again.logs()["metrics.jsonl"].count(b"\n") == 2
+    assert "the checksum of samples.jsonl is wrong" in capsys.readouterr().out
+
+
+DAMAGED = "the first {} bytes of {} are no longer those logged; resuming puts the file back"
+
+
+@pytest.mark.parametrize("loss", ["gone", "empty", "zeros", "bit"])
+def test_a_log_that_is_damaged_while_it_runs_gets_into_no_checkpoint(process, tmp_path, loss):
+    run, path = Small(process, tmp_path / "run", "checkpoint.every=2"), tmp_path / "run"
+    run.take(2)
+    logged = run.logs()
+    LOSSES[loss](path / "metrics.jsonl")
+    if loss != "gone":
+        run.log("metrics.jsonl")
+    with pytest.raises(RuntimeError) as caught:
+        run.keeper.after(3, stop=True)
+    said = DAMAGED.format(len(logged["metrics.jsonl"]), path / "metrics.jsonl")
+    if loss == "gone":
+        said = f"{path}/metrics.jsonl: No such file or directory"
+    assert said in str(caught.value)
+    again = Small(process, path, resume=True)
+    assert (again.step, again.logs(), names_in(path)) == (2, logged, ["step-2"])
+
+
+VALUES = {1: 0.25, 2: 0.5, 3: 0.5, 4: 0.375, 5: 0.75, 6: 0.75}
+
+
+def test_the_first_of_the_best_is_kept_while_a_checkpoint_names_it(process, tmp_path, capsys):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.evaluated(0.25)
+    run.take(4, VALUES)
+    assert run.named() == {"step-2": (2, 0.5), "step-4": (2, 0.5)} and run.bests() == ["step-2"]
+    best = load_file(run.path / "best" / "step-2" / "model.safetensors")
+    stored = load_file(run.path / "checkpoints" / "step-2" / RANK_0)
+    assert (best["model.norm.weight"] == stored["weights/norm.weight"]).all()
+    run.take(1, VALUES)
+    assert run.bests() == ["step-2", "step-5"]
+    run.take(1, VALUES)
+    assert run.named() == {"step-4": (2, 0.5), "step-6": (5, 0.75)}
+    assert run.bests() == ["step-2", "step-5"]
+    run.take(2)
+    assert run.bests() == ["step-5"]
+    run.keeper.after(9, stop=True)
+    said = f"best: eval/accuracy 0.750 of step 5, {run.path}/best/step-5"
+    assert said in capsys.readouterr().out
+
+
+def test_a_resumed_run_has_the_best_of_its_step(process, tmp_path):
+    """The run before had found a later one, and was killed while it wrote one more."""
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(5, VALUES)
+    (run.path / "best" / "step-6.partial").mkdir()
+    flip(run.path / "best" / "step-5" / "model.safetensors", -1)
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert again.step == 4 and again.bests() == ["step-2"]
+    again.take(2, VALUES)
+    assert again.named()["step-6"] == (5, 0.75) and again.bests() == ["step-2", "step-5"]
+    whole = Small(process, tmp_path / "whole", "checkpoint.every=2")
+    whole.take(6, VALUES)
+    assert whole.bests() == again.bests()
+    for name in ("step-2", "step-5"):
+        files = [{f.name: f.read_bytes() for f in (r.path / "best" / name).iterdir()}
+                 for r in (whole, again)]  # fmt: skip
+        assert files[0] == files[1] and "model.safetensors" in files[0]
+
+
+def test_a_resumed_run_remembers_how_good_the_best_was(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(4, VALUES)
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    again.take(2, {5: 0.5, 6: 0.4375})
+    assert again.named()["step-6"] == (2, 0.5) and again.bests() == ["step-2"]
+
+
+def test_a_best_model_that_is_gone_is_told_and_looked_for_anew(process, tmp_path, capsys):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2, VALUES)
+    cut(run.path / "best" / "step-2" / "model.safetensors")
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    said = f"{run.path}/best/step-2 is not whole: model.safetensors has"
+    assert said in capsys.readouterr().out
+    again.take(2, VALUES)
+    assert again.named()["step-4"] == (3, 0.5)
+
+
+def test_a_best_model_that_cannot_be_removed_ends_no_run(process, tmp_path, capsys):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2, VALUES)
+    in_its_way = run.path / "best" / "step-2.partial"
+    in_its_way.mkdir()
+    (in_its_way / "file").touch()
+    run.take(6, VALUES)
+    assert run.named() == {"step-6": (5, 0.75), "step-8": (5, 0.75)}
+    assert run.bests() == ["step-2", "step-2.partial", "step-5"]
+    assert f"{run.path}/best/step-2 stays, it could not be removed" in capsys.readouterr().out
+
+
+def test_a_resumed_run_that_keeps_none_leaves_those_that_are_there(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(5, VALUES)
+    again = Small(process, run.path, "checkpoint.every=2", "checkpoint.best=false", resume=True)
+    again.take(4)
+    assert again.bests() == ["step-2", "step-5"]
+
+
+@pytest.mark.parametrize("word", ["checkpoint.best=false", "checkpoint.every=0"])
+def test_no_best_model_is_kept_where_none_is_asked_for(process, tmp_path, word):
+    run = Small(process, tmp_path / "run", word)
+    run.take(2, VALUES)
+    assert not (run.path / "best").exists()
+    assert run.conf.checkpoint.best == (word != "checkpoint.best=false") and Conf().checkpoint.best
+
+
+def exported(path: Path, run: Small) -> None:
+    export(path, run.trainer.parameters(), TINY, CHARACTERS, (1,), write=True)
+
+
+def test_a_reference_whose_weights_have_changed_is_refused(process, tmp_path):
+    """One number of one tensor is another than when the run began."""
+    start, path = tmp_path / "start", tmp_path / "run"
+    exported(start, Small(process, tmp_path / "first"))
+    words = [f"model.path={start}", "kl_coef=0.01", "checkpoint.every=2"]
+    Small(process, path, *words).take(2)
+    assert Small(process, path, *words, resume=True).step == 2
+    flip(start / "model.safetensors", -3)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    said = rf"model.path={start}: has other weights than .*/step-2 began with, .* put those back"
+    with pytest.raises(ValueError, match=said):
+        Small(process, path, *words, resume=True)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    flip(start / "model.safetensors", -3)
+    assert Small(process, path, *words, resume=True).step == 2
+
+
+def test_without_a_reference_the_start_may_go(process, tmp_path):
+    start, path = tmp_path / "start", tmp_path / "run"
+    exported(start, Small(process, tmp_path / "first"))
+    words = [f"model.path={start}", "checkpoint.every=2"]
+    Small(process, path, *words).take(2)
+    flip(start / "model.safetensors", -3)
+    assert Small(process, path, *words, resume=True).step == 2

@@ -1,0 +1,414 @@
+"""Values that are not finite in the trainer: found, named, and either the end or a skipped step.
+
+Faults are real: they are put into a weight, a gradient, a rollout, an objective. One rank here, two
+ranks in `programs/nonfinite_program.py`, whole runs at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from launching import launch
+from test_checkpoint import bits_of
+from test_trainer import CPU, conf_of, objective, some_leaves
+
+from mesh.config.schema import Conf
+from mesh.layout.meshes import build_meshes, plan_layout
+from mesh.layout.reshard import Block, ParamLayout
+from mesh.model.qwen3 import TINY
+from mesh.rl.packing import Leaf, PackedBatch
+from mesh.roles.nonfinite import BadParameter, BadSequence, Findings, merged, message, to_json
+from mesh.roles.trainer import Start, Trainer
+
+GRADIENT = "gradient by the trainer logprob"
+Objective = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+pytestmark = pytest.mark.usefixtures("solo_mesh")
+
+
+def trainer_of(*words: str, run_dir: Path | None = None) -> Trainer:
+    conf = conf_of("trainer.warmup_steps=9", *words)
+    meshes = build_meshes(plan_layout(conf, 1), "cpu")
+    where = None if run_dir is None else str(run_dir)
+    return Trainer(
+        conf, meshes, TINY, CPU, torch.float32, Start(None, 3), run_dir=where,
+    )  # fmt: skip
+
+
+def with_logprob(share: Sequence[Leaf], prompt_id: int, sample_id: int, at: int, value: float):
+    """The leaves with another generator logprob of one token."""
+
+    def changed(rollout):
+        if (rollout.prompt_id, rollout.sample_id) != (prompt_id, sample_id):
+            return rollout
+        return replace(
+            rollout, logprobs=(*rollout.logprobs[:at], value, *rollout.logprobs[at + 1 :])
+        )
+
+    return [replace(leaf, rollouts=tuple(map(changed, leaf.rollouts))) for leaf in share]
+
+
+def step(trainer: Trainer, share: Sequence[Leaf], wanted: Objective | None = None, waves: int = 1):
+    """One step over the leaves, all at once or a call for each of them."""
+    wanted = wanted or partial(objective, trainer.conf)
+    for wave in [share] if waves == 1 else [[leaf] for leaf in share]:
+        trainer.accumulate(wave, [[leaf.num_tokens for leaf in wave]], wanted)
+    return trainer.update(2.0, sum(len(r.tokens) for leaf in share for r in leaf.rollouts))
+
+
+def report_of(trainer: Trainer, share: Sequence[Leaf], wanted: Objective | None = None):
+    """(error, line of nonfinite.jsonl) of a step that must end the run and leave all as it was."""
+    before = bits_of(trainer)
+    with pytest.raises(RuntimeError) as caught:
+        step(trainer, share, wanted)
+    assert_equal_bits(bits_of(trainer), before)
+    assert (trainer.steps, trainer.updates) == (0, 0)
+    (line,) = Path(str(trainer.run_dir), "nonfinite.jsonl").read_text().splitlines()
+    return str(caught.value), json.loads(line)
+
+
+def assert_equal_bits(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert len(mine) > 60 and mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
+
+
+@contextmanager
+def broken_gradient(trainer: Trainer, name: str, value: float = torch.nan) -> Iterator[None]:
+    """While it is open, one element of a parameter's gradient is this."""
+
+    def spoil(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.to_local().view(-1)[5] = value
+
+    handle = trainer.parameters()[name].register_post_accumulate_grad_hook(spoil)
+    yield
+    handle.remove()
+
+
+def sequence(prompt_id: int, sample_id: int, position: int, what: str, value: str, *counts: int):
+    ids = {"prompt_id": prompt_id, "sample_id": sample_id, "position": position}
+    return ids | {"what": what, "value": value, "tokens": counts[0], "length": counts[1]}
+
+
+def test_a_weight_is_named_with_the_sequences_that_it_reaches(tmp_path):
+    """A norm's weight makes every logprob NaN: trainer logprobs alone, as the loss follows."""
+    trainer = trainer_of(run_dir=tmp_path)
+    with torch.no_grad():
+        trainer.parameters()["layers.1.ffn_norm.weight"].to_local()[7] = torch.nan
+    text, line = report_of(trainer, some_leaves())
+    weight = {"name": "layers.1.ffn_norm.weight", "elements": 1, "total": 128}
+    assert line["weights"] == {"count": 1, "first": [weight]}
+    assert line["sequences"]["count"] == 4
+    first = sequence(0, 0, 0, "trainer logprob", "nan", 3, 3)
+    assert line["sequences"]["first"][0] == first
+    assert {found["what"] for found in line["sequences"]["first"]} == {"trainer logprob"}
+    assert line["gradients"]["count"] == line["parameters"] == len(trainer.master_names)
+    names = [found["name"] for found in line["gradients"]["first"]]
+    assert names == sorted(trainer.master_names)
+    assert (line["step"], line["action"], line["loss"]) == (1, "stop", "nan")
+    for words in (
+        "on_nonfinite=stop: step 1 is not finite (loss nan, gradient norm nan)",
+        "prompt_id=0 sample_id=0 position 0 of the response: trainer logprob nan (3 of 3 tokens)",
+        "sequences: 4",
+        "gradients: 24 of 24 parameters",
+        "... 14 more lines",
+        "the weights before the step: 1 of 24 parameters",
+        "layers.1.ffn_norm.weight: 1 of 128 elements",
+    ):
+        assert words in text
+
+
+def test_a_gradient_is_named_also_under_recomputation(tmp_path):
+    name = "layers.0.attention.qkv_linear.wq.weight"
+    for number, (mode, value) in enumerate((("none", torch.nan), ("full", -torch.inf))):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        trainer = trainer_of(f"trainer.activation_checkpointing={mode}", run_dir=run_dir)
+        with broken_gradient(trainer, name, value):
+            text, line = report_of(trainer, some_leaves())
+        first = {"name": name, "elements": 1, "total": 128 * 128}
+        assert line["gradients"] == {"count": 1, "first": [first]}
+        assert line["sequences"]["count"] == line["weights"]["count"] == 0
+        assert f"{name}: 1 of 16384 elements" in text and "sequences: 0" in text
+        assert line["loss"] not in ("nan", "inf", "-inf")
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_generator_logprob_is_named(tmp_path, value):
+    """Also +inf, whose ratio is 0: neither the loss nor the gradient shows it."""
+    text, line = report_of(
+        trainer_of(run_dir=tmp_path), with_logprob(some_leaves(), 1, 0, 2, value)
+    )
+    found = sequence(1, 0, 2, "generator logprob", repr(float(value)), 1, 4)
+    assert line["sequences"] == {"count": 1, "first": [found]}
+    if value == torch.inf:
+        assert line["gradients"]["count"] == 0
+    assert f"response: generator logprob {float(value)} (1 of 4 tokens)" in text
+
+
+def bad_loss(conf: Conf, batch: PackedBatch, logprobs_A: torch.Tensor):
+    """The policy's loss, NaN in the last two tokens of the third sequence."""
+    loss_A, clipped_A = objective(conf, batch, logprobs_A)
+    rows = (batch.sequence_A == 2).nonzero()[-2:, 0]
+    return loss_A.index_put((rows,), torch.tensor(torch.nan)), clipped_A
+
+
+def test_a_loss_is_named_where_it_alone_is_not_finite(tmp_path):
+    trainer = trainer_of(run_dir=tmp_path)
+    text, line = report_of(trainer, some_leaves(), partial(bad_loss, trainer.conf))
+    found = sequence(1, 0, 2, "loss", "nan", 2, 4)
+    assert line["sequences"] == {"count": 1, "first": [found]}
+    assert "response: loss nan (2 of 4 tokens)" in text
+
+
+def test_a_loss_whose_gradient_is_not_finite_is_named(tmp_path):
+    """A clipped ratio that overflows: its loss is the bound's, its gradient 0 * inf."""
+    trainer = trainer_of(run_dir=tmp_path)
+    _, line = report_of(trainer, with_logprob(some_leaves(), 0, 0, 1, -200.0))
+    assert line["sequences"] == {"count": 1, "first": [sequence(0, 0, 1, GRADIENT, "nan", 1, 3)]}
+    assert line["gradients"]["count"] == 24
+    assert math.isfinite(float(line["loss"]))
+
+
+FAULTS = ("weight of a step", "gradient", "generator logprob", "loss")
+
+
+def faulty_step(trainer: Trainer, fault: str, waves: int) -> dict[str, float]:
+    share = some_leaves()
+    if fault == "gradient":
+        with broken_gradient(trainer, "norm.weight"):
+            return step(trainer, share, waves=waves)
+    if fault == "loss":
+        return step(trainer, share, partial(bad_loss, trainer.conf))
+    if fault == "generator logprob":
+        return step(trainer, with_logprob(share, 0, 1, 0, torch.inf), waves=waves)
+    weight = trainer.parameters()["layers.0.attention_norm.weight"].to_local()
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight[3] = torch.inf
+    metrics = step(trainer, share, waves=waves)
+    with torch.no_grad():
+        weight.copy_(old)
+    return metrics
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_skipped_step_changes_nothing_but_the_time(fault, tmp_path, capsys):
+    """Against a run that has the same steps without the update of the second: weights, moments,
+    metrics. The learning rate still warms up by the number of steps."""
+    waves = 1 if fault == "loss" else 2
+    skipping = trainer_of("on_nonfinite=skip", "kl_coef=0.1", run_dir=tmp_path)
+    other = trainer_of("kl_coef=0.1")
+    first = step(skipping, some_leaves())
+    assert first == step(other, some_leaves()) | {"skipped": 0.0}
+    before = bits_of(skipping)
+    capsys.readouterr()
+    metrics = faulty_step(skipping, fault, waves)
+    assert_equal_bits(bits_of(skipping), before)
+    assert metrics["skipped"] == 1 and metrics["tokens/trained"] == 16
+    assert metrics.keys() == first.keys()
+    assert (skipping.steps, skipping.updates) == (2, 1)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("skipped: step 2 is not finite (loss ")
+    other.steps += 1
+    for _ in range(2):
+        mine, theirs = step(skipping, some_leaves()), step(other, some_leaves())
+        assert mine == theirs | {"skipped": 0.0}
+        assert_equal_bits(bits_of(skipping), bits_of(other))
+    assert mine["lr"] == pytest.approx(1e-3 * 4 / 9)
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["action"] == "skip"
+
+
+def test_a_first_step_that_is_skipped_leaves_an_optimizer_that_has_not_stepped():
+    skipping, other = trainer_of("on_nonfinite=skip"), trainer_of()
+    faulty_step(skipping, "gradient", 1)
+    other.steps += 1
+    for _ in range(2):
+        assert_equal_bits(bits_of(skipping), bits_of(other))
+        assert step(skipping, some_leaves()) == step(other, some_leaves()) | {"skipped": 0.0}
+
+
+def test_replicas_and_tensor_parallel_ranks_are_heard_and_count_once():
+    halves = [Block((0, 0), (2, 3)), Block((2, 0), (2, 3))]
+    layouts = [ParamLayout("w", (4, 3), {}), ParamLayout("norm", (3,), {})]
+    norm = Block((0,), (3,))
+    nan = BadSequence(7, 0, 2, "loss", "nan", 1, 4)
+    inf = BadSequence(5, 1, 0, "trainer logprob", "inf", 4, 4)
+    parts = [
+        Findings([nan], [("w", halves[0], 2)], []),
+        Findings([nan, inf], [("w", halves[0], 2), ("norm", norm, 1)], []),
+        Findings([], [("w", halves[1], 3), ("norm", norm, 2)], [("norm", norm, 1)]),
+        Findings([replace(nan, value="inf")], [], []),
+    ]
+    metrics = {"loss": torch.inf, "grad_norm": torch.nan}
+    report = merged(4, "stop", metrics, parts, layouts)
+    assert report.sequences == [inf, replace(nan, value="inf"), nan]
+    assert report.gradients == [BadParameter("norm", 2, 3), BadParameter("w", 5, 12)]
+    assert report.weights == [BadParameter("norm", 1, 3)]
+    assert "sequences: 2\n" in message(report) and "gradients: 2 of 2" in message(report)
+    line = json.loads(to_json(report))
+    assert line["sequences"]["count"] == 3 and line["grad_norm"] == "nan"
+
+
+# A task whose import breaks the engine: in the third step one logprob of one answer is infinite.
+# The ranks score by themselves, as a process that scores would import the engine, and torch, too.
+BROKEN = """
+from dataclasses import dataclass, replace
+
+from mesh.engine.native.engine import NativeEngine
+from mesh.tasks.spell_backward import SpellBackward
+
+whole = NativeEngine.generate
+
+
+def generate(self, requests, sampling):
+    return [
+        replace(c, logprobs=(float("inf"), *c.logprobs[1:]))
+        if (sampling.step, c.prompt_id, c.sample_id) == (2, 5, 2) and sampling.temperature else c
+        for c in whole(self, requests, sampling)
+    ]
+
+
+NativeEngine.generate = generate
+
+
+@dataclass(frozen=True)
+class Task(SpellBackward):
+    pass
+"""
+WORDS = [
+    "conf=qwen3_tiny", "mesh.mode=split", "num_prompts=8", "group_size=4", "waves=2", "steps=4",
+    "eval.every=0", "eval.num_prompts=8", "eval.num_samples=1", "log.tensorboard=false",
+    "checkpoint.every=1", "checkpoint.keep=9", "task=broken:Task",
+    "reward.workers=0",
+]  # fmt: skip
+KEYS = {"WANDB_API_KEY": "4d61726b65724f6e65" * 2, "netrc": "4d61726b657254776f" * 2}
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run on split meshes that ended in its third step and was resumed to skip it, by a user
+    who has keys of W&B in the environment and in ~/.netrc."""
+
+    path: Path
+    stderr: str
+    checkpoints: set[str]
+    found: list[dict]
+    resumed: str
+    outputs: list[str]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Stopped:
+    path = tmp_path_factory.mktemp("stopped")
+    (path / "broken.py").write_text(BROKEN)
+    home = path / "home"
+    home.mkdir()
+    (home / ".netrc").write_text(f"machine api.wandb.ai login user password {KEYS['netrc']}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("WANDB_API_KEY", KEYS["WANDB_API_KEY"])
+        words = [*WORDS, f"run_dir={path / 'run'}"]
+        first = launch("recipes/grpo.py", 2, *words, status=1, path=path)
+        checkpoints = {item.name for item in (path / "run" / "checkpoints").iterdir()}
+        found = lines_of(path / "run" / "nonfinite.jsonl")
+        words = [f"resume={path / 'run'}", "on_nonfinite=skip"]
+        second = launch("recipes/grpo.py", 2, *words, path=path)
+    outputs = [text for made in (first, second) for text in (made.stdout, made.stderr)]
+    return Stopped(path / "run", first.stderr, checkpoints, found, second.stdout, outputs)
+
+
+def test_a_run_that_stops_says_where_and_keeps_the_checkpoint_before(stopped):
+    assert "rank 0 failed at" in stopped.stderr
+    words = "prompt_id=5 sample_id=2 position 0 of the response: generator logprob inf (1 of "
+    assert "on_nonfinite=stop: step 3 is not finite (loss " in stopped.stderr
+    assert words in stopped.stderr and words in (stopped.path / "error-rank0.txt").read_text()
+    assert "step-1" in stopped.checkpoints
+    assert not any(name.startswith("step-3") for name in stopped.checkpoints)
+    (line,) = stopped.found
+    assert (line["step"], line["action"]) == (3, "stop")
+    (found,) = line["sequences"]["first"]
+    assert (found["prompt_id"], found["sample_id"], found["what"]) == (5, 2, "generator logprob")
+
+
+def test_it_goes_on_without_that_step_when_told_to_skip(stopped):
+    """Both roles stay in step: the next one is trained on and logged. JSON has no infinities."""
+    assert "skipped: step 3 is not finite (loss " in stopped.resumed
+    assert "done  4/4 steps" in stopped.resumed
+    metrics = lines_of(stopped.path / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert [line["skipped"] for line in metrics[3:]] == [1.0, 0.0]
+    assert metrics[3]["logprob_diff/max"] is None and metrics[4]["logprob_diff/max"] < 1e-4
+    weights = [line.get("digest/weights") for line in metrics]
+    assert weights[1] != weights[2] == weights[3] != weights[4]
+    index = json.loads((stopped.path / "checkpoints" / "step-4" / "index.json").read_text())
+    assert (index["content"]["step"], index["content"]["updates"]) == (4, 3)
+    (line,) = lines_of(stopped.path / "nonfinite.jsonl")
+    assert (line["step"], line["action"]) == (3, "skip")
+
+
+def test_keys_of_wandb_reach_no_file_and_no_output(stopped):
+    files = [path for path in stopped.path.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {
+        "config.yaml", "environment.json", "environment-2.json", "metrics.jsonl", "samples.jsonl",
+        "error-rank0.txt", "nonfinite.jsonl", "index.json",
+    }  # fmt: skip
+    for key in KEYS.values():
+        assert not [path for path in files if key.encode() in path.read_bytes()]
+        assert not any(key in output for output in stopped.outputs)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[list[dict], dict[str, list[dict]]]:
+    """What two ranks saw by layout, and the lines that were written there."""
+    path = tmp_path_factory.mktemp("two_ranks")
+    launch("tests/programs/nonfinite_program.py", 2, str(path))
+    seen = [torch.load(path / f"{rank}.pt") for rank in range(2)]
+    return seen, {name: lines_of(path / name / "nonfinite.jsonl") for name in seen[0]}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_ranks_agree_whichever_of_them_has_the_fault(two_ranks):
+    """Shards, replicas and tensor-parallel copies, of which the norm counts only the first."""
+    seen, _ = two_ranks
+    assert list(seen[0]) == ["shard", "replicate", "tp"]
+    for layout, mine in seen[0].items():
+        assert seen[1][layout] == mine
+        assert all(mine[fault] == (1.0, True) for fault in ("rollout", "gradient", "weight"))
+        assert mine["sound"] == (0.0, False) and mine["counts"] == (5, 2)
+        text, unchanged = mine["stop"]
+        assert text.startswith("on_nonfinite=stop: step 6 is not finite (loss ") and unchanged
+        assert "layers.1.attention_norm.weight: 1 of 128 elements" in text
+
+
+def test_what_the_ranks_found_is_put_together(two_ranks):
+    _, lines = two_ranks
+    name = "layers.1.attention_norm.weight"
+    for layout, found in lines.items():
+        assert [(line["step"], line["action"]) for line in found] == [
+            (2, "skip"), (3, "skip"), (4, "skip"), (6, "stop"),
+        ]  # fmt: skip
+        rollout, gradient, weight, stop = found
+        first = sequence(3, 1, 4, "generator logprob", "inf", 1, 7)
+        assert rollout["sequences"] == {"count": 1, "first": [first]}
+        once = {"count": 1, "first": [{"name": name, "elements": 1, "total": 128}]}
+        assert gradient["gradients"] == stop["gradients"] == once
+        assert gradient["sequences"]["count"] == 0
+        assert weight["weights"] == once
+        # of replicas one has the NaN: the sequences that it trains on
+        reached = [1, 3] if layout == "replicate" else [0, 1, 2, 3]
+        ids = {(found["prompt_id"], found["sample_id"]) for found in weight["sequences"]["first"]}
+        assert ids == {(p, s) for p in reached for s in range(2)}

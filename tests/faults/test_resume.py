@@ -1,0 +1,211 @@
+"""Real runs that end too early and go on: L5 on the same mesh, and the crossing to other meshes.
+
+The run that is resumed last is stopped by Ctrl-C, so that its checkpoint is seen too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, Run, launch, run
+from test_stopping import Foreground, lines_of
+
+from mesh.checkpoint.logs import LOGS
+from mesh.runs.compare import compare_runs, untimed
+
+pytestmark = pytest.mark.timeout(900)  # of a slow machine; each launch has a limit of its own
+WORDS = [
+    "conf=qwen3_tiny", "num_prompts=8", "group_size=4", "eval.every=0", "eval.num_prompts=8",
+    "eval.num_samples=1", "log.tensorboard=false", "log.samples=-1", "trainer.warmup_steps=20",
+    "kl_coef=0.01", "batch_invariant=true",
+]  # fmt: skip
+
+
+def trained(metrics: list[dict]) -> list[dict]:
+    """What a step's line says of the training alone."""
+    lines = map(untimed, metrics)
+    return [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
+
+
+def killed(path: Path) -> int:
+    """Start a run, kill -9 a rank of it at a random moment after the first checkpoint; the number
+    of steps that it had taken."""
+    job = Foreground("grpo.py", 2, *WORDS, "steps=1000", "checkpoint.every=2", f"run_dir={path}")
+    job.wait_for(lambda: (path / "checkpoints" / "step-2").exists())
+    delay, victim = random.uniform(0, 1.5), random.randrange(2)
+    print(f"rank {victim} is killed {delay:.3f} s after the first checkpoint")
+    time.sleep(delay)
+    os.kill(job.ranks()[victim], signal.SIGKILL)
+    _, err = job.popen.communicate(timeout=60)
+    assert job.popen.returncode != 0, err
+    return steps_of(path)[-1]
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in lines_of(path / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Run:
+    """A run on two ranks that was killed, and resumed to take two steps more than it had."""
+    path = tmp_path_factory.mktemp("runs") / "killed"
+    steps = killed(path) + 2
+    made = Run(path, launch("recipes/grpo.py", 2, f"resume={path}", f"steps={steps}").stdout)
+    assert [line["step"] for line in made.metrics] == list(range(steps + 1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def straight(resumed, tmp_path_factory) -> Run:
+    """The same run, never killed. It writes no checkpoints."""
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    return run("recipes/grpo.py", path, 2, *WORDS, f"steps={resumed.metrics[-1]['step']}")
+
+
+def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, straight):
+    """Every line of both logs: tokens, rewards, losses, gradients, weights."""
+    steps = resumed.metrics[-1]["step"]
+    compared = compare_runs(resumed.path, straight.path)
+    assert compared.first is None
+    assert (compared.steps, compared.samples) == (steps + 1, steps * 8 * 4)
+    assert len({line["digest/weights"] for line in straight.metrics[1:]}) == steps
+    assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in straight.metrics[2:])
+    assert (resumed.path / "model" / "model.safetensors").is_file()
+    assert "resumed from" in resumed.output
+    assert (resumed.path / "environment-2.json").is_file()
+    assert not (straight.path / "checkpoints").exists()
+
+
+def test_torchrun_restarts_it_by_itself(straight, tmp_path):
+    """Killed before there is a checkpoint it starts over, killed later it goes on, and torchrun's
+    status is 0 in the end. The run directory's name is made of the time of the first start."""
+    words = [*WORDS, "steps=12", "checkpoint.every=2"]
+    job = Foreground("grpo.py", 2, *words, more=["--max-restarts=2"], cwd=tmp_path)
+    runs = tmp_path / "runs"
+    job.wait_for(lambda: any(runs.glob("*/environment.json")))
+    first = job.ranks()
+    os.kill(first[0], signal.SIGKILL)
+    job.wait_for(lambda: any(runs.glob("*/checkpoints/step-2")))
+    assert len(job.ranks()) == 2 and not set(job.ranks()) & set(first)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    out, err = job.popen.communicate(timeout=120)
+    assert job.popen.returncode == 0, err
+    (path,) = runs.iterdir()
+    assert f"attempt 2 starts over: it had no checkpoint yet, run_dir=runs/{path.name}" in out
+    assert f"attempt 3 continues, run_dir=runs/{path.name}" in out
+    made = Run(path, out)
+    assert [line["step"] for line in made.metrics] == list(range(13))
+    both = min(12, straight.metrics[-1]["step"])
+    assert trained(made.metrics[: both + 1]) == trained(straight.metrics[: both + 1])
+    assert [s for s in made.samples if s["step"] <= both] == [
+        s for s in straight.samples if s["step"] <= both
+    ]
+
+
+def replay(path: Path, step: int, status: int) -> list[str]:
+    """What recipes/replay.py prints; nothing in the run's directory may change by it."""
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    words = [str(path), f"step={step}", "log.samples=3"]
+    out = launch("recipes/replay.py", 2, *words, status=status).stdout
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert set(path.rglob("*")) == before.keys() | {p for p in path.rglob("*") if p.is_dir()}
+    return out.splitlines()
+
+
+def test_a_step_that_is_run_again_is_the_one_that_was_logged(resumed):
+    """The last step, from the checkpoint before it; it was evaluated too."""
+    steps = resumed.metrics[-1]["step"]
+    held = [int(path.name[5:]) for path in (resumed.path / "checkpoints").glob("step-*")]
+    before = max(step for step in held if step < steps)
+    lines = replay(resumed.path, steps, status=0)
+    origin = f"step {steps} of {resumed.path}, run again from checkpoints/step-{before}"
+    assert origin in lines
+    logged = untimed(resumed.metrics[-1])
+    assert lines[-1] == f"equal to the bit: {len(logged) - 1} metrics, 32 samples"
+    rows = {line.split()[0]: line.split() for line in lines if line.endswith(" equal")}
+    assert rows["eval/accuracy"][1] == rows["eval/accuracy"][2] == str(logged["eval/accuracy"])
+    assert rows["digest/weights"][2] == f'"{logged["digest/weights"]}"'
+    assert len(rows.keys() & logged.keys()) == len(logged) - 1
+    sample = next(s for s in resumed.samples if s["step"] == steps)
+    assert any(f'"{sample["prompt"]}"' in line and str(sample["advantage"]) in line
+               for line in lines)  # fmt: skip
+    assert not any("bits may differ" in line for line in lines)
+
+
+def test_a_replay_names_what_was_logged_otherwise(resumed, tmp_path):
+    """A metric and a sample are changed in a copy, whose newest earlier checkpoint is damaged."""
+    path = tmp_path / "copy"
+    shutil.copytree(resumed.path, path)
+    steps = resumed.metrics[-1]["step"]
+    for file, number, key in (("metrics.jsonl", -1, "grad_norm"), ("samples.jsonl", -2, "reward")):
+        lines = [json.loads(line) for line in lines_of(path / file)]
+        lines[number][key] += 1e-9
+        (path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    newest = max(
+        (int(item.name[5:]), item) for item in (path / "checkpoints").glob("step-*")
+        if item.name != f"step-{steps}"
+    )[1]  # fmt: skip
+    (newest / "rank-1.safetensors").write_bytes(b"")
+    lines = replay(path, steps, status=1)
+    said = f"{newest} is passed over: rank-1.safetensors has 0 bytes"
+    assert any(line.startswith(said) for line in lines)
+    assert lines[-1] == "DIFFERENT: grad_norm; 1 of 32 samples"
+    (row,) = [line for line in lines if line.startswith("grad_norm")]
+    assert row.split()[1] != row.split()[2] == str(resumed.metrics[-1]["grad_norm"])
+    assert len([line for line in lines if line.endswith("differs: reward")]) == 1
+
+
+def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
+    """Loading compares the digests of weights and moments with those of the mesh that saved."""
+    path, steps = resumed.path, resumed.metrics[-1]["step"]
+    before = lines_of(path / "metrics.jsonl")
+    said = f"resumed from {path}/checkpoints/step-%d: weights and moments are those that were saved"
+    words = ["trainer.tp=2", "generator.tp=2", f"steps={steps + 1}"]
+    assert said % steps in launch("recipes/grpo.py", 4, f"resume={path}", *words).stdout
+    job = Foreground("grpo.py", 2, f"resume={path}", "mesh.mode=split")  # one rank trains
+    job.wait_for(lambda: steps_of(path)[-1] >= steps + 3)
+    out, _ = job.press_ctrl_c()
+    assert said % (steps + 1) in out
+    logged, last = lines_of(path / "metrics.jsonl"), steps_of(path)[-1]
+    assert steps_of(path) == list(range(last + 1))
+    assert logged[: steps + 1] == before
+    index = json.loads((path / "checkpoints" / f"step-{last}" / "index.json").read_text())
+    assert index["content"]["digests"]["weights"] == json.loads(logged[-1])["digest/weights"]
+    assert index["content"]["files"].keys() == {"rank-0.safetensors", *LOGS}
+    assert f"to continue after step {last}: resume={path}" in out
+
+
+def test_a_full_disk_ends_the_run_which_goes_on_where_there_is_room(tmp_path):
+    """A tmpfs that holds two checkpoints and not a third, in a namespace of its own."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=12m tmpfs {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets no user mount a tmpfs")
+    words = [*WORDS, "steps=9", "checkpoint.every=1", f"run_dir={disk}/run"]
+    command = shlex.join([sys.executable, str(REPOSITORY / "recipes" / "grpo.py"), *words])
+    script = f"{mount}; {command}; status=$?; cp -r {disk}/run {kept}; exit $status"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode != 0
+    last = ended.stderr.rstrip().splitlines()[-1]
+    assert "RuntimeError" in last and "No space left on device" in last  # checkpoint, or log
+    assert f"{disk}/run" in last
+    names = {p.name for p in (kept / "checkpoints").iterdir()}
+    assert names - {"step-3.partial"} == {"step-1", "step-2"}
+    out = launch("recipes/grpo.py", 1, f"resume={kept}", "steps=3").stdout
+    assert f"resumed from {kept}/checkpoints/step-2" in out
+    assert steps_of(kept) == [0, 1, 2, 3]
+    assert {p.name for p in (kept / "checkpoints").iterdir()} == {"step-2", "step-3"}

@@ -1,0 +1,94 @@
+"""Group advantages against numbers worked out by hand and a float64 loop."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.rl.advantages import equal_groups, group_advantages
+
+REWARDS = st.lists(
+    st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=1, max_size=6
+)
+
+
+def test_std_by_hand():
+    """Mean 3/8, squared deviations 3 * 25/64 + 5 * 9/64 = 15/8, sample variance 15/56."""
+    rewards_PG = torch.tensor([[1.0, 0, 0, 1, 0, 0, 1, 0]])
+    deviation = math.sqrt(15 / 56) + 1e-6
+    expected_PG = torch.tensor([[0.625 if r else -0.375 for r in rewards_PG[0].tolist()]]).double()
+    advantages_PG = group_advantages(rewards_PG, "std")
+    assert advantages_PG.dtype == torch.float32
+    assert torch.equal(advantages_PG, (expected_PG / deviation).float())
+
+
+def test_eps_is_added_to_the_deviation():
+    """Rewards 0 and 2: deviations -1 and 1, sample deviation sqrt(2)."""
+    advantages_PG = group_advantages(torch.tensor([[0.0, 2.0]]), "std", eps=1.0)
+    expected = 1 / (math.sqrt(2) + 1)
+    torch.testing.assert_close(advantages_PG, torch.tensor([[-expected, expected]]))
+
+
+def test_centred_by_hand():
+    advantages_PG = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.0, 0, 0, 2]]), "centred")
+    assert advantages_PG.tolist() == [[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]]
+
+
+@pytest.mark.parametrize("kind", ["std", "centred"])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1e7 + 0.1])
+def test_equal_rewards_give_exactly_zero(kind, reward):
+    """Three times 0.1 does not average to 0.1 in float64."""
+    rewards_PG = torch.full((2, 3), reward, dtype=torch.float64)
+    assert group_advantages(rewards_PG, kind).tolist() == [[0.0] * 3] * 2
+    assert equal_groups(rewards_PG).tolist() == [True, True]
+
+
+def test_equal_groups_names_only_those():
+    rewards_PG = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 0]])
+    assert equal_groups(rewards_PG).tolist() == [True, True, False, False]
+
+
+@settings(deadline=None)
+@given(REWARDS, st.sampled_from(["std", "centred"]), st.permutations(range(4)))
+def test_bits_follow_the_own_group_only(rewards, kind, order):
+    """Alone, among others, or with its rollouts in another order: the same bits."""
+    rewards_PG = torch.tensor(rewards)
+    advantages_PG = group_advantages(rewards_PG, kind)
+    alone_PG = torch.cat([group_advantages(row_G[None], kind) for row_G in rewards_PG])
+    assert torch.equal(advantages_PG, alone_PG)
+    assert torch.equal(group_advantages(rewards_PG[:, order], kind), advantages_PG[:, order])
+
+
+def test_sums_are_exactly_rounded():
+    """The mean is 1/2 in any order; running sums lose a 1 beside 1e17, here or when permuted."""
+    rewards_PG = torch.tensor([[1e17, 1, 1, -1e17], [1, 1e17, -1e17, 1]], dtype=torch.float64)
+    rewards_PG = torch.cat([rewards_PG, rewards_PG[:, [1, 0, 3, 2]]])
+    small_PG = group_advantages(rewards_PG, "centred")[rewards_PG == 1]
+    assert small_PG.tolist() == [0.5] * 8
+
+
+@settings(deadline=None)
+@given(REWARDS)
+def test_std_is_torchs_in_float64(rewards):
+    rewards_PG = torch.tensor(rewards, dtype=torch.float64)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    expected_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
+    advantages_PG = group_advantages(rewards_PG, "std").double()
+    torch.testing.assert_close(advantages_PG, expected_PG, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rewards_PG", "kind", "message"),
+    [
+        (torch.zeros(3, 1), "std", "group_size G of 2"),
+        (torch.zeros(4), "std", "group_size G of 2"),
+        (torch.tensor([[0.0, float("nan")]]), "std", "finite"),
+        (torch.tensor([[0.0, float("inf")]]), "centred", "finite"),
+        (torch.zeros(1, 2), "mean", "'std' or 'centred'"),
+    ],
+)
+def test_bad_input_is_named(rewards_PG, kind, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(rewards_PG, kind)

@@ -1,0 +1,80 @@
+"""pass@k against a count of all subsets, and the sums that evaluation reduces over ranks."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+from launching import launch
+from user_tasks import Short
+
+from mesh.config.loading import load_conf
+from mesh.config.schema import Conf, EvalConf
+from mesh.program.assembly import Parts, check, without_training
+from mesh.roles.evaluation import _sums, held_out_prompts, pass_at_k
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.types import Rollout
+
+
+def generating(*words: str, held_out: bool = True) -> Parts:
+    """A start on 3 ranks of a program that does not train."""
+    conf = without_training(load_conf(["conf=qwen3_tiny", *words])[1])
+    return check(conf, 3, training=False, held_out=held_out)
+
+
+@pytest.mark.parametrize("num_samples", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
+    for num_correct in range(num_samples + 1):
+        right = [index < num_correct for index in range(num_samples)]
+        for k in range(1, num_samples + 1):
+            subsets = list(combinations(right, k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_1_is_the_mean_reward_and_k_of_all_is_any():
+    assert [pass_at_k(4, correct, 1) for correct in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [pass_at_k(4, correct, 4) for correct in range(5)] == [0, 1, 1, 1, 1]
+
+
+def rollout(prompt_id: int, sample_id: int, reward: float) -> Rollout:
+    return Rollout(prompt_id, sample_id, (1,), (2,), (-0.5,), reward, "stop")
+
+
+def test_sums_by_hand():
+    """Three prompts with 0, 1 and 2 right of 2; partial credit is not right, extra credit is."""
+    rewards = {7: (0.99, 0.0), 8: (1.0, 0.5), 9: (1.0, 1.5)}
+    rollouts = [rollout(p, g, rewards[p][g]) for p in rewards for g in range(2)]
+    assert _sums(rollouts, 2, [1, 2]) == [0 + 0.5 + 1, 0 + 1 + 1, 3]
+    assert _sums([], 2, [1, 2]) == [0, 0, 0]
+
+
+def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():
+    conf = Conf(eval=EvalConf(num_prompts=5))
+    assert held_out_prompts(conf, SpellBackward(0)) == SpellBackward(0).eval_prompts(5)
+    with pytest.raises(ValueError, match="eval_prompts was asked for 5 prompts and gave 4"):
+        held_out_prompts(conf, Short(0))
+
+
+def test_what_only_training_asks_does_not_keep_a_program_from_generating():
+    long = ["task_args.min_length=30", "task_args.max_length=30"]
+    generating("num_prompts=64", "trainer.microbatch_tokens=1", "task=user_tasks:ShortTraining")
+    generating(*long, "task=user_tasks:Short", held_out=False)
+    with pytest.raises(ValueError, match=r"the prompt '[a-z]{30}>' has 31 tokens"):
+        generating(*long)
+    with pytest.raises(ValueError, match="eval_prompts was asked for 256 prompts and gave 255"):
+        generating("task=user_tasks:Short")
+    with pytest.raises(ValueError, match="trainer.tp=3"):
+        generating("trainer.tp=3")
+
+
+def test_fewer_prompts_than_replicas_leave_one_an_empty_share(tmp_path):
+    """A replica without prompts joins in the reduction: the numbers are those of one rank."""
+    seen = []
+    for num_ranks in (1, 2):
+        output = tmp_path / f"{num_ranks}.json"
+        words = ["conf=qwen3_tiny", "eval.num_prompts=1", f"eval.output={output}"]
+        launch("recipes/evaluate.py", num_ranks, *words)
+        seen.append(json.loads(output.read_text()))
+    assert seen[0] == seen[1]

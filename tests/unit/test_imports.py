@@ -1,0 +1,134 @@
+"""The house (STYLE.md): imports point downwards, outside worlds have one door, code stays small."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+# from the top down: a room imports only from lines below its own, and from itself
+HOUSE = """
+    exactness
+    program
+    checkpoint
+    runs
+    roles
+    engine
+    exchange
+    weights model
+    rl
+    tasks
+    text layout
+    invariant
+    lifecycle
+    config
+    types
+"""
+PURE = ["rl/advantages", "rl/losses", "rl/packing", "rl/step", "layout/reshard"]
+MOST_FUNCTION_LINES = 60
+MOST_FILE_LINES = 300
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    return sorted(path.relative_to(REPOSITORY) for path in found)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((REPOSITORY / path).read_text())
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of what a file imports anywhere in it: `from a import b` gives a and a.b."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the import in full"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(name: str) -> str | None:
+    """`mesh.model.hf` and `mesh.model` are `model`; None outside the package."""
+    package, _, rest = name.partition(".")
+    return rest.partition(".")[0] if package == "mesh" and rest else None
+
+
+def rooms(path: Path) -> set[str]:
+    return {room for name in imports(path) if (room := room_of(name)) is not None}
+
+
+def own_room(path: Path) -> str:
+    return path.parts[1].removesuffix(".py")
+
+
+LIBRARY = [path for path in sources("mesh") if path != Path("mesh/__init__.py")]
+ALL = sources("mesh", "recipes", "tools")
+LEVELS = [line.split() for line in HOUSE.strip().splitlines()]
+LEVEL = {room: level for level, line in enumerate(LEVELS) for room in line}
+
+
+def test_the_house_has_these_rooms_and_no_loose_module():
+    assert {own_room(path) for path in LIBRARY} == set(LEVEL)
+    assert [path.name for path in LIBRARY if len(path.parts) == 2] == ["types.py"]
+    assert len(set(LEVEL) - {"types"}) <= 16
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_imports_point_downwards(path):
+    own = own_room(path)
+    wrong = {room for room in rooms(path) - {own} if LEVEL[room] <= LEVEL[own]}
+    assert not wrong, f"{path} imports {sorted(wrong)}, which are not below it"
+
+
+@pytest.mark.parametrize("path", sources("mesh", "recipes", "tools"), ids=str)
+def test_nothing_imports_programs(path):
+    roots = {name.partition(".")[0] for name in imports(path)}
+    assert not roots & {"recipes", "tools", "tests"}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_maths_is_pure(name):
+    found = imports(Path("mesh", f"{name}.py"))
+    assert "config" not in rooms(Path("mesh", f"{name}.py"))
+    assert not {other for other in found if other.startswith("torch.distributed")}
+    assert "logging" not in found
+
+
+@pytest.mark.parametrize("path", ALL, ids=str)
+def test_outside_worlds_have_one_door(path):
+    roots = {name.partition(".")[0] for name in imports(path)}
+    doors = {
+        "torchtitan": path.parts[:2] == ("mesh", "model"),
+        # the engine, and what it is measured against
+        "vllm": str(path).startswith(("mesh/engine/vllm", "tools/plain_vllm.py")),
+        "monarch": path == Path("tools/monarch_procs.py"),
+    }
+    assert not {world for world, open_here in doors.items() if world in roots and not open_here}
+
+
+@pytest.mark.parametrize("path", ALL, ids=str)
+def test_functions_and_files_stay_small(path):
+    lines = (REPOSITORY / path).read_text().splitlines()
+    functions = [
+        node
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    sizes = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: n for name, n in sizes.items() if n > MOST_FUNCTION_LINES} == {}
+    assert len(lines) <= MOST_FILE_LINES
+
+
+@pytest.mark.parametrize("path", sources("recipes"), ids=str)
+def test_a_recipe_is_functions_and_its_docstring_says_what_is_left_out(path):
+    tree = tree_of(path)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert "Left out" in (ast.get_docstring(tree) or "")
+    assert "rank ==" not in (REPOSITORY / path).read_text()

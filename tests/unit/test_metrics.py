@@ -1,0 +1,186 @@
+"""What a run writes down and shows, value by value."""
+
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mesh.config.schema import LogConf
+from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.runs.metrics import MetricsLogger
+from mesh.runs.progress import LiveProgress, Pace, clock, plain_line, thousands
+
+QUIET = LogConf(tensorboard=False)
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_file(tmp_path):
+    with MetricsLogger(tmp_path, QUIET, rank=0, steps=2) as metrics:
+        metrics.log(1, {"reward/mean": torch.tensor(0.5), "loss": np.float32(0.25)})
+        assert len(lines(tmp_path / "metrics.jsonl")) == 1  # flushed at once
+        metrics.log(2, {"loss": float("nan"), "grad_norm": float("inf"), "digest/weights": "ff"})
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": 0.25, "reward/mean": 0.5}\n'
+        '{"step": 2, "digest/weights": "ff", "grad_norm": null, "loss": null}\n'
+    )
+
+
+def test_a_second_logger_appends(tmp_path, capsys):
+    for step in (1, 2):
+        with MetricsLogger(tmp_path, QUIET, rank=0, steps=2) as metrics:
+            metrics.log(step, {"loss": step})
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert "s/step  ETA 0:00" in capsys.readouterr().out
+
+
+def test_off_rank_0_nothing_happens(tmp_path, capsys):
+    with MetricsLogger(tmp_path, LogConf(), rank=1, steps=2) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        metrics.log_samples(1, [{"prompt": "a"}])
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("samples", "written"), [(2, 2), (-1, 3), (0, 0)])
+def test_samples_file(tmp_path, samples, written):
+    rollouts = [{"prompt": "cat>", "answer": "täc", "reward": float(i)} for i in range(3)]
+    with MetricsLogger(tmp_path, LogConf(tensorboard=False, samples=samples), 0, 2) as metrics:
+        metrics.log_samples(7, rollouts)
+    expected = [{"step": 7} | rollout for rollout in rollouts[:written]]
+    assert lines(tmp_path / "samples.jsonl") == expected
+    assert "täc" in (tmp_path / "samples.jsonl").read_text() or not written
+
+
+def test_tensorboard(tmp_path):
+    with MetricsLogger(tmp_path, LogConf(), rank=0, steps=2) as metrics:
+        metrics.log(1, {"loss": 0.5, "digest/weights": "ff"})
+        metrics.log(2, {"loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert events.Tags()["scalars"] == ["loss"]
+
+
+def test_wandb_offline_without_its_key(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    key = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    conf = LogConf(tensorboard=False, wandb="project")
+    with MetricsLogger(tmp_path, conf, rank=0, steps=1, config={"seed": 3}) as metrics:
+        metrics.log(1, {"loss": 0.5})
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    assert not any(key.encode() in path.read_bytes() for path in written)
+
+
+def fake_pace(steps: int, seconds_per_step: float, step: int) -> Pace:
+    times = iter([0.0] + [seconds_per_step * i for i in range(1, step + 1)] + [99.0] * 99)
+    pace = Pace(steps, now=lambda: next(times))
+    for done in range(1, step + 1):
+        pace.advance(done)
+    return pace
+
+
+METRICS = {
+    "reward/mean": 0.5312,
+    "eval/accuracy": 0.48,
+    "logprob_diff/max": 0.0,
+    "tokens_per_second/generate": 12345.0,
+    "tokens_per_second/train": 45600.0,
+    "loss": 1.0,
+}
+
+
+def test_plain_line():
+    assert plain_line(METRICS, fake_pace(150, 0.82, 12)) == (
+        "step   12/150  reward 0.531  eval 0.480  logprob_diff 0.0e+00  gen 12.3k tok/s"
+        "  train 45.6k tok/s  0.82 s/step  ETA 1:53"
+    )
+    assert plain_line({}, fake_pace(150, 1.0, 0)) == "step    0/150  ? s/step  ETA ?"
+
+
+def test_pace_is_that_of_the_last_steps():
+    times = iter([0.0, *(100.0 + i for i in range(1, 31))])
+    pace = Pace(60, now=lambda: next(times))
+    for step in range(1, 31):
+        pace.advance(step)
+    assert pace.seconds_per_step() == 1.0
+    assert pace.eta() == "0:30"
+
+
+def test_pace_of_a_resumed_run():
+    times = iter([0.0, 2.0])
+    pace = Pace(100, now=lambda: next(times), step=90)
+    pace.advance(91)
+    assert pace.seconds_per_step() == 2.0
+    assert pace.eta() == "0:18"
+
+
+def test_numbers_for_people():
+    assert [clock(s) for s in (6.6, 113, 7389)] == ["0:07", "1:53", "2:03:09"]
+    assert [thousands(n) for n in (950, 12345, 4.56e6)] == ["950", "12.3k", "4.56M"]
+
+
+def test_lines_and_summary_where_stdout_is_no_terminal(tmp_path, capsys):
+    with MetricsLogger(tmp_path, QUIET, rank=0, steps=3) as metrics:
+        metrics.log(1, METRICS)
+        metrics.log(2, {"reward/mean": 0.6})
+    first, second, summary = capsys.readouterr().out.splitlines()
+    assert first.startswith("step    1/3  reward 0.531  eval 0.480")
+    assert second.startswith("step    2/3  reward 0.600  eval 0.480")  # the last one measured
+    assert "tok/s" not in second
+    assert summary == f"stopped  2/3 steps  eval 0.480  wall 0:00  run {tmp_path}"
+    assert capsys.readouterr().out == ""
+
+
+def test_no_summary_after_an_error(tmp_path, capsys):
+    with pytest.raises(KeyError), MetricsLogger(tmp_path, QUIET, rank=0, steps=1):
+        raise KeyError
+    assert capsys.readouterr().out == ""
+
+
+def test_live_table():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
+    progress = LiveProgress(fake_pace(150, 0.82, 12), console)
+    progress.update(METRICS, evaluated=True)
+    progress.update(METRICS | {"reward/mean": 0.75}, evaluated=False)
+    time.sleep(0.8)
+    progress.close()
+    text = screen.getvalue()
+    assert text.count("step   12/150  reward 0.531  eval 0.480") == 1
+    assert "12/150" in text
+    assert "0.750" in text
+    assert "step   12/150  reward 0.750" not in text
+    assert text.rstrip().endswith("\x1b[2K")  # the table is taken away
+
+
+def test_phases_accumulate_and_start_over():
+    phases = Phases(torch.device("cpu"))
+    for _ in range(2):
+        with phases("generate"):
+            time.sleep(0.02)
+    with pytest.raises(KeyError), phases("train"):
+        time.sleep(0.01)
+        raise KeyError
+    seconds = phases.seconds()
+    assert list(seconds) == ["generate", "train"]
+    assert 0.04 <= seconds["generate"] < 0.4
+    assert 0.01 <= seconds["train"] < 0.2
+    assert phases.seconds() == {}
+
+
+def test_phase_metrics():
+    assert phase_metrics({"generate": 2.0, "sync": 0.5}, {"generate": 100}) == {
+        "seconds/generate": 2.0,
+        "seconds/sync": 0.5,
+        "tokens_per_second/generate": 50.0,
+    }

@@ -1,0 +1,183 @@
+"""The start-up self-test: it sees a vendor kernel whose rows depend on the batch, moves the shape
+to our kernel on every rank, and refuses what depends on it there too.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from launching import launch
+
+from mesh.invariant.selftest import Product, check_products, operands, self_test
+from mesh.invariant.switch import batch_invariant, current
+from mesh.model import rowwise
+from mesh.model.products import products_of, self_test_of, tile_widths
+from mesh.model.qwen3 import TINY, shape_of_flavor
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+SOUND, BROKEN = Product(64, 96, "sound"), Product(160, 48, "broken")
+
+Wrong = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+@contextmanager
+def vendor(name: str, wrong: Wrong) -> Iterator[None]:
+    """Make PyTorch's CPU kernel `name` give other bits where wrong(first tensor, result)."""
+    library = torch.library.Library("aten", "IMPL")
+    ordinary = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def kernel(keyset, *args):
+        result = ordinary.call_boxed(keyset, *args)
+        return torch.nextafter(result, result + 1) if wrong(args[0], result) else result
+
+    library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A world of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def many_rows(a: torch.Tensor, result: torch.Tensor) -> bool:
+    """Of the product of BROKEN's shape, rows beyond the 64th call for another kernel."""
+    return a.shape == (a.shape[0], 160) and result.shape[1] == 48 and len(a) > 64
+
+
+def test_a_shape_that_fails_is_moved_and_passes(alone):
+    with vendor("mm", many_rows), batch_invariant(True, "cpu"):
+        before = check_products([SOUND, BROKEN], (1, 2), torch.float32, CPU)
+        line = self_test([SOUND, BROKEN], (), (1, 2), torch.float32, CPU, alone)
+        assert current().choices.tiled == {(160, 48), (160, 24)}
+        x, weight = torch.randn(100, 160), torch.randn(48, 160)
+        assert torch.allclose(F.linear(x, weight), x @ weight.t().clone(), atol=1e-4)
+        after = check_products([SOUND, BROKEN], (1, 2), torch.float32, CPU)
+    assert [f.differing > 0 for f in before] == [False, True]
+    assert before[1].first == "rows 0 to 1"
+    assert [f.differing for f in after] == [0, 0]
+    assert all(f.comparisons == 53 + 2 * 3 for f in after)
+    assert line == (
+        "batch-invariant: 236 comparisons of 2 shapes equal; by our own kernels: "
+        "broken [K 160, N 48]"
+    )
+
+
+def test_what_is_broken_in_our_kernel_too_is_refused_by_its_shape(alone):
+    calls = []
+
+    def now_and_then(a: torch.Tensor, result: torch.Tensor) -> bool:
+        calls.append(0)
+        return a.shape[1] == 160 and len(calls) % 3 == 0
+
+    with (
+        vendor("mm", now_and_then),
+        batch_invariant(True, "cpu"),
+        pytest.raises(RuntimeError, match=r"broken \[K 160, N 48\]: \d+ of 59 differ") as refusal,
+    ):
+        self_test([SOUND, BROKEN], (), (1, 2), torch.float32, CPU, alone)
+    assert "batch_invariant=false" in str(refusal.value)
+    assert "sound" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["_softmax", "_log_softmax"])
+def test_a_softmax_that_depends_on_the_rows_is_replaced(alone, name):
+    def few_rows(x: torch.Tensor, result: torch.Tensor) -> bool:
+        return x.shape[1:] == (24,) and len(x) < 8
+
+    with vendor(name, few_rows), batch_invariant(True, "cpu"):
+        line = self_test([SOUND], (16, 24), (1,), torch.float32, CPU, alone)
+        assert current().choices.widths == {16}
+        x = torch.randn(5, 24)
+        assert torch.equal(F.softmax(x, -1)[:1], F.softmax(x[:1], -1))
+    assert "softmax [K 24, N 24]" in line
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attention"])
+def test_an_operation_that_depends_on_the_rows_is_refused_by_its_name(alone, name, monkeypatch):
+    whole = getattr(rowwise, name)
+
+    def broken(x: torch.Tensor, *rest) -> torch.Tensor:
+        return whole(x, *rest) * (1 + 2**-10 if len(x) < 8 else 1)
+
+    monkeypatch.setattr(rowwise, name, broken)
+    said = {"rms_norm": "RMSNorm", "swiglu": "SwiGLU", "attention": "attention, 3 tokens"}[name]
+    with batch_invariant(True, "cpu"), pytest.raises(RuntimeError, match=said):
+        self_test_of(TINY, 4, torch.float32, CPU, alone)
+
+
+def test_the_operands_show_another_order_in_bfloat16_as_well():
+    """One sum in two orders; with operands of random signs the last rounding hides it."""
+    made = operands(Product(768, 96, ""), 64, torch.bfloat16, CPU)
+    random = torch.randn(64, 768).bfloat16(), torch.randn(96, 768).bfloat16()
+    shown = []
+    for x, weight in (made, random):
+        turned = x.float().flip(1) @ weight.float().flip(1).t()
+        differs = turned.bfloat16() != (x.float() @ weight.float().t()).bfloat16()
+        shown.append(differs.float().mean())
+    assert shown[0] > 0.8 and shown[1] < 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tiny_model_passes_here_with_any_number_of_threads(alone, dtype):
+    shape, threads = shape_of_flavor("tiny"), torch.get_num_threads()
+    products, comparisons = products_of(shape), 0
+    assert {p.name for p in products} == {"wq", "wk", "wv", "wo", "w1", "w2", "w3", "lm_head"}
+    assert tile_widths(shape) == [16]
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with batch_invariant(True, "cpu"):
+                assert "shapes equal" in self_test_of(shape, 4, dtype, CPU, alone)
+                found = check_products(products, (1, 2, 4), dtype, CPU)
+            comparisons += sum(f.comparisons for f in found)
+            control = check_products(products, (1, 2, 4), dtype, CPU)
+            assert [f.product for f in control] == [f.product for f in found]
+            assert sum(f.differing for f in control) > 0, "control: nothing differs without"
+    finally:
+        torch.set_num_threads(threads)
+    assert comparisons > 400
+
+
+def rank_of_two(rank: int, path: Path) -> None:
+    """A rank of a world of two, of which the second has the broken kernel."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(path / "store"), 2), rank=rank,
+                            world_size=2)  # fmt: skip
+    broken = many_rows if rank == 1 else lambda a, result: False
+    with vendor("mm", broken), batch_invariant(True, "cpu"):
+        line = self_test([SOUND, BROKEN], (8,), (1,), torch.float32, CPU, dist.group.WORLD)
+        (path / str(rank)).write_text(f"{line} {sorted(current().choices.tiled)}")
+    dist.destroy_process_group()
+
+
+def test_what_fails_on_one_rank_is_moved_on_all(tmp_path: Path):
+    """In a fresh process, which may still fork: this one has had threads."""
+    launch("tests/unit/test_selftest.py", 1, str(tmp_path))
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].endswith("by our own kernels: broken [K 160, N 48] [(160, 48)]")
+
+
+if __name__ == "__main__":
+    other = multiprocessing.get_context("fork").Process(
+        target=rank_of_two, args=(1, Path(sys.argv[1])), daemon=True
+    )
+    other.start()
+    rank_of_two(0, Path(sys.argv[1]))
+    other.join()

