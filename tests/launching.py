@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TWO_RANK_LAYOUTS = {
     "trainer tp 2": ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
@@ -38,7 +38,7 @@ def launch(
     """
     launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else [sys.executable]
     given = os.environ.get("PYTHONPATH")
-    places = [str(place) for place in (path, REPOSITORY, given) if place]
+    places = [str(place) for place in (path, REPOSITORY, REPOSITORY / "tests", given) if place]
     result = subprocess.run(
         [*launcher, str(REPOSITORY / program), *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},

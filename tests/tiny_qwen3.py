@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.holdings import local_tensors
 from mesh.model.attention import packed_context
+from mesh.model.families import shape_of_directory
 from mesh.model.hf import load_weights
 from mesh.model.layouts import role_layouts
-from mesh.model.qwen3 import Qwen3, build_model, named_weights, shape_of_directory
+from mesh.model.policy import Policy, build_policy, named_weights
 from mesh.types import ModelShape
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def save_checkpoint(path: Path, variant: Variant, **options) -> Qwen3ForCausalLM
 
 def load_role(
     path: Path, mesh: DeviceMesh, rank: int = 0, fsdp: dict | None = None
-) -> tuple[Qwen3, ModelShape]:
+) -> tuple[Policy, ModelShape]:
     """Our model on this rank with its blocks of the weights in `path`, as both roles load them."""
     shape = shape_of_directory(path)
-    model = build_model(shape, MAX_LENGTH, CPU, torch.float32, mesh, fsdp)
+    model = build_policy(shape, MAX_LENGTH, CPU, torch.float32, mesh, fsdp)
     layouts = role_layouts(shape, MAX_LENGTH, mesh.mesh, fsdp=fsdp is not None)
     blocks = {layout.name: layout.blocks.get(rank) for layout in layouts}
     with torch.no_grad():
@@ -102,7 +103,7 @@ class Packed:
         bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         return packed_context(bounds, max(self.lengths))
 
-    def scores(self, model: Qwen3, temperature: float = 1.0):
+    def scores(self, model: Policy, temperature: float = 1.0):
         return model(
             self.tokens_T, self.positions_T, self.context, self.index_A, self.targets_A, temperature
         )

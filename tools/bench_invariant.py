@@ -21,7 +21,7 @@ from invariant_tiny import bench_tiny
 from timing import captured, paired
 
 from mesh.invariant.switch import batch_invariant
-from mesh.model.qwen3 import shape_of_flavor
+from mesh.model.families import shape_of_flavor
 from mesh.types import ModelShape
 
 ROWS = (1, 8, 64, 512, 8192)

@@ -14,9 +14,9 @@ from mesh.engine.base import Engine
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import build_meshes, plan_layout, resolve_device
 from mesh.lifecycle.process import Process, start
+from mesh.model.families import shape_of_flavor
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
-from mesh.model.qwen3 import shape_of_flavor
 from mesh.roles.generator import build_engine
 from mesh.types import ModelShape, Request, Sampling
 

@@ -18,7 +18,8 @@ import mesh.model.attention
 from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.lifecycle.process import start
 from mesh.model.attention import AttentionContext, flash_attention_2, packed_context
-from mesh.model.qwen3 import Qwen3, build_model, shape_of_flavor
+from mesh.model.families import shape_of_flavor
+from mesh.model.policy import Policy, build_policy
 from mesh.types import CUDA_PAGE, ModelShape, Request, Sampling
 
 PACKINGS = ((16, 512), (2, 4096))  # (sequences, tokens of each)
@@ -28,14 +29,14 @@ OFF = "off"
 
 
 @contextmanager
-def random_model(flavor: str, max_length: int) -> Iterator[tuple[Qwen3, ModelShape, Switch]]:
+def random_model(flavor: str, max_length: int) -> Iterator[tuple[Policy, ModelShape, Switch]]:
     """A model of random bfloat16 weights on this GPU, its shape, and the switch for it."""
     shape = shape_of_flavor(flavor)
     with start("cuda", 600) as process:
         alone: DeviceMesh = init_device_mesh(
             "cuda", (1, 1, 1), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
         )
-        model = build_model(shape, max_length, process.device, torch.bfloat16, alone)
+        model = build_policy(shape, max_length, process.device, torch.bfloat16, alone)
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
@@ -80,7 +81,7 @@ Attention = Callable[..., torch.Tensor]
 
 
 def one_pass(
-    model: Qwen3,
+    model: Policy,
     switch: Switch,
     tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     backward: bool,
@@ -142,7 +143,7 @@ def bench_decode(flavor: str) -> list[str]:
     return missed
 
 
-def engine_of(model: Qwen3, shape: ModelShape) -> NativeEngine:
+def engine_of(model: Policy, shape: ModelShape) -> NativeEngine:
     length = PROMPT_TOKENS + NEW_TOKENS
     settings = EngineSettings(
         max_length=length,

@@ -20,8 +20,7 @@ from vllm import LLM, SamplingParams
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
-from mesh.model.hf import config_entries
-from mesh.model.qwen3 import shape_of_flavor
+from mesh.model.families import config_entries, shape_of_flavor
 from mesh.roles.generator import engine_settings
 
 

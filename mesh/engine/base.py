@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine.native.batches import Row
-from mesh.model.qwen3 import Qwen3
+from mesh.model.policy import Policy
 from mesh.types import Completion, ModelShape, Request, Sampling
 
 
@@ -47,7 +47,7 @@ class Engine(Protocol):
     observer: Callable[[list[Row]], None] | None
 
     @property
-    def model(self) -> Qwen3: ...
+    def model(self) -> Policy: ...
 
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]: ...
 

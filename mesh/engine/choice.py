@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from mesh.engine.sampler import draw
 from mesh.model.logprobs import score_tiles, shard_of, vocab_products, vocab_tiles
 from mesh.model.parallel import adopt, local
-from mesh.model.qwen3 import Qwen3, named_weights
+from mesh.model.policy import Policy, named_weights
 from mesh.types import Request, Sampling
 
 
-def live_weights(model: Qwen3) -> dict[str, torch.Tensor]:
+def live_weights(model: Policy) -> dict[str, torch.Tensor]:
     """Live local shards by torchtitan's names, tied weights under each; buffers included."""
     return {name: local(tensor.detach()) for name, tensor in _named(model).items()}
 
 
-def adopt_weights(model: Qwen3, tensors: Mapping[str, torch.Tensor]) -> None:
+def adopt_weights(model: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
     """Let these local tensors, of the same shapes and dtypes, be the model's own."""
     for name, mine in _named(model).items():
         adopt(model, name, mine, tensors[name])
 
 
-def _named(model: Qwen3) -> dict[str, torch.Tensor]:
+def _named(model: Policy) -> dict[str, torch.Tensor]:
     return {**named_weights(model), **dict(model.named_buffers())}
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from mesh.layout.reshard import Block
 from mesh.lifecycle.files import sync_directory
 from mesh.lifecycle.heartbeat import beat
-from mesh.model.qwen3 import Qwen3, adapter, model_config, named_weights
+from mesh.model.families import adapter, config_entries
+from mesh.model.policy import Policy, model_config, named_weights
 from mesh.types import ModelShape
 
 SINGLE = "model.safetensors"
@@ -167,31 +168,8 @@ def load_weights(
 def whole_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """The size of every whole weight, by torchtitan's names."""
     with torch.device("meta"):
-        weights = named_weights(Qwen3(model_config(shape, 1)))
+        weights = named_weights(Policy(model_config(shape, 1)))
     return {name: tuple(weight.shape) for name, weight in weights.items()}
-
-
-def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
-    """The `config.json` from which `transformers` builds a model of this shape."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.ffn_dim,
-        "rope_theta": shape.rope_theta,
-        "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tied,
-        "max_position_embeddings": shape.max_positions,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "eos_token_id": list(eos_ids) if len(eos_ids) != 1 else eos_ids[0],
-        "dtype": "float32",
-    }
 
 
 def _whole(

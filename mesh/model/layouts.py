@@ -6,7 +6,7 @@ import torch
 
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.model.parallel import tp_dims
-from mesh.model.qwen3 import Qwen3, model_config, named_weights
+from mesh.model.policy import Policy, model_config, named_weights
 from mesh.types import ModelShape
 
 
@@ -18,7 +18,7 @@ def role_layouts(
     Pure: every rank knows both roles' layouts, also of the role it has no part in.
     """
     with torch.device("meta"):
-        model = Qwen3(model_config(shape, max_length))
+        model = Policy(model_config(shape, max_length))
     buffers = dict(model.named_buffers())
     shapes = {name: tuple(x.shape) for name, x in {**named_weights(model), **buffers}.items()}
     return layouts_of(shapes, tp_dims(model), grid.numpy(), fsdp, buffers=buffers)
@@ -27,4 +27,4 @@ def role_layouts(
 def weight_names(shape: ModelShape) -> set[str]:
     """The names of all weights, without buffers; a tied weight has two."""
     with torch.device("meta"):
-        return set(named_weights(Qwen3(model_config(shape, 1))))
+        return set(named_weights(Policy(model_config(shape, 1))))

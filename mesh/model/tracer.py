@@ -29,7 +29,7 @@ from mesh.model.layers import (
     TransformerBlock,
 )
 from mesh.model.logprobs import shard_of
-from mesh.model.qwen3 import Qwen3, parameter_names
+from mesh.model.policy import Policy, parameter_names
 
 CUT = (ColumnLinear, HeadRMSNorm, PackedAttention, Rotary)  # features are cut over tp
 WHOLE = (Embedding, LMHead, RMSNorm, RowLinear, TransformerBlock)
@@ -45,7 +45,7 @@ class Tracer:
     `positions`: where in the sequence each row that was kept belongs, by module.
     """
 
-    def __init__(self, model: Qwen3, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: Policy, group: dist.ProcessGroup | None) -> None:
         self.model = model
         self.group = group
         self.positions: dict[str, list[int]] = defaultdict(list)

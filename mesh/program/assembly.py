@@ -22,9 +22,9 @@ from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import Meshes, build_meshes, plan_layout, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
+from mesh.model.families import shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
-from mesh.model.qwen3 import shape_of_directory, shape_of_flavor
 from mesh.program.checks import check_start, prompt_problems, readable_json
 from mesh.program.connect import connect
 from mesh.rl.losses import normaliser

@@ -22,7 +22,7 @@ from mesh.exchange.rollouts import replica_of
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
-from mesh.model.qwen3 import build_model
+from mesh.model.policy import build_policy
 from mesh.tasks import Task
 from mesh.tasks.scorer import Scorer
 from mesh.text.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def build_engine(
     settings, group = engine_settings(conf, device), mesh.get_group("tp")
     model = None
     if conf.engine == "native" or conf.vllm.model == "titan":
-        model = build_model(shape, conf.model.max_length, device, dtype, mesh)
+        model = build_policy(shape, conf.model.max_length, device, dtype, mesh)
     if conf.engine == "native":
         assert model is not None
         return NativeEngine(model, shape, settings, group if group.size() > 1 else None)

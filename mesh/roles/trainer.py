@@ -27,7 +27,7 @@ from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import tp_dims
-from mesh.model.qwen3 import Qwen3, build_model, named_weights, parameter_names
+from mesh.model.policy import Policy, build_policy, named_weights, parameter_names
 from mesh.rl.losses import kl_T, loss_sum, token_stats
 from mesh.rl.packing import Leaf, PackedBatch, pack, schedule
 from mesh.roles.nonfinite import (
@@ -86,8 +86,8 @@ class Trainer:
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = self.updates = 0
         self.sums = StepSums(device)
-        self.model: Qwen3 | None = None
-        self.reference: Qwen3 | None = None
+        self.model: Policy | None = None
+        self.reference: Policy | None = None
         if meshes.on_trainer:
             self.model = self._build(dtype, start)
             if with_optimizer and conf.kl_coef > 0:
@@ -96,15 +96,15 @@ class Trainer:
                 self.optimizer = torch.optim.AdamW(
                     self.model.parameters(),
                     lr=conf.trainer.lr,
-                    betas=tuple(conf.trainer.betas),
+                    betas=(conf.trainer.betas[0], conf.trainer.betas[1]),
                     eps=conf.trainer.eps,
                     weight_decay=conf.trainer.weight_decay,
                 )
 
-    def _build(self, dtype: torch.dtype, start: Start) -> Qwen3:
+    def _build(self, dtype: torch.dtype, start: Start) -> Policy:
         recompute = self.conf.trainer.activation_checkpointing
         fsdp = {"compute_dtype": dtype, "activation_checkpointing": recompute}
-        model = build_model(
+        model = build_policy(
             self.shape, self.conf.model.max_length, self.device, torch.float32, self.mesh, fsdp,
             self.conf.trainer.sequence_parallel,
         )  # fmt: skip
@@ -188,7 +188,7 @@ class Trainer:
         planned = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
         return [[leaves[i] for i in indices] for indices in planned]
 
-    def score(self, model: Qwen3, batch: PackedBatch) -> TokenScores:
+    def score(self, model: Policy, batch: PackedBatch) -> TokenScores:
         """(logprobs_A, entropy_A) of a batch's response tokens, by the policy or the reference."""
         beat()
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
@@ -196,7 +196,9 @@ class Trainer:
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
                      temperature)  # fmt: skip
 
-    def _backward(self, model: Qwen3, leaves: Sequence[Leaf], objective: Objective) -> torch.Tensor:
+    def _backward(
+        self, model: Policy, leaves: Sequence[Leaf], objective: Objective
+    ) -> torch.Tensor:
         """Adds to the gradients and the step's sums. Returns logprobs_A, detached."""
         batch = pack(leaves).to(self.device)
         logprobs_A, entropy_A = self.score(model, batch)

@@ -33,7 +33,7 @@ from tiny_qwen3 import Variant, load_role, packed, save_checkpoint
 from mesh.layout.reshard import Block
 from mesh.model.attention import packed_context
 from mesh.model.init import STD, random_weights
-from mesh.model.qwen3 import named_weights
+from mesh.model.policy import named_weights
 from mesh.rl.losses import loss_sum
 from mesh.rl.packing import pack
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mesh.config.schema import PACKAGE_DATA
-from mesh.model.qwen3 import TINY
+from mesh.model.families import TINY
 
 EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.layout.reshard import Block
+from mesh.model.families import TINY
 from mesh.model.hf import hf_names
 from mesh.model.layouts import weight_names
-from mesh.model.qwen3 import TINY
 from mesh.weights.digest import block_digest
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"

@@ -15,7 +15,7 @@ from mesh.exactness.batch import mixed_requests, part_of
 from mesh.exactness.bits import Place, Tally, compare_rollouts, compare_values
 from mesh.exactness.layouts import candidates, own_layout
 from mesh.exactness.table import Check, line, passed, verdict, with_control
-from mesh.model.qwen3 import TINY
+from mesh.model.families import TINY
 from mesh.program.assembly import check
 from mesh.types import Rollout
 

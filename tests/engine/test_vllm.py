@@ -23,7 +23,7 @@ from mesh.engine.vllm.checks import CPU_HEADS, install_problems
 from mesh.exactness.trace import first_difference, trace_generation
 from mesh.invariant.switch import batch_invariant
 from mesh.model.layouts import role_layouts
-from mesh.model.qwen3 import Qwen3, build_model, named_weights
+from mesh.model.policy import Policy, build_policy, named_weights
 from mesh.types import ModelShape, Request, Sampling
 from mesh.weights.bridge import WeightBridge
 
@@ -64,10 +64,10 @@ def requests(num_samples: int = 3, lengths=LENGTHS) -> list[Request]:
 
 
 @torch.no_grad()
-def policy(mesh, seed: int, shape: ModelShape = SHAPE) -> Qwen3:
+def policy(mesh, seed: int, shape: ModelShape = SHAPE) -> Policy:
     """A random policy that wanders, whose norms are not ones."""
     generator = torch.Generator().manual_seed(seed)
-    model = build_model(shape, MAX_LENGTH, CPU, torch.float32, mesh)
+    model = build_policy(shape, MAX_LENGTH, CPU, torch.float32, mesh)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.uniform_(0.5, 1.5, generator=generator)
@@ -99,7 +99,7 @@ class Maker:
 
 
 @torch.no_grad()
-def copy_weights(engine, model: Qwen3) -> None:
+def copy_weights(engine, model: Policy) -> None:
     """What the weight bridge does on one rank."""
     for name, weight in engine.weights().items():
         weight.copy_({**named_weights(model), "rope_table": model.rope_table}[name])

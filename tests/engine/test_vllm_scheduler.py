@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mesh.engine.vllm.checks import install_problems
-from mesh.model.hf import config_entries
+from mesh.model.families import config_entries
 from mesh.types import ModelShape, Request, Sampling
 
 if install_problems("cpu"):

@@ -31,7 +31,7 @@ from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.process import Process
-from mesh.model.qwen3 import TINY
+from mesh.model.families import TINY
 from mesh.roles.trainer import Start, Trainer
 
 SHAPES = {"norm": (10,), "w1": (12, 8), "w2": (8, 12), "w3": (7, 4)}

@@ -16,8 +16,8 @@ from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.logs import KEPT_LOGS
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
+from mesh.model.families import TINY
 from mesh.model.hf import export
-from mesh.model.qwen3 import TINY
 from mesh.text.tokenizer import CHARACTERS
 
 

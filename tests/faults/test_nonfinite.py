@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from launching import launch
+from small_trainer import CPU, conf_of, objective, some_leaves
 from test_checkpoint import bits_of
-from test_trainer import CPU, conf_of, objective, some_leaves
 
 from mesh.config.schema import Conf
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.layout.reshard import Block, ParamLayout
-from mesh.model.qwen3 import TINY
+from mesh.model.families import TINY
 from mesh.rl.packing import Leaf, PackedBatch
 from mesh.roles.nonfinite import BadParameter, BadSequence, Findings, merged, message, to_json
 from mesh.roles.trainer import Start, Trainer

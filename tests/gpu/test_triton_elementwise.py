@@ -349,10 +349,11 @@ def test_a_model_has_the_plain_functions_gradients(checkpointing, solo_mesh, mon
     from tiny_qwen3 import packed, random_sequences
     from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-    from mesh.model.qwen3 import TINY, build_model, named_weights
+    from mesh.model.families import TINY
+    from mesh.model.policy import build_policy, named_weights
 
     device = torch.device("cuda")
-    model = build_model(TINY, 128, device, torch.float32, solo_mesh)
+    model = build_policy(TINY, 128, device, torch.float32, solo_mesh)
     for index, parameter in enumerate(model.parameters()):
         parameter.data.copy_(normal(*parameter.shape, seed=index) / 8 + (parameter.ndim == 1))
     if checkpointing != "none":

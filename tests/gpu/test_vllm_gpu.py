@@ -23,7 +23,7 @@ from mesh.engine.vllm.checks import install_problems
 from mesh.exactness.trace import first_difference, trace_generation
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import AXES
-from mesh.model.qwen3 import build_model
+from mesh.model.policy import build_policy
 from mesh.types import ModelShape, Request, Sampling
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -97,7 +97,7 @@ def pair(gpu_mesh):
 
     device = torch.device("cuda")
     with batch_invariant(True, "cuda"):
-        model = build_model(SHAPE, 1024, device, torch.bfloat16, gpu_mesh)
+        model = build_policy(SHAPE, 1024, device, torch.bfloat16, gpu_mesh)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.fill_(1) if weight.ndim == 1 else weight.normal_(0, 0.1)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mesh.config.schema import Conf
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import build_meshes, plan_layout
-from mesh.model.qwen3 import TINY
+from mesh.model.families import TINY
 from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
 from mesh.roles.trainer import Start, Trainer
 from mesh.types import Rollout

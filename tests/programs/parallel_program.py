@@ -21,9 +21,10 @@ from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, build_meshes, plan_layout
+from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layers import RMSNorm
-from mesh.model.qwen3 import Qwen3, shape_of_directory
+from mesh.model.policy import Policy
 from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
 from mesh.roles.trainer import Start, Trainer
 from mesh.types import Request, Rollout, Sampling
@@ -156,7 +157,7 @@ def row_gradients(trainer: Trainer, num_tokens: int) -> dict[str, torch.Tensor]:
     return {name: gradient / trainer.dp for name, gradient in gradients.items()}
 
 
-def normed_rows(model: Qwen3) -> dict[str, list[int]]:
+def normed_rows(model: Policy) -> dict[str, list[int]]:
     """Tokens that every norm of the residual stream sees, call after call, by its name."""
     seen: dict[str, list[int]] = {}
     for name, module in model.named_modules():

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model import hf
-from mesh.model.qwen3 import TINY, named_weights, shape_of_directory, shape_of_flavor
+from mesh.model.families import TINY, shape_of_directory, shape_of_flavor
+from mesh.model.policy import named_weights
 from mesh.text.tokenizer import CHARACTERS
 from mesh.types import ModelShape
 

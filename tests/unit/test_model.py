@@ -16,7 +16,7 @@ from mesh.invariant.switch import batch_invariant
 from mesh.model.attention import AttentionContext, KVCache, attention
 from mesh.model.layers import rope_table, rotate, rotate_both
 from mesh.model.logprobs import MAX_TILE, token_logprobs, vocab_products, vocab_tiles
-from mesh.model.qwen3 import named_weights
+from mesh.model.policy import named_weights
 
 VARIANTS = [
     Variant(0, tied=True, kv_heads=2),

@@ -19,8 +19,8 @@ from launching import launch
 from mesh.invariant.selftest import Product, check_products, operands, self_test
 from mesh.invariant.switch import batch_invariant, current
 from mesh.model import rowwise
+from mesh.model.families import TINY, shape_of_flavor
 from mesh.model.products import products_of, self_test_of, tile_widths
-from mesh.model.qwen3 import TINY, shape_of_flavor
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)

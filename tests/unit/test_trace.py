@@ -20,8 +20,9 @@ from mesh.exactness.trace import (
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model import layers
+from mesh.model.families import TINY
 from mesh.model.parallel import local
-from mesh.model.qwen3 import TINY, build_model
+from mesh.model.policy import build_policy
 from mesh.rl.packing import Leaf, leaves
 from mesh.roles.trainer import Start, Trainer
 from mesh.types import Completion, Request, Rollout, Sampling
@@ -55,7 +56,7 @@ def make(solo_mesh):
         conf = conf_of("generator.temperature=0.8", "model.max_length=64", *words)
         meshes = build_meshes(plan_layout(conf, 1), "cpu")
         trainer = Trainer(conf, meshes, TINY, CPU, dtype, Start(None, seed=3))
-        model = build_model(TINY, 64, CPU, dtype, solo_mesh)
+        model = build_policy(TINY, 64, CPU, dtype, solo_mesh)
         engine = NativeEngine(model, TINY, CRAMPED, None)
         for name, weight in engine.weights().items():
             weight.copy_(local(trainer.weights()[name].detach()))

@@ -36,7 +36,7 @@ from mesh.engine.native.scheduler import Admission, Scheduler
 from mesh.lifecycle.heartbeat import beat
 from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
-from mesh.model.qwen3 import Qwen3
+from mesh.model.policy import Policy
 from mesh.types import Completion, ModelShape, Request, Sampling
 
 
@@ -49,7 +49,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: Policy,
         shape: ModelShape,
         settings: EngineSettings,
         group: dist.ProcessGroup | None,

@@ -13,7 +13,7 @@ import torch
 
 from mesh.engine.native.batches import TABLE, decode_inputs
 from mesh.model.attention import KVCache
-from mesh.model.qwen3 import Qwen3
+from mesh.model.policy import Policy
 
 
 def bucket_of(rows: int) -> int:
@@ -34,7 +34,7 @@ class _Captured:
 class DecodeGraphs:
     """Owns the captured graphs of one model and cache, captured at first use of a bucket."""
 
-    def __init__(self, model: Qwen3, cache: KVCache, table_width: int) -> None:
+    def __init__(self, model: Policy, cache: KVCache, table_width: int) -> None:
         self.model = model
         self.cache = cache
         self.columns = TABLE + table_width

@@ -29,9 +29,9 @@ from mesh.engine.vllm.sampler import CounterSampler
 from mesh.engine.vllm.titan import ARCHITECTURE, TitanModel, blueprint
 from mesh.lifecycle.heartbeat import beat
 from mesh.model.attention import AttentionContext
-from mesh.model.hf import config_entries
+from mesh.model.families import config_entries
 from mesh.model.layouts import weight_names
-from mesh.model.qwen3 import Qwen3
+from mesh.model.policy import Policy
 from mesh.types import Completion, ModelShape, Request, Sampling
 
 KV_CACHE = "kv_cache"  # vLLM's name for the memory of it
@@ -46,7 +46,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: Qwen3 | None,
+        model: Policy | None,
         shape: ModelShape,
         settings: EngineSettings,
         group: dist.ProcessGroup,
@@ -88,7 +88,7 @@ class VllmEngine:
         self.captured = graphs
 
     @property
-    def model(self) -> Qwen3:
+    def model(self) -> Policy:
         """The policy, for those who look into it; an assertion where it is vLLM's own."""
         assert self.policy is not None, "vLLM's own Qwen3 has none of our modules"
         return self.policy

@@ -30,12 +30,12 @@ from mesh.engine.choice import tile_logits
 from mesh.engine.native.cache import num_pages
 from mesh.model.attention import AttentionContext, KVCache, packed_context
 from mesh.model.parallel import local
-from mesh.model.qwen3 import Qwen3
+from mesh.model.policy import Policy
 from mesh.types import ModelShape
 
-ARCHITECTURE = "MeshQwen3"
+ARCHITECTURE = "MeshPolicy"
 
-Blueprint = tuple[Qwen3, ModelShape, dist.ProcessGroup | None]
+Blueprint = tuple[Policy, ModelShape, dist.ProcessGroup | None]
 """(model, its shape, the tp ranks; None: one) of an engine that is being built."""
 
 blueprint: ContextVar[Blueprint] = ContextVar("blueprint")

@@ -1,14 +1,13 @@
-"""Qwen3 by its shape: torchtitan's model, configured with our leaf modules.
+"""The policy: torchtitan's decoder by its shape, configured with our leaf modules.
 
-The one door to torchtitan's model, FSDP and activation checkpointing. Left out: mixture of experts,
-biases, RoPE scaling, pipeline and context parallelism.
+The one door to torchtitan's model, FSDP and activation checkpointing; nothing outside this room
+names a model class or a family. Left out: mixture of experts, biases, RoPE scaling, pipeline and
+context parallelism.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.attention import GQAttention
-from torchtitan.models.qwen3 import qwen3_configs
 from torchtitan.models.qwen3.model import Qwen3Model
-from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
 from mesh.model.attention import AttentionContext, PackedAttention
 from mesh.model.layers import (
@@ -41,20 +38,9 @@ from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import apply_tp, replicate
 from mesh.types import ModelShape
 
-TINY = ModelShape(
-    vocab_size=128,
-    dim=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
-    ffn_dim=384,
-    max_positions=4096,
-)
 
-
-class Qwen3(Qwen3Model):
-    """The policy. Takes packed tokens; gives hidden states, or the logprobs of chosen targets."""
+class Policy(Qwen3Model):
+    """Takes packed tokens; gives hidden states, or the logprobs of chosen targets."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Qwen3Model.Config):
@@ -93,90 +79,6 @@ class Qwen3(Qwen3Model):
         return self.lm_head(hidden_TD[index_A], targets_A, temperature)
 
 
-def flavors() -> list[str]:
-    """The sizes that `model.flavor` knows: ours, and torchtitan's dense ones."""
-    return ["tiny", *(name for name in qwen3_configs if name[0].isdigit() and "-A" not in name)]
-
-
-def shape_of_flavor(flavor: str) -> ModelShape:
-    """The shape of a named size. ValueError for an unknown one."""
-    if flavor == "tiny":
-        return TINY
-    if flavor not in flavors():
-        raise ValueError(f"model.flavor={flavor} is unknown; choose one of {', '.join(flavors())}")
-    config = qwen3_configs[flavor]("varlen")
-    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
-    return ModelShape(
-        vocab_size=config.vocab_size,
-        dim=config.dim,
-        num_layers=len(config.layers),
-        num_heads=attention.n_heads,
-        num_kv_heads=attention.n_kv_heads,
-        head_dim=attention.head_dim,
-        ffn_dim=feed_forward.w1.out_features,
-        rope_theta=attention.rope.theta,
-        norm_eps=config.norm.eps,
-        tied=config.enable_weight_tying,
-        max_positions=attention.rope.max_seq_len,
-    )
-
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-)
-
-
-def shape_of_directory(path: Path) -> ModelShape:
-    """The shape that a Hugging Face `config.json` describes.
-
-    Raises ValueError naming the entry that is missing, or that this program cannot run: another
-    architecture, biases, scaled RoPE, sliding windows. What may be left out has `transformers`'
-    default.
-    """
-    entries = json.loads((path / "config.json").read_text())
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"model.path={path}: config.json describes no model; copy it again")
-    if entries.get("model_type") != "qwen3":
-        raise ValueError(
-            f"model.path={path}: model_type {entries.get('model_type')!r} is not supported; "
-            "use a dense Qwen3 checkpoint (model_type qwen3)"
-        )
-    rope = entries.get("rope_parameters") or {}
-    scaling = entries.get("rope_scaling") or {k: v for k, v in rope.items() if k == "rope_type"}
-    refused = {
-        "attention_bias": entries.get("attention_bias"),
-        "hidden_act": entries.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": entries.get("use_sliding_window"),
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-    }
-    for name, value in refused.items():
-        if value:
-            raise ValueError(f"model.path={path}: {name} in config.json is not supported; unset it")
-    missing = [name for name in SIZES if name not in entries]
-    if missing:
-        raise ValueError(
-            f"model.path={path}: config.json lacks {', '.join(missing)}; copy it again"
-        )
-    return ModelShape(
-        vocab_size=entries["vocab_size"],
-        dim=entries["hidden_size"],
-        num_layers=entries["num_hidden_layers"],
-        num_heads=entries["num_attention_heads"],
-        num_kv_heads=entries["num_key_value_heads"],
-        head_dim=entries.get("head_dim") or 128,
-        ffn_dim=entries["intermediate_size"],
-        rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 1e4),
-        norm_eps=entries.get("rms_norm_eps", 1e-6),
-        tied=entries.get("tie_word_embeddings", False),
-        max_positions=entries.get("max_position_embeddings") or 32768,
-    )
-
-
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
     def column(outputs: int) -> ColumnLinear.Config:
         return ColumnLinear.Config(in_features=shape.dim, out_features=outputs)
@@ -208,9 +110,9 @@ def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
     )
 
 
-def model_config(shape: ModelShape, max_length: int) -> Qwen3.Config:
+def model_config(shape: ModelShape, max_length: int) -> Policy.Config:
     """torchtitan's configuration of a model of this shape, with our leaf modules."""
-    return Qwen3.Config(
+    return Policy.Config(
         shape=shape,
         max_length=max_length,
         dim=shape.dim,
@@ -223,7 +125,7 @@ def model_config(shape: ModelShape, max_length: int) -> Qwen3.Config:
     )
 
 
-def build_model(
+def build_policy(
     shape: ModelShape,
     max_length: int,
     device: torch.device,
@@ -231,7 +133,7 @@ def build_model(
     mesh: DeviceMesh,
     fsdp: dict[str, Any] | None = None,
     sequence_parallel: bool = False,
-) -> Qwen3:
+) -> Policy:
     """A policy on this rank: weights sharded over `mesh`'s tp axis, with `fsdp` over its dp axes.
 
     Weights are allocated, not initialised; the RoPE table is computed. `fsdp`: keywords of
@@ -239,7 +141,7 @@ def build_model(
     `sequence_parallel`: tokens are sharded over the tp axis where the weights are not.
     """
     with torch.device("meta"):
-        model = Qwen3(model_config(shape, max_length))
+        model = Policy(model_config(shape, max_length))
     model.to(dtype)
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"], sequence_parallel)
@@ -253,7 +155,7 @@ def build_model(
 
 
 def apply_fsdp(
-    model: Qwen3, mesh: DeviceMesh, compute_dtype: torch.dtype, activation_checkpointing: str
+    model: Policy, mesh: DeviceMesh, compute_dtype: torch.dtype, activation_checkpointing: str
 ) -> None:
     """Activation checkpointing, then FSDP2 (HSDP where dp_replicate > 1), both torchtitan's.
 
@@ -285,8 +187,3 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by torchtitan's names, a tied weight once under the name of each of its users."""
     pairs = model.named_parameters(remove_duplicate=False)
     return {parameter_names(name): parameter for name, parameter in pairs}
-
-
-def adapter(shape: ModelShape) -> Qwen3StateDictAdapter:
-    """torchtitan's map between its parameter names and Hugging Face's."""
-    return Qwen3StateDictAdapter(model_config(shape, 1), None)
