@@ -8,11 +8,18 @@ S sequences in a decode batch. A suffix names logical dims, never the sharding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns", "context"]
+"""Reasons for which a rollout ends: a stop token, its longest response, its most turns, or no room
+in the context for another turn."""
+
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+RolloutKey = tuple[int, int]
+"""(prompt_id, sample_id): names a rollout within its step."""
 
 MAX_TP = 8
 """The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
@@ -76,8 +83,20 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A span of a rollout's tokens: sampled by the policy, or written by the environment."""
+
+    num_tokens: int
+    sampled: bool
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """One completion with its prompt and its reward: what crosses from generator to trainer."""
+    """A scored sequence of one prompt: the unit that goes from generator to trainer.
+
+    `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
+    tokens carry loss; `logprobs[i]` belongs to the i-th of them.
+    """
 
     prompt_id: int
     sample_id: int
@@ -86,26 +105,70 @@ class Rollout:
     logprobs: tuple[float, ...]
     reward: float
     finish_reason: FinishReason
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]:
+        """One entry per token of `tokens`."""
+        if not self.turns:
+            return (True,) * len(self.tokens)
+        return tuple(turn.sampled for turn in self.turns for _ in range(turn.num_tokens))
+
+    @property
+    def loss_indices(self) -> tuple[int, ...]:
+        """Indices into `tokens` of the loss tokens, to which `logprobs` belong."""
+        if not self.turns:
+            return tuple(range(len(self.tokens)))
+        return tuple(i for i, counts in enumerate(self.loss_mask) if counts)
+
+    @property
+    def length(self) -> int:
+        """Loss tokens: the length of a rollout wherever one is meant."""
+        if not self.turns:
+            return len(self.tokens)
+        return sum(turn.num_tokens for turn in self.turns if turn.sampled)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole sequence, the prompt's included."""
+        return len(self.prompt_tokens) + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What every trainer rank knows of a rollout: all but its tokens."""
+    """A rollout without its tokens, as every trainer rank knows it.
+
+    length: its loss tokens; num_tokens: of the whole sequence.
+    """
 
     prompt_id: int
     sample_id: int
-    prompt_length: int
-    response_length: int
+    length: int
+    num_tokens: int
     reward: float
     finish_reason: FinishReason
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
+
+
+def outline(rollout: Rollout) -> Outline:
+    """The outline of a rollout."""
+    r = rollout
+    return Outline(r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward, r.finish_reason)
 
 
 @dataclass(frozen=True)
 class Wave:
-    """A wave as a rank sees it after the exchange.
+    """One wave of rollouts as a rank sees it after the exchange.
 
-    outlines: all rollouts of the wave, by (prompt_id, sample_id), on trainer ranks; rollouts: those
-    whose prompts this data-parallel rank owns. Off the trainer both are empty.
+    outlines: all rollouts of the wave, by key, on trainer ranks; rollouts: those whose prompts this
+    data-parallel rank owns. Both are empty off the trainer.
     """
 
     outlines: list[Outline]

@@ -13,17 +13,16 @@ weights, so the ratio differs from 1 by rounding only), refilling dropped groups
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
-
-import torch
 
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
 from mesh.config.schema import Conf
-from mesh.exactness.strict import Scored, stop_at_difference
+from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
@@ -32,51 +31,53 @@ from mesh.program.assembly import (
     check,
     launch,
     read_command,
-    rules_of,
     save_model,
-    step_normaliser,
     sync,
     weights_digest,
 )
-from mesh.rl.losses import policy_loss_T
-from mesh.rl.packing import PackedBatch
-from mesh.rl.step import rollout_metrics, samples_of, share_of, waves_of
+from mesh.rl.statistics import rollout_metrics
+from mesh.rl.step import ScoredWave, samples_of, share_of, waves_of
 from mesh.roles.evaluation import evaluate
+from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import drawn
+from mesh.tasks import Draw, draw_prompts
 
 Metrics = dict[str, Any]
 Sample = dict[str, Any]
+Inspect = Callable[[Program, Process, ScoredWave], None]
+"""Sees every wave before the optimizer's step, on all ranks; see `train_step`."""
 
 
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
         conf = after_restart(conf, process)
-        parts = check(conf, process.world_size)
+        plan = check(conf, process)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)
-        program = assemble(conf, process, parts)
+        program = assemble(plan, process)
         checkpoints = Checkpointer(conf, run_dir, process, program.trainer)
         first = checkpoints.load() if resume else 0
-        phases = Phases(process.device)
-        words, save = asdict(conf), partial(save_model, conf, program)
-        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words, first) as logger:
+        phases, save = Phases(process.device), partial(save_model, program)
+        inspect = stop_at_difference if plan.strict else None
+        with MetricsLogger(
+            run_dir, conf.log, process.rank, conf.steps, asdict(conf), first
+        ) as logger:
             process.listen()
             sync(program)
             if not resume:
-                metrics = held_out(conf, program, process)
+                metrics = held_out(program, process)
                 logger.log(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
-                metrics, samples = train_step(conf, program, process, phases, step)
+                metrics, samples = train_step(program, process, phases, step, inspect)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
-                        metrics |= held_out(conf, program, process)
+                        metrics |= held_out(program, process)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
-                logger.log_samples(step + 1, chosen(conf, process.gather(samples)))
+                logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
@@ -87,50 +88,51 @@ def main(argv: list[str]) -> None:
 
 
 def train_step(
-    conf: Conf, program: Program, process: Process, phases: Phases, step: int
+    program: Program, process: Process, phases: Phases, step: int, inspect: Inspect | None = None
 ) -> tuple[Metrics, list[Sample]]:
-    """One step: generate, score, exchange and backpropagate wave by wave, update once, sync."""
-    task, trainer, generator = program.parts.task, program.trainer, program.generator
-    rules, objective = rules_of(conf), partial(policy_objective, conf)
-    prompts = drawn(task.train_prompts(step, conf.num_prompts), conf.num_prompts, "train_prompts")
+    """One step: generate, score, exchange and backpropagate wave by wave, update once, sync.
+
+    The only one: replays, strict runs and validation take this step. Returns its metrics, and this
+    rank's samples. `inspect` sees each wave while both sides still have the weights that drew it.
+    """
+    plan, trainer, generator = program.plan, program.trainer, program.generator
+    objective, keys = plan.objective, plan.step
+    prompts = draw_prompts(plan.task, Draw(step, keys.num_prompts))
     waves, tokens, sequences = [], 0, 0
-    for part in waves_of(prompts, conf.waves):
+    for part in waves_of(prompts, keys.waves):
         with phases("generate"):
-            rollouts = generator.rollout(task, part, conf.group_size, generator.sampling(step))
+            sampling = generator.sampling(step)
+            rollouts = generator.rollout(program.scorer, part, keys.group_size, sampling)
         with phases("exchange"):
             wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, rules, trainer.dp)
+            share = share_of(wave, objective, keys, trainer.dp, trainer.dp_rank)
         with phases("train"):
             generator.release()
-            logprobs_A = trainer.accumulate(share.leaves, share.token_counts, objective)
-        if conf.check == "strict":
-            stop_at_difference(program, process, Scored(step, part, share, logprobs_A))
+            known = trainer.score(share.passes, objective.needs)
+            scores = trainer.accumulate(share.passes, objective, known)
+        if inspect is not None:
+            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, *scores))
         waves.append(wave)
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()
     with phases("train"):
-        updated = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
+        updated = trainer.update(objective.normaliser(tokens, sequences), tokens)
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, conf.group_size) | {"digest/weights": digest}
-    metrics |= generator.failed_scores("reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, rules, program.parts.tokenizer.decode)
-    return metrics, samples if conf.log.samples < 0 else samples[: conf.log.samples]
+    metrics = updated | rollout_metrics(waves, keys.group_size) | {"digest/weights": digest}
+    metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
+    samples = samples_of(prompts, waves, objective, keys.group_size, plan.tokenizer.decode)
+    return metrics, samples
 
 
-def policy_objective(
-    conf: Conf, batch: PackedBatch, logprobs_A: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_A, clipped_A): the clipped surrogate against the policy that generated the tokens."""
-    return policy_loss_T(
-        logprobs_A, batch.generator_logprobs_A, batch.advantages_A, conf.clip_low, conf.clip_high
-    )
-
-
-def held_out(conf: Conf, program: Program, process: Process) -> Metrics:
-    """Accuracy on prompts that training never draws."""
-    return evaluate(conf, program.generator, program.parts.task, process.cpu_group)
+def held_out(program: Program, process: Process) -> Metrics:
+    """Accuracy on prompts that training never draws, of every evaluation set."""
+    metrics: Metrics = {}
+    for name, held in program.plan.evaluations.items():
+        prefix, scorer = f"eval/{name}".rstrip("/"), program.evaluation_scorers[name]
+        metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
+    return metrics
 
 
 def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
@@ -141,17 +143,19 @@ def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
     return phase_metrics(seconds, counts) | phases.gpu_memory(process.cpu_group)
 
 
-def chosen(conf: Conf, parts: list[list[Sample]]) -> list[Sample]:
-    """What all ranks have of a step's samples, in order, each once; the first `log.samples`."""
-    by_id = {
-        (sample["prompt_id"], sample["sample_id"]): sample for part in parts for sample in part
+def chosen(num: int, process: Process, mine: list[Sample]) -> list[Sample]:
+    """The first `num` of all ranks' samples of a step (-1: all), in order, each once. Collective."""
+    by_key = {
+        (sample["prompt_id"], sample["sample_id"]): sample
+        for part in process.gather(mine if num < 0 else mine[:num])
+        for sample in part
     }
-    ordered = [by_id[key] for key in sorted(by_id)]
-    return ordered if conf.log.samples < 0 else ordered[: conf.log.samples]
+    ordered = [by_key[key] for key in sorted(by_key)]
+    return ordered if num < 0 else ordered[:num]
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and after the last one, happens now."""
+    """True if something that happens every so many steps, and after the last one, happens now."""
     return step == last or (every > 0 and step % every == 0)
 
 

@@ -188,7 +188,7 @@ def flatten(source: str, content: dict[str, Any], prefix: str) -> list[Setting]:
 
 def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
     """The schema's defaults overridden by `settings` in order, and what was wrong with those."""
-    merged, problems, keys = OmegaConf.structured(Conf), [], conf_keys()
+    merged, problems, keys = writable(OmegaConf.structured(Conf)), [], conf_keys()
     for setting in settings:
         wrong = apply(merged, setting, keys)
         if wrong:
@@ -196,6 +196,16 @@ def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
     conf = OmegaConf.to_object(merged)
     assert isinstance(conf, Conf)
     return conf, problems
+
+
+def writable(node: DictConfig) -> DictConfig:
+    """The node and all below it, which a frozen schema makes read-only, open to values."""
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig):
+            writable(child)
+    return node
 
 
 def apply(merged: DictConfig, setting: Setting, keys: dict[str, Key]) -> str | None:

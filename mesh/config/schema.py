@@ -24,19 +24,19 @@ def key(default: Any, meaning: str, **bounds: float) -> Any:
 INF = float("inf")
 
 
-@dataclass
+@dataclass(frozen=True)
 class InvariantConf:
     chunks: int = key(4, "most parts of a layer that are tested to have its bits: bounds tp", ge=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MeshConf:
     mode: Literal["colocated", "split"] = key(
         "colocated", "trainer and generator on the same ranks, or on disjoint ones"
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConf:
     path: str | None = key(None, "Hugging Face model directory, or package:NAME for a shipped one")
     flavor: str = key(
@@ -53,7 +53,7 @@ class ModelConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConf:
     dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(
@@ -80,7 +80,7 @@ class TrainerConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class GeneratorConf:
     dp: int | None = key(None, "data-parallel engines; unset: fills the submesh", ge=1)
     tp: int = key(1, "tensor-parallel degree", ge=1)
@@ -108,7 +108,7 @@ class GeneratorConf:
     cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardConf:
     workers: int | None = key(
         None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
@@ -119,7 +119,7 @@ class RewardConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class VllmConf:
     model: Literal["titan", "native"] = key(
         "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
@@ -129,7 +129,7 @@ class VllmConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyncConf:
     verify: Literal["every", "first", "off"] | None = key(
         None,
@@ -138,7 +138,7 @@ class SyncConf:
     bucket_mb: int = key(256, "most data of one point-to-point message [MiB]", ge=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalConf:
     every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
     num_prompts: int = key(256, "held-out prompts", ge=1)
@@ -146,7 +146,7 @@ class EvalConf:
     output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateConf:
     prompts: list[str] = key(
         [], "what recipes/generate.py answers; -: the lines of stdin; unset: held-out prompts"
@@ -155,7 +155,7 @@ class GenerateConf:
     greedy: bool = key(True, "always the likeliest token; false: sampled, as in training")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SFTConf:
     steps: int = key(75, "supervised steps", ge=1)
     batch_size: int = key(128, "examples per step", ge=1)
@@ -163,7 +163,7 @@ class SFTConf:
     output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidateConf:
     steps: int = key(3, "training steps that recipes/validate.py compares", ge=1)
     sequences: int = key(257, "sequences of the batch that it generates in many ways", ge=2)
@@ -175,7 +175,7 @@ class ValidateConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConf:
     every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
     keep: int = key(2, "complete checkpoints that are kept, the newest ones", ge=1)
@@ -184,7 +184,7 @@ class CheckpointConf:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
@@ -192,7 +192,7 @@ class LogConf:
     samples: int = key(4, "rollouts a step that go to samples.jsonl; -1: all", ge=-1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conf:
     run_dir: str | None = key(None, "where the run is written; unset: runs/CONF-DATE-TIME")
     resume: str | None = key(
@@ -213,15 +213,20 @@ class Conf:
     waves: int = key(
         1, "parts in which a step's prompts are generated; split meshes overlap them", ge=1
     )
-    loss: Literal["grpo", "dr_grpo"] = key("grpo", "preset of advantage and aggregation")
+    loss: str = key("grpo", "grpo, dr_grpo, or MODULE:NAME for a loss of your own")
+    loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: Literal["std", "centred"] | None = key(
         None, "reward minus group mean, over the group's deviation or not; unset: the loss's own"
     )
     aggregation: Literal["token", "sequence", "constant"] | None = key(
         None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
     )
-    clip_low: float = key(0.2, "the ratio is clipped below 1 - clip_low", ge=0, lt=1)
-    clip_high: float = key(0.2, "the ratio is clipped above 1 + clip_high", ge=0, lt=INF)
+    clip_low: float | None = key(
+        None, "the ratio is clipped below 1 - clip_low; unset: the loss's own", ge=0, lt=1
+    )
+    clip_high: float | None = key(
+        None, "the ratio is clipped above 1 + clip_high; unset: the loss's own", ge=0, lt=INF
+    )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )

@@ -1,9 +1,9 @@
-"""The first crossing: rollouts from the generator's ranks to the trainer's.
+"""The exchange: rollouts from the generator's ranks to the trainer's.
 
-Point-to-point on a gloo group of its own, so that nothing else can get between. A generator
-replica sends every trainer rank the outline of all its rollouts (what the step's statistics and the
-schedule need), and only the owner of a prompt the tokens. Sends are asynchronous: a generator goes
-on with the next wave while the trainer works on this one.
+Point-to-point on a gloo group of its own, so that no other message can come between. A generator
+replica sends every trainer rank the outlines of all its rollouts, which the step's statistics and
+the cut need, and the tokens to the owner of a prompt alone. Sends are asynchronous: a generator
+starts the next wave while the trainer works on this one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from mesh.layout.meshes import Layout
-from mesh.rl.packing import owner
-from mesh.types import FinishReason, Outline, Rollout, Wave
+from mesh.rl.cutting import owner
+from mesh.types import FINISH_REASONS, Outline, Rollout, Turn, Wave, outline
 
-_FINISH: tuple[FinishReason, ...] = ("stop", "length")
+COLUMNS = 8
+"""Of the table that a replica sends: an outline, then the lengths of what its tokens come in."""
 
 
 def replica_of(prompt_id: int, num_replicas: int) -> int:
@@ -27,7 +28,7 @@ def replica_of(prompt_id: int, num_replicas: int) -> int:
 
 
 class Exchange:
-    """Owns the crossing's process group and the sends under way. Made by all ranks of the world."""
+    """Owns the process group and the pending sends. Made by all ranks of the world."""
 
     def __init__(self, layout: Layout, group_size: int, timeout: timedelta) -> None:
         self.layout = layout
@@ -44,14 +45,14 @@ class Exchange:
 
         prompt_ids: all prompts of the wave; rollouts: this replica's, on its ranks.
         """
-        received: list[tuple[torch.Tensor, list[Rollout]]] = []
+        received: list[tuple[list[Outline], list[Rollout]]] = []
         if self.rank in self.sources:
             self._send(rollouts)
         if self.rank in self.layout.trainer_ranks:
             for replica, source in enumerate(self.sources):
                 mine = [i for i in prompt_ids if replica_of(i, len(self.sources)) == replica]
                 if source == self.rank:
-                    received.append((_table(rollouts), self._owned(rollouts)))
+                    received.append(([outline(r) for r in rollouts], self._owned(rollouts)))
                 else:
                     received.append(self._receive(source, len(mine)))
         return _merge(received, len(prompt_ids) * self.group_size)
@@ -84,73 +85,79 @@ class Exchange:
         if tensor.numel():
             self.pending.append((dist.isend(tensor, target, group=self.group), tensor))
 
-    def _receive(self, source: int, num_prompts: int) -> tuple[torch.Tensor, list[Rollout]]:
-        table = torch.empty(num_prompts * self.group_size, 6, dtype=torch.float64)
+    def _receive(self, source: int, num_prompts: int) -> tuple[list[Outline], list[Rollout]]:
+        table = torch.empty(num_prompts * self.group_size, COLUMNS, dtype=torch.float64)
         if table.numel():
             dist.recv(table, source, group=self.group)
         dp = self._trainer_dp(self.rank)
-        outlines = [o for o in _outlines(table) if owner(o.prompt_id, self.layout.trainer.dp) == dp]
-        lengths = [(o.prompt_length, o.response_length) for o in outlines]
-        tokens = torch.empty(sum(map(sum, lengths)), dtype=torch.int64)
-        logprobs = torch.empty(sum(response for _, response in lengths), dtype=torch.float32)
+        rows = table.tolist()
+        owned = [row for row in rows if owner(int(row[0]), self.layout.trainer.dp) == dp]
+        tokens = torch.empty(sum(map(_payload_length, owned)), dtype=torch.int64)
+        logprobs = torch.empty(sum(int(row[2]) for row in owned), dtype=torch.float32)
         for tensor in (tokens, logprobs):
             if tensor.numel():
                 dist.recv(tensor, source, group=self.group)
-        return table, _unpack(outlines, tokens, logprobs)
+        return [_outline(row) for row in rows], _unpack(owned, tokens, logprobs)
 
 
 def _table(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """The outlines, float64 [rollouts, 6]."""
+    """One row per rollout, float64 [rollouts, COLUMNS]."""
     rows = [
-        (r.prompt_id, r.sample_id, len(r.prompt_tokens), len(r.tokens), r.reward,
-         _FINISH.index(r.finish_reason))
+        (r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward,
+         FINISH_REASONS.index(r.finish_reason), len(r.prompt_tokens), len(r.turns))
         for r in rollouts
     ]  # fmt: skip
-    return torch.tensor(rows, dtype=torch.float64).view(-1, 6)
+    return torch.tensor(rows, dtype=torch.float64).view(-1, COLUMNS)
 
 
-def _outlines(table: torch.Tensor) -> list[Outline]:
-    return [
-        Outline(int(prompt), int(sample), int(p), int(n), reward, _FINISH[int(finish)])
-        for prompt, sample, p, n, reward, finish in table.tolist()
-    ]
+def _outline(row: Sequence[float]) -> Outline:
+    prompt, sample, length, num_tokens, reward, reason = row[:6]
+    finish_reason = FINISH_REASONS[int(reason)]
+    return Outline(int(prompt), int(sample), int(length), int(num_tokens), reward, finish_reason)
+
+
+def _payload_length(row: Sequence[float]) -> int:
+    """Integers that a rollout takes: its tokens, and two for each turn."""
+    return int(row[3]) + 2 * int(row[7])
 
 
 def _payload(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = [t for r in rollouts for t in (*r.prompt_tokens, *r.tokens)]
+    numbers: list[int] = []
+    for r in rollouts:
+        numbers += [*r.prompt_tokens, *r.tokens]
+        numbers += [n for turn in r.turns for n in (turn.num_tokens, int(turn.sampled))]
     logprobs = [x for r in rollouts for x in r.logprobs]
-    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
 
 
 def _unpack(
-    outlines: Sequence[Outline], tokens: torch.Tensor, logprobs: torch.Tensor
+    rows: Sequence[Sequence[float]], numbers: torch.Tensor, logprobs: torch.Tensor
 ) -> list[Rollout]:
-    token_list, logprob_list = tokens.tolist(), logprobs.tolist()
-    rollouts, t, a = [], 0, 0
-    for o in outlines:
-        middle, end = t + o.prompt_length, t + o.prompt_length + o.response_length
+    number_list, logprob_list = numbers.tolist(), logprobs.tolist()
+    rollouts, n, a = [], 0, 0
+    for row in rows:
+        one = _outline(row)
+        middle, end = n + int(row[6]), n + one.num_tokens
+        turns = number_list[end : n + _payload_length(row)]
         rollouts.append(
             Rollout(
-                o.prompt_id,
-                o.sample_id,
-                tuple(token_list[t:middle]),
-                tuple(token_list[middle:end]),
-                tuple(logprob_list[a : a + o.response_length]),
-                o.reward,
-                o.finish_reason,
+                *one.key,
+                tuple(number_list[n:middle]),
+                tuple(number_list[middle:end]),
+                tuple(logprob_list[a : a + one.length]),
+                one.reward,
+                one.finish_reason,
+                tuple(Turn(*pair) for pair in zip(turns[::2], map(bool, turns[1::2]), strict=True)),
             )
         )
-        t, a = end, a + o.response_length
+        n, a = n + _payload_length(row), a + one.length
     return rollouts
 
 
-def _merge(received: Sequence[tuple[torch.Tensor, list[Rollout]]], expected: int) -> Wave:
+def _merge(received: Sequence[tuple[list[Outline], list[Rollout]]], expected: int) -> Wave:
     if not received:
         return Wave([], [])
-    outlines = [outline for table, _ in received for outline in _outlines(table)]
-    outlines.sort(key=lambda o: (o.prompt_id, o.sample_id))
+    outlines = [one for outlines, _ in received for one in outlines]
+    outlines.sort(key=lambda o: o.key)
     assert len(outlines) == expected, f"{len(outlines)} rollouts arrived, {expected} were due"
-    rollouts = sorted(
-        (r for _, mine in received for r in mine), key=lambda r: (r.prompt_id, r.sample_id)
-    )
-    return Wave(outlines, rollouts)
+    return Wave(outlines, sorted((r for _, mine in received for r in mine), key=lambda r: r.key))

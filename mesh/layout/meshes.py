@@ -115,11 +115,11 @@ def batch_problems(conf: Conf, world_size: int) -> list[str]:
     return [problem("num_prompts", conf.num_prompts, wrong, f"use {choices}")]
 
 
-def resolve_device(conf: Conf) -> Literal["cpu", "cuda"]:
-    """The device type of the run: `device=auto` is cuda where there is one."""
-    if conf.device == "auto":
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The device type of a run: auto is cuda where there is one. Asked once, by `launch`."""
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return conf.device
+    return device
 
 
 @dataclass(frozen=True)

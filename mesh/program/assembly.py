@@ -1,40 +1,40 @@
 """The whole program put together: what every recipe starts from.
 
-`check` refuses what cannot run before anything is built; `assemble` builds both roles, the two
-crossings between them, and brings the first weights to the generator.
+`launch` starts this rank, `check` refuses what cannot run and resolves the rest into a plan,
+`assemble` builds both roles from it, the exchange and the weight bridge between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
-from mesh.layout.meshes import Meshes, build_meshes, plan_layout, resolve_device
+from mesh.layout.meshes import Meshes, build_meshes, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
 from mesh.model.families import shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, prompt_problems, readable_json
 from mesh.program.connect import connect
-from mesh.rl.losses import normaliser
-from mesh.rl.step import Advantage, Aggregation, Rules
+from mesh.program.plan import Found, Plan, resolve, task_spec, tokenizer_directory
+from mesh.rl.losses import Loss
+from mesh.rl.objective import load_loss, loss_problems
 from mesh.roles.evaluation import held_out_prompts
 from mesh.roles.generator import Generator
-from mesh.roles.trainer import Start, Trainer
-from mesh.tasks import Task, drawn
-from mesh.tasks.scorer import checked_task
-from mesh.text.tokenizer import CHARACTERS, Tokenizer, check_vocabulary, load_tokenizer
+from mesh.roles.trainer import Trainer
+from mesh.tasks import Draw, Task, draw_prompts
+from mesh.tasks.scorer import Scorer, checked_task, num_workers
+from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
 from mesh.weights.bridge import weights_digest as digest_of
@@ -43,22 +43,18 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a configuration names, read and checked but not built."""
-
-    shape: ModelShape
-    tokenizer: Tokenizer
-    task: Task
-
-
-@dataclass(frozen=True)
 class Program:
-    """Both roles and the two crossings between them, on this rank."""
+    """Both roles of a plan on this rank, and what crosses between them.
 
+    scorer: of the task that is trained on; evaluation_scorers: by the names of the plan's sets.
+    """
+
+    plan: Plan
     meshes: Meshes
-    parts: Parts
     trainer: Trainer
     generator: Generator
+    scorer: Scorer
+    evaluation_scorers: Mapping[str, Scorer]
     exchange: Exchange
     bridge: WeightBridge
 
@@ -72,42 +68,49 @@ def read_command(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
 
 
 @contextmanager
-def launch(conf: Conf) -> Iterator[Process]:
-    """This rank's process for the length of a run, batch-invariant if `conf` asks for it."""
-    device = resolve_device(conf)
+def launch(conf: Conf, invariant: bool | None = None) -> Iterator[Process]:
+    """This rank's process for the length of a run, with batch-invariant kernels if `conf` asks for
+    them. invariant: overrides `batch_invariant`.
+    """
+    device = resolve_device(conf.device)
+    on = conf.batch_invariant if invariant is None else invariant
     with (
-        batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
-        start(conf.device, conf.timeout_seconds, conf.stall_seconds) as process,
+        batch_invariant(on, device, conf.invariant.chunks),
+        start(device, conf.timeout_seconds, conf.stall_seconds) as process,
     ):
         yield process
 
 
-def check(conf: Conf, world_size: int, training: bool = True, held_out: bool = True) -> Parts:
-    """Read what `conf` names. Raises one ValueError that lists everything that cannot run.
+def check(conf: Conf, process: Process, training: bool = True, held_out: bool = True) -> Plan:
+    """The plan of `conf`. Raises one ValueError that lists everything that cannot run.
 
     `training` False leaves out what only training asks, `held_out` False the task's held-out
     prompts: for a program that asks others.
     """
+    device, world_size = process.device.type, process.world_size
     wrong: list[str] = []
     shape = attempt(wrong, read_shape, conf)
     tokenizer = attempt(wrong, read_tokenizer, conf)
-    task = attempt(wrong, checked_task, conf, training or held_out)
+    workers = num_workers(conf) if training or held_out else 0
+    task = attempt(wrong, checked_task, task_spec(conf), workers)
+    loss = attempt(wrong, read_loss, conf)
     prompts: list[Prompt] = []
     if task is not None and training:
-        prompts += attempt(wrong, train_prompts, conf, task) or []
+        prompts += attempt(wrong, draw_prompts, task, Draw(0, conf.num_prompts)) or []
     if task is not None and held_out:
-        prompts += attempt(wrong, held_out_prompts, conf, task) or []
+        prompts += attempt(wrong, held_out_prompts, task, conf.eval.num_prompts) or []
     if tokenizer is not None:
         wrong += attempt(wrong, prompt_problems, conf, tokenizer, prompts) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size) if shape is not None else []
-    check_start(conf, world_size, shape, wrong, training)
+    check_start(conf, device, world_size, shape, wrong, training)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
-    assert task is not None, "a task that cannot be loaded was not listed"
-    return Parts(shape, tokenizer, task)
+    assert task is not None and loss is not None, "a task or loss that failed was not listed"
+    found = Found(shape, tokenizer, task, loss)
+    return resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
 
 
 def attempt(wrong: list[str], read: Callable[..., T], *args: Any) -> T | None:
-    """What `read` gives; None where it raises ValueError, whose lines are added to `wrong`."""
+    """The result of `read`; None where it raises ValueError, whose lines are added to `wrong`."""
     try:
         return read(*args)
     except ValueError as error:
@@ -132,7 +135,7 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     """The tokenizer; ValueError where its files are damaged.
 
     None: tokenizer.json is missing, or the model's config.json, which may name end tokens, is not
-    what it should be; both are reported elsewhere.
+    readable; both are reported elsewhere.
     """
     directory = tokenizer_directory(conf)
     config = directory / "config.json"
@@ -142,66 +145,53 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
 
 
-def train_prompts(conf: Conf, task: Task) -> list[Prompt]:
-    """The first step's prompts."""
-    return drawn(task.train_prompts(0, conf.num_prompts), conf.num_prompts, "train_prompts")
+def read_loss(conf: Conf) -> Loss:
+    """The loss; ValueError where it does not exist or its settings do not fit it."""
+    loss = load_loss(conf.loss)
+    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
+    wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return loss
 
 
-def without_training(conf: Conf) -> Conf:
-    """The configuration of a program that only generates: no run directory, one wave."""
-    conf.run_dir, conf.waves = None, 1
-    return conf
-
-
-def tokenizer_directory(conf: Conf) -> Path:
-    """Where the tokenizer is read from: model.tokenizer, else model.path, else the shipped one."""
-    named = conf.model.tokenizer or conf.model.path
-    return CHARACTERS if named is None else resolve_path(named)
-
-
-def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def assemble(
-    conf: Conf,
-    process: Process,
-    parts: Parts,
-    with_optimizer: bool = True,
-    self_test: bool = True,
-) -> Program:
-    """Build both roles and sync the first weights. A collective of the world.
+def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
+    """Build both roles and what connects them. A collective of the world.
 
     self_test: of the batch-invariant kernels, which one a process is enough of.
     """
-    if conf.batch_invariant and self_test:
-        dtype = dtype_of(conf.trainer.dtype, process.device)
-        pieces = conf.invariant.chunks
-        process.say(self_test_of(parts.shape, pieces, dtype, process.device, process.cpu_group))
-    timeout = timedelta(seconds=conf.timeout_seconds)
-    layout = plan_layout(conf, process.world_size)
-    meshes = build_meshes(layout, process.device.type, timeout)
-    path = None
-    if conf.model.init == "checkpoint":
-        assert conf.model.path is not None, "check let init=checkpoint without a path through"
-        path = resolve_path(conf.model.path)
-    trainer = Trainer(
-        conf, meshes, parts.shape, process.device, dtype_of(conf.trainer.dtype, process.device),
-        Start(path, conf.seed), with_optimizer, process.guard.run_dir,
-    )  # fmt: skip
-    dtype = dtype_of(conf.generator.dtype, process.device)
-    generator = Generator(conf, meshes, parts.shape, process.device, dtype, parts.tokenizer)
-    process.closers.append(generator.close)
-    exchange = Exchange(layout, conf.group_size, timeout)
-    bridge = connect(conf, process, trainer, generator, dtype)
-    return Program(meshes, parts, trainer, generator, exchange, bridge)
+    if plan.chunks is not None and self_test:
+        process.say(run_self_test(plan, process))
+    timeout = timedelta(seconds=plan.timeout_seconds)
+    meshes = build_meshes(plan.layout, process.device.type, timeout)
+    trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
+    generator = Generator(plan.generator, meshes, process.device, plan.tokenizer)
+    scorer = Scorer(plan.training)
+    others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
+    process.closers += [one.close for one in (scorer, *others.values(), generator)]
+    exchange = Exchange(plan.layout, plan.step.group_size, timeout)
+    bridge = connect(plan, process, trainer, generator)
+    return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)
+
+
+def evaluation_scorer(plan: Plan, name: str, training: Scorer) -> Scorer:
+    """The scorer of an evaluation set: that of training, where it is the same task."""
+    source = plan.evaluations[name].source
+    return training if source == plan.training else Scorer(source)
+
+
+def run_self_test(plan: Plan, process: Process) -> str:
+    """The self-test of the batch-invariant kernels on the model's own products, as a line that says
+    what was done. Collective; RuntimeError where results depend on the batch.
+    """
+    assert plan.chunks is not None, "the plan is not batch-invariant"
+    return self_test_of(
+        plan.shape, plan.chunks, plan.trainer.dtype, process.device, process.cpu_group
+    )
 
 
 def sync(program: Program) -> float:
-    """The trainer's weights become the generator's, and what was cached is dropped. Seconds."""
+    """Make the trainer's weights the generator's, and drop what was cached. Seconds."""
     report = program.bridge.sync()
     program.generator.reset(report.version)
     return report.seconds
@@ -215,40 +205,16 @@ def weights_digest(program: Program) -> str:
     return digest_of(trainer.parameters(), layouts, program.bridge.cpu_group)
 
 
-def rules_of(conf: Conf) -> Rules:
-    """The loss preset with what the configuration says otherwise.
-
-    grpo: arXiv:2402.03300; dr_grpo: arXiv:2503.20783.
-    """
-    presets: dict[str, tuple[Advantage, Aggregation]] = {
-        "grpo": ("std", "sequence"),
-        "dr_grpo": ("centred", "constant"),
-    }
-    advantage, aggregation = presets[conf.loss]
-    return Rules(
-        conf.group_size,
-        conf.advantage or advantage,
-        conf.aggregation or aggregation,
-        conf.drop_equal_groups,
-        conf.trainer.microbatch_tokens,
-    )
-
-
-def step_normaliser(conf: Conf, rules: Rules, tokens: int, sequences: int) -> float:
-    """What a step's gradient is divided by; the constant length is the longest response."""
-    return normaliser(tokens, sequences, rules.aggregation, conf.generator.max_new_tokens)
-
-
-def save_model(conf: Conf, program: Program, path: Path) -> None:
+def save_model(program: Program, path: Path) -> None:
     """Export the trainer's weights as a Hugging Face directory. A collective of the trainer."""
-    trainer = program.trainer
+    trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
     export(
         path,
         trainer.parameters(),
-        program.parts.shape,
-        tokenizer_directory(conf),
-        program.parts.tokenizer.eos_ids,
-        write=dist.get_rank() == program.meshes.layout.trainer_ranks[0],
+        plan.shape,
+        plan.tokenizer_directory,
+        plan.tokenizer.eos_ids,
+        write=dist.get_rank() == plan.layout.trainer_ranks[0],
     )

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
-from mesh.config.schema import Conf
-from mesh.layout.meshes import resolve_device
 from mesh.lifecycle.process import Process
+from mesh.program.plan import Plan
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
-from mesh.weights.bridge import Verify, WeightBridge
+from mesh.weights.bridge import WeightBridge
 
 
-def verify_of(conf: Conf) -> Verify:
-    """After which syncs digests are compared: on a GPU after the first, unless the weights are
-    vLLM's, which are not ours alone.
-    """
-    ours_on_gpu = conf.engine == "native" and resolve_device(conf) == "cuda"
-    return conf.sync.verify or ("first" if ours_on_gpu else "every")
-
-
-def connect(
-    conf: Conf, process: Process, trainer: Trainer, generator: Generator, dtype: torch.dtype
-) -> WeightBridge:
+def connect(plan: Plan, process: Process, trainer: Trainer, generator: Generator) -> WeightBridge:
     """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
     storage instead of its own.
     """
@@ -34,11 +22,11 @@ def connect(
         generator.weights(),
         [layout for layout in trainer.layouts if layout.name in names],
         generator.layouts,
-        dtype=dtype,
+        dtype=plan.generator.dtype,
         group=dist.group.WORLD,
         cpu_group=process.cpu_group,
-        verify=verify_of(conf),
-        bucket_bytes=conf.sync.bucket_mb << 20,
+        verify=plan.verify,
+        bucket_bytes=plan.bucket_bytes,
         device=process.device,
         allow_alias=generator.binds,
     )

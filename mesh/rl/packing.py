@@ -1,8 +1,7 @@
-"""Leaves, who trains on which, and how they become packed tensors.
+"""Leaves, and how they become packed tensors.
 
-A leaf is one prompt group, or a piece of one: the smallest unit that is packed, and the one whose
-gradient always has the same shapes. Its global index is its prompt_id. Which rank owns it depends
-on that index alone; token counts only decide how a rank's leaves share forward passes.
+A leaf is one prompt group, or a piece of one: the smallest unit that is packed. `cutting.py` says
+which rank owns it, and which leaves share a forward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh.types import Rollout
+from mesh.rl.cutting import fill
+from mesh.types import Rollout, RolloutKey
 
 
 @dataclass(frozen=True)
 class Leaf:
     """Rollouts of one prompt, in the order of their sample ids, each with its advantage and the
-    weight of its tokens. `piece` counts the pieces of a group that was cut.
+    weight of its tokens in the sum of losses. `piece` counts the pieces of a group that was cut.
     """
 
     prompt_id: int
@@ -34,15 +34,17 @@ class Leaf:
     @property
     def num_tokens(self) -> int:
         """Packed tokens: prompts and responses."""
-        return sum(map(_length, self.rollouts))
+        return sum(r.num_tokens for r in self.rollouts)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """S sequences, prompt then response, end to end: T tokens, of which A are response tokens.
+    """S sequences, prompt then response, end to end: T tokens, of which A carry loss.
 
-    The hidden state at `index_A` predicts `targets_A`, the response tokens in order; all `_A`
-    tensors are aligned with them. Sequence s fills tokens cu_seqlens[s] to cu_seqlens[s + 1].
+    The hidden state at `index_A` predicts `targets_A`, the loss tokens in order; all `_A` tensors
+    are aligned with them. Sequence s fills tokens cu_seqlens[s] to cu_seqlens[s + 1]. The ratio is
+    taken against `old_logprobs_A`, the mismatch measured against `generator_logprobs_A`; both are
+    the same numbers while a batch gives one update.
     """
 
     tokens_T: Tensor  # int64
@@ -52,6 +54,7 @@ class PackedBatch:
     index_A: Tensor  # int64, into T
     targets_A: Tensor  # int64
     generator_logprobs_A: Tensor  # float32
+    old_logprobs_A: Tensor  # float32
     advantages_A: Tensor  # float32
     weights_A: Tensor  # float32
     sequence_A: Tensor  # int64, into S
@@ -83,57 +86,16 @@ def leaves(
     )
     for rollout in rollouts:
         _check(rollout)
-    twice = [ids for ids, count in Counter(map(_ids, rollouts)).items() if count > 1]
+    twice = [ids for ids, count in Counter((r.key for r in rollouts)).items() if count > 1]
     assert not twice, f"rollouts (prompt_id, sample_id) came twice: {twice[:8]}"
     members = zip(rollouts, advantages_R.tolist(), weights_R.tolist(), strict=True)
-    ordered = sorted(members, key=lambda member: _ids(member[0]))
+    ordered = sorted(members, key=lambda member: member[0].key)
     groups = groupby(ordered, key=lambda member: member[0].prompt_id)
     return [leaf for _, group in groups for leaf in _pieces(list(group), leaf_tokens)]
 
 
-def owner(prompt_id: int, num_ranks: int) -> int:
-    """The data-parallel rank that trains on a prompt: leaf i belongs to rank i mod D."""
-    return prompt_id % num_ranks
-
-
-def assign(prompt_ids: Iterable[int], num_ranks: int) -> list[list[int]]:
-    """The prompt ids of every rank, ascending. Independent of lengths and of the order given."""
-    ordered = sorted(prompt_ids)
-    return [[i for i in ordered if owner(i, num_ranks) == rank] for rank in range(num_ranks)]
-
-
-def microbatches(token_counts: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of consecutive leaves that share a forward pass of at most `max_tokens` tokens.
-
-    Greedy and never reordering. A leaf of more than `max_tokens` is a microbatch of its own, so
-    max_tokens=0 packs every leaf by itself.
-    """
-    filled: list[list[int]] = []
-    room = 0
-    for index, count in enumerate(token_counts):
-        if not filled or count > room:
-            filled.append([])
-            room = max_tokens
-        filled[-1].append(index)
-        room -= count
-    return filled
-
-
-def schedule(
-    token_counts_by_rank: Sequence[Sequence[int]], max_tokens: int
-) -> list[list[list[int]]]:
-    """Every rank's microbatches, padded with empty ones to the same number: `[rank][microbatch]` is
-    a list of indices into that rank's leaves.
-
-    Every rank derives it from the token counts of all ranks. No leaf anywhere: no microbatch.
-    """
-    by_rank = [microbatches(counts, max_tokens) for counts in token_counts_by_rank]
-    num_microbatches = max(map(len, by_rank), default=0)
-    return [own + [[] for _ in range(num_microbatches - len(own))] for own in by_rank]
-
-
 def pack(leaf_list: Sequence[Leaf]) -> PackedBatch:
-    """One microbatch, on the CPU, in the order of the leaves and their rollouts.
+    """One forward pass's batch, on the CPU, in the order of the leaves and their rollouts.
 
     No leaves give a batch that still runs: one sequence of one token, and A = 0. Raises ValueError
     for an empty prompt or logprobs that do not fit the tokens.
@@ -142,12 +104,13 @@ def pack(leaf_list: Sequence[Leaf]) -> PackedBatch:
     rollouts = [rollout for leaf in leaf_list for rollout in leaf.rollouts]
     for rollout in rollouts:
         _check(rollout)
-    lengths = [_length(r) for r in rollouts]
+    lengths = [r.num_tokens for r in rollouts]
     bounds = [0, *accumulate(lengths)]
     tokens_T = torch.tensor([t for r in rollouts for t in (*r.prompt_tokens, *r.tokens)])
     index_A = torch.cat([_predictors(r, start) for r, start in zip(rollouts, bounds, strict=False)])
-    responses_S = torch.tensor([len(r.tokens) for r in rollouts])
-    sequence_A = torch.arange(len(rollouts)).repeat_interleave(responses_S)
+    lengths_S = torch.tensor([r.length for r in rollouts])
+    sequence_A = torch.arange(len(rollouts)).repeat_interleave(lengths_S)
+    generator_logprobs_A = _float32([x for r in rollouts for x in r.logprobs])
     return PackedBatch(
         tokens_T=tokens_T,
         positions_T=torch.cat([torch.arange(n) for n in lengths]),
@@ -155,7 +118,8 @@ def pack(leaf_list: Sequence[Leaf]) -> PackedBatch:
         max_seqlen=max(lengths),
         index_A=index_A,
         targets_A=tokens_T[index_A + 1],
-        generator_logprobs_A=_float32([x for r in rollouts for x in r.logprobs]),
+        generator_logprobs_A=generator_logprobs_A,
+        old_logprobs_A=generator_logprobs_A,
         advantages_A=_float32([a for leaf in leaf_list for a in leaf.advantages])[sequence_A],
         weights_A=_float32([w for leaf in leaf_list for w in leaf.weights])[sequence_A],
         sequence_A=sequence_A,
@@ -163,7 +127,7 @@ def pack(leaf_list: Sequence[Leaf]) -> PackedBatch:
 
 
 def assert_complete(
-    seen: Iterable[tuple[int, int]], prompt_ids: Iterable[int], group_size: int
+    seen: Iterable[RolloutKey], prompt_ids: Iterable[int], group_size: int
 ) -> None:
     """Every rollout of the step, as (prompt_id, sample_id), was trained on once: none lost, none
     twice, none foreign. Raises AssertionError naming them.
@@ -183,11 +147,10 @@ _Member = tuple[Rollout, float, float]  # a rollout, its advantage, the weight o
 
 
 def _pieces(group: list[_Member], leaf_tokens: int | None) -> list[Leaf]:
-    sizes = [_length(rollout) for rollout, _, _ in group]
+    sizes = [rollout.num_tokens for rollout, _, _ in group]
     limit = sum(sizes) if leaf_tokens is None else leaf_tokens
     return [
-        _leaf(piece, [group[i] for i in indices])
-        for piece, indices in enumerate(microbatches(sizes, limit))
+        _leaf(piece, [group[i] for i in indices]) for piece, indices in enumerate(fill(sizes, limit))
     ]
 
 
@@ -197,26 +160,23 @@ def _leaf(piece: int, members: list[_Member]) -> Leaf:
 
 
 def _predictors(rollout: Rollout, start: int) -> Tensor:
-    """int64: positions in T whose hidden states predict the response of a sequence at `start`."""
+    """int64: positions in T whose hidden states predict the loss tokens of a sequence at `start`."""
     first = start + len(rollout.prompt_tokens) - 1
-    return torch.arange(first, first + len(rollout.tokens))
+    if not rollout.turns:
+        return torch.arange(first, first + len(rollout.tokens))
+    return first + torch.tensor(rollout.loss_indices, dtype=torch.int64)
 
 
 def _check(rollout: Rollout) -> None:
     which = f"prompt_id={rollout.prompt_id} sample_id={rollout.sample_id}"
     if not rollout.prompt_tokens:
         raise ValueError(f"{which}: the prompt is empty; give it at least one token")
-    if len(rollout.logprobs) != len(rollout.tokens):
-        counts = f"{len(rollout.logprobs)} logprobs for {len(rollout.tokens)} tokens"
+    if len(rollout.loss_mask) != len(rollout.tokens):
+        counts = f"turns of {len(rollout.loss_mask)} tokens, but {len(rollout.tokens)} tokens"
+        raise ValueError(f"{which}: {counts}; let the turns cover all of them")
+    if len(rollout.logprobs) != rollout.length:
+        counts = f"{len(rollout.logprobs)} logprobs for {rollout.length} tokens"
         raise ValueError(f"{which}: {counts}; give one for each")
-
-
-def _ids(rollout: Rollout) -> tuple[int, int]:
-    return rollout.prompt_id, rollout.sample_id
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_tokens) + len(rollout.tokens)
 
 
 def _float32(values: list[float]) -> Tensor:

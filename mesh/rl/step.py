@@ -1,6 +1,6 @@
 """From a wave of scored rollouts to what one trainer rank trains on: pure, the same on any mesh.
 
-Every rank derives advantages, which groups count, and all ranks' schedules from the outlines of all
+Every rank derives advantages, which groups count, and all ranks' passes from the outlines of all
 rollouts; only its own leaves hold tokens.
 """
 
@@ -8,89 +8,119 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 
-from mesh.rl.advantages import Advantage, equal_groups, group_advantages
-from mesh.rl.losses import Aggregation, token_weights
-from mesh.rl.packing import Leaf, assert_complete, leaves, microbatches, owner
-from mesh.types import Outline, Prompt, Wave
+from mesh.rl.advantages import equal_groups
+from mesh.rl.cutting import leaf_tokens, schedule
+from mesh.rl.objective import Objective
+from mesh.rl.packing import Leaf, assert_complete, leaves
+from mesh.types import Prompt, Rollout, Wave
+
+Pass = list[Leaf]
+"""Leaves that are packed into one forward pass; none: a pass that only keeps ranks in step."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How rollouts become losses. leaf_tokens: groups of more tokens are cut into pieces."""
+class StepSettings:
+    """How a step is drawn and cut. pass_tokens: most tokens of a forward pass; a group of more is
+    cut into pieces.
+    """
 
+    num_prompts: int
     group_size: int
-    advantage: Advantage
-    aggregation: Aggregation
+    waves: int
     drop_equal_groups: bool
-    leaf_tokens: int
+    pass_tokens: int
 
 
 @dataclass(frozen=True)
 class Share:
-    """A wave's work: this rank's leaves, all ranks' token counts, and what the whole wave counts.
+    """A wave's work: this rank's passes, of which every rank has the same number, and what the
+    whole wave counts.
 
-    tokens, sequences: response tokens and rollouts that enter the loss, over all ranks.
+    tokens, sequences: loss tokens and rollouts that enter the loss, over all ranks.
     """
 
-    leaves: list[Leaf]
-    token_counts: list[list[int]]
+    passes: list[Pass]
     tokens: int
     sequences: int
 
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """This rank's rollouts, in the order in which they are packed."""
+        return [r for one in self.passes for leaf in one for r in leaf.rollouts]
 
-def share_of(wave: Wave, rules: Rules, num_ranks: int) -> Share:
-    """What a trainer's data-parallel rank trains on of `wave`; nothing off the trainer."""
-    if not wave.outlines:
-        return Share([], [[] for _ in range(num_ranks)], 0, 0)
-    rewards_PG = wave.rewards(rules.group_size)
-    keep_P = (
-        ~equal_groups(rewards_PG) if rules.drop_equal_groups else torch.ones(len(rewards_PG)) > 0
-    )
-    advantages = advantages_of(wave, rules)
-    kept = {i for i, keep in zip(advantages, keep_P.tolist(), strict=True) if keep}
+
+@dataclass(frozen=True)
+class ScoredWave:
+    """A wave after its backward passes and before the step's update, as its inspector sees it.
+
+    prompts: all of the wave; generated: rollouts that this rank's replica made; logprobs_A,
+    entropy_A: the trainer's, of the loss tokens of `share.rollouts`, in order.
+    """
+
+    step: int
+    prompts: Sequence[Prompt]
+    generated: list[Rollout]
+    wave: Wave
+    share: Share
+    logprobs_A: torch.Tensor
+    entropy_A: torch.Tensor
+
+
+def share_of(
+    wave: Wave, objective: Objective, step: StepSettings, num_ranks: int, rank: int | None
+) -> Share:
+    """The work of data-parallel `rank` of `num_ranks` on a wave; None, off the trainer: nothing."""
+    if not wave.outlines or rank is None:
+        return Share([], 0, 0)
+    rewards_PG = wave.rewards(step.group_size)
+    dropped_P = equal_groups(rewards_PG) & step.drop_equal_groups
+    advantages = advantages_of(wave, objective, step.group_size)
+    kept = {i for i, drop in zip(advantages, dropped_P.tolist(), strict=True) if not drop}
     outlines = [o for o in wave.outlines if o.prompt_id in kept]
+    mine = _leaves(wave, kept, advantages, objective, step)
+    counts = leaf_tokens(outlines, num_ranks, step.pass_tokens)
+    assert [leaf.num_tokens for leaf in mine] == counts[rank], "leaves are not the schedule's"
     return Share(
-        _leaves(wave, kept, advantages, rules),
-        _token_counts(outlines, num_ranks, rules.leaf_tokens),
-        sum(o.response_length for o in outlines),
+        passes_of(mine, counts, rank, step.pass_tokens),
+        sum(o.length for o in outlines),
         len(outlines),
     )
 
 
-def advantages_of(wave: Wave, rules: Rules) -> dict[int, list[float]]:
+def passes_of(
+    mine: Sequence[Leaf], token_counts: Sequence[Sequence[int]], rank: int, max_tokens: int
+) -> list[Pass]:
+    """The passes of a rank with leaves `mine`; token_counts: tokens of every rank's leaves."""
+    planned = schedule(token_counts, max_tokens)[rank]
+    return [[mine[i] for i in indices] for indices in planned]
+
+
+def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int, list[float]]:
     """The advantages of each prompt's samples, by prompt_id, in the order of the outlines."""
-    prompt_ids = [o.prompt_id for o in wave.outlines[:: rules.group_size]]
-    advantages_PG = group_advantages(wave.rewards(rules.group_size), rules.advantage)
+    prompt_ids = [o.prompt_id for o in wave.outlines[::group_size]]
+    advantages_PG = objective.advantages(wave.rewards(group_size))
     return dict(zip(prompt_ids, advantages_PG.tolist(), strict=True))
 
 
 def _leaves(
-    wave: Wave, kept: set[int], advantages: dict[int, list[float]], rules: Rules
+    wave: Wave,
+    kept: set[int],
+    advantages: dict[int, list[float]],
+    objective: Objective,
+    step: StepSettings,
 ) -> list[Leaf]:
     owned = {r.prompt_id for r in wave.rollouts}
-    assert_complete(((r.prompt_id, r.sample_id) for r in wave.rollouts), owned, rules.group_size)
+    assert_complete((r.key for r in wave.rollouts), owned, step.group_size)
     rollouts = [r for r in wave.rollouts if r.prompt_id in kept]
     if not rollouts:
         return []
-    lengths_R = torch.tensor([len(r.tokens) for r in rollouts])
+    lengths_R = torch.tensor([r.length for r in rollouts])
     advantages_R = torch.tensor([advantages[r.prompt_id][r.sample_id] for r in rollouts])
-    weights_R = token_weights(lengths_R, rules.aggregation)
-    return leaves(rollouts, advantages_R, weights_R, rules.leaf_tokens)
-
-
-def _token_counts(outlines: Sequence[Outline], num_ranks: int, leaf_tokens: int) -> list[list[int]]:
-    """Tokens of every leaf of every rank, as `leaves` will cut them."""
-    counts: list[list[int]] = [[] for _ in range(num_ranks)]
-    for prompt_id, group in groupby(outlines, key=lambda o: o.prompt_id):
-        sizes = [o.prompt_length + o.response_length for o in group]
-        pieces = microbatches(sizes, leaf_tokens)
-        counts[owner(prompt_id, num_ranks)] += [sum(sizes[i] for i in piece) for piece in pieces]
-    return counts
+    return leaves(rollouts, advantages_R, objective.weights(lengths_R), step.pass_tokens)
 
 
 def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]]:
@@ -100,32 +130,14 @@ def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]
     return [prompts[i * size : (i + 1) * size] for i in range(num_waves)]
 
 
-def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
-    """What the rollouts of a whole step look like; empty off the trainer."""
-    outlines = [o for wave in waves for o in wave.outlines]
-    if not outlines:
-        return {}
-    rewards_PG = torch.cat([wave.rewards(group_size) for wave in waves]).double()
-    lengths = [o.response_length for o in outlines]
-    truncated = sum(o.finish_reason == "length" for o in outlines)
-    return {
-        "reward/mean": float(rewards_PG.mean()),
-        "reward/std": float(rewards_PG.std()),
-        "equal_groups": float(equal_groups(rewards_PG).double().mean()),
-        "tokens/generated": float(sum(lengths)),
-        "response_length/mean": sum(lengths) / len(lengths),
-        "response_length/max": float(max(lengths)),
-        "truncated": truncated / len(outlines),
-    }
-
-
 def samples_of(
     prompts: Sequence[Prompt],
     waves: Sequence[Wave],
-    rules: Rules,
+    objective: Objective,
+    group_size: int,
     decode: Callable[[tuple[int, ...]], str],
 ) -> list[dict[str, Any]]:
-    """What a person reads of a step: this rank's rollouts as text, and what they are worth."""
+    """The lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     return [
         {
@@ -139,6 +151,6 @@ def samples_of(
             "finish_reason": r.finish_reason,
         }
         for wave in waves
-        for advantages in [advantages_of(wave, rules)]
+        for advantages in [advantages_of(wave, objective, group_size)]
         for r in wave.rollouts
     ]

@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from mesh.config.schema import Conf
-from mesh.roles.generator import EVAL_STEP, Generator
-from mesh.tasks import Task, drawn
+from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
+from mesh.tasks import Task, numbered
+from mesh.tasks.scorer import Scorer, TaskSource
 from mesh.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out prompts of a task, and how many samples of each are drawn (k of pass@k)."""
+
+    source: TaskSource
+    num_prompts: int
+    num_samples: int
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts of every evaluation; ValueError where the task does not give them."""
+        return held_out_prompts(self.source.task, self.num_prompts)
+
+
+def held_out_prompts(task: Task, num: int) -> list[Prompt]:
+    """A task's first `num` held-out prompts; ValueError where it does not give them."""
+    return numbered(task.eval_prompts(num), num, "eval_prompts")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -25,34 +44,32 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def held_out_prompts(conf: Conf, task: Task) -> list[Prompt]:
-    """The prompts of every evaluation; ValueError where the task does not give them."""
-    num = conf.eval.num_prompts
-    return drawn(task.eval_prompts(num), num, "eval_prompts")
-
-
 def evaluate(
-    conf: Conf, generator: Generator, task: Task, cpu_group: dist.ProcessGroup
+    held_out: EvaluationSet,
+    generator: Generator,
+    scorer: Scorer,
+    cpu_group: dist.ProcessGroup,
+    prefix: str = "eval",
 ) -> dict[str, float]:
     """The metrics `eval/*` of the generator's present weights, on every rank. Collective.
 
     A response counts as right when its reward is at least 1. The same prompts and random numbers at
     every call, whatever the step: curves compare like with like. A replica's share may be empty.
     """
-    prompts = held_out_prompts(conf, task)
-    samples = conf.eval.num_samples
-    sampled = generator.rollout(task, prompts, samples, generator.sampling(EVAL_STEP))
-    greedy = generator.rollout(task, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))
+    prompts, samples = held_out.prompts(), held_out.num_samples
+    sampled = generator.rollout(scorer, prompts, samples, generator.sampling(EVAL_STEP))
+    greedy = generator.rollout(scorer, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))
     ks = sorted({1, samples})
     sums = torch.tensor([*_sums(sampled, samples, ks), *_sums(greedy, 1, [1])], dtype=torch.float64)
     sums = sums if generator.speaks else torch.zeros_like(sums)
     dist.all_reduce(sums, group=cpu_group)
     *passes, sampled_prompts, greedy_passes, greedy_prompts = sums.tolist()
     assert sampled_prompts == greedy_prompts == len(prompts), "held-out prompts were lost"
-    metrics = {f"eval/pass@{k}": value / len(prompts) for k, value in zip(ks, passes, strict=True)}
-    accuracy = {"eval/accuracy": metrics["eval/pass@1"]}
-    metrics["eval/accuracy_greedy"] = greedy_passes / len(prompts)
-    return accuracy | metrics | generator.failed_scores("eval/failed", cpu_group)
+    by_k = {k: value / len(prompts) for k, value in zip(ks, passes, strict=True)}
+    metrics = {f"{prefix}/accuracy": by_k[1]}
+    metrics |= {f"{prefix}/pass@{k}": value for k, value in by_k.items()}
+    metrics[f"{prefix}/accuracy_greedy"] = greedy_passes / len(prompts)
+    return metrics | failed_scores(scorer, f"{prefix}/failed", cpu_group)
 
 
 def _sums(rollouts: list[Rollout], num_samples: int, ks: list[int]) -> list[float]:

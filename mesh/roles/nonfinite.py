@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mesh.layout.reshard import Block, ParamLayout
-from mesh.types import Rollout
+from mesh.types import Rollout, RolloutKey
 
 REPORT = "nonfinite.jsonl"
 SHOWN = 10  # findings of a kind that a person is shown
@@ -104,7 +104,7 @@ def _of_microbatch(trained: Trained) -> Iterator[BadSequence]:
     mine_A, loss_A = trained.logprobs_A.float().cpu(), trained.loss_A.float().cpu()
     theirs_A = torch.tensor([x for r in trained.rollouts for x in r.logprobs], dtype=torch.float32)
     assert mine_A.shape == theirs_A.shape, f"{len(mine_A)} logprobs for {len(theirs_A)} tokens"
-    places = [(r, i) for r in trained.rollouts for i in range(len(r.tokens))]
+    places = [(r, i) for r in trained.rollouts for i in r.loss_indices]
     bad_A = ~mine_A.isfinite() | ~theirs_A.isfinite()
     yield from _where("generator logprob", theirs_A, ~theirs_A.isfinite(), places)
     yield from _where("trainer logprob", mine_A, ~mine_A.isfinite(), places)
@@ -119,14 +119,14 @@ def _where(
     what: str, values_A: Tensor, bad_A: Tensor, places: Sequence[tuple[Rollout, int]]
 ) -> Iterator[BadSequence]:
     """A finding for every sequence that has a bad token; `places`: rollout and position of all."""
-    by_sequence: dict[tuple[int, int], list[int]] = {}
+    by_sequence: dict[RolloutKey, list[int]] = {}
     for row in bad_A.nonzero()[:, 0].tolist():
         rollout, _ = places[row]
-        by_sequence.setdefault((rollout.prompt_id, rollout.sample_id), []).append(row)
+        by_sequence.setdefault(rollout.key, []).append(row)
     for key, rows in by_sequence.items():
         rollout, position = places[rows[0]]
         value = repr(float(values_A[rows[0]]))
-        yield BadSequence(*key, position, what, value, len(rows), len(rollout.tokens))
+        yield BadSequence(*key, position, what, value, len(rows), rollout.length)
 
 
 def bad_blocks(

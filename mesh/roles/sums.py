@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mesh.rl.losses import TokenStats, merge, stats_metrics, token_stats
+from mesh.rl.statistics import TokenStats, merge, stats_metrics, token_stats
 from mesh.roles.nonfinite import Trained
 
 
@@ -19,7 +19,7 @@ class StepSums:
 
     def __init__(self, device: torch.device) -> None:
         nothing = torch.zeros(0, device=device)
-        self.stats = token_stats(nothing, nothing, nothing.bool())
+        self.stats = token_stats(nothing, nothing, nothing, nothing.bool())
         # sums over tokens of the loss (weighted), the entropy and the KL to the reference
         self.extra = torch.zeros(3, dtype=torch.float64, device=device)
         self.trained: list[Trained] = []

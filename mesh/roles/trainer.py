@@ -1,14 +1,13 @@
-"""The trainer: fp32 master weights under FSDP and TP, one optimizer step from summed leaf losses.
+"""The trainer: fp32 master weights under FSDP and TP, one optimizer step from summed losses.
 
 A step is any number of `accumulate` calls, then one `update`: losses are unnormalised sums, so the
-gradients of leaves, microbatches and waves simply add; what they are divided by is known after the
-last wave and applied once. Off the trainer's submesh every verb returns an empty result.
+gradients of passes and waves simply add; what they are divided by is known after the last wave and
+applied once. Off the trainer's submesh every verb returns an empty result.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mesh.config.schema import Conf
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import Block
@@ -26,10 +24,14 @@ from mesh.model.hf import load_weights
 from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
-from mesh.model.parallel import tp_dims
 from mesh.model.policy import Policy, build_policy, named_weights, parameter_names
-from mesh.rl.losses import kl_T, loss_sum, token_stats
-from mesh.rl.packing import Leaf, PackedBatch, pack, schedule
+from mesh.rl.aggregation import loss_sum
+from mesh.rl.losses import LossTokens, Need
+from mesh.rl.objective import Objective
+from mesh.rl.packing import PackedBatch, pack
+from mesh.rl.statistics import token_stats
+from mesh.rl.step import Pass
+from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.nonfinite import (
     Findings,
     Trained,
@@ -39,10 +41,9 @@ from mesh.roles.nonfinite import (
     gathered,
     merged,
 )
+from mesh.roles.optimizer import MOMENTS, Optimizer, OptimizerSettings
 from mesh.roles.sums import StepSums
 from mesh.types import ModelShape
-
-Objective = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,30 @@ class Start:
     seed: int
 
 
-def lr_at(step: int, peak: float, warmup_steps: int) -> float:
-    """Linear warm-up to the peak, then constant. The first of `warmup_steps` gets peak / steps."""
-    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
+    context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
+    trained; reference: whether a frozen copy of the start is kept.
+    """
+
+    shape: ModelShape
+    max_length: int
+    dtype: torch.dtype
+    start: Start
+    temperature: float
+    optimizer: OptimizerSettings | None = None
+    reference: bool = False
+    sequence_parallel: bool = False
+    activation_checkpointing: str = "none"
+    on_nonfinite: str = "stop"
+
+
+@dataclass(frozen=True)
+class PassScores:
+    """Logprobs of one pass's loss tokens that are known before it is trained on."""
+
+    reference_logprobs_A: torch.Tensor | None = None
 
 
 class Trainer:
@@ -63,58 +85,50 @@ class Trainer:
 
     def __init__(
         self,
-        conf: Conf,
+        settings: TrainerSettings,
         meshes: Meshes,
-        shape: ModelShape,
         device: torch.device,
-        dtype: torch.dtype,
-        start: Start,
-        with_optimizer: bool = True,
         run_dir: str | None = None,
     ) -> None:
         """run_dir: where a step that is not finite is written down; None: nowhere."""
-        self.conf = conf
-        self.shape = shape
-        self.device = device
+        self.settings, self.device = settings, device
         self.mesh: DeviceMesh = meshes.trainer_mesh
-        self.layouts = role_layouts(shape, conf.model.max_length, self.mesh.mesh, fsdp=True)
+        shape = settings.shape
+        self.layouts = role_layouts(shape, settings.max_length, self.mesh.mesh, fsdp=True)
         self.weight_names = weight_names(shape)
         # of the two names of a tied weight, the first
         self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
         self.dp = meshes.layout.trainer.dp
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
-        self.steps = self.updates = 0
+        self.steps = 0
         self.sums = StepSums(device)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
-            self.model = self._build(dtype, start)
-            if with_optimizer and conf.kl_coef > 0:
-                self.reference = self._build(dtype, start).requires_grad_(False)
-            if with_optimizer:
-                self.optimizer = torch.optim.AdamW(
-                    self.model.parameters(),
-                    lr=conf.trainer.lr,
-                    betas=(conf.trainer.betas[0], conf.trainer.betas[1]),
-                    eps=conf.trainer.eps,
-                    weight_decay=conf.trainer.weight_decay,
-                )
+            self.model = self._build()
+            if settings.reference:
+                self.reference = self._build().requires_grad_(False)
+            if settings.optimizer is not None:
+                self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
 
-    def _build(self, dtype: torch.dtype, start: Start) -> Policy:
-        recompute = self.conf.trainer.activation_checkpointing
-        fsdp = {"compute_dtype": dtype, "activation_checkpointing": recompute}
+    def _build(self) -> Policy:
+        settings = self.settings
+        fsdp = {
+            "compute_dtype": settings.dtype,
+            "activation_checkpointing": settings.activation_checkpointing,
+        }
         model = build_policy(
-            self.shape, self.conf.model.max_length, self.device, torch.float32, self.mesh, fsdp,
-            self.conf.trainer.sequence_parallel,
+            settings.shape, settings.max_length, self.device, torch.float32, self.mesh, fsdp,
+            settings.sequence_parallel,
         )  # fmt: skip
-        blocks = self._blocks()
+        blocks, start = self._blocks(), settings.start
         with torch.no_grad():
             tensors = local_tensors(named_weights(model))
         if start.path is None:
             random_weights(tensors, {x.name: x.shape for x in self.layouts}, blocks, start.seed)
         else:
-            load_weights(start.path, tensors, blocks, self.shape)
+            load_weights(start.path, tensors, blocks, settings.shape)
         return model
 
     def _blocks(self) -> dict[str, Block | None]:
@@ -128,166 +142,142 @@ class Trainer:
         return {**named_weights(self.model), **dict(self.model.named_buffers())}
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The master weights alone, without buffers."""
+        """Master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
-        """The frozen reference's weights; none without one."""
+        """Weights of the frozen reference; none without one."""
         return named_weights(self.reference) if self.reference is not None else {}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What the next step needs, by kind and name: `weights`, and AdamW's moments `exp_avg` and
-        `exp_avg_sq`, which are zeros before the first step. fp32 DTensors, the trainer's own; a
-        tied weight is listed once. No tensors off the trainer."""
+        """What the next step needs, by kind and name: `weights` and the optimizer's moments, which
+        are zeros before the first step. fp32 DTensors, the trainer's own; a tied weight is listed
+        once. No tensors off the trainer."""
         masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
-        moments = {name: self._moments(weight) for name, weight in masters.items()}
-        kinds = ("exp_avg", "exp_avg_sq")
-        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in kinds}
+        moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
+        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
 
-    def _moments(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = self.optimizer.state[weight]
-        if not state:  # as AdamW makes it in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state |= {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
-        return state
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights; 0 off the trainer."""
+        return self.optimizer.updates if self.model is not None else 0
 
     def continue_after(self, steps: int, updates: int) -> None:
-        """`state` was filled with that after so many steps, of which `updates` changed the weights:
-        warm-up and bias correction go on."""
-        self.steps, self.updates = steps, updates
-        for weight in self.state()["weights"].values():
-            self._moments(weight)["step"].fill_(updates)
+        """Go on after so many steps, of which `updates` changed the weights: `state` was filled
+        with that of then."""
+        self.steps = steps
+        if self.model is not None:
+            self.optimizer.continue_after(updates, self.state()["weights"].values())
 
-    def accumulate(
-        self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]], objective: Objective
-    ) -> torch.Tensor:
-        """Forward and backward over this rank's leaves, adding to the gradients. Returns the
-        logprobs of all their response tokens, in the order of leaves and rollouts, fp32.
+    def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take these local weights, with an optimizer that has made no step."""
+        with torch.no_grad():
+            for name, tensor in local_tensors(self.parameters()).items():
+                tensor.copy_(weights[name])
+        self.steps = 0
+        if self.model is not None:
+            self.optimizer.restart()
 
-        objective: (loss_A, clipped_A) from a batch and its logprobs_A; token_counts: tokens of the
-        leaves of every data-parallel rank, in order; all ranks derive the same number of
-        microbatches from it.
+    def forward(
+        self, model: Policy, batch: PackedBatch, temperature: float | None = None
+    ) -> TokenScores:
+        """(logprobs_A, entropy_A) of a batch's loss tokens, by the policy or the reference.
+
+        temperature: unset, that of training.
         """
-        if self.model is None:
-            return torch.zeros(0)
-        logprobs = [
-            self._backward(self.model, microbatch, objective)
-            for microbatch in self.microbatches(leaves, token_counts)
-        ]
-        self.sums.expect(sum(len(r.tokens) for leaf in leaves for r in leaf.rollouts))
-        return torch.cat([torch.zeros(0, device=self.device), *logprobs])
-
-    def microbatches(
-        self, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]]
-    ) -> list[list[Leaf]]:
-        """What this rank runs together of its leaves; see `accumulate`. Empty off the trainer."""
-        if self.dp_rank is None:
-            return []
-        counts = [leaf.num_tokens for leaf in leaves]
-        assert counts == list(token_counts[self.dp_rank]), "leaves are not the schedule's"
-        planned = schedule(token_counts, self.conf.trainer.microbatch_tokens)[self.dp_rank]
-        return [[leaves[i] for i in indices] for indices in planned]
-
-    def score(self, model: Policy, batch: PackedBatch) -> TokenScores:
-        """(logprobs_A, entropy_A) of a batch's response tokens, by the policy or the reference."""
         beat()
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
-        temperature = self.conf.generator.temperature
+        temperature = self.settings.temperature if temperature is None else temperature
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
                      temperature)  # fmt: skip
 
+    @torch.no_grad()
+    def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
+        """First phase of a wave: what the objective needs of its passes before they are trained on.
+
+        A collective of the trainer, in which every rank has the same number of passes.
+        """
+        if self.reference is None or "reference_logprobs" not in needs:
+            return [PassScores() for _ in passes]
+        batches = (pack(one).to(self.device) for one in passes)
+        return [PassScores(self.forward(self.reference, batch).logprobs_A) for batch in batches]
+
+    def accumulate(
+        self, passes: Sequence[Pass], objective: Objective, scores: Sequence[PassScores]
+    ) -> TokenScores:
+        """Second phase: forward and backward over these passes, adding to the gradients.
+
+        Returns the scores of all their loss tokens, in order, fp32 and detached. A collective of
+        the trainer, in which every rank has the same number of passes.
+        """
+        nothing = torch.zeros(0, device=self.device)
+        if self.model is None:
+            return TokenScores(nothing, nothing)
+        found = [
+            self._backward(self.model, leaves, objective, known)
+            for leaves, known in zip(passes, scores, strict=True)
+        ]
+        self.sums.expect(sum(r.length for one in passes for leaf in one for r in leaf.rollouts))
+        logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
+        return TokenScores(torch.cat(logprobs), torch.cat(entropies))
+
     def _backward(
-        self, model: Policy, leaves: Sequence[Leaf], objective: Objective
-    ) -> torch.Tensor:
-        """Adds to the gradients and the step's sums. Returns logprobs_A, detached."""
+        self, model: Policy, leaves: Pass, objective: Objective, known: PassScores
+    ) -> TokenScores:
+        """Add to the gradients and the step's sums."""
         batch = pack(leaves).to(self.device)
-        logprobs_A, entropy_A = self.score(model, batch)
+        logprobs_A, entropy_A = self.forward(model, batch)
         logprobs_A.retain_grad()
-        loss_A, clipped_A = objective(batch, logprobs_A)
-        divergence_A = torch.zeros_like(entropy_A)
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_A, _ = self.score(self.reference, batch)
-            divergence_A = kl_T(logprobs_A, reference_A)
-            loss_A = loss_A + self.conf.kl_coef * divergence_A
+        loss_A, clipped_A, kl_A = objective(
+            LossTokens(
+                logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
+                entropy_A, known.reference_logprobs_A,
+            )
+        )  # fmt: skip
         loss = loss_sum(loss_A, batch.weights_A)
         loss.backward()
-        rollouts = tuple(r for leaf in leaves for r in leaf.rollouts)
+        kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
         self.sums.add(
-            token_stats(logprobs_A, batch.generator_logprobs_A, clipped_A),
-            (loss, entropy_A.double().sum(), divergence_A.double().sum()),
-            Trained(rollouts, logprobs_A.detach(), loss_A.detach(), logprobs_A.grad),
-        )
-        return logprobs_A.detach()
+            token_stats(logprobs_A, batch.generator_logprobs_A, batch.old_logprobs_A, clipped_A),
+            (loss, entropy_A.double().sum(), kl_A.double().sum()),
+            Trained(
+                tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
+                loss_A.detach(), logprobs_A.grad,
+            ),
+        )  # fmt: skip
+        return TokenScores(logprobs_A.detach(), entropy_A.detach())
 
     @torch.no_grad()
     def update(self, normaliser: float, tokens: int) -> dict[str, float]:
         """Divide the gradients by `normaliser`, clip, step. Returns the step's metrics.
 
-        tokens: response tokens of the whole step, over all ranks; checked against what was trained.
+        tokens: loss tokens of the whole step, over all ranks; checked against what was trained.
         A step whose loss, gradient or logprobs are not finite on any rank changes neither weights
         nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks.
         Empty off the trainer.
         """
         if self.model is None:
             return {}
-        gradients = self._gradients()
+        gradients = summed_gradients(self.model)
         torch._foreach_div_(list(gradients.values()), normaliser)
-        norm, finite = self._gradient_norm(gradients)
-        lr = lr_at(self.steps, self.conf.trainer.lr, self.conf.trainer.warmup_steps)
+        norm, finite = gradient_norm(gradients, self.sums.bad(), self.model, self.mesh)
+        lr = self.optimizer.lr(self.steps)
         if finite:
-            self._step(gradients, norm, lr)
+            self.optimizer.step(gradients, norm, lr)
         metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
         if self.reference is None:
             del metrics["kl"]
-        if self.conf.on_nonfinite == "skip":
+        if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
             self._report(gradients, metrics)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.sums = StepSums(self.device)
         self.steps += 1
         return metrics
 
-    def _step(self, gradients: Mapping[str, torch.Tensor], norm: float, lr: float) -> None:
-        if 0 < self.conf.trainer.clip_norm < norm:
-            torch._foreach_mul_(list(gradients.values()), self.conf.trainer.clip_norm / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.updates += 1
-
-    def _gradients(self) -> dict[str, torch.Tensor]:
-        """This rank's shards of the gradients; zeros where nothing was trained on at all."""
-        assert self.model is not None
-        for parameter in self.model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        named = self.model.named_parameters()
-        return local_tensors({name: p.grad for name, p in named if p.grad is not None})
-
-    def _gradient_norm(self, gradients: Mapping[str, torch.Tensor]) -> tuple[float, bool]:
-        """The 2-norm of the whole gradient, in which each element counts once, whatever replicates
-        it; NaN where it is not finite. And whether the gradient, the loss and all logprobs are
-        finite. All ranks of the trainer get the same answer."""
-        assert self.model is not None
-        dims = tp_dims(self.model)
-        first_tp = self.mesh.get_local_rank("tp") == 0
-        total, copies = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for name, gradient in gradients.items():
-            counts = first_tp or dims[name] is not None
-            (total if counts else copies).add_(gradient.double().square().sum())
-        # times 0: 0 for what is finite, NaN for all else, that of copies and replicas too
-        both = torch.stack([total + copies * 0, self.sums.bad()])
-        for axis in ("dp_shard", "tp"):
-            dist.all_reduce(both, group=self.mesh.get_group(axis))
-        seen = torch.stack([both[0] * 0, both[1]])
-        dist.all_reduce(seen, group=self.mesh.get_group("dp_replicate"))
-        norm, bad = torch.stack([(both[0] + seen[0]).sqrt(), seen[1]]).tolist()
-        return norm, math.isfinite(norm) and bad == 0
-
     def _report(self, gradients: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
-        """Says where the step is not finite, which all ranks of the trainer look for; raises that
+        """Report where the step is not finite, which all ranks of the trainer look for; raises that
         as RuntimeError unless the step is to be skipped."""
         layouts = [layout for layout in self.layouts if layout.name in self.master_names]
         blocks, weights = self._blocks(), local_tensors(self.parameters())
@@ -297,5 +287,5 @@ class Trainer:
             bad_blocks({layout.name: weights[layout.name] for layout in layouts}, blocks),
         )
         parts = gathered(mine, self.cpu_group)
-        report = merged(self.steps + 1, self.conf.on_nonfinite, metrics, parts, layouts)
+        report = merged(self.steps + 1, self.settings.on_nonfinite, metrics, parts, layouts)
         announce(report, self.run_dir, self.cpu_group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
@@ -21,11 +21,22 @@ SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arith
 METHODS = ("train_prompts", "eval_prompts", "solution", "score")
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """A task by name: what `load_task` makes it from, here and in the processes that score."""
+
+    name: str
+    seed: int
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class Task(Protocol):
     """What the recipes ask of a task."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        """Prompts 0..num-1 of a step, a pure function of (seed, step, index)."""
+        """Prompts 0..num-1 of a step, a pure function of (seed, step, index). A task that can
+        refill a step takes `round: int = 0` as well; see `Draw`.
+        """
         ...
 
     def eval_prompts(self, num: int) -> list[Prompt]:
@@ -59,22 +70,51 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     return task_class(seed=seed, **args)
 
 
-def drawn(prompts: Sequence[Prompt], num: int, what: str) -> list[Prompt]:
-    """`prompts`, if they are numbered 0..num-1 in order, as the `num` that were asked for.
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A request for training prompts: `num` of a step, in a round of it.
 
-    what: the task's method that gave them. Raises ValueError otherwise: ranks share prompts out by
+    Round 0 is the step's first; prompts of later rounds, which refill a step, have ids that go on
+    after those of the rounds before. A prompt is a pure function of (seed, step, round, index).
+    """
+
+    step: int
+    num: int
+    round: int = 0
+
+    @property
+    def first_id(self) -> int:
+        """The prompt_id of index 0."""
+        return self.round * self.num
+
+
+def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
+    """The training prompts of a draw; ValueError where the task gives others than it was asked for.
+
+    A task is told the round only where it is not the first, so `train_prompts(step, num)` is all
+    that a task needs which is never refilled.
+    """
+    more = {"round": draw.round} if draw.round else {}
+    prompts = task.train_prompts(draw.step, draw.num, **more)
+    return numbered(prompts, draw.num, "train_prompts", draw.first_id)
+
+
+def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -> list[Prompt]:
+    """`prompts`, if their ids count from `first` on, in order, and there are `num` of them.
+
+    method: the task's, that gave them. Raises ValueError otherwise: ranks share prompts out by
     their ids, so other ids would leave ranks waiting for each other, and fewer prompts would be
     trained on unnoticed.
     """
     ids = [prompt.prompt_id for prompt in prompts]
-    if ids == list(range(num)):
+    if ids == list(range(first, first + num)):
         return list(prompts)
-    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != i), len(ids))
+    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != first + i), len(ids))
     shown = ", ".join(map(str, ids[start : start + 4]))
-    numbered = f", from index {start} on with prompt_id {shown}" if shown else ""
+    where = f", from index {start} on with prompt_id {shown}" if shown else ""
     raise ValueError(
-        f"the task's {what} was asked for {num} prompts and gave {len(ids)}{numbered}; "
-        f"return {num} whose prompt_id counts 0, 1, 2, ... in order"
+        f"the task's {method} was asked for {num} prompts and gave {len(ids)}{where}; return {num} "
+        f"whose prompt_id counts {first}, {first + 1}, {first + 2}, ... in order"
     )
 
 

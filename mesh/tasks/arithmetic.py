@@ -25,8 +25,8 @@ class Arithmetic:
                 f"task_args.operations={self.operations!r}: give '+', '-' or '+-', nothing else"
             )
 
-    def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        return training_prompts(self._draw, self.seed, step, num)
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        return training_prompts(self._draw, self.seed, step, num, round)
 
     def eval_prompts(self, num: int) -> list[Prompt]:
         return held_out_prompts(self._draw, num)

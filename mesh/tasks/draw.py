@@ -22,12 +22,16 @@ HELD_OUT_ONE_IN = 8
 MOST_DRAWS = 1000
 
 
-def training_prompts(draw: Draw, seed: int, step: int, num: int) -> list[Prompt]:
-    """The `num` training prompts of a step; a question may come up twice.
+def training_prompts(
+    draw: Draw, seed: int, step: int, num: int, round: int = 0
+) -> list[Prompt]:
+    """The `num` training prompts of one round of a step; a question may come up twice.
 
-    Raises ValueError where every question seems to be held out.
+    Their ids go on after those of the rounds before. Raises ValueError where every question seems
+    to be held out.
     """
-    return [_training_prompt(draw, seed, step, index) for index in range(num)]
+    first = round * num
+    return [_training_prompt(draw, seed, step, first + index) for index in range(num)]
 
 
 def held_out_prompts(draw: Draw, num: int) -> list[Prompt]:

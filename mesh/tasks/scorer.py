@@ -8,11 +8,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.lifecycle.heartbeat import beat
-from mesh.tasks import Task, load_task
+from mesh.tasks import Task, TaskSpec, load_task
 from mesh.tasks.pool import Pool
 from mesh.tasks.scoring import Outcome, case, outcome_of
 from mesh.types import Prompt
@@ -20,35 +22,53 @@ from mesh.types import Prompt
 STOP = "make it return a finite number for every response a model may give, 0.0 for nonsense"
 
 
-class Scorer:
-    """Owns the processes that score for this rank; the first rewards that are asked for start them.
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How one task is scored: by so many processes for each engine (0: by the rank itself)."""
 
-    What `reward.on_failure` makes of a score that fails: stop raises, zero is 0.0 and counted.
+    workers: int
+    timeout_seconds: float
+    on_failure: Literal["stop", "zero"]
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task, what each process that scores makes its own from, and how it is scored."""
+
+    task: Task
+    spec: TaskSpec
+    scoring: ScoringSettings
+
+
+class Scorer:
+    """Owns the processes that score a task for this rank; the first rewards asked for start them.
+
+    A score that fails raises, or with on_failure=zero counts as 0.0 and is counted.
     """
 
-    def __init__(self, conf: Conf) -> None:
-        self.conf = conf.reward
+    def __init__(self, source: TaskSource) -> None:
+        self.task, self.settings, spec = source.task, source.scoring, source.spec
         self.pool: Pool | None = None
-        if num_workers(conf):
-            self.pool = Pool(conf.task, conf.seed, conf.task_args, num_workers(conf))
+        if self.settings.workers:
+            self.pool = Pool(spec.name, spec.seed, dict(spec.args), self.settings.workers)
         self._failures = 0
         self._example = ""
 
-    def score(self, task: Task, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One reward per response; `prompts[i]` is what `responses[i]` answers.
 
-        task: the configuration's, of which each worker has its own. Raises ValueError that shows
-        task, prompt, response and what happened where a score fails and that is to stop the run.
+        Raises ValueError that shows task, prompt, response and what happened where a score fails
+        and that is to stop the run.
         """
         assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
         pairs = list(zip(prompts, responses, strict=True))
         rewards = [0.0] * len(pairs)
-        with closing(self._outcomes(task, pairs)) as outcomes:
+        with closing(self._outcomes(pairs)) as outcomes:
             for index, outcome in outcomes:
                 beat()
                 rewards[index] = outcome.reward
                 if outcome.problem:
-                    self._failed(case(task, *pairs[index], outcome.problem), outcome)
+                    self._failed(case(self.task, *pairs[index], outcome.problem), outcome)
         return rewards
 
     def failures(self) -> tuple[int, str]:
@@ -62,22 +82,22 @@ class Scorer:
             self.pool.close()
 
     def _outcomes(
-        self, task: Task, pairs: Sequence[tuple[Prompt, str]]
+        self, pairs: Sequence[tuple[Prompt, str]]
     ) -> Generator[tuple[int, Outcome], None, None]:
         if self.pool is None:
-            return ((i, outcome_of(task, *pair)) for i, pair in enumerate(pairs))
+            return ((i, outcome_of(self.task, *pair)) for i, pair in enumerate(pairs))
         try:
             jobs = [pickle.dumps(pair) for pair in pairs]
         except Exception as error:  # whatever a prompt of the user's own class holds
             raise ValueError(
-                f"the prompts of {task!r} cannot be sent to a process that scores ({error}); let "
+                f"the prompts of {self.task!r} cannot be sent to a process that scores ({error}); let "
                 "them hold plain data, or set reward.workers=0"
             ) from error
-        return self.pool.outcomes(jobs, self.conf.timeout_seconds)
+        return self.pool.outcomes(jobs, self.settings.timeout_seconds)
 
     def _failed(self, shown: str, outcome: Outcome) -> None:
-        if self.conf.on_failure == "stop":
-            limit = f"reward.timeout_seconds={self.conf.timeout_seconds:g}"
+        if self.settings.on_failure == "stop":
+            limit = f"reward.timeout_seconds={self.settings.timeout_seconds:g}"
             within = f", within {limit}," if self.pool is not None else ""
             detail = f"\n{outcome.detail}" if outcome.detail and outcome.error is None else ""
             raise ValueError(
@@ -94,13 +114,18 @@ def num_workers(conf: Conf) -> int:
     return 1 if ":" in conf.task else 0
 
 
-def checked_task(conf: Conf, scores: bool) -> Task:
-    """The task that `conf` asks for. ValueError where it cannot be made, here or, if the program
-    `scores`, in a process that would.
+def scoring_of(conf: Conf) -> ScoringSettings:
+    """The keys of `reward`, with what they leave open filled in."""
+    return ScoringSettings(num_workers(conf), conf.reward.timeout_seconds, conf.reward.on_failure)
+
+
+def checked_task(spec: TaskSpec, workers: int) -> Task:
+    """The task that is asked for. ValueError where it cannot be made, here or, if there are
+    `workers`, in a process that scores.
     """
-    task = load_task(conf.task, conf.seed, conf.task_args)
-    if scores and num_workers(conf):
-        with closing(Pool(conf.task, conf.seed, conf.task_args, 1)) as pool:
+    task = load_task(spec.name, spec.seed, dict(spec.args))
+    if workers:
+        with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
             pool.start()
     return task
 

@@ -27,8 +27,8 @@ class SpellBackward:
                 f"task_args.min_length={self.min_length}: raise the one or lower the other"
             )
 
-    def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        return training_prompts(self._draw, self.seed, step, num)
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        return training_prompts(self._draw, self.seed, step, num, round)
 
     def eval_prompts(self, num: int) -> list[Prompt]:
         return held_out_prompts(self._draw, num)

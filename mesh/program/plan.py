@@ -1,0 +1,191 @@
+"""The plan: a configuration with every open question answered, from which the program is built.
+
+`resolve` is called once, after everything that could be wrong has been refused. What it decides -
+device, dtypes, layout, engine sizes, loss, which syncs are verified - is decided nowhere else, and
+every constructor takes the part that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mesh.config.schema import Conf, resolve_path
+from mesh.engine.kinds import kind_of
+from mesh.layout.meshes import Layout, plan_layout
+from mesh.rl.losses import Loss
+from mesh.rl.objective import Objective, objective_of
+from mesh.rl.step import StepSettings
+from mesh.roles.evaluation import EvaluationSet
+from mesh.roles.generator import GeneratorSettings, engine_settings
+from mesh.roles.optimizer import OptimizerSettings
+from mesh.roles.trainer import Start, TrainerSettings
+from mesh.tasks import Task, TaskSpec
+from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.text.tokenizer import CHARACTERS, Tokenizer
+from mesh.types import ModelShape
+from mesh.weights.bridge import Verify
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a configuration names, read and checked."""
+
+    shape: ModelShape
+    tokenizer: Tokenizer
+    task: Task
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, resolved. evaluations: sets of held-out prompts by name; "" is the task's own.
+
+    chunks: tensor-parallel degrees that the self-test of the batch-invariant kernels covers; None:
+    ordinary kernels.
+    """
+
+    device: Device
+    layout: Layout
+    trainer: TrainerSettings
+    generator: GeneratorSettings
+    objective: Objective
+    step: StepSettings
+    training: TaskSource
+    evaluations: Mapping[str, EvaluationSet]
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    verify: Verify
+    bucket_bytes: int
+    timeout_seconds: int
+    chunks: int | None
+    strict: bool
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.trainer.shape
+
+    @property
+    def task(self) -> Task:
+        """The task that is trained on."""
+        return self.training.task
+
+
+def resolve(
+    conf: Conf, found: Found, world_size: int, device: Device, training: bool = True
+) -> Plan:
+    """The plan of a configuration in which nothing is wrong. training: False for programs that
+    only generate: there is neither optimizer nor reference."""
+    kind, layout = kind_of(conf), plan_layout(conf, world_size)
+    objective = run_objective(conf, found.loss)
+    source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
+    return Plan(
+        device=device,
+        layout=layout,
+        trainer=trainer_settings(conf, found.shape, device, objective if training else None),
+        generator=generator_settings(conf, found.shape, found.tokenizer, device),
+        objective=objective,
+        step=StepSettings(
+            conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
+            conf.trainer.microbatch_tokens,
+        ),
+        training=source,
+        evaluations={"": EvaluationSet(source, conf.eval.num_prompts, conf.eval.num_samples)},
+        tokenizer=found.tokenizer,
+        tokenizer_directory=tokenizer_directory(conf),
+        verify=conf.sync.verify or kind.verify[device],
+        bucket_bytes=conf.sync.bucket_mb << 20,
+        timeout_seconds=conf.timeout_seconds,
+        chunks=conf.invariant.chunks if conf.batch_invariant else None,
+        strict=conf.check == "strict",
+    )  # fmt: skip
+
+
+def trainer_settings(
+    conf: Conf, shape: ModelShape, device: Device, objective: Objective | None
+) -> TrainerSettings:
+    """The trainer's part; objective None: nothing is trained."""
+    keys = conf.trainer
+    optimizer = OptimizerSettings(
+        keys.lr, keys.betas, keys.eps, keys.weight_decay, keys.warmup_steps, keys.clip_norm
+    )
+    return TrainerSettings(
+        shape=shape,
+        max_length=conf.model.max_length,
+        dtype=dtype_of(keys.dtype, device),
+        start=Start(start_path(conf), conf.seed),
+        temperature=conf.generator.temperature,
+        optimizer=None if objective is None else optimizer,
+        reference=objective is not None and "reference_logprobs" in objective.needs,
+        sequence_parallel=keys.sequence_parallel,
+        activation_checkpointing=keys.activation_checkpointing,
+        on_nonfinite=conf.on_nonfinite,
+    )
+
+
+def generator_settings(
+    conf: Conf, shape: ModelShape, tokenizer: Tokenizer, device: Device
+) -> GeneratorSettings:
+    """The generator's part."""
+    keys = conf.generator
+    return GeneratorSettings(
+        shape=shape,
+        dtype=dtype_of(keys.dtype, device),
+        kind=kind_of(conf),
+        engine=engine_settings(conf, device),
+        seed=conf.seed,
+        temperature=keys.temperature,
+        top_k=keys.top_k,
+        top_p=keys.top_p,
+        max_new_tokens=keys.max_new_tokens,
+        stop_tokens=tokenizer.eos_ids,
+        timeout_seconds=conf.timeout_seconds,
+    )
+
+
+def run_objective(conf: Conf, loss: Loss) -> Objective:
+    """The loss with the keys that refine it; `constant` aggregation divides by the longest
+    response."""
+    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
+    return objective_of(
+        loss,
+        advantage=conf.advantage,
+        aggregation=conf.aggregation,
+        settings={**bounds, **conf.loss_args},
+        kl_coef=conf.kl_coef,
+        longest_response=conf.generator.max_new_tokens,
+    )
+
+
+def task_spec(conf: Conf) -> TaskSpec:
+    """The task by name."""
+    return TaskSpec(conf.task, conf.seed, conf.task_args)
+
+
+def start_path(conf: Conf) -> Path | None:
+    """The directory whose weights are read; None: they are random."""
+    if conf.model.init == "random":
+        return None
+    assert conf.model.path is not None, "check let init=checkpoint without a path through"
+    return resolve_path(conf.model.path)
+
+
+def tokenizer_directory(conf: Conf) -> Path:
+    """Where the tokenizer is read from: model.tokenizer, else model.path, else the shipped one."""
+    named = conf.model.tokenizer or conf.model.path
+    return CHARACTERS if named is None else resolve_path(named)
+
+
+def dtype_of(name: str | None, device: Device) -> torch.dtype:
+    """The dtype that a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
+    if name is None:
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+

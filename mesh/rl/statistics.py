@@ -1,0 +1,76 @@
+"""Statistics of a step: of its tokens, so that parts merge exactly, and of its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mesh.rl.advantages import equal_groups
+from mesh.types import Wave
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Mergeable statistics of tokens: `sums` add, of `maxima` the largest stays.
+
+    float64 on the tokens' device. `sums`: tokens, clipped tokens, |logprob difference|, ratio.
+    `maxima`: |logprob difference|, ratio. Two all-reduces (SUM, MAX) merge them over ranks.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+
+
+def token_stats(
+    logprobs_T: Tensor, generator_logprobs_T: Tensor, old_logprobs_T: Tensor, clipped_T: Tensor
+) -> TokenStats:
+    """Statistics of T tokens: the mismatch against the generator's logprobs, the ratio against the
+    old ones. 0 tokens give the neutral element of `merge`.
+    """
+    mismatch_T = (logprobs_T - generator_logprobs_T).detach().to(torch.float64).abs()
+    ratio_T = (logprobs_T - old_logprobs_T).detach().to(torch.float64).exp()
+    summed = (torch.ones_like(ratio_T), clipped_T.to(torch.float64), mismatch_T, ratio_T)
+    floor = ratio_T.new_zeros(1)
+    largest = [torch.cat([x_T, floor]).amax() for x_T in (mismatch_T, ratio_T)]
+    return TokenStats(torch.stack([x_T.sum() for x_T in summed]), torch.stack(largest))
+
+
+def merge(one: TokenStats, other: TokenStats) -> TokenStats:
+    """Statistics of the tokens of both."""
+    return TokenStats(one.sums + other.sums, torch.maximum(one.maxima, other.maxima))
+
+
+def stats_metrics(stats: TokenStats) -> dict[str, float]:
+    """Metrics of the merged statistics, under the names of `metrics.jsonl`; 0 for no tokens."""
+    num_tokens, num_clipped, mismatch, ratio = stats.sums.tolist()
+    mismatch_max, ratio_max = stats.maxima.tolist()
+    count = max(num_tokens, 1.0)
+    return {
+        "logprob_diff/max": mismatch_max,
+        "logprob_diff/mean": mismatch / count,
+        "ratio/max": ratio_max,
+        "ratio/mean": ratio / count,
+        "clip_fraction": num_clipped / count,
+    }
+
+
+def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
+    """Rewards, lengths and truncation of a whole step's rollouts; empty off the trainer."""
+    outlines = [o for wave in waves for o in wave.outlines]
+    if not outlines:
+        return {}
+    rewards_PG = torch.cat([wave.rewards(group_size) for wave in waves]).double()
+    lengths = [o.length for o in outlines]
+    truncated = sum(o.finish_reason != "stop" for o in outlines)
+    return {
+        "reward/mean": float(rewards_PG.mean()),
+        "reward/std": float(rewards_PG.std()),
+        "equal_groups": float(equal_groups(rewards_PG).double().mean()),
+        "tokens/generated": float(sum(lengths)),
+        "response_length/mean": sum(lengths) / len(lengths),
+        "response_length/max": float(max(lengths)),
+        "truncated": truncated / len(outlines),
+    }

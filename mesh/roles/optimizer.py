@@ -1,0 +1,81 @@
+"""The optimizer: AdamW over the trainer's shards, its schedule, and the state that resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    clip_norm: float
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Kinds of state that an update needs beside the weights, each in their shape and dtype."""
+
+
+def lr_at(step: int, peak: float, warmup_steps: int) -> float:
+    """Linear warm-up to the peak, then constant. The first of `warmup_steps` gets peak / steps."""
+    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+class Optimizer:
+    """Owns the moments of these parameters and counts the updates that were made."""
+
+    def __init__(self, parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.updates = 0
+        self.adamw = torch.optim.AdamW(
+            parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the update that follows `step` steps."""
+        return lr_at(step, self.settings.lr, self.settings.warmup_steps)
+
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
+        """Clip the gradients (the local shards of the parameters' own) to the bound, and update."""
+        if 0 < self.settings.clip_norm < norm:
+            torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.updates += 1
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state, `MOMENTS` and `step`: zeros before its first update."""
+        state = self.adamw.state[parameter]
+        if not state:  # as AdamW makes it in its first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
+        return state
+
+    def continue_after(self, updates: int, parameters: Iterable[Tensor]) -> None:
+        """Go on from moments that were filled in with those after so many updates."""
+        self.updates = updates
+        for parameter in parameters:
+            self.moments(parameter)["step"].fill_(updates)
+
+    def restart(self) -> None:
+        """Forget all updates."""
+        self.adamw.state.clear()
+        self.updates = 0
