@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.config.schema import Conf
+from mesh.engine.kinds import kind_of
 from mesh.layout.meshes import resolve_device
 from mesh.lifecycle.process import Process
 from mesh.roles.generator import Generator
@@ -14,11 +15,8 @@ from mesh.weights.bridge import Verify, WeightBridge
 
 
 def verify_of(conf: Conf) -> Verify:
-    """After which syncs digests are compared: on a GPU after the first, unless the weights are
-    vLLM's, which are not ours alone.
-    """
-    ours_on_gpu = conf.engine == "native" and resolve_device(conf) == "cuda"
-    return conf.sync.verify or ("first" if ours_on_gpu else "every")
+    """The syncs after which digests are compared: the configured ones, else the engine's own."""
+    return conf.sync.verify or kind_of(conf).verify[resolve_device(conf)]
 
 
 def connect(

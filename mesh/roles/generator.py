@@ -14,10 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.config.schema import Conf
 from mesh.engine.base import Engine, EngineSettings
+from mesh.engine.kinds import Replica, kind_of
 from mesh.engine.native.cache import num_pages
-from mesh.engine.native.engine import NativeEngine
-from mesh.engine.vllm.checks import default_page
-from mesh.engine.vllm.environment import prepare
 from mesh.exchange.rollouts import replica_of
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
@@ -61,7 +59,7 @@ class Generator:
             shape, conf.model.max_length, mesh.mesh, fsdp=False
         )
         self.binds = takes_storage(conf, device)
-        if conf.engine == "vllm" and conf.vllm.model == "native":  # it has its own buffers
+        if kind_of(conf).own_buffers:
             names = weight_names(shape)
             self.layouts = [layout for layout in self.layouts if layout.name in names]
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
@@ -187,39 +185,26 @@ def build_engine(
     dtype: torch.dtype,
 ) -> Engine:
     """The engine that `conf` names, on this rank of the generator's mesh. Collective of its tp."""
-    settings, group = engine_settings(conf, device), mesh.get_group("tp")
+    kind = kind_of(conf)
     model = None
-    if conf.engine == "native" or conf.vllm.model == "titan":
+    if kind.runs_policy:
         model = build_policy(shape, conf.model.max_length, device, dtype, mesh)
-    if conf.engine == "native":
-        assert model is not None
-        return NativeEngine(model, shape, settings, group if group.size() > 1 else None)
-    prepare()
-    from mesh.engine.vllm.engine import VllmEngine  # takes seconds, and is not everywhere
-
-    return VllmEngine(model, shape, settings, group, device, dtype, conf.timeout_seconds)
+    replica = Replica(shape, mesh.get_group("tp"), device, dtype, conf.timeout_seconds)
+    return kind.build(model, engine_settings(conf, device), replica)
 
 
 def takes_storage(conf: Conf, device: torch.device) -> bool:
-    """Whether the engine's weights may be the trainer's own tensors.
-
-    Not those of vLLM's own model, which are fused, and not where vLLM captured CUDA graphs as it
-    started: these would go on with the weights of then, and no digest would see it.
-    """
-    if conf.engine != "vllm":
-        return True
-    captured = conf.generator.cuda_graphs and device.type == "cuda"
-    return conf.vllm.model == "titan" and not captured
+    """True if the engine's weights may be the trainer's own tensors."""
+    return kind_of(conf).may_alias(device.type, conf.generator.cuda_graphs)
 
 
 def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
     """The engine's sizes, with what the configuration leaves open filled in."""
-    generator = conf.generator
-    page_size = generator.page_size or default_page(conf, device.type)
+    generator, kind = conf.generator, kind_of(conf)
+    page_size = generator.page_size or kind.pages[device.type].default
     prompt = max(page_size, PROMPT_ROOM) if device.type == "cuda" else page_size
     full_response = num_pages(generator.max_new_tokens + prompt, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
-    shared = conf.mesh.mode == "colocated"
     return EngineSettings(
         max_length=conf.model.max_length,
         max_sequences=generator.max_sequences,
@@ -228,5 +213,5 @@ def engine_settings(conf: Conf, device: torch.device) -> EngineSettings:
         prefill_tokens=generator.prefill_tokens,
         prefix_cache=generator.prefix_cache,
         cuda_graphs=generator.cuda_graphs,
-        releases=conf.engine == "vllm" and conf.vllm.release and shared and device.type == "cuda",
+        releases=kind.releases(conf, device.type),
     )
