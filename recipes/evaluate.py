@@ -14,18 +14,16 @@ import json
 import sys
 
 from mesh.config.schema import Conf, resolve_path
-from mesh.program.assembly import assemble, check, launch, read_command, sync, without_training
-from mesh.roles.evaluation import evaluate
+from mesh.program.assembly import assemble, check, launch, read_command, sync
+from mesh.recipes.grpo import held_out
 
 
 def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
-    conf = without_training(conf)
     with launch(conf) as process:
-        parts = check(conf, process.world_size, training=False)
-        program = assemble(conf, process, parts, with_optimizer=False)
+        program = assemble(check(conf, process, training=False), process)
         sync(program)
-        metrics = evaluate(conf, program.generator, parts.task, process.cpu_group)
+        metrics = held_out(program, process)
         process.say(table(conf, metrics))
         if conf.eval.output is not None:
             process.write(resolve_path(conf.eval.output), json.dumps(metrics, indent=2) + "\n")

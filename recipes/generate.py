@@ -13,23 +13,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mesh.config.keys import refuse
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import (
-    Parts,
-    Program,
-    assemble,
-    check,
-    launch,
-    read_command,
-    sync,
-    without_training,
-)
+from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.program.plan import Plan
 from mesh.program.checks import prompt_problems
+from mesh.roles.evaluation import held_out_prompts
 from mesh.roles.generator import EVAL_STEP
-from mesh.tasks import drawn
 from mesh.types import Completion, Prompt
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
@@ -37,24 +30,23 @@ NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 
 def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
-    conf = without_training(conf)
     if conf.generate.prompts == ["-"]:
-        conf.stall_seconds = 0  # a person may be typing
+        conf = replace(conf, stall_seconds=0)  # a person may be typing
     with launch(conf) as process:
-        parts = check(conf, process.world_size, training=False, held_out=False)
-        prompts = asked(conf, process, parts)
-        refuse(prompt_problems(conf, parts.tokenizer, prompts))
-        program = assemble(conf, process, parts, with_optimizer=False)
+        plan = check(conf, process, training=False, held_out=False)
+        prompts = asked(conf, process, plan)
+        refuse(prompt_problems(conf, plan.tokenizer, prompts))
+        program = assemble(plan, process)
         sync(program)
-        process.say(table(parts, prompts, answers(conf, process, program, prompts)))
+        process.say(table(plan, prompts, answers(conf, process, program, prompts)))
 
 
-def asked(conf: Conf, process: Process, parts: Parts) -> list[Prompt]:
+def asked(conf: Conf, process: Process, plan: Plan) -> list[Prompt]:
     """The prompts of the command line, of stdin's lines, or the first held-out ones."""
     texts = conf.generate.prompts
     if not texts:
         shown = min(NUM_SHOWN, conf.eval.num_prompts)
-        return drawn(parts.task.eval_prompts(shown), shown, "eval_prompts")
+        return held_out_prompts(plan.task, shown)
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
@@ -73,11 +65,11 @@ def answers(
     return sorted((c for share in shares for c in share), key=lambda c: (c.prompt_id, c.sample_id))
 
 
-def table(parts: Parts, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
+def table(plan: Plan, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
-    marks = {"stop": "", "length": " ..."}
+    marks = {"stop": ""}
     return "\n".join(
-        f"{prompts[c.prompt_id].text} -> {parts.tokenizer.decode(c.tokens)}{marks[c.finish_reason]}"
+        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}{marks.get(c.finish_reason, ' ...')}"
         for c in completions
     )
 

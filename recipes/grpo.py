@@ -21,7 +21,6 @@ from typing import Any
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
-from mesh.config.schema import Conf
 from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
@@ -144,7 +143,7 @@ def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
 
 
 def chosen(num: int, process: Process, mine: list[Sample]) -> list[Sample]:
-    """The first `num` of all ranks' samples of a step (-1: all), in order, each once. Collective."""
+    """The first `num` of all ranks' samples (-1: all), in order, each once. Collective."""
     by_key = {
         (sample["prompt_id"], sample["sample_id"]): sample
         for part in process.gather(mine if num < 0 else mine[:num])

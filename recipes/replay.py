@@ -19,13 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo import chosen, held_out, train_step
-
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.config.changes import changed
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.recipes.grpo import chosen, held_out, train_step
 from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
 
 USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
@@ -35,15 +35,15 @@ def main(argv: list[str]) -> None:
     run_dir, step, words = read_words(argv)
     _, conf = read_command([f"resume={run_dir}", *words], resumes=True)
     logged = or_refuse(logged_step, run_dir, step)
-    shown = only_reading(conf)
+    shown, conf = conf.log.samples, only_reading(conf)
     with launch(conf) as process:
-        parts = check(conf, process.world_size)
+        plan = check(conf, process)
         for caution in cautions(run_dir, conf.batch_invariant, words, process.world_size):
             process.say(caution)
-        program = assemble(conf, process, parts)
+        program = assemble(plan, process)
         first = Checkpointer(conf, run_dir, process, program.trainer).load_before(step)
         process.say(f"step {step} of {run_dir}, run again from {origin(conf, first)}")
-        again = run_again(conf, program, process, range(first, step), logged.evaluated)
+        again = run_again(program, process, range(first, step), logged.evaluated)
         compared = Comparison(logged, again)
         for table in (compared.sample_table(shown), compared.metric_table()):
             process.say("\n".join(["", *table]))
@@ -51,25 +51,21 @@ def main(argv: list[str]) -> None:
     sys.exit(not compared.equal)
 
 
-def run_again(
-    conf: Conf, program: Program, process: Process, steps: range, evaluates: bool
-) -> Step:
+def run_again(program: Program, process: Process, steps: range, evaluates: bool) -> Step:
     """Take these steps; the last one as rank 0 would log it, on every rank."""
     phases = Phases(process.device)
     sync(program)
     for step in steps:
-        metrics, samples = train_step(conf, program, process, phases, step)
+        metrics, samples = train_step(program, process, phases, step)
     if evaluates:
-        metrics |= held_out(conf, program, process)
-    return as_logged(process.from_rank0(metrics), chosen(conf, process.gather(samples)))
+        metrics |= held_out(program, process)
+    return as_logged(process.from_rank0(metrics), chosen(-1, process, samples))
 
 
-def only_reading(conf: Conf) -> int:
-    """Switch off what would write, and have all samples made; how many are to be shown."""
-    conf.run_dir, conf.resume, conf.checkpoint.every = None, None, 0
-    conf.log.tensorboard, conf.log.wandb = False, None
-    shown, conf.log.samples = conf.log.samples, -1
-    return shown
+def only_reading(conf: Conf) -> Conf:
+    """The configuration without anything that writes."""
+    silent = {"log.tensorboard": False, "log.wandb": None, "checkpoint.every": 0}
+    return changed(conf, {"run_dir": None, "resume": None} | silent)
 
 
 def origin(conf: Conf, first: int) -> str:

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from mesh.config.keys import problem, refuse, value_of
 from mesh.config.loading import read_words, to_yaml
+from mesh.config.changes import changed
 from mesh.config.schema import Conf, resolve_path
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
@@ -40,11 +41,16 @@ from mesh.program.assembly import (
     save_model,
     sync,
 )
-from mesh.rl.packing import PackedBatch, assign, leaves
-from mesh.roles.evaluation import evaluate
+from mesh.rl.cutting import assign
+from mesh.rl.losses import CROSS_ENTROPY
+from mesh.rl.objective import Objective
+from mesh.rl.packing import leaves
+from mesh.rl.step import passes_of
+from mesh.program.plan import Plan
+from mesh.recipes.grpo import held_out
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import drawn
+from mesh.tasks import Draw, draw_prompts
 from mesh.types import Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
@@ -63,10 +69,10 @@ def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
     with launch(conf) as process:
         conf = supervised(conf, argv)
-        parts = check(conf, process.world_size)
-        examples(conf, parts, step=0)  # what does not fit is refused before anything is built
+        plan = replace(check(conf, process), objective=Objective(CROSS_ENTROPY))
+        examples(conf, plan, step=0)  # what does not fit is refused before anything is built
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
-        program = assemble(conf, process, parts)
+        program = assemble(plan, process)
         phases = Phases(process.device)
         words = asdict(conf)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
@@ -78,12 +84,12 @@ def main(argv: list[str]) -> None:
                 metrics |= phase_metrics(seconds, {"train": int(metrics.get("tokens/trained", 0))})
                 if step + 1 == conf.steps:
                     sync(program)
-                    metrics |= evaluate(conf, program.generator, parts.task, process.cpu_group)
+                    metrics |= held_out(program, process)
                 logger.log(step + 1, metrics)
                 if process.should_stop():
                     break
             output = conf.sft.output
-            save_model(conf, program, resolve_path(output) if output else run_dir / "model")
+            save_model(program, resolve_path(output) if output else run_dir / "model")
 
 
 def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
@@ -93,8 +99,9 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     """
     words, _ = read_words(list(argv))
     typed = {word.name: value_of(conf, word.name) for word in words if word.name in INSTEAD}
-    conf.steps, conf.trainer.lr, conf.kl_coef = conf.sft.steps, conf.sft.lr, 0.0
-    conf.model.init = "random"
+    conf = changed(conf, {
+        "steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "model.init": "random",
+    })  # fmt: skip
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     refuse([problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled])
@@ -103,35 +110,37 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
 
 def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
     """Cross entropy of the solutions of one batch of training prompts, and one update."""
-    trainer = program.trainer
-    rollouts = examples(conf, program.parts, step)
+    plan, trainer = program.plan, program.trainer
+    rollouts = examples(conf, plan, step)
     ones_R = torch.ones(len(rollouts))
     batch = leaves(rollouts, ones_R, ones_R)
     shares = [[batch[i] for i in ids] for ids in assign(range(len(batch)), trainer.dp)]
     counts = [[leaf.num_tokens for leaf in share] for share in shares]
-    tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    trainer.accumulate(shares[trainer.dp_rank or 0], counts, cross_entropy)
-    metrics = trainer.update(normaliser=tokens, tokens=tokens)
+    tokens = sum(rollout.length for rollout in rollouts)
+    rank = trainer.dp_rank or 0
+    passes = passes_of(shares[rank], counts, rank, plan.step.pass_tokens)
+    trainer.accumulate(passes, plan.objective, trainer.score(passes, plan.objective.needs))
+    metrics = trainer.update(plan.objective.normaliser(tokens, len(rollouts)), tokens)
     return {name: value for name, value in metrics.items() if not name.startswith(OF_A_GENERATOR)}
 
 
-def examples(conf: Conf, parts: Parts, step: int) -> list[Rollout]:
+def examples(conf: Conf, plan: Plan, step: int) -> list[Rollout]:
     """A rollout per prompt of a step: its solution and the end-of-sequence token.
 
     Raises ValueError where the longest of them does not fit into the context.
     """
     num = conf.sft.batch_size
-    prompts = drawn(parts.task.train_prompts(step, num), num, "train_prompts")
-    rollouts = [example(parts, prompt) for prompt in prompts]
+    prompts = draw_prompts(plan.task, Draw(step, num))
+    rollouts = [example(plan, prompt) for prompt in prompts]
     refuse(length_problems(conf, prompts, rollouts))
     return rollouts
 
 
-def example(parts: Parts, prompt: Prompt) -> Rollout:
-    """What a generator would have answered that knows the solution."""
-    question = tuple(parts.tokenizer.encode(prompt.text))
-    answer = tuple(parts.tokenizer.encode(parts.task.solution(prompt)))
-    tokens = (*answer, parts.tokenizer.eos_ids[0])
+def example(plan: Plan, prompt: Prompt) -> Rollout:
+    """The rollout of a generator that knows the solution."""
+    question = tuple(plan.tokenizer.encode(prompt.text))
+    answer = tuple(plan.tokenizer.encode(plan.task.solution(prompt)))
+    tokens = (*answer, plan.tokenizer.eos_ids[0])
     unknown = (0.0,) * len(tokens)
     return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
 
@@ -140,7 +149,7 @@ def length_problems(
     conf: Conf, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
 ) -> list[str]:
     """The longest example, where it is longer than the context."""
-    lengths = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
+    lengths = [r.num_tokens for r in rollouts]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     length, limit = lengths[longest], conf.model.max_length
     if length <= limit:
@@ -148,11 +157,6 @@ def length_problems(
     text = prompts[longest].text[:200]
     wrong = f"the prompt {text!r} has {length} tokens with its solution and the end of sequence"
     return [problem("model.max_length", limit, wrong, f"use at least {length}, or shorter ones")]
-
-
-def cross_entropy(_: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_A, clipped_A) of supervised training: nothing is clipped."""
-    return -logprobs_A, torch.zeros_like(logprobs_A, dtype=torch.bool)
 
 
 if __name__ == "__main__":

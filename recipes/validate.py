@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
+from mesh.config.changes import changed
 from mesh.config.loading import to_yaml
 from mesh.config.schema import Conf
-from mesh.exactness.batch import Walk, mixed_requests, sampling_of
-from mesh.exactness.bits import Rollouts
+from mesh.exactness.comparison import Rollouts
 from mesh.exactness.crossing import layout_checks, reference_of
 from mesh.exactness.engines import engine_checks
 from mesh.exactness.generator import generator_checks
@@ -37,34 +36,40 @@ from mesh.exactness.layouts import built
 from mesh.exactness.loop import loop_checks, mixed_check, twice_checks
 from mesh.exactness.table import Check, as_json, header, line, passed, verdict, with_control
 from mesh.exactness.trainer import trainer_checks
-from mesh.invariant.switch import batch_invariant
-from mesh.layout.meshes import resolve_device
-from mesh.lifecycle.process import Process, start
-from mesh.model.products import self_test_of
-from mesh.program.assembly import Parts, check, dtype_of, read_command
+from mesh.exactness.uneven import uneven_keys
+from mesh.exactness.walk import Walk, mixed_requests, sampling_of
+from mesh.invariant.switch import ordinary_kernels
+from mesh.lifecycle.process import Process
+from mesh.program.assembly import check, launch, read_command, run_self_test
+from mesh.program.plan import Plan
+from mesh.recipes.grpo import train_step
 from mesh.runs.directory import create_run_dir
+from mesh.tasks.scorer import num_workers
 
 
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
-    conf.batch_invariant = True
-    with ExitStack() as switch:
-        switch.enter_context(batch_invariant(True, resolve_device(conf), conf.invariant.chunks))
-        with start(conf.device, conf.timeout_seconds, conf.stall_seconds) as process:
-            parts = check(conf, process.world_size, held_out=False)
-            run_dir = create_run_dir(process, conf.run_dir, f"validate-{name}", to_yaml(conf))
-            tested = self_test(conf, process, parts)
-            process.say(f"{tested}\n\n{header()}")
-            checks = said(process, ladder(walk_of(conf, process, parts, seek=True)))
-            if conf.validate.control:
-                switch.close()  # from here on the ordinary kernels
-                plain = replace(conf, batch_invariant=False)
-                control = ladder(walk_of(plain, process, parts, seek=False))
+    conf = replace(conf, batch_invariant=True)
+    with launch(conf) as process:
+        plan = uneven_plan(conf, process)
+        run_dir = create_run_dir(process, conf.run_dir, f"validate-{name}", to_yaml(conf))
+        tested = run_self_test(plan, process)
+        process.say(f"{tested}\n\n{header()}")
+        checks = said(process, ladder(walk_of(conf, plan, process, seek=True)))
+        if conf.validate.control:
+            with ordinary_kernels():
+                control = ladder(walk_of(conf, replace(plan, chunks=None), process, seek=False))
                 checks = with_control(checks, list(control))
-                process.say("\n".join(["", header(control=True), *map(line, checks)]))
-            process.say(f"\n{verdict(checks)}; {run_dir / 'validation.json'}")
-            process.write(run_dir / "validation.json", as_json(conf, process, tested, checks))
+            process.say("\n".join(["", header(control=True), *map(line, checks)]))
+        process.say(f"\n{verdict(checks)}; {run_dir / 'validation.json'}")
+        process.write(run_dir / "validation.json", as_json(conf, plan, process, tested, checks))
     sys.exit(not passed(checks))
+
+
+def uneven_plan(conf: Conf, process: Process) -> Plan:
+    """The plan of `conf` with a little more reward, by the response: steps then have a gradient."""
+    keys = uneven_keys(conf.task, conf.task_args, num_workers(conf))
+    return check(changed(conf, keys), process, held_out=False)
 
 
 def ladder(walk: Walk) -> Iterator[Check]:
@@ -74,29 +79,22 @@ def ladder(walk: Walk) -> Iterator[Check]:
 
 
 def in_own_layout(walk: Walk) -> Generator[Check, None, Rollouts]:
-    """L0 to L2 in the configuration's layout. Returns what its generator makes of the batch."""
-    with built(walk.conf, walk.process, walk.parts) as program:
+    """L0 to L2 in the configuration's layout. Returns the batch as its generator makes it."""
+    with built(walk.plan, walk.process) as program:
         yield from twice_checks(walk, program)
         reference, engines = reference_of(walk, program)
         sampling = sampling_of(program.generator)
         yield from generator_checks(walk, program.generator.engine, sampling)
         yield from trainer_checks(walk, program.trainer, reference, sampling.temperature)
         yield mixed_check(walk, program, reference, sampling)
-        yield from loop_checks(walk, program)
+        yield from loop_checks(walk, program, walk.conf.validate.steps)
         yield from engine_checks(walk, program.generator.engine, sampling)
     yield engines
     return reference
 
 
-def self_test(conf: Conf, process: Process, parts: Parts) -> str:
-    """What the start-up self-test of the model's own products says. Collective."""
-    dtype = dtype_of(conf.trainer.dtype, process.device)
-    degrees = conf.invariant.chunks
-    return self_test_of(parts.shape, degrees, dtype, process.device, process.cpu_group)
-
-
-def walk_of(conf: Conf, process: Process, parts: Parts, seek: bool) -> Walk:
-    return Walk(conf, process, parts, mixed_requests(conf, parts), seek)
+def walk_of(conf: Conf, plan: Plan, process: Process, seek: bool) -> Walk:
+    return Walk(conf, plan, process, mixed_requests(conf, plan), train_step, seek)
 
 
 def said(process: Process, checks: Iterator[Check]) -> list[Check]:

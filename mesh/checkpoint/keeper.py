@@ -76,7 +76,7 @@ class Checkpointer:
         self._logs: dict[str, Entry] = {}  # what the checkpoint before has of them
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
-        self.best = BestModel(conf, run_dir, process, trainer.shape)
+        self.best = BestModel(conf, run_dir, process, trainer.settings.shape)
 
     def load(self) -> int:
         """Fill the trainer from the newest whole checkpoint, and make the logs and the best model
@@ -146,7 +146,7 @@ class Checkpointer:
     def _reference_digest(self) -> dict[str, str]:
         """Of the frozen reference's weights, as long as they are sharded: FSDP leaves some gathered
         after a forward pass. Nothing where the loss has no KL."""
-        if not self.conf.kl_coef:
+        if not self.trainer.settings.reference:
             return {}
         weights, group = self.trainer.reference_weights(), self.process.cpu_group
         return {"reference": weights_digest(weights, self.layouts, group)}

@@ -6,6 +6,7 @@ to go on with: after its newest checkpoint, or from the beginning where it has n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mesh.checkpoint.folder import DAMAGED, remove, steps_in
@@ -32,8 +33,7 @@ def after_restart(conf: Conf, process: Process) -> Conf:
     found = _begun(conf, process.guard.recall(RUN_DIR)) if process.rank == 0 else None
     path, resumes = process.from_rank0(found) or (None, False)
     if path is not None:
-        conf.run_dir = path
-        conf.resume = path if resumes else None
+        conf = replace(conf, run_dir=path, resume=path if resumes else None)
         how = "continues" if resumes else "starts over: it had no checkpoint yet"
         process.say(f"attempt {restart_count() + 1} {how}, run_dir={path}")
     return conf
@@ -64,6 +64,4 @@ def _same_run(config: Path, conf: Conf) -> bool:
     """Whether a config.yaml was written for what this command line asks for."""
     if config.is_symlink() or not config.is_file():
         return False
-    saved = read_conf(config)
-    saved.run_dir = conf.run_dir
-    return saved == conf
+    return replace(read_conf(config), run_dir=conf.run_dir) == conf

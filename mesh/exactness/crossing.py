@@ -10,25 +10,26 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mesh.config.schema import Conf
-from mesh.exactness.batch import Walk, generate, sampling_of
-from mesh.exactness.bits import Key, Rollouts, Tally, compare_rollouts, of_all_ranks
-from mesh.exactness.generator import Way
-from mesh.exactness.generator import tracer as engine_tracer
-from mesh.exactness.layouts import built, candidates
-from mesh.exactness.naming import AGREED, named, settle
+from mesh.exactness.comparison import Rollouts, Tally, compare_rollouts, of_all_ranks
+from mesh.exactness.generator import Variant
+from mesh.exactness.generator import replayer as engine_replayer
+from mesh.exactness.layouts import built, candidates, scoring_only
+from mesh.exactness.naming import named, settle
 from mesh.exactness.table import Check
 from mesh.exactness.trace import Trace
+from mesh.exactness.trainer import replayer as arrangement_replayer
 from mesh.exactness.trainer import score_arranged
-from mesh.exactness.trainer import tracer as arrangement_tracer
+from mesh.exactness.verdict import AGREED
+from mesh.exactness.walk import Walk, generate, sampling_of
 from mesh.exchange.rollouts import replica_of
 from mesh.program.assembly import Program
-from mesh.types import Rollout
+from mesh.program.plan import Plan
+from mesh.types import Rollout, RolloutKey
 
 
-def reference_of(walk: Walk, program: Program) -> tuple[dict[Key, Rollout], Check]:
-    """What the first engine makes of the batch, on every rank, and the row of L3 that says whether
-    all other engines make the same of it. Collective.
+def reference_of(walk: Walk, program: Program) -> tuple[dict[RolloutKey, Rollout], Check]:
+    """The first engine's batch, on every rank, and the row of L3 that compares all other engines
+    with it. Collective.
     """
     engine, process = program.generator.engine, walk.process
     sampling = sampling_of(program.generator)
@@ -43,26 +44,26 @@ def reference_of(walk: Walk, program: Program) -> tuple[dict[Key, Rollout], Chec
 
 
 def layout_checks(walk: Walk, reference: Rollouts) -> Iterator[Check]:
-    """The rows of L3, one a layout. reference: what the own layout made of the batch."""
-    world_size = walk.process.world_size
+    """The rows of L3, one a layout. reference: the own layout's batch."""
+    plan, world_size = walk.plan, walk.process.world_size
     if world_size == 1:
         yield Check("L3", "layouts", not_run="one rank")
         return
     gc.collect()
-    gc.freeze()  # what is there stays: so the collection before a layout looks at the last one only
-    for candidate in candidates(walk.conf, world_size, walk.parts.shape):
-        tally, trace = compare_layout(walk, candidate.applied(walk.conf), reference)
+    gc.freeze()  # so that the collection before a layout looks at the last one only
+    for candidate in candidates(walk.conf, plan.device, world_size, plan.shape):
+        tally, trace = compare_layout(walk, candidate.planned(walk.conf, plan), reference)
         if trace is not None:
             tally = against_own(walk, reference, tally, trace)
         yield Check("L3", str(candidate), tally)
     gc.unfreeze()
 
 
-def compare_layout(walk: Walk, conf: Conf, reference: Rollouts) -> tuple[Tally, Trace | None]:
+def compare_layout(walk: Walk, plan: Plan, reference: Rollouts) -> tuple[Tally, Trace | None]:
     """Both roles of a layout against the reference. Where they differ from it but not from each
     other, also the trainer's trace of the first sequence that does.
     """
-    with built(conf, walk.process, walk.parts, with_optimizer=False) as program:
+    with built(plan, walk.process) as program:
         trainer, generator = program.trainer, program.generator
         sampling, found = sampling_of(generator), Tally()
         share = [
@@ -72,20 +73,20 @@ def compare_layout(walk: Walk, conf: Conf, reference: Rollouts) -> tuple[Tally, 
         if generator.engine is not None:
             found = compare_rollouts(generate(generator.engine, share, sampling), reference)
         found += compare_rollouts(
-            score_arranged(trainer, reference, sampling.temperature), reference
+            score_arranged(walk, trainer, reference, sampling.temperature), reference
         )
-        generated = engine_tracer(generator.engine, Way(share), sampling)
-        trained = arrangement_tracer(trainer, reference, sampling.temperature)
-        tally = settle(walk, found, generated, trained)
+        generated = engine_replayer(generator.engine, Variant(share), sampling)
+        trained = arrangement_replayer(walk, trainer, reference, sampling.temperature)
+        tally = settle(walk.process, found, generated, trained, walk.seek)
         alike = tally.first is not None and tally.first.module == AGREED
         key = tally.first.key if alike and tally.first else None
         return tally, trained(key) if key is not None else None
 
 
 def against_own(walk: Walk, reference: Rollouts, tally: Tally, trace: Trace) -> Tally:
-    """The tally with the module at which a trace parts from the own layout's trainer."""
+    """The tally with the module at which a trace diverges from the own layout's trainer."""
     assert tally.first is not None, "there is nothing to look for"
-    with built(walk.conf, walk.process, walk.parts, with_optimizer=False) as program:
+    with built(scoring_only(walk.plan), walk.process) as program:
         temperature = program.generator.sampling(0).temperature
-        own = arrangement_tracer(program.trainer, reference, temperature)
+        own = arrangement_replayer(walk, program.trainer, reference, temperature)
         return replace(tally, first=named(walk.process, tally.first, lambda _: trace, own))

@@ -13,24 +13,23 @@ from typing import Any
 
 from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.native.cache import num_pages
-from mesh.exactness.batch import Walk, generate, part_of
-from mesh.exactness.bits import Key, Rollouts, Tally, compare_rollouts
-from mesh.exactness.naming import NOTHING, Tracer, settle
+from mesh.exactness.comparison import Rollouts, Tally, compare_rollouts
+from mesh.exactness.naming import NOTHING, Replay, settle
 from mesh.exactness.table import Check
 from mesh.exactness.trace import Trace, trace_generation
-from mesh.roles.generator import engine_settings
-from mesh.types import Request, Sampling
+from mesh.exactness.walk import Walk, generate, part_of
+from mesh.types import Request, RolloutKey, Sampling
 
 SIZES = (1, 2, 3, 7, 8, 17, 33, 64, 129, 257)
-FEW = 33  # sequences of the ways that run only few of them at a time
+FEW = 33  # sequences of the variants that run only few of them at a time
 PREFILL = 7  # tokens of a forward pass: neither pages nor tiles divide by it
 MOST = 64  # sequences at a time: the next one joins when one has ended
 NOT_PREEMPTED = "every response fits the pages of its prompt"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to generate part of the batch; `settings` differ from the engine's own."""
+class Variant:
+    """Part of the batch, generated with settings that differ from the engine's own."""
 
     requests: list[Request]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -47,10 +46,10 @@ def engine_with(engine: Engine, settings: dict[str, Any]) -> Iterator[Engine]:
     other.close()
 
 
-def ways(
+def variants(
     settings: EngineSettings, requests: Sequence[Request], on_cuda: bool
-) -> dict[str, list[Way]]:
-    """The rows of the table, and the ways that each of them compares with the whole batch."""
+) -> dict[str, list[Variant]]:
+    """The rows of the table, and the variants that each of them compares with the whole batch."""
     whole = list(requests)
     total = sum(r.num_samples for r in requests)
     sizes = [size for size in SIZES if size <= total]
@@ -59,25 +58,27 @@ def ways(
     cached, captured = settings.prefix_cache, settings.cuda_graphs
     found = {
         f"generator, batches of {', '.join(map(str, sizes))}": [
-            Way(part_of(requests, size), _room(settings, size)) for size in sizes
+            Variant(part_of(requests, size), _room(settings, size)) for size in sizes
         ],
-        "generator, reversed order": [Way(whole[::-1])],
-        f"generator, prefill {PREFILL} tokens at a time": [Way(few, {"prefill_tokens": PREFILL})],
-        f"generator, {most} sequences at a time": [Way(whole, {"max_sequences": most})],
-        f"generator, prefix cache {_other(cached)}": [Way(whole, {"prefix_cache": not cached})],
+        "generator, reversed order": [Variant(whole[::-1])],
+        f"generator, prefill {PREFILL} tokens at a time": [
+            Variant(few, {"prefill_tokens": PREFILL})
+        ],
+        f"generator, {most} sequences at a time": [Variant(whole, {"max_sequences": most})],
+        f"generator, prefix cache {_other(cached)}": [Variant(whole, {"prefix_cache": not cached})],
         "generator, sequences preempted": [
-            Way(few, {"kv_tokens": tight(settings, few), "prefix_cache": False})
+            Variant(few, {"kv_tokens": tight(settings, few), "prefix_cache": False})
         ],
     }
     if on_cuda:
         found[f"generator, CUDA graphs {_other(captured)}"] = [
-            Way(whole, {"cuda_graphs": not captured})
+            Variant(whole, {"cuda_graphs": not captured})
         ]
     return found
 
 
 def _room(settings: EngineSettings, size: int) -> dict[str, Any]:
-    """What lets so many sequences be decoded at a time, where the engine's own settings do not."""
+    """Settings that let so many sequences be decoded at a time, where the engine's own do not."""
     if size <= settings.max_sequences:
         return {}
     return {"max_sequences": size, "kv_tokens": settings.kv_tokens * 2}
@@ -96,40 +97,40 @@ def tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
 
 def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iterator[Check]:
     """The rows of L1 on the generator. Collective; `engine` None off it."""
-    device = walk.process.device
-    settings, whole = engine_settings(walk.conf, device), Way(walk.requests)
+    settings, whole = walk.plan.generator.engine, Variant(walk.requests)
     base = generate(engine, walk.requests, sampling) if engine is not None else {}
-    for what, some in ways(settings, walk.requests, device.type == "cuda").items():
+    for what, some in variants(settings, walk.requests, walk.plan.device == "cuda").items():
         tally, preempted = Tally(), 0
-        for way in some:
-            found, count = compare_way(engine, way, sampling, base)
-            sides = tracer(engine, way, sampling), tracer(engine, whole, sampling)
-            tally += settle(walk, found, *sides, seek=tally.first is None)
+        for variant in some:
+            found, count = compare_variant(engine, variant, sampling, base)
+            sides = replayer(engine, variant, sampling), replayer(engine, whole, sampling)
+            seek = walk.seek and tally.first is None
+            tally += settle(walk.process, found, *sides, seek)
             preempted += sum(walk.process.gather(count))
         idle = "kv_tokens" in some[0].settings and not preempted and tally.passed
         reason = NOT_PREEMPTED if idle else None
         yield Check("L1", what, tally, reason)
 
 
-def compare_way(
-    engine: Engine | None, way: Way, sampling: Sampling, base: Rollouts
+def compare_variant(
+    engine: Engine | None, variant: Variant, sampling: Sampling, base: Rollouts
 ) -> tuple[Tally, int]:
-    """This engine's tally of one way against the whole batch, and how often it preempted."""
+    """This engine's tally of one variant against the whole batch, and its preemptions."""
     if engine is None:
         return Tally(), 0
-    with engine_with(engine, way.settings) as other:
+    with engine_with(engine, variant.settings) as other:
         before = other.preemptions
-        found = generate(other, way.requests, sampling)
+        found = generate(other, variant.requests, sampling)
         return compare_rollouts(found, base), other.preemptions - before
 
 
-def tracer(engine: Engine | None, way: Way, sampling: Sampling) -> Tracer:
-    """Generates one way again and traces a sequence of it, where this engine has it."""
+def replayer(engine: Engine | None, variant: Variant, sampling: Sampling) -> Replay:
+    """Generates one variant again and traces a sequence of it, where this engine has it."""
 
-    def trace(key: Key) -> Trace:
-        if engine is None or key[0] not in {request.prompt_id for request in way.requests}:
+    def trace(key: RolloutKey) -> Trace:
+        if engine is None or key[0] not in {request.prompt_id for request in variant.requests}:
             return NOTHING
-        with engine_with(engine, way.settings) as other:
-            return trace_generation(other, way.requests, sampling, key)
+        with engine_with(engine, variant.settings) as other:
+            return trace_generation(other, variant.requests, sampling, key)
 
     return trace

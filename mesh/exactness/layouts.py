@@ -1,24 +1,24 @@
-"""The layouts of a world: which there are, and a program built in one of them for a while."""
+"""The layouts of a world, and a program built in one of them for a while."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from mesh.config.changes import changed
 from mesh.config.schema import Conf
-from mesh.engine.kinds import without_release
 from mesh.layout.meshes import layout_problems, plan_layout
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import Parts, Program, assemble, sync
+from mesh.program.assembly import Program, assemble, sync
 from mesh.program.checks import invariant_problems, sequence_problems
+from mesh.program.plan import Plan
 from mesh.types import ModelShape
 
 DEGREES = (1, 2, 4)
@@ -60,12 +60,20 @@ class Candidate:
 
     def applied(self, conf: Conf) -> Conf:
         """`conf` in this layout."""
-        conf = deepcopy(conf)
-        conf.mesh.mode = self.mode
-        for role, layout in ((conf.trainer, self.trainer), (conf.generator, self.generator)):
-            for name, value in vars(layout).items():
-                setattr(role, name, value)
-        return conf
+        roles = {"trainer": self.trainer, "generator": self.generator}
+        keys = {
+            f"{role}.{name}": v
+            for role, layout in roles.items()
+            for name, v in vars(layout).items()
+        }
+        return changed(conf, {"mesh.mode": self.mode} | keys)
+
+    def planned(self, conf: Conf, plan: Plan) -> Plan:
+        """The plan of `conf` in this layout, in which nothing is trained."""
+        layout = plan_layout(self.applied(conf), plan.layout.world_size)
+        sequence_parallel = self.trainer.sequence_parallel
+        trainer = replace(scoring_only(plan).trainer, sequence_parallel=sequence_parallel)
+        return replace(plan, layout=layout, trainer=trainer)
 
     def __str__(self) -> str:
         trainer = self.trainer.dp_replicate * self.trainer.dp_shard * self.trainer.tp
@@ -99,7 +107,12 @@ def own_layout(conf: Conf, world_size: int) -> Candidate:
     )
 
 
-def candidates(conf: Conf, world_size: int, shape: ModelShape) -> list[Candidate]:
+def scoring_only(plan: Plan) -> Plan:
+    """The plan without an optimizer and a reference."""
+    return replace(plan, trainer=replace(plan.trainer, optimizer=None, reference=False))
+
+
+def candidates(conf: Conf, device: str, world_size: int, shape: ModelShape) -> list[Candidate]:
     """The layouts that `validate.layouts` asks for: colocated ones, then every split.
 
     all: each layout of the trainer with each of the generator; cover: each of them at least once.
@@ -114,10 +127,14 @@ def candidates(conf: Conf, world_size: int, shape: ModelShape) -> list[Candidate
         trainers, generators = trainer_layouts(trainer_size), generator_layouts(generator_size)
         alone_t, alone_g = trainers[0], generators[0]  # without tensor parallelism: always fit
         trainers = [
-            x for x in trainers if fits(Candidate(mode, x, alone_g), conf, world_size, shape)
+            x
+            for x in trainers
+            if fits(Candidate(mode, x, alone_g), conf, device, world_size, shape)
         ]
         generators = [
-            x for x in generators if fits(Candidate(mode, alone_t, x), conf, world_size, shape)
+            x
+            for x in generators
+            if fits(Candidate(mode, alone_t, x), conf, device, world_size, shape)
         ]
         if conf.validate.layouts == "all":
             pairs = list(product(trainers, generators))
@@ -128,32 +145,31 @@ def candidates(conf: Conf, world_size: int, shape: ModelShape) -> list[Candidate
     return found
 
 
-def fits(candidate: Candidate, conf: Conf, world_size: int, shape: ModelShape) -> bool:
-    """Whether a program could be built so; how a training batch is shared out is not asked."""
+def fits(candidate: Candidate, conf: Conf, device: str, world_size: int, shape: ModelShape) -> bool:
+    """True if a program can be built so; how a training batch is shared out is not asked."""
     conf = candidate.applied(conf)
     return not (
         layout_problems(conf, world_size, shape, training=False)
-        + invariant_problems(conf, shape)
+        + invariant_problems(conf, device, shape)
         + sequence_problems(conf)
     )
 
 
 @contextmanager
-def built(
-    conf: Conf, process: Process, parts: Parts, with_optimizer: bool = True
-) -> Iterator[Program]:
-    """The program of `conf` for a block; afterwards its process groups are gone. Collective.
+def built(plan: Plan, process: Process) -> Iterator[Program]:
+    """The program of `plan` for a block; afterwards its process groups are gone. Collective.
 
     Its memory goes with the last reference to it, before the next one is built. There is no
     self-test: whoever walks the ladder has had one. No cache is released, which vLLM allows one
     engine of a process.
     """
-    conf = without_release(conf)
+    engine = replace(plan.generator.engine, releases=False)
+    plan = replace(plan, generator=replace(plan.generator, engine=engine))
     gc.collect()
     if process.device.type == "cuda":
         torch.cuda.empty_cache()
     groups, closers = set(dist.distributed_c10d._world.pg_map), len(process.closers)
-    program = assemble(conf, process, parts, with_optimizer, self_test=False)
+    program = assemble(plan, process, self_test=False)
     sync(program)
     yield program
     for close in process.closers[closers:]:
@@ -161,6 +177,6 @@ def built(
     del process.closers[closers:]
     if process.device.type == "cuda":
         torch.cuda.synchronize()
-    dist.barrier(process.cpu_group)  # nobody is in a collective of theirs any more
+    dist.barrier(process.cpu_group)  # no rank is in a collective of theirs any more
     for group in [group for group in dist.distributed_c10d._world.pg_map if group not in groups]:
         dist.destroy_process_group(group)

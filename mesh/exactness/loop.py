@@ -1,41 +1,37 @@
-"""L0 and L2: steps of the real loop, and what both roles say of every token in them."""
+"""L0 and L2: steps of the real loop, and the logprobs of both roles for every token in them."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from mesh.config.schema import Conf
-from mesh.exactness.batch import Walk
-from mesh.exactness.bits import (
-    Key,
-    Place,
+from mesh.exactness.comparison import (
+    Mismatch,
     Rollouts,
     Tally,
     add,
+    by_key,
     compare_rollouts,
     compare_values,
     of_all_ranks,
 )
-from mesh.exactness.generator import Way
-from mesh.exactness.generator import tracer as engine_tracer
-from mesh.exactness.naming import NOTHING, Tracer, settle
+from mesh.exactness.generator import Variant
+from mesh.exactness.generator import replayer as engine_replayer
+from mesh.exactness.naming import NOTHING, Replay, settle
 from mesh.exactness.table import Check
 from mesh.exactness.trace import Trace, trace_generation, trace_training
-from mesh.exactness.trainer import score, score_arranged, scored, scoring
-from mesh.exactness.trainer import tracer as arrangement_tracer
+from mesh.exactness.trainer import replayer as arrangement_replayer
+from mesh.exactness.trainer import resharded, score, score_arranged, scored
+from mesh.exactness.walk import Walk
 from mesh.layout.holdings import local_tensors
-from mesh.program.assembly import Program, rules_of, step_normaliser, sync, weights_digest
-from mesh.rl.losses import policy_loss_T
-from mesh.rl.packing import PackedBatch
-from mesh.rl.step import Share, share_of, waves_of
+from mesh.lifecycle.process import Process
+from mesh.lifecycle.timers import Phases
+from mesh.program.assembly import Program, sync, weights_digest
+from mesh.rl.step import Pass, ScoredWave, share_of
 from mesh.roles.trainer import Trainer
-from mesh.tasks import drawn
-from mesh.types import Prompt, Rollout, Sampling
+from mesh.tasks import Draw, draw_prompts
+from mesh.types import Prompt, Rollout, RolloutKey, Sampling
 
 EXACT = {"logprob_diff/max": 0.0, "ratio/max": 1.0, "ratio/mean": 1.0}
 """Metrics of a step in which trainer and generator agree."""
@@ -45,86 +41,61 @@ WARM = (0.7, 1.3)  # temperatures beside the configuration's own
 TWICE = 2  # steps that L0 runs twice: the second one starts from weights that the first one made
 
 
-@dataclass(frozen=True)
-class Step:
-    """What this rank saw of a step: rollouts that it generated, `logprobs`: the trainer's against
-    the generator's, on all ranks; metrics and the digest of the new weights.
+@dataclass
+class SeenStep:
+    """One step as this rank saw it, filled in by `see`: rollouts that it generated, and the
+    trainer's logprobs against the generator's, on all ranks.
     """
 
-    rollouts: dict[Key, Rollout]
-    logprobs: Tally
-    metrics: dict[str, float]
-    digest: str
+    seek: bool
+    rollouts: dict[RolloutKey, Rollout] = field(default_factory=dict)
+    logprobs: Tally = field(default_factory=Tally)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """The digest of the new weights."""
+        return self.metrics["digest/weights"]
 
-def train_step(walk: Walk, program: Program, step: int, seek: bool) -> Step:
-    """One step of `recipes/grpo.py`, with uneven rewards, comparing before the update."""
-    conf, trainer, generator = walk.conf, program.trainer, program.generator
-    task = walk.parts.task
-    rules = replace(rules_of(conf), drop_equal_groups=False)
-    prompts = drawn(task.train_prompts(step, conf.num_prompts), conf.num_prompts, "train_prompts")
-    sampling = generator.sampling(step)
-    made: list[Rollout] = []
-    total, tokens, sequences = Tally(), 0, 0
-    for part in waves_of(prompts, conf.waves):
-        rollouts = uneven(generator.rollout(task, part, conf.group_size, sampling))
-        wave = program.exchange([p.prompt_id for p in part], rollouts)
-        share = share_of(wave, rules, trainer.dp)
-        logprobs_A = trainer.accumulate(
-            share.leaves, share.token_counts, partial(policy_objective, conf)
+    def see(self, program: Program, process: Process, wave: ScoredWave) -> None:
+        """Compare a wave before the update. Collective."""
+        mine = wave.share.rollouts
+        found = compare_rollouts(scored(mine, wave.logprobs_A), by_key(mine), wave.step)
+        sampling = program.generator.sampling(wave.step)
+        temperature = sampling.temperature
+        sides = (
+            passes_replayer(program.trainer, wave.share.passes, temperature),
+            generation_replayer(program, wave.prompts, sampling),
         )
-        found = compare_rollouts(scored(share.leaves, logprobs_A), by_key(wave.rollouts), step)
-        sides = share_tracer(trainer, share, sampling), generation_tracer(program, part, sampling)
-        total += settle(walk, found, *sides, seek=seek and total.first is None)
-        made += rollouts
-        tokens, sequences = tokens + share.tokens, sequences + share.sequences
-    program.exchange.flush()
-    metrics = trainer.update(step_normaliser(conf, rules, tokens, sequences), tokens)
-    metrics |= generator.failed_scores("reward/failed", walk.process.cpu_group)
-    sync(program)
-    return Step(by_key(made), total, metrics, weights_digest(program))
+        seek = self.seek and self.logprobs.first is None
+        self.logprobs += settle(process, found, *sides, seek)
+        self.rollouts |= by_key(wave.generated)
 
 
-def policy_objective(
-    conf: Conf, batch: PackedBatch, logprobs_A: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_A, clipped_A), as in `recipes/grpo.py`."""
-    return policy_loss_T(
-        logprobs_A, batch.generator_logprobs_A, batch.advantages_A, conf.clip_low, conf.clip_high
-    )
+def take_step(walk: Walk, program: Program, step: int, seek: bool) -> SeenStep:
+    """One step of the recipe, compared before its update."""
+    seen = SeenStep(seek and walk.seek)
+    phases = Phases(walk.process.device)
+    seen.metrics, _ = walk.take_step(program, walk.process, phases, step, seen.see)
+    return seen
 
 
-def uneven(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with a little more reward, by their tokens.
+def passes_replayer(trainer: Trainer, passes: Sequence[Pass], temperature: float) -> Replay:
+    """Runs these forward passes again and traces one of their rollouts."""
 
-    A model that answers everything rightly, or nothing, has rewards without a gradient, and steps
-    that change no weight would compare nothing.
-    """
-    return [
-        replace(r, reward=r.reward + zlib.crc32(repr(r.tokens).encode()) / 2**34) for r in rollouts
-    ]
-
-
-def by_key(rollouts: Sequence[Rollout]) -> dict[Key, Rollout]:
-    return {(r.prompt_id, r.sample_id): r for r in rollouts}
-
-
-def share_tracer(trainer: Trainer, share: Share, sampling: Sampling) -> Tracer:
-    """Runs the forward passes of a share again and traces one of its rollouts."""
-
-    def trace(key: Key) -> Trace:
-        with scoring(trainer, sampling.temperature or 1.0, trainer.conf.trainer.microbatch_tokens):
-            return trace_training(trainer, share.leaves, share.token_counts, key)
+    def trace(key: RolloutKey) -> Trace:
+        with resharded(trainer):
+            return trace_training(trainer, passes, key, temperature)
 
     return trace
 
 
-def generation_tracer(program: Program, prompts: Sequence[Prompt], sampling: Sampling) -> Tracer:
+def generation_replayer(program: Program, prompts: Sequence[Prompt], sampling: Sampling) -> Replay:
     """Generates the prompts' groups again and traces one of the samples."""
 
-    def trace(key: Key) -> Trace:
+    def trace(key: RolloutKey) -> Trace:
         generator = program.generator
-        requests = generator.requests(prompts, program.exchange.group_size)
+        requests = generator.requests(prompts, program.plan.step.group_size)
         if generator.engine is None or key[0] not in {r.prompt_id for r in requests}:
             return NOTHING
         return trace_generation(generator.engine, requests, sampling, key)
@@ -140,8 +111,9 @@ def twice_checks(walk: Walk, program: Program) -> Iterator[Check]:
     }
     runs = []
     for _ in range(2):
-        runs.append([train_step(walk, program, i, seek=False) for i in range(TWICE)])
-        restore(program, start)
+        runs.append([take_step(walk, program, i, seek=False) for i in range(TWICE)])
+        program.trainer.restart(start)
+        sync(program)
     pairs = list(enumerate(zip(*runs, strict=True)))
     kinds = {
         f"tokens and logprobs of {TWICE} steps, twice": [
@@ -160,68 +132,60 @@ def twice_checks(walk: Walk, program: Program) -> Iterator[Check]:
         yield Check("L0", what, of_all_ranks(walk.process, add(tallies)))
 
 
-def rewards(step: Step) -> dict[str, float | str]:
+def rewards(step: SeenStep) -> dict[str, float | str]:
     return {f"reward of {key}": rollout.reward for key, rollout in step.rollouts.items()}
-
-
-@torch.no_grad()
-def restore(program: Program, start: dict[str, torch.Tensor]) -> None:
-    """The weights of old, and an optimizer that has not stepped. Collective."""
-    trainer = program.trainer
-    for name, tensor in local_tensors(trainer.parameters()).items():
-        tensor.copy_(start[name])
-    if trainer.model is not None:
-        trainer.optimizer.state.clear()
-    trainer.steps = trainer.updates = 0
-    sync(program)
 
 
 def mixed_check(walk: Walk, program: Program, mixed: Rollouts, sampling: Sampling) -> Check:
     """The row of L2 on the batch of mixed lengths, which every rank has as generated."""
     trainer, temperature = program.trainer, sampling.temperature
-    found = compare_rollouts(score_arranged(trainer, mixed, temperature), mixed)
-    one = arrangement_tracer(trainer, mixed, temperature)
-    other = engine_tracer(program.generator.engine, Way(walk.requests), sampling)
-    return Check("L2", "prompts of mixed lengths", settle(walk, found, one, other))
+    found = compare_rollouts(score_arranged(walk, trainer, mixed, temperature), mixed)
+    one = arrangement_replayer(walk, trainer, mixed, temperature)
+    other = engine_replayer(program.generator.engine, Variant(walk.requests), sampling)
+    tally = settle(walk.process, found, one, other, walk.seek)
+    return Check("L2", "prompts of mixed lengths", tally)
 
 
-def loop_checks(walk: Walk, program: Program) -> Iterator[Check]:
+def loop_checks(walk: Walk, program: Program, steps: int) -> Iterator[Check]:
     """The other rows of L2: steps of the loop, each with new weights, then greedy and warm."""
-    steps = walk.conf.validate.steps
     before, total, exact = weights_digest(program), Tally(), Tally()
     for step in range(steps):
-        result = train_step(walk, program, step, seek=total.first is None)
-        total += result.logprobs
-        metrics = {name: result.metrics[name] for name in EXACT if name in result.metrics}
+        seen = take_step(walk, program, step, seek=total.first is None)
+        total += seen.logprobs
+        metrics = {name: seen.metrics[name] for name in EXACT if name in seen.metrics}
         exact += compare_values(metrics, EXACT if metrics else {}, step)
-        exact += _changed(before, result.digest, step)
-        before = result.digest
+        exact += _changed(before, seen.digest, step)
+        before = seen.digest
     yield Check("L2", f"{steps} steps of the loop", total)
     yield Check(
         "L2", "ratio and logprob difference of these steps", of_all_ranks(walk.process, exact)
     )
     for name, temperature in (("greedy", 0.0), *((f"temperature {t}", t) for t in WARM)):
-        yield Check("L2", f"rollouts, {name}", compare_rollouts_at(walk, program, temperature))
+        tally = compare_rollouts_at(walk, program, steps, temperature)
+        yield Check("L2", f"rollouts, {name}", tally)
 
 
 def _changed(before: str, after: str, step: int) -> Tally:
     """A failure where a step left the weights as they were; else nothing, it compares no bits."""
     if before != after:
         return Tally()
-    return Tally(0, 1, 0, Place("weights", ("as before", "new ones"), step))
+    return Tally(0, 1, 0, Mismatch("weights", ("as before", "new ones"), step))
 
 
-def compare_rollouts_at(walk: Walk, program: Program, temperature: float) -> Tally:
+def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: float) -> Tally:
     """Trainer against generator on one more step's prompts at a temperature, without an update."""
-    conf, task = walk.conf, walk.parts.task
-    trainer, generator, step = program.trainer, program.generator, conf.validate.steps
-    prompts = drawn(task.train_prompts(step, conf.num_prompts), conf.num_prompts, "train_prompts")
+    plan, trainer, generator = program.plan, program.trainer, program.generator
+    prompts = draw_prompts(plan.task, Draw(step, plan.step.num_prompts))
     sampling = generator.sampling(step, temperature)
-    rollouts = generator.rollout(task, prompts, conf.group_size, sampling)
+    rollouts = generator.rollout(program.scorer, prompts, plan.step.group_size, sampling)
     wave = program.exchange([p.prompt_id for p in prompts], rollouts)
-    share = share_of(wave, replace(rules_of(conf), drop_equal_groups=False), trainer.dp)
-    with scoring(trainer, temperature or 1.0, conf.trainer.microbatch_tokens):
-        found = score(trainer, share.leaves, share.token_counts)
+    share = share_of(wave, plan.objective, plan.step, trainer.dp, trainer.dp_rank)
+    at = temperature or 1.0
+    found = score(trainer, share.passes, at)
     program.exchange.flush()
-    sides = share_tracer(trainer, share, sampling), generation_tracer(program, prompts, sampling)
-    return settle(walk, compare_rollouts(found, by_key(wave.rollouts), step), *sides)
+    sides = (
+        passes_replayer(trainer, share.passes, at),
+        generation_replayer(program, prompts, sampling),
+    )
+    tally = compare_rollouts(found, by_key(share.rollouts), step)
+    return settle(walk.process, tally, *sides, walk.seek)

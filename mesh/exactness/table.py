@@ -1,4 +1,4 @@
-"""The rows of a validation: a table for people, the same content as JSON."""
+"""Rows of a validation: a table for people, and the same content as JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from mesh.config.keys import conf_keys, value_of
 from mesh.config.schema import Conf
-from mesh.exactness.bits import Tally
+from mesh.exactness.comparison import Tally
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import dtype_of
+from mesh.program.plan import Plan
 from mesh.runs.directory import describe_environment, describe_rank
 
 RUNGS = ("L0", "L1", "L2", "L3", "L6")
@@ -21,8 +21,8 @@ RUNGS = ("L0", "L1", "L2", "L3", "L6")
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was compared on which rung. `not_run` says why it was not, and then nothing is
-    promised; differ_without: how many comparisons differ with ordinary kernels.
+    """One row of the table. `not_run`: why nothing was compared, and then nothing is promised;
+    differ_without: comparisons that differ with ordinary kernels.
     """
 
     rung: str
@@ -39,9 +39,9 @@ class Check:
 
 
 def with_control(checks: Sequence[Check], control: Sequence[Check]) -> list[Check]:
-    """The checks, each with what its twin of the walk with ordinary kernels saw."""
+    """The checks, each with the count that differs in the walk with ordinary kernels."""
     found = {
-        (check.rung, check.what): check.tally.different + check.tally.not_finite
+        (check.rung, check.what): check.tally.different
         for check in control
         if check.not_run is None
     }
@@ -67,7 +67,7 @@ def line(check: Check) -> str:
 
 
 def failure(tally: Tally) -> str:
-    """What is wrong with a tally that did not pass."""
+    """The failure of a tally that did not pass."""
     if tally.compared == 0:
         return "nothing was compared"
     counts = f"{tally.different:,} differ, {tally.not_finite:,} are not finite"
@@ -75,7 +75,7 @@ def failure(tally: Tally) -> str:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """The last line: which rungs hold here."""
+    """The last line: the rungs that hold here."""
     held: list[str] = []
     broken: list[str] = []
     for rung in RUNGS:
@@ -91,12 +91,12 @@ def verdict(checks: Sequence[Check]) -> str:
 
 
 def passed(checks: Sequence[Check]) -> bool:
-    """Whether every promised rung holds."""
+    """True if every promised rung holds."""
     return not any(check.result == "FAIL" for check in checks)
 
 
-def as_json(conf: Conf, process: Process, tested: str, checks: Sequence[Check]) -> str:
-    """The table, what the self-test said, and the machine. Collective: every rank tells."""
+def as_json(conf: Conf, plan: Plan, process: Process, tested: str, checks: Sequence[Check]) -> str:
+    """The table, the self-test's line, the machine and all keys. Collective: every rank tells."""
     ranks = process.gather(describe_rank(process))
     content: dict[str, Any] = {
         "passed": passed(checks),
@@ -110,9 +110,17 @@ def as_json(conf: Conf, process: Process, tested: str, checks: Sequence[Check]) 
             "ranks": ranks,
             "environment": describe_environment(),
         },
-        "dtype": str(dtype_of(conf.trainer.dtype, process.device)).removeprefix("torch."),
+        "dtype": str(plan.trainer.dtype).removeprefix("torch."),
         "layouts": [check.what for check in checks if check.rung == "L3"],
         "keys": {name: value_of(conf, name) for name in conf_keys()},
-        "checks": [asdict(check) | {"result": check.result} for check in checks],
+        "checks": [row_of(check) for check in checks],
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+def row_of(check: Check) -> dict[str, Any]:
+    """One check as JSON; logprobs, which may not be finite, are in the mismatch's values."""
+    row = asdict(check) | {"result": check.result}
+    if row["tally"]["first"] is not None:
+        del row["tally"]["first"]["logprobs"]
+    return row

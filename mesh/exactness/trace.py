@@ -1,4 +1,4 @@
-"""What each module makes of one sequence, on either side: where two runs of a model part.
+"""Traces of one sequence: the output of every module on either side, and where two diverge.
 
 Forward passes are run again with hooks on the modules (`mesh/model/tracer.py`), and the rows of one
 sequence are kept: a row of every position by the trainer, those of its prefill and decode steps by
@@ -18,17 +18,15 @@ from torch import Tensor
 from mesh.engine.base import Engine
 from mesh.engine.native.batches import Row
 from mesh.model.tracer import LOGPROBS, Rows, Tracer
-from mesh.rl.packing import Leaf, pack
+from mesh.rl.packing import pack
+from mesh.rl.step import Pass
 from mesh.roles.trainer import Trainer
-from mesh.types import Request, Rollout, Sampling
-
-Key = tuple[int, int]
-"""(prompt_id, sample_id) of a sequence."""
+from mesh.types import Request, Rollout, RolloutKey, Sampling
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the modules made of one sequence, on the CPU, whole across tensor-parallel ranks.
+    """The modules' outputs for one sequence, on the CPU, whole across tensor-parallel ranks.
 
     outputs: rows [R, width] by module, in execution order; positions: where in the sequence each of
     these rows belongs. A position that was computed more than once (a prompt whose shared KV was
@@ -41,9 +39,9 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Where two traces part: `count` of the `width` features that this module makes of this
-    position of the sequence differ, and `feature` is the first of them, with its two values.
+class ModuleDifference:
+    """A module and position at which two traces differ: in `count` of `width` features, of which
+    `feature` is the first, with its two values.
     """
 
     module: str
@@ -55,7 +53,7 @@ class Difference:
 
 
 def trace_generation(
-    engine: Engine, requests: Sequence[Request], sampling: Sampling, key: Key
+    engine: Engine, requests: Sequence[Request], sampling: Sampling, key: RolloutKey
 ) -> Trace:
     """Generate again and keep what belongs to one sample. All tp ranks of the engine call it.
 
@@ -83,17 +81,17 @@ def trace_generation(
     return Trace(tracer.outputs(), dict(tracer.positions))
 
 
-def _is(key: Key, prompt_id: int, sample_id: int | None) -> bool:
+def _is(key: RolloutKey, prompt_id: int, sample_id: int | None) -> bool:
     return prompt_id == key[0] and sample_id in (None, key[1])
 
 
 @torch.no_grad()
 def trace_training(
-    trainer: Trainer, leaves: Sequence[Leaf], token_counts: Sequence[Sequence[int]], key: Key
+    trainer: Trainer, passes: Sequence[Pass], key: RolloutKey, temperature: float | None = None
 ) -> Trace:
     """Run the forward passes of `accumulate` again, without gradients, and keep one rollout's rows.
 
-    A collective of the trainer: every rank gives its own leaves. The data-parallel rank that has
+    A collective of the trainer: every rank gives its own passes. The data-parallel rank that has
     the rollout gets its trace, on all its tp ranks.
     """
     if trainer.model is None:
@@ -101,27 +99,27 @@ def trace_training(
     group = trainer.mesh.get_group("tp") if trainer.mesh["tp"].size() > 1 else None
     tracer = Tracer(trainer.model, group)
     with tracer.hooks():
-        for microbatch in trainer.microbatches(leaves, token_counts):
-            tracer.expect(*_rows_of([r for leaf in microbatch for r in leaf.rollouts], key))
-            trainer.score(trainer.model, pack(microbatch).to(trainer.device))
+        for leaves in passes:
+            tracer.expect(*_rows_of([r for leaf in leaves for r in leaf.rollouts], key))
+            trainer.forward(trainer.model, pack(leaves).to(trainer.device), temperature)
     return Trace(tracer.outputs(), dict(tracer.positions))
 
 
-def _rows_of(rollouts: Sequence[Rollout], key: Key) -> tuple[Rows, Rows]:
-    """One rollout's rows among packed ones: of all its tokens, and of its response's logprobs."""
+def _rows_of(rollouts: Sequence[Rollout], key: RolloutKey) -> tuple[Rows, Rows]:
+    """One rollout's rows among packed ones: of all its tokens, and of its loss tokens' logprobs."""
     token = scored = 0
     for r in rollouts:
-        prompt, response = len(r.prompt_tokens), len(r.tokens)
-        if (r.prompt_id, r.sample_id) == key:
+        if r.key == key:
+            before = len(r.prompt_tokens) - 1
             return (
-                [(token + i, i) for i in range(prompt + response)],
-                [(scored + i, prompt - 1 + i) for i in range(response)],
+                [(token + i, i) for i in range(r.num_tokens)],
+                [(scored + n, before + i) for n, i in enumerate(r.loss_indices)],
             )
-        token, scored = token + prompt + response, scored + response
+        token, scored = token + r.num_tokens, scored + r.length
     return [], []
 
 
-def first_difference(a: Trace, b: Trace) -> Difference | None:
+def first_difference(a: Trace, b: Trace) -> ModuleDifference | None:
     """The earliest position at which the two differ in any bit, and there the first module.
 
     Positions come first because later ones see earlier ones through keys and values. What only one
@@ -152,7 +150,9 @@ def _shared_rows(a: Sequence[int], b: Sequence[int]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
-def _earliest(name: str, x_RF: Tensor, y_RF: Tensor, positions: Sequence[int]) -> list[Difference]:
+def _earliest(
+    name: str, x_RF: Tensor, y_RF: Tensor, positions: Sequence[int]
+) -> list[ModuleDifference]:
     """The difference at the earliest of these rows' positions; none, an empty list."""
     differs_RF = _bits(x_RF) != _bits(y_RF)
     rows = differs_RF.any(-1).nonzero()[:, 0].tolist()
@@ -162,7 +162,7 @@ def _earliest(name: str, x_RF: Tensor, y_RF: Tensor, positions: Sequence[int]) -
     features = differs_RF[row].nonzero()[:, 0].tolist()
     values = float(x_RF[row, features[0]]), float(y_RF[row, features[0]])
     width = x_RF.shape[1]
-    return [Difference(name, positions[row], features[0], values, len(features), width)]
+    return [ModuleDifference(name, positions[row], features[0], values, len(features), width)]
 
 
 def _bits(x: Tensor) -> Tensor:

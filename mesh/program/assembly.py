@@ -32,7 +32,7 @@ from mesh.rl.objective import load_loss, loss_problems
 from mesh.roles.evaluation import held_out_prompts
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
-from mesh.tasks import Draw, Task, draw_prompts
+from mesh.tasks import Draw, draw_prompts
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -168,7 +168,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     generator = Generator(plan.generator, meshes, process.device, plan.tokenizer)
     scorer = Scorer(plan.training)
     others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
-    process.closers += [one.close for one in (scorer, *others.values(), generator)]
+    scorers = [scorer, *(one for one in others.values() if one is not scorer)]
+    process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
     return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)

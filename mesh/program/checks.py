@@ -1,4 +1,4 @@
-"""What is refused at start-up, before any model is built: all of it in one list."""
+"""Start-up checks: everything that keeps a run from starting, in one list, before it is built."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import torch
 from mesh.config.keys import problem, range_problems, refuse
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import engine_problems, kind_of
-from mesh.layout.meshes import layout_problems, resolve_device
+from mesh.layout.meshes import layout_problems
 from mesh.lifecycle.files import run_dir_problems
 from mesh.model.hf import code_problems, weight_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.text.tokenizer import Tokenizer
 from mesh.types import HEAD_DIMS, ModelShape, Prompt
 
-NO_CODE = "no code that comes with a model is run here (trust_remote_code): use a plain Qwen3"
+NO_CODE = "code that ships with a model is never run (trust_remote_code): use a plain Qwen3"
 
 
 def check_start(
     conf: Conf,
+    device: str,
     world_size: int,
     shape: ModelShape | None,
     found: Sequence[str] = (),
@@ -34,24 +35,26 @@ def check_start(
     """Raises one ValueError that lists everything which keeps the run from starting.
 
     `shape` None leaves out what the model's sizes ask; `found`: problems that are known already;
-    `training` False leaves out what only training asks. Call it before rank 0 writes into
-    `run_dir`, on every rank.
+    device: cpu or cuda, resolved; `training` False leaves out what only training asks. Call it
+    before rank 0 writes into `run_dir`, on every rank.
     """
     layout = layout_problems(conf, world_size, shape, training)
-    exact = invariant_problems(conf, shape) if conf.batch_invariant else []
-    refuse([*found, *conf_problems(conf, shape, training), *layout, *exact])
+    exact = invariant_problems(conf, device, shape) if conf.batch_invariant else []
+    refuse([*found, *conf_problems(conf, device, shape, training), *layout, *exact])
 
 
-def conf_problems(conf: Conf, shape: ModelShape | None = None, training: bool = True) -> list[str]:
+def conf_problems(
+    conf: Conf, device: str, shape: ModelShape | None = None, training: bool = True
+) -> list[str]:
     """Every problem that `conf` has on this machine, whatever the world's size."""
     return [
         *range_problems(conf),
-        *device_problems(conf),
-        *graph_problems(conf),
+        *device_problems(conf, device),
+        *graph_problems(conf, device),
         *length_problems(conf, shape),
-        *page_problems(conf),
+        *page_problems(conf, device),
         *reward_problems(conf),
-        *engine_problems(conf, shape, resolve_device(conf)),
+        *engine_problems(conf, shape, device),
         *(training_problems(conf) if training else []),
         *model_problems(conf, shape),
     ]
@@ -68,13 +71,12 @@ def training_problems(conf: Conf) -> list[str]:
     ]
 
 
-def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
+def invariant_problems(conf: Conf, device: str, shape: ModelShape | None) -> list[str]:
     """What cannot be exact: layouts beyond the chunks, dtypes that differ, fp32 on a GPU."""
     chunks, found = conf.invariant.chunks, []
     for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
         if chunks % tp:
-            wrong = f"a rank computes whole ones of the invariant.chunks={chunks} pieces in which a"
-            wrong += " layer's output features are tested to have the bits of the whole"
+            wrong = f"tp must divide invariant.chunks={chunks}, up to which kernels are tested"
             remedy = f"use a divisor of {chunks}, or set invariant.chunks={tp}"
             found.append(problem(name, tp, wrong, remedy))
     if shape is not None:
@@ -83,12 +85,12 @@ def invariant_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         if uneven:
             wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
             found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
-    unset = "bfloat16" if resolve_device(conf) == "cuda" else "float32"
+    unset = "bfloat16" if device == "cuda" else "float32"
     if (conf.trainer.dtype or unset) != (conf.generator.dtype or unset):
         wrong = f"differs from trainer.dtype={conf.trainer.dtype}: their bits cannot be equal"
         remedy = "give both roles one dtype"
         found.append(problem("generator.dtype", conf.generator.dtype, wrong, remedy))
-    return found + (gpu_problems(conf, shape) if resolve_device(conf) == "cuda" else [])
+    return found + (gpu_problems(conf, shape) if device == "cuda" else [])
 
 
 def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
@@ -115,14 +117,14 @@ def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     return found
 
 
-def device_problems(conf: Conf) -> list[str]:
+def device_problems(conf: Conf, device: str) -> list[str]:
     """CUDA asked for without it, or more processes on this machine than it has GPUs."""
     if conf.device == "cuda" and not torch.cuda.is_available():
         wrong = "torch finds no CUDA device here"
         return [
             problem("device", "cuda", wrong, "set device=cpu, or install a CUDA build of torch")
         ]
-    if resolve_device(conf) == "cpu":
+    if device == "cpu":
         return []
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if local <= gpus:
@@ -131,9 +133,9 @@ def device_problems(conf: Conf) -> list[str]:
     return [problem("device", conf.device, wrong, f"start at most {gpus}, or set device=cpu")]
 
 
-def graph_problems(conf: Conf) -> list[str]:
+def graph_problems(conf: Conf, device: str) -> list[str]:
     """Our attention in fp32 under captured graphs, for which it is not made."""
-    captured = resolve_device(conf) == "cuda" and conf.generator.cuda_graphs
+    captured = device == "cuda" and conf.generator.cuda_graphs
     ours = kind_of(conf).runs_policy
     if conf.generator.dtype != "float32" or not captured or not ours:
         return []
@@ -217,10 +219,10 @@ def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt])
     return [problem("model.max_length", conf.model.max_length, wrong, remedy)]
 
 
-def page_problems(conf: Conf) -> list[str]:
+def page_problems(conf: Conf, device: str) -> list[str]:
     """A KV cache too small for one whole sequence."""
     found, tokens = [], conf.generator.kv_tokens
-    page = max(conf.generator.page_size, 0) or kind_of(conf).pages[resolve_device(conf)].default
+    page = max(conf.generator.page_size, 0) or kind_of(conf).pages[device].default
     needed = -(-conf.model.max_length // page) * page
     if tokens > 0 and tokens // page * page < needed:
         wrong = (

@@ -62,9 +62,9 @@ Surrogate = Callable[..., TokenLoss]
 class Loss:
     """One way to learn from scored rollouts.
 
-    advantage: a named kind, or a function rewards_PG -> float32 advantages_PG. credit: advantages of single tokens, from tokens that
-    have their group's; unset: every token of a rollout has the rollout's. settings: this row's
-    values for the surrogate's keyword parameters, where they differ from the function's own.
+    advantage: a named kind, or a function rewards_PG -> float32 advantages_PG. credit: advantages
+    of single tokens, from tokens that have their rollout's; unset: these stay. settings: values of
+    the surrogate's keyword parameters, where they differ from the function's own defaults.
     """
 
     surrogate: Surrogate

@@ -117,7 +117,9 @@ def load_loss(name: str) -> Loss:
     if not isinstance(loss, Loss):
         found = [key for key, value in vars(module).items() if isinstance(value, Loss)]
         has = f"it has {', '.join(found)}" if found else "it has none"
-        raise ValueError(f"loss={name}: {attribute} is no mesh.rl.losses.Loss of {module_name}; {has}")
+        raise ValueError(
+            f"loss={name}: {attribute} is no mesh.rl.losses.Loss of {module_name}; {has}"
+        )
     return loss
 
 

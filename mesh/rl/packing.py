@@ -86,7 +86,7 @@ def leaves(
     )
     for rollout in rollouts:
         _check(rollout)
-    twice = [ids for ids, count in Counter((r.key for r in rollouts)).items() if count > 1]
+    twice = [ids for ids, count in Counter(r.key for r in rollouts).items() if count > 1]
     assert not twice, f"rollouts (prompt_id, sample_id) came twice: {twice[:8]}"
     members = zip(rollouts, advantages_R.tolist(), weights_R.tolist(), strict=True)
     ordered = sorted(members, key=lambda member: member[0].key)
@@ -126,9 +126,7 @@ def pack(leaf_list: Sequence[Leaf]) -> PackedBatch:
     )
 
 
-def assert_complete(
-    seen: Iterable[RolloutKey], prompt_ids: Iterable[int], group_size: int
-) -> None:
+def assert_complete(seen: Iterable[RolloutKey], prompt_ids: Iterable[int], group_size: int) -> None:
     """Every rollout of the step, as (prompt_id, sample_id), was trained on once: none lost, none
     twice, none foreign. Raises AssertionError naming them.
     """
@@ -150,7 +148,8 @@ def _pieces(group: list[_Member], leaf_tokens: int | None) -> list[Leaf]:
     sizes = [rollout.num_tokens for rollout, _, _ in group]
     limit = sum(sizes) if leaf_tokens is None else leaf_tokens
     return [
-        _leaf(piece, [group[i] for i in indices]) for piece, indices in enumerate(fill(sizes, limit))
+        _leaf(piece, [group[i] for i in indices])
+        for piece, indices in enumerate(fill(sizes, limit))
     ]
 
 
@@ -160,7 +159,7 @@ def _leaf(piece: int, members: list[_Member]) -> Leaf:
 
 
 def _predictors(rollout: Rollout, start: int) -> Tensor:
-    """int64: positions in T whose hidden states predict the loss tokens of a sequence at `start`."""
+    """int64: positions in T that predict the loss tokens of a sequence that starts at `start`."""
     first = start + len(rollout.prompt_tokens) - 1
     if not rollout.turns:
         return torch.arange(first, first + len(rollout.tokens))

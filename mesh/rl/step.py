@@ -137,7 +137,7 @@ def samples_of(
     group_size: int,
     decode: Callable[[tuple[int, ...]], str],
 ) -> list[dict[str, Any]]:
-    """The lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages."""
+    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     return [
         {

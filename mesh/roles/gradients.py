@@ -27,7 +27,9 @@ def summed_gradients(model: Policy) -> dict[str, Tensor]:
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return local_tensors({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return local_tensors(
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    )
 
 
 def gradient_norm(

@@ -22,9 +22,7 @@ HELD_OUT_ONE_IN = 8
 MOST_DRAWS = 1000
 
 
-def training_prompts(
-    draw: Draw, seed: int, step: int, num: int, round: int = 0
-) -> list[Prompt]:
+def training_prompts(draw: Draw, seed: int, step: int, num: int, round: int = 0) -> list[Prompt]:
     """The `num` training prompts of one round of a step; a question may come up twice.
 
     Their ids go on after those of the rounds before. Raises ValueError where every question seems

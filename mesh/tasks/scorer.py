@@ -90,8 +90,8 @@ class Scorer:
             jobs = [pickle.dumps(pair) for pair in pairs]
         except Exception as error:  # whatever a prompt of the user's own class holds
             raise ValueError(
-                f"the prompts of {self.task!r} cannot be sent to a process that scores ({error}); let "
-                "them hold plain data, or set reward.workers=0"
+                f"the prompts of {self.task!r} cannot be sent to a process that scores ({error}); "
+                "let them hold plain data, or set reward.workers=0"
             ) from error
         return self.pool.outcomes(jobs, self.settings.timeout_seconds)
 

@@ -1,4 +1,4 @@
-"""The batch that is generated and scored in many ways: prompts of every length, and its parts.
+"""The batch that is generated and scored in many ways, and what all rungs of one walk share.
 
 Prompts are the task's own, put end to end and cut, so that lengths cover the context whatever the
 task asks; the samples of a prompt share it.
@@ -7,41 +7,52 @@ task asks; the samples of a prompt share it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from typing import Any
 
 from mesh.config.schema import Conf
 from mesh.engine.base import Engine
-from mesh.exactness.bits import Key
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import Parts, train_prompts
+from mesh.lifecycle.timers import Phases
+from mesh.program.assembly import Program
+from mesh.program.plan import Plan
+from mesh.rl.step import ScoredWave
 from mesh.roles.generator import Generator
-from mesh.types import Request, Rollout, Sampling
+from mesh.tasks import Draw, draw_prompts
+from mesh.types import Request, Rollout, RolloutKey, Sampling
 
 SAMPLES = 4  # of a prompt, where the task gives prompts enough
 LONGEST = 1024  # prompt tokens: a long context is not filled for its own sake
 
+Inspect = Callable[[Program, Process, ScoredWave], None]
+TakeStep = Callable[[Program, Process, Phases, int, Inspect], tuple[dict[str, Any], Any]]
+"""`train_step` of recipes/grpo.py, which is handed down by whoever walks."""
+
 
 @dataclass(frozen=True)
 class Walk:
-    """What all rungs of one walk share. requests: the batch; seek: name the module where something
-    differs (a control differs everywhere, and nobody asks where).
+    """One walk of the ladder. conf: the layouts that are asked for, and how much is compared;
+    requests: the batch; seek: name the module where something differs (a control differs
+    everywhere, and nobody asks where).
     """
 
     conf: Conf
+    plan: Plan
     process: Process
-    parts: Parts
     requests: list[Request]
+    take_step: TakeStep
     seek: bool
 
 
-def mixed_requests(conf: Conf, parts: Parts) -> list[Request]:
+def mixed_requests(conf: Conf, plan: Plan) -> list[Request]:
     """`validate.sequences` sequences of prompts of mixed lengths, 1 and the longest included."""
     total = conf.validate.sequences
-    prompts = train_prompts(conf, parts.task)[: -(-total // SAMPLES)]
-    texts = [tuple(parts.tokenizer.encode(prompt.text)) for prompt in prompts]
-    room = min(conf.model.max_length - conf.generator.max_new_tokens, LONGEST)
+    drawn = draw_prompts(plan.task, Draw(0, plan.step.num_prompts))
+    prompts = drawn[: -(-total // SAMPLES)]
+    texts = [tuple(plan.tokenizer.encode(prompt.text)) for prompt in prompts]
+    room = min(plan.trainer.max_length - plan.generator.max_new_tokens, LONGEST)
     numbers = random.Random(conf.seed)
     lengths = [1, room, *(numbers.randint(1, room) for _ in prompts)][: len(prompts)]
     samples, more = divmod(total, len(prompts))
@@ -58,7 +69,7 @@ def _tokens(texts: Sequence[tuple[int, ...]], first: int, length: int) -> tuple[
 
 
 def sampling_of(generator: Generator) -> Sampling:
-    """How the batch is drawn: as rollouts are, but every response to its full length."""
+    """Sampling of the batch: as rollouts are drawn, but every response to its full length."""
     return replace(generator.sampling(0), stop_tokens=())
 
 
@@ -74,8 +85,10 @@ def part_of(requests: Sequence[Request], size: int) -> list[Request]:
     raise AssertionError(f"{size} sequences too many were asked for")
 
 
-def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> dict[Key, Rollout]:
-    """What the engine makes of the requests, without rewards."""
+def generate(
+    engine: Engine, requests: Sequence[Request], sampling: Sampling
+) -> dict[RolloutKey, Rollout]:
+    """The engine's completions of the requests as rollouts, without rewards."""
     prompts = {request.prompt_id: request.tokens for request in requests}
     return {
         (c.prompt_id, c.sample_id): Rollout(

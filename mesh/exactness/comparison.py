@@ -1,5 +1,6 @@
-"""Comparisons of bits, counted. A value that is not finite is a failure of its own, also where both
-sides have it.
+"""Comparisons of bits, counted: the nouns of every check that two results are the same.
+
+A value that is not finite is a failure of its own, also where both sides have it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mesh.lifecycle.process import Process
-from mesh.types import Rollout
+from mesh.types import Rollout, RolloutKey
 
-Key = tuple[int, int]
-"""(prompt_id, sample_id)"""
-
-Rollouts = Mapping[Key, Rollout]
+Rollouts = Mapping[RolloutKey, Rollout]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where two results first differ, on the rank that saw it.
+class Mismatch:
+    """The first difference of two results, on the rank that saw it.
 
-    position: of the token in its sequence, the prompt's first one being 0; values: what this one
-    has and what was expected; module: the first whose output differs, where it was sought, and
-    module_position the first position at which it does (it may be an earlier one).
+    values: ours, and what was expected. Where a token differs: `index` counts in the response,
+    `position` in the sequence, the prompt's first token being 0, and `logprobs` are ours and theirs
+    (None: that side lacks the token). module: the first one whose output differs, where it was
+    traced, and module_position the first position at which it does (it may be an earlier one).
     """
 
     what: str
@@ -33,14 +32,17 @@ class Place:
     step: int | None = None
     prompt_id: int | None = None
     sample_id: int | None = None
+    index: int | None = None
     position: int | None = None
+    token: int | None = None
+    logprobs: tuple[float | None, float | None] | None = None
     rank: int | None = None
     module: str | None = None
     module_position: int | None = None
 
     @property
-    def key(self) -> Key | None:
-        """The sequence, None where it is something else that differs."""
+    def key(self) -> RolloutKey | None:
+        """The sequence; None where it is something else that differs."""
         if self.prompt_id is None or self.sample_id is None:
             return None
         return self.prompt_id, self.sample_id
@@ -53,25 +55,25 @@ class Place:
         ]
         found = f"{self.what} {self.values[0]} instead of {self.values[1]}"
         at = f" at position {self.module_position}" if self.module_position is not None else ""
-        module = [f"first differing module {self.module}{at}"] if self.module else []
+        module = [f"first divergent module {self.module}{at}"] if self.module else []
         return ", ".join([*module, *where, found])
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What was compared: how many values, how many differ, how many are not finite, and where the
-    first of those stands.
+    """A count of comparisons, of those that failed (a bit differs, or a value is not finite on
+    either side), of values that are not finite, and the first failure.
     """
 
     compared: int = 0
     different: int = 0
     not_finite: int = 0
-    first: Place | None = None
+    first: Mismatch | None = None
 
     @property
     def passed(self) -> bool:
         """Nothing compared is no pass."""
-        return self.compared > 0 and self.different == 0 and self.not_finite == 0
+        return self.compared > 0 and self.different == 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -83,7 +85,7 @@ class Tally:
 
 
 def add(tallies: Sequence[Tally]) -> Tally:
-    """All of them together; the first difference is that of the first which has one."""
+    """The sum of tallies; its first mismatch is that of the first which has one."""
     return sum(tallies, Tally())
 
 
@@ -93,8 +95,12 @@ def of_all_ranks(process: Process, tally: Tally) -> Tally:
     return add(process.gather(replace(tally, first=first)))
 
 
+def by_key(rollouts: Sequence[Rollout]) -> dict[RolloutKey, Rollout]:
+    return {r.key: r for r in rollouts}
+
+
 def compare_rollouts(got: Rollouts, expected: Rollouts, step: int | None = None) -> Tally:
-    """Tokens and logprobs of every sequence in `got`; one comparison a response token.
+    """Tokens and logprobs of every sequence in `got`; one comparison a loss token.
 
     Raises KeyError for a sequence that `expected` does not have.
     """
@@ -102,41 +108,50 @@ def compare_rollouts(got: Rollouts, expected: Rollouts, step: int | None = None)
 
 
 def _compare(got: Rollout, expected: Rollout, step: int | None) -> Tally:
-    longest = max(len(got.tokens), len(expected.tokens))
+    longest = max(got.length, expected.length)
     mine, theirs = (_bits(rollout, longest) for rollout in (got, expected))
-    equal = (mine == theirs).all(0)
-    finite = np.isfinite(np.array([*got.logprobs, *expected.logprobs], np.float32))
-    wrong = ~equal
-    for rollout in (got, expected):
-        wrong[: len(rollout.tokens)] |= ~np.isfinite(np.array(rollout.logprobs, np.float32))
-    place = None
-    if wrong.any():
-        at = int(wrong.argmax())
-        place = Place(
-            what="token",
-            values=(_shown(got, at), _shown(expected, at)),
-            step=step,
-            prompt_id=got.prompt_id,
-            sample_id=got.sample_id,
-            position=len(got.prompt_tokens) + at,
-        )
-    return Tally(longest, int((~equal).sum()), int((~finite).sum()), place)
+    wrong = (mine != theirs).any(0)
+    finite = [np.isfinite(np.array(side.logprobs, np.float32)) for side in (got, expected)]
+    for mask in finite:
+        wrong[: len(mask)] |= ~mask
+    first = _mismatch(got, expected, int(wrong.argmax()), step) if wrong.any() else None
+    return Tally(longest, int(wrong.sum()), sum(int((~mask).sum()) for mask in finite), first)
+
+
+def _mismatch(got: Rollout, expected: Rollout, number: int, step: int | None) -> Mismatch:
+    """The `number`-th loss token of a sequence, which the two sides do not have alike."""
+    longer = got if got.length > number else expected
+    index = longer.loss_indices[number]
+    ours, theirs = (
+        side.logprobs[number] if number < side.length else None for side in (got, expected)
+    )
+    return Mismatch(
+        "token",
+        (_shown(got, number), _shown(expected, number)),
+        step,
+        *longer.key,
+        index,
+        len(longer.prompt_tokens) + index,
+        longer.tokens[index],
+        (ours, theirs),
+    )
 
 
 def _bits(rollout: Rollout, length: int) -> np.ndarray:
-    """Tokens, the bits of their logprobs, and where there is one at all: int64 [3, length]."""
+    """Loss tokens, the bits of their logprobs, and whether there is one: int64 [3, length]."""
     bits = np.zeros((3, length), np.int64)
-    count = len(rollout.tokens)
-    bits[0, :count] = rollout.tokens
+    count = rollout.length
+    bits[0, :count] = [rollout.tokens[i] for i in rollout.loss_indices]
     bits[1, :count] = np.array(rollout.logprobs, np.float32).view(np.int32)
     bits[2, :count] = 1
     return bits
 
 
-def _shown(rollout: Rollout, index: int) -> str:
-    if index >= len(rollout.tokens):
+def _shown(rollout: Rollout, number: int) -> str:
+    if number >= rollout.length:
         return "the end"
-    return f"{rollout.tokens[index]} with logprob {shown_float(rollout.logprobs[index])}"
+    token = rollout.tokens[rollout.loss_indices[number]]
+    return f"{token} with logprob {shown_float(rollout.logprobs[number])}"
 
 
 def shown_float(value: float) -> str:
@@ -159,5 +174,5 @@ def _compare_value(name: str, got: float | str, expected: float | str, step: int
         wrong = struct.pack("d", got) != struct.pack("d", expected)
         infinite = int((~np.isfinite([got, expected])).sum())
         values = (shown_float(got), shown_float(expected))
-    place = Place(what=name, values=values, step=step) if wrong or infinite else None
-    return Tally(1, int(wrong), infinite, place)
+    first = Mismatch(name, values, step) if wrong or infinite else None
+    return Tally(1, int(first is not None), infinite, first)

@@ -1,0 +1,49 @@
+"""A task around another one, whose rewards differ a little by the response.
+
+A model that answers everything rightly, or nothing, has rewards without a gradient, and steps that
+change no weight would compare nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mesh.tasks import Task, load_task
+from mesh.types import Prompt
+
+NAME = "mesh.exactness.uneven:Uneven"
+SCALE = 2.0**-34  # of a 32-bit checksum: at most a quarter
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """The task `name` with its own settings `args`."""
+
+    seed: int
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def inner(self) -> Task:
+        return load_task(self.name, self.seed, self.args)
+
+    def train_prompts(self, step: int, num: int, **more: int) -> list[Prompt]:
+        return self.inner.train_prompts(step, num, **more)
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return self.inner.eval_prompts(num)
+
+    def solution(self, prompt: Prompt) -> str:
+        return self.inner.solution(prompt)
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        return self.inner.score(prompt, response) + zlib.crc32(response.encode()) * SCALE
+
+
+def uneven_keys(name: str, args: Mapping[str, Any], workers: int) -> dict[str, Any]:
+    """The keys of a run on this task with uneven rewards, scored by as many processes."""
+    wrapped = {"name": name, "args": dict(args)}
+    return {"task": NAME, "task_args": wrapped, "reward.workers": workers}
