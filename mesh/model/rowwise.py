@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mesh.invariant.selftest import Compared
+from mesh.invariant.selftest import Comparisons
 from mesh.model.attention import AttentionContext, KVCache, attention, packed_context
 from mesh.model.layers import rms_norm, rope_table, rotate_both, swiglu
 from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
@@ -18,7 +18,7 @@ PARTS = (slice(0, 1), slice(5, 12), slice(100, 133))
 
 
 @torch.no_grad()
-def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Compared:
+def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Comparisons:
     """RMSNorm, SwiGLU, RoPE and attention at the model's sizes."""
     draw = torch.Generator(device).manual_seed(0)
 
@@ -39,7 +39,7 @@ def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
     yield from attention_rows(q, k, rows(shape.num_kv_heads, shape.head_dim))
 
 
-def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Compared:
+def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Comparisons:
     """Each sequence alone, and its last token decoded from pages, against all of them packed."""
     scale = q.shape[-1] ** -0.5
     bounds = torch.tensor([0, *LENGTHS], device=q.device).cumsum(0).int()
