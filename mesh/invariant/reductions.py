@@ -53,7 +53,9 @@ def mean_dim(
     dims = [d % max(x.ndim, 1) for d in (dim or range(x.ndim))]
     kept = [d for d in range(x.ndim) if d not in dims]
     if not (dtype or x.dtype).is_floating_point:
-        raise RuntimeError(f"mean(): the result dtype must be floating point, not {dtype or x.dtype}")
+        raise RuntimeError(
+            f"mean(): the result dtype must be floating point, not {dtype or x.dtype}"
+        )
     work = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     rows = x
     if dims != [x.ndim - 1]:  # norms skip it: on a CPU these calls cost as much as the sum
