@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mesh.engine.base import Engine
 from mesh.engine.native.batches import Row
-from mesh.model.tracer import LOGPROBS, Rows, Tracer
+from mesh.model.tracer import LOGPROBS, ModuleTracer, Rows
 from mesh.rl.packing import pack
 from mesh.rl.step import Pass
 from mesh.roles.trainer import Trainer
@@ -60,7 +60,7 @@ def trace_generation(
     With the same weights, requests and sampling the engine forms the same batches and draws the
     same tokens. Raises ValueError where the sample is not among the requests.
     """
-    tracer = Tracer(engine.model, engine.group)
+    tracer = ModuleTracer(engine.model, engine.group)
 
     def observe(rows: list[Row]) -> None:
         tracer.expect([(i, p) for i, (prompt, s, p) in enumerate(rows) if _is(key, prompt, s)])
@@ -97,7 +97,7 @@ def trace_training(
     if trainer.model is None:
         return Trace({}, {})
     group = trainer.mesh.get_group("tp") if trainer.mesh["tp"].size() > 1 else None
-    tracer = Tracer(trainer.model, group)
+    tracer = ModuleTracer(trainer.model, group)
     with tracer.hooks():
         for leaves in passes:
             tracer.expect(*_rows_of([r for leaf in leaves for r in leaf.rollouts], key))

@@ -1,3 +1,3 @@
-"""Batch invariance: one switch for the whole program, after which the bits of a row depend on that
-row alone - not on how many rows share the batch, nor on how many ranks share a weight.
+"""Batch invariance: one program-wide switch that makes the bits of a row independent of the other
+rows in the batch and of the number of ranks that share a weight.
 """

@@ -1,11 +1,12 @@
-"""Attention on a CPU whose bits for a query do not depend on the other queries, nor on how far the
-keys of its call reach beyond it.
+"""CPU attention whose bits for a query depend neither on the other queries nor on how far the keys
+of the call extend beyond it.
 
 PyTorch's CPU kernel multiplies a tile of queries at a time and sums over keys in an order that
-follows their number, from about 256 on, and that of the threads. So it is called for one query and
-at most BLOCK keys, as in a decode step, and blocks are put together by their log-sum-exps, in order
-(as in ring attention, arXiv:2310.01889, eq. 2). Queries or sequences, whichever are more, are a
-call's batch. The backward pass takes the output and log-sum-exp of the whole, in one call.
+depends on their number, from about 256 on, and on the number of threads. So it is called with one
+query and at most BLOCK keys, as in a decode step, and blocks are merged in order by their
+log-sum-exps (as in ring attention, arXiv:2310.01889, eq. 2). Queries or sequences, whichever are
+more, form the batch of a call. The backward pass is one call with the merged output and
+log-sum-exp.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-KEYS = 32  # keys are padded to a multiple
+KEYS = 32  # keys are padded to a multiple of this
 BLOCK = 256
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -25,8 +26,8 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
                scale: float) -> Tensors:  # fmt: skip
-    """(output, log-sum-exp) of calls of one query. What a query does not see adds exact zeros."""
-    if q.shape[0] * q.shape[1] == 1:  # a lone product is shared among threads, and so rounded else
+    """(output, log-sum-exp) of one-query calls. Masked keys add exact zeros."""
+    if q.shape[0] * q.shape[1] == 1:  # threads split a single product, which rounds differently
         q, k, v, bias = (x.expand(2, -1, -1, -1) for x in (q, k, v, bias))
         out, logsumexp = _by_blocks(q, k, v, bias, scale)
         return out[:1], logsumexp[:1]
@@ -45,7 +46,7 @@ def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
     for term in terms[1:]:
         total = total + term
     shares = (terms / total)[..., None]
-    out = parts[0][0].float() * shares[0]  # all see the first key
+    out = parts[0][0].float() * shares[0]  # every query sees the first key
     for (part, _), share in zip(parts[1:], shares[1:], strict=True):
         out += torch.where(share > 0, part.float() * share, 0.0)
     return out.to(q.dtype), peak + total.log()
@@ -53,7 +54,7 @@ def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
 
 def _over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
                   scale: float) -> Tensors:  # fmt: skip
-    """One call a query, with the sequences as its batch."""
+    """One call per query, batched over the sequences."""
     parts = [
         _by_blocks(row, k, v, seen, scale)
         for row, seen in zip(q.split(1, 2), bias.split(1, 2), strict=True)
@@ -63,7 +64,7 @@ def _over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch
 
 def _over_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
                     scale: float) -> Tensors:  # fmt: skip
-    """One call a sequence, with its queries as the batch, which all read the same keys."""
+    """One call per sequence, batched over its queries, which share its keys."""
     outs, logsumexps = [], []
     for q_NLH, *kv, seen in zip(q, k, v, bias, strict=True):
         rows = q_NLH.transpose(0, 1)[:, :, None]
@@ -102,12 +103,12 @@ class _AttentionByQuery(torch.autograd.Function):
 def attention_by_query(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Grouped-query attention where `bias` is 0 and not -inf. Returns [S, N, L, H].
+    """Grouped-query attention with an additive mask. Returns [S, N, L, H].
 
     q: [S, N, L, H]; k, v: [S, K, keys, H], keys a multiple of KEYS; bias: [S, 1, L, keys] in q's
-    dtype, in which every query sees a key.
+    dtype, 0 where a query sees a key and -inf elsewhere; every query sees a key.
     """
-    assert k.shape[2] % KEYS == 0, "keys are not padded"
+    assert k.shape[2] % KEYS == 0, f"keys must be padded to a multiple of {KEYS}"
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return _AttentionByQuery.apply(q, k, v, bias, scale)

@@ -1,7 +1,7 @@
-"""SwiGLU on a CPU with the bits of an element its own.
+"""SwiGLU on CPU, with bits that do not depend on an element's position.
 
-PyTorch's silu rounds differently in its vector lanes and in the scalar tail that ends a thread's
-part; exp, addition and division do not.
+PyTorch's silu rounds differently in the vector lanes and in the scalar tail of a thread's range;
+exp, addition and division do not.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ class _SiluTimes(torch.autograd.Function):
 
 
 def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, in their dtype; the backward pass is the ordinary one."""
+    """silu(gate) * up, in their dtype; the backward pass is PyTorch's."""
     return _SiluTimes.apply(gate, up)

@@ -1,9 +1,8 @@
-"""What the switch registers in the place of PyTorch's kernels, on the CPU and on CUDA.
+"""Kernels that the switch registers in place of PyTorch's, on CPU and CUDA.
 
-Matrix products, softmaxes and means, with their `.out` variants, each a function of ours that is
-invariant by the way it computes (`matmul`, `reductions`). The ordinary softmax kernels are faster
-and were found to go row by row on every machine tried: they stay in place for the widths where the
-self-test has confirmed that on this one.
+Matrix products, softmaxes and means, with their `.out` variants, each batch-invariant by
+construction (`matmul`, `reductions`). PyTorch's own softmax kernels are faster and were
+row-invariant on every machine tried, so they stay for the widths that the self-test confirms.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from typing import Any
 
 import torch
 
-from mesh.invariant.matmul import Product, product_of
+from mesh.invariant.matmul import MatMul, product_of
 from mesh.invariant.reductions import mean_dim, softmax
 
 Kernel = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What the self-test found on this machine; all ranks have to have the same.
+class KernelChoices:
+    """The self-test's findings on this machine; must be equal on all ranks.
 
-    tiled: (K, N) of the products that do not go through the vendor library; widths: sizes of the
-    last dim over which softmaxes are PyTorch's own.
+    tiled: (K, N) of the products moved off the vendor library; widths: sizes of the last dim for
+    which softmax stays PyTorch's.
     """
 
     tiled: set[tuple[int, int]] = field(default_factory=set)
     widths: set[int] = field(default_factory=set)
 
 
-def overrides(device_type: str, choices: Choices) -> dict[str, Kernel]:
-    """The kernels to register, by operator name. Call it while the ordinary ones are in place."""
+def overrides(device_type: str, choices: KernelChoices) -> dict[str, Kernel]:
+    """Kernels to register, by operator name. Call it before any of them is registered."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     mm = torch.library.get_kernel("aten::mm", key)
     kernels = {
@@ -42,11 +41,13 @@ def overrides(device_type: str, choices: Choices) -> dict[str, Kernel]:
         "_log_softmax": softmax_over("_log_softmax", key, choices),
         "mean.dim": mean_dim,
     }
-    return kernels | {name.partition(".")[0] + ".out": into(kernels[name]) for name in kernels}
+    return kernels | {
+        name.partition(".")[0] + ".out": out_variant(kernel) for name, kernel in kernels.items()
+    }
 
 
-def into(kernel: Kernel) -> Kernel:
-    """The `.out` variant of a kernel."""
+def out_variant(kernel: Kernel) -> Kernel:
+    """Wrap a kernel as its `.out` variant."""
 
     def write(*args: Any, out: torch.Tensor, **keywords: Any) -> torch.Tensor:
         if kernel is mean_dim and keywords.get("dtype") is None:
@@ -59,8 +60,8 @@ def into(kernel: Kernel) -> Kernel:
     return write
 
 
-def products(product: Product) -> dict[str, Kernel]:
-    """The operators that are matrix products."""
+def products(product: MatMul) -> dict[str, Kernel]:
+    """The matrix-product operators, on top of `mm`."""
 
     def addmm(keyset: Any, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         total = product(keyset, a, b)
@@ -68,7 +69,7 @@ def products(product: Product) -> dict[str, Kernel]:
         return total if beta == 0 else total + (bias if beta == 1 else bias * beta)
 
     def bmm(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        assert len(a) == len(b), f"batches of {len(a)} and {len(b)} matrices do not fit"
+        assert len(a) == len(b), f"bmm: batch sizes {len(a)} and {len(b)} differ"
         if not len(a):
             return a.new_empty(len(a), a.shape[1], b.shape[2])
         return torch.stack([product(keyset, x, y) for x, y in zip(a, b, strict=True)])
@@ -76,13 +77,13 @@ def products(product: Product) -> dict[str, Kernel]:
     return {"mm": product, "addmm": addmm, "bmm": bmm}
 
 
-def softmax_over(name: str, key: str, choices: Choices) -> Kernel:
-    """`_softmax` or `_log_softmax`: the ordinary kernel for confirmed widths, else ours."""
-    ordinary = torch.library.get_kernel(f"aten::{name}", key)
+def softmax_over(name: str, key: str, choices: KernelChoices) -> Kernel:
+    """`_softmax` or `_log_softmax`: PyTorch's kernel for confirmed widths, else ours."""
+    native = torch.library.get_kernel(f"aten::{name}", key)
 
     def kernel(keyset: Any, x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
         if x.ndim and dim in (-1, x.ndim - 1) and x.shape[-1] in choices.widths:
-            return ordinary.call_boxed(keyset, x, dim, half_to_float)
+            return native.call_boxed(keyset, x, dim, half_to_float)
         return softmax(x, dim, half_to_float, log=name == "_log_softmax")
 
     return kernel

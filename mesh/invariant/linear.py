@@ -1,12 +1,12 @@
-"""The linear layer that ends a tensor-parallel region, with the same bits at any degree: no sum
-crosses ranks.
+"""The linear layer that ends a tensor-parallel region, with the same bits at any degree: nothing
+is summed across ranks.
 
-A rank computes its part of the output features, each as one whole sum over all input features. So
-where Megatron's row-parallel layer (arXiv:1909.08053) adds partial products, this one gathers its
-inputs, and its outputs after: about the bytes of an all-reduce, but nothing to round, nothing to
-order, and nothing to pay with one rank. (Sums in fixed pieces of the input features, which an
-all-reduce in a fixed order could put together, cost a GPU twice the time of that layer on every
-rank.) Its backward pass gathers the weight for the same reason.
+Each rank computes a share of the output features, each as one full sum over all input features.
+Where Megatron's row-parallel layer (arXiv:1909.08053) all-reduces partial sums, this one
+all-gathers its inputs and then its outputs: about the bytes of an all-reduce, with nothing to round
+or to order, and free on one rank. (Summing fixed chunks of the input features, to be combined by an
+ordered all-reduce, doubles the layer's time on a GPU at any degree.) The backward pass gathers the
+weight for the same reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mesh.invariant.collectives import gather_tokens, pad_tokens, shard_size
 
 
 def gather_features(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """All ranks' features, in their order: [..., D / ranks] -> [..., D]."""
+    """All ranks' features, in rank order: [..., D / ranks] -> [..., D]."""
     ranks = dist.get_world_size(group)
     parts = x.new_empty(ranks * len(x), *x.shape[1:])
     dist.all_gather_single(parts, x.contiguous(), group=group)
@@ -29,9 +29,9 @@ def gather_features(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def features_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """All features of this rank's tokens: [..., T, D / ranks] -> [..., T / ranks, D].
+    """All-to-all from feature to token shards: [..., T, D / ranks] -> [..., T / ranks, D].
 
-    The last ranks' tokens are filled up with zeros where T does not divide.
+    The last ranks' tokens are zero-padded where T does not divide.
     """
     ranks, rows = dist.get_world_size(group), shard_size(x.shape[-2], group)
     sent = pad_tokens(x, rows * ranks)
@@ -75,9 +75,9 @@ def gathered_linear(
     group: dist.ProcessGroup,
     to_shards: bool = False,
 ) -> torch.Tensor:
-    """x @ weight^T where a rank has a part of x's input features and of the weight's outputs.
+    """x @ weight^T for x sharded over input features and weight over output features.
 
-    x: [..., T, K / ranks]; weight: [N / ranks, K]. Returns [..., T, N] on every rank; `to_shards`
-    (sequence parallelism): all features of this rank's tokens, [..., T / ranks, N].
+    x: [..., T, K / ranks]; weight: [N / ranks, K]. Returns [..., T, N] on every rank, or with
+    `to_shards` (sequence parallelism) this rank's tokens, [..., T / ranks, N].
     """
     return _GatheredLinear.apply(x, weight, group, to_shards)

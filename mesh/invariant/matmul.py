@@ -1,12 +1,12 @@
-"""The matrix product that the switch puts in the place of PyTorch's.
+"""The batch-invariant matrix product, registered in place of PyTorch's.
 
-It keeps the vendor library and calls it only in ways that give an element the same bits whatever
-the other rows and columns are. On the CPU, MKL in fp32 does for sums of at most DEPTH products (it
-cuts longer ones by the number of rows, of columns and of threads), rows filled up to a multiple of
-ROWS and two columns or more; oneDNN in bfloat16 does not with three threads, so bfloat16, whose
-products are exact in fp32, goes the same way. On CUDA it is cuBLASLt without split-K and two rows
-or more. All of it was measured on some machines and is promised by nobody: the self-test compares
-the model's own shapes, and moves what fails to kernels of fixed tiles.
+It calls the vendor library only in ways for which an element's bits do not depend on the other rows
+and columns. On CPU, fp32 MKL qualifies for sums of at most DEPTH terms (it splits longer ones by
+the number of rows, columns and threads), rows padded to a multiple of ROWS, and at least two
+columns; oneDNN's bfloat16 fails with three threads, so bfloat16, whose products are exact in fp32,
+takes the fp32 path. On CUDA, cuBLASLt without split-K qualifies for at least two rows. This was
+measured on some machines and is guaranteed by nobody: the self-test checks the model's own shapes,
+and moves those that fail to fixed-tile kernels.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ ROWS = 16
 DEPTH = 256
 COLUMNS = 64
 
-Product = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of a dispatch key set, a [M, K] and b [K, N]."""
+MatMul = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes a dispatch key set, a [M, K] and b [K, N]."""
 
 
-def product_of(device_type: str, mm: Any, tiled: Container[tuple[int, int]]) -> Product:
-    """The product on a device by its vendor kernel `mm`, shapes (K, N) in `tiled` by ours."""
+def product_of(device_type: str, mm: Any, tiled: Container[tuple[int, int]]) -> MatMul:
+    """The device's product on top of the vendor kernel `mm`; shapes (K, N) in `tiled` use ours."""
     return (cuda_product if device_type == "cuda" else cpu_product)(mm, tiled)
 
 
 def padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """x with zeros below and to its right, for that many rows and columns."""
+    """x, zero-padded below and on the right to that many rows and columns."""
     missing = (0, columns - x.shape[1], 0, rows - x.shape[0])
     return F.pad(x, missing) if any(missing) else x
 
 
-def up(size: int, multiple: int) -> int:
-    """The least multiple that is no less than `size`."""
+def round_up(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
-def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
-    """Sums of DEPTH products, added in order."""
+def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> MatMul:
+    """Sums of DEPTH terms, added in order."""
 
     def by_depth(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.shape[1] <= DEPTH:
@@ -55,9 +55,9 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
         return total
 
     def by_tiles(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Every call has one shape, so whatever the library makes of it, it is always the same."""
-        a = padded(a, up(a.shape[0], ROWS), a.shape[1]).contiguous()
-        b = padded(b, b.shape[0], up(b.shape[1], COLUMNS))
+        """Every call has the same shape, so the library always takes the same path."""
+        a = padded(a, round_up(a.shape[0], ROWS), a.shape[1]).contiguous()
+        b = padded(b, b.shape[0], round_up(b.shape[1], COLUMNS))
         columns = [part.contiguous() for part in b.split(COLUMNS, 1)]
         rows = [torch.cat([by_depth(keyset, x, y) for y in columns], 1) for x in a.split(ROWS)]
         return torch.cat(rows)
@@ -65,13 +65,14 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
     def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         (rows, inputs), outputs, dtype = a.shape, b.shape[1], a.dtype
         if inputs != b.shape[0] or dtype != b.dtype or not (a.is_floating_point() and rows):
-            return mm.call_boxed(keyset, a, b)  # integers have no order; the rest are errors
+            return mm.call_boxed(keyset, a, b)  # integer sums are exact; the rest are errors
         if dtype in (torch.bfloat16, torch.float16):
             a, b = a.float(), b.float()
         if (inputs, outputs) in tiled:
             total = by_tiles(keyset, a, b)
         else:
-            a, b = padded(a, up(rows, ROWS), inputs), padded(b, inputs, max(outputs, 2))
+            a = padded(a, round_up(rows, ROWS), inputs)
+            b = padded(b, inputs, max(outputs, 2))
             total = by_depth(keyset, a, b)
         if total.shape[1] != outputs:
             total = total[:, :outputs].contiguous()
@@ -81,13 +82,13 @@ def cpu_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
     return product
 
 
-def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> Product:
-    """The library's product; by our kernel where that is faster, or the library failed."""
+def cuda_product(mm: Any, tiled: Container[tuple[int, int]]) -> MatMul:
+    """The library's product; our kernel where it is faster, or the library failed."""
 
     def product(keyset: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         few_rows, most_rows = few_rows_kernel()
         rows = a.shape[0]
-        if rows > most_rows and not tiled:  # the way of training, where every microsecond counts
+        if rows > most_rows and not tiled:  # training's fast path
             return mm.call_boxed(keyset, a, b)
         if (a.shape[1], b.shape[1]) in tiled and a.dtype == b.dtype == torch.bfloat16:
             from mesh.invariant.triton_linear import matmul  # needs a GPU's driver
@@ -107,10 +108,9 @@ FewRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 @cache
 def few_rows_kernel() -> tuple[FewRows | None, int]:
-    """What multiplies few rows in place of the vendor library where it is faster (None: nothing),
-    and the rows above which the library needs no help.
+    """(kernel for products of few rows, the most rows it is for); None: this GPU needs none.
 
-    Its bits are the library's; the kernel itself returns None where the library is the faster one.
+    Its bits are the library's; it returns None for shapes where the library is faster.
     """
     if torch.cuda.get_device_capability()[0] != 9:
         return None, 1

@@ -1,5 +1,7 @@
-"""Means and softmaxes along a fixed binary tree, on any device: only maxima and elementwise
-operations, which round alike wherever in a tensor an element stands.
+"""Means and softmaxes along a fixed binary tree, on any device.
+
+They use only maxima and elementwise operations, whose rounding does not depend on an element's
+position.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import torch
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dim along a balanced binary tree that its size alone fixes.
+    """Sum over the last dim along a balanced binary tree that depends on its size alone.
 
-    Halves are added to each other: contiguous, they are several times faster than neighbours.
+    Adds halves, not neighbours: contiguous reads are several times faster.
     """
     if not x.shape[-1]:
         return x.sum(-1)
@@ -24,9 +26,9 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def softmax(x: torch.Tensor, dim: int, half_to_float: bool, log: bool) -> torch.Tensor:
-    """aten::_softmax, or with `log` aten::_log_softmax: fp32 inside (float64 kept).
+    """aten::_softmax, or with `log` aten::_log_softmax, computed in fp32 (float64 in float64).
 
-    `half_to_float`: the result is fp32 whatever x is, else it has x's dtype.
+    `half_to_float`: return fp32 instead of x's dtype.
     """
     dtype = torch.float32 if half_to_float else x.dtype
     if not x.numel():
@@ -47,14 +49,16 @@ def mean_dim(
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """aten::mean.dim, fp32 inside (float64 kept)."""
+    """aten::mean.dim, computed in fp32 (float64 in float64)."""
     dims = [d % max(x.ndim, 1) for d in (dim or range(x.ndim))]
     kept = [d for d in range(x.ndim) if d not in dims]
     if not (dtype or x.dtype).is_floating_point:
-        raise RuntimeError(f"mean(): the result is {dtype or x.dtype}; it has to be floating point")
+        raise RuntimeError(
+            f"mean(): the result dtype must be floating point, not {dtype or x.dtype}"
+        )
     work = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     rows = x
-    if dims != [x.ndim - 1]:  # a norm's, which take as long as their calls on a CPU, lie so already
+    if dims != [x.ndim - 1]:  # norms skip it: on a CPU these calls cost as much as the sum
         rows = x.permute(*kept, *dims).reshape(*(x.shape[d] for d in kept), -1)
     mean = (tree_sum(rows.to(work)) / rows.shape[-1]).to(dtype or x.dtype)
     if keepdim:

@@ -1,9 +1,9 @@
-"""The start-up self-test: on this machine, is a row of the model's own products the same whatever
-rows and columns are computed with it?
+"""Start-up self-test: each row of the model's matrix products must be independent of the other
+rows and columns, on this machine.
 
-What vendor libraries promise nowhere is compared, bit for bit, before anything is built. A shape
-that fails on any rank is moved to our kernels on all, and compared again; if it fails there too,
-the run stops. Likewise the ordinary softmax, which stays in place for the widths that pass.
+Vendor libraries do not guarantee it, so it is checked bit for bit before anything is built. A shape
+that fails on any rank moves to our kernels on all ranks and is checked again; if it still fails,
+the run stops. PyTorch's softmax stays only for the widths that pass.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mesh.invariant.switch import use_fallback, use_ordinary_softmax
 ROWS_TRIED = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
 MORE_ROWS_ON_CUDA = (512, 1000, 4096, 16384)
 ROWS_OF_SHARDS = (1, 17)
-SOFTMAX_ROWS = 4096  # at most: in fp32 and of a whole vocabulary tile they take gigabytes
+SOFTMAX_ROWS = 4096  # at most: fp32 rows of a whole vocabulary tile take gigabytes
 
 Comparison = tuple[str, torch.Tensor, torch.Tensor]
-"""What was computed, its result, and what that has to be."""
+"""(description, result, expected result)"""
 
-Compared = Iterator[Comparison]
+Comparisons = Iterator[Comparison]
 
 
 class Product(NamedTuple):
-    """A linear layer as a matrix product. sharded: tensor-parallel ranks cut its outputs."""
+    """A linear layer as a matrix product. sharded: its outputs are split over tp ranks."""
 
     inputs: int
     outputs: int
@@ -38,9 +38,9 @@ class Product(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What the comparisons of a product, or of a softmax over `inputs`, came to.
+    """Outcome of the comparisons of one product, or of one softmax over `inputs`.
 
-    first: the first that differed, in words.
+    first: description of the first mismatch.
     """
 
     product: Product
@@ -52,15 +52,15 @@ class Finding(NamedTuple):
 def check_products(
     products: Sequence[Product], degrees: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> list[Finding]:
-    """Row slices, and column shards of every tensor-parallel degree, against the whole product.
+    """Compare row slices, and column shards of every tp degree, with the whole product.
 
-    Products of one (K, N) share a finding, their names joined. The switch must be on.
+    Products with the same (K, N) share a finding, their names joined. The switch must be on.
     """
     return [_finding(p, _slices(p, degrees, dtype, device)) for p in _distinct(products)]
 
 
 def check_softmax(widths: Sequence[int], device: torch.device) -> list[Finding]:
-    """Row slices of softmax and log_softmax in fp32 against the whole."""
+    """Compare row slices of fp32 softmax and log_softmax with the whole."""
     return [
         _finding(Product(width, width, "softmax"), _softmax_slices(width, device))
         for width in sorted(set(widths))
@@ -76,23 +76,23 @@ def self_test(
     group: dist.ProcessGroup,
     others: Iterable[Comparison] = (),
 ) -> str:
-    """Compare, move what fails to our kernels, and compare all again, since a shape may be another
-    layer's shard. Returns a line that says what was done.
+    """Run all comparisons, move failing shapes to our kernels, and repeat, since a moved shape may
+    be another layer's shard. Returns a one-line summary.
 
-    others: comparisons of what has no second kernel. Raises RuntimeError naming what depends on the
-    batch with our kernels too, or ranks whose numbers of CPU threads differ, as sums follow it. A
-    collective of `group`: all its ranks come to the same choices.
+    others: comparisons of operations without a fallback kernel. Raises RuntimeError naming what
+    depends on the batch even with our kernels, or if ranks differ in their number of CPU threads,
+    on which sums depend. Collective over `group`: all its ranks make the same choices.
     """
-    _refuse_other_threads(device, group)
-    rest = over_ranks([_finding(Product(0, 0, "other operations"), others)], group)
+    _check_thread_counts(device, group)
+    rest = worst_over_ranks([_finding(Product(0, 0, "other operations"), others)], group)
     _refuse([finding for finding in rest if finding.differing], device)
     moved: list[Product] = []
     widths = set(softmax_widths)
     comparisons = rest[0].comparisons
     while True:
         use_ordinary_softmax(widths)
-        linears = over_ranks(check_products(products, degrees, dtype, device), group)
-        softmaxes = over_ranks(check_softmax(softmax_widths, device), group)
+        linears = worst_over_ranks(check_products(products, degrees, dtype, device), group)
+        softmaxes = worst_over_ranks(check_softmax(softmax_widths, device), group)
         comparisons += sum(finding.comparisons for finding in [*linears, *softmaxes])
         wrong = [finding for finding in [*linears, *softmaxes] if finding.differing]
         if not wrong:
@@ -104,15 +104,15 @@ def self_test(
         widths -= {finding.product.inputs for finding in softmaxes if finding.differing}
 
 
-def over_ranks(findings: list[Finding], group: dist.ProcessGroup) -> list[Finding]:
-    """Each finding from the rank where most comparisons differed. The same on every rank."""
+def worst_over_ranks(findings: list[Finding], group: dist.ProcessGroup) -> list[Finding]:
+    """Each finding from the rank with the most mismatches; equal on every rank. Collective."""
     everywhere: list[list[Finding]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(everywhere, findings, group=group)
     return [max(same, key=lambda x: x.differing) for same in zip(*everywhere, strict=True)]
 
 
 def shard_sizes(product: Product, degrees: Sequence[int]) -> list[int]:
-    """Output features of a rank at every degree, the whole first."""
+    """Output features per rank at every tp degree, unsharded first."""
     return [product.outputs // d for d in sorted({1, *degrees}) if product.sharded or d == 1]
 
 
@@ -137,7 +137,7 @@ def _rows_tried(device: torch.device) -> tuple[int, ...]:
 
 
 def _row_slices(tried: Sequence[int]) -> Iterator[slice]:
-    """Of the most rows: from the start, an odd place, the middle, and up to the end."""
+    """Slices of the largest row count: at the start, an odd offset, the middle and the end."""
     most = max(tried)
     for rows in tried:
         for first in sorted({0, min(5, most - rows), (most - rows) // 2, most - rows}):
@@ -146,7 +146,7 @@ def _row_slices(tried: Sequence[int]) -> Iterator[slice]:
 
 def _slices(
     product: Product, degrees: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Compared:
+) -> Comparisons:
     x, weight = operands(product, max(_rows_tried(device)), dtype, device)
     whole = F.linear(x, weight)
     for part in _row_slices(_rows_tried(device)):
@@ -162,10 +162,10 @@ def _slices(
 def operands(
     product: Product, rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, K] and weight [N, K] whose products cancel in pairs, at places drawn at random.
+    """x [rows, K] and weight [N, K] whose terms cancel in pairs, at random positions.
 
-    What is left of a sum is its roundings, so that another order shows in almost every element,
-    in bfloat16 too, which hides it behind the rounding of the result otherwise.
+    Only rounding errors remain of each sum, so another order of summation shows in almost every
+    element, also in bfloat16, where rounding the result would otherwise hide it.
     """
     draw = torch.Generator(device).manual_seed(0)
     half, odd = divmod(product.inputs, 2)
@@ -182,7 +182,7 @@ def operands(
     return x, weight
 
 
-def _softmax_slices(width: int, device: torch.device) -> Compared:
+def _softmax_slices(width: int, device: torch.device) -> Comparisons:
     draw = torch.Generator(device).manual_seed(0)
     tried = [rows for rows in _rows_tried(device) if rows <= SOFTMAX_ROWS]
     logits = 4 * torch.randn(max(tried), width, generator=draw, device=device)
@@ -193,15 +193,15 @@ def _softmax_slices(width: int, device: torch.device) -> Compared:
             yield f"{name} of rows {rows.start} to {rows.stop}", part, whole[rows]
 
 
-def _refuse_other_threads(device: torch.device, group: dist.ProcessGroup) -> None:
+def _check_thread_counts(device: torch.device, group: dist.ProcessGroup) -> None:
     if device.type != "cpu":
         return
     counts: list[int] = [0] * dist.get_world_size(group)
     dist.all_gather_object(counts, torch.get_num_threads(), group=group)
     if len(set(counts)) > 1:
         raise RuntimeError(
-            f"batch_invariant=true: ranks have {min(counts)} to {max(counts)} CPU threads, whose "
-            "sums differ; set OMP_NUM_THREADS to one number on all hosts"
+            f"batch_invariant=true: ranks have {min(counts)} to {max(counts)} CPU threads, and "
+            "sums depend on that number; set the same OMP_NUM_THREADS on all hosts"
         )
 
 
@@ -215,16 +215,17 @@ def _refuse(findings: list[Finding], device: torch.device) -> None:
     if not findings:
         return
     lines = [
-        f"{_describe(f.product)}: {f.differing} of {f.comparisons} differ, first {f.first}"
+        f"{_describe(f.product)}: {f.differing} of {f.comparisons} differ, first: {f.first}"
         for f in findings
     ]
     remedy = "on the CPU try OMP_NUM_THREADS=1" if device.type == "cpu" else "use a Hopper GPU"
     raise RuntimeError(
-        f"batch_invariant=true: on this machine results depend on the batch, with the kernels of "
-        f"fixed tiles too; {remedy}, or set batch_invariant=false\n" + "\n".join(lines)
+        "batch_invariant=true: on this machine results depend on the batch, even with fixed-tile "
+        f"kernels; {remedy}, or set batch_invariant=false\n" + "\n".join(lines)
     )
 
 
 def _report(comparisons: int, shapes: int, moved: list[Product]) -> str:
-    line = f"batch-invariant: {comparisons:,} comparisons of {shapes} shapes equal"
-    return line + (f"; by our own kernels: {', '.join(map(_describe, moved))}" if moved else "")
+    names = ", ".join(map(_describe, moved))
+    line = f"batch-invariant: {comparisons:,} comparisons of {shapes} shapes bitwise equal"
+    return line + (f"; moved to our own kernels: {names}" if moved else "")

@@ -1,9 +1,9 @@
-"""The switch: set once, before the first process group; undone in `finally`.
+"""The batch-invariance switch: set once, before the first process group; undone in `finally`.
 
-It replaces matrix products, softmaxes and means below autograd, for the device's dispatch key, so
-that whatever calls them - this program's model or a library's - gets the invariant ones. What
-PyTorch computes row by row already (RMSNorm, embedding, elementwise arithmetic) is left alone, and
-so are products with a vector (`mv`, `dot`), which this program has none of.
+It overrides matrix products, softmaxes and means below autograd, at the device's dispatch key, so
+that every caller - our model or a library - gets the invariant kernels. Operators that PyTorch
+computes row by row anyway (RMSNorm, embedding, elementwise arithmetic) are left alone, and so are
+matrix-vector products (`mv`, `dot`), which this program does not use.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from typing import Any
 
 import torch
 
-from mesh.invariant.kernels import Choices, overrides
+from mesh.invariant.kernels import KernelChoices, overrides
 
 
 @dataclass(frozen=True)
 class Invariance:
-    """The switch while it is on. chunks: pieces into which the output features of linear layers can
-    be cut, of which a rank has whole ones; tensor parallelism is at most that.
+    """The active switch. chunks: equal pieces that the output features of linear layers are split
+    into; tp must divide it.
     """
 
     device_type: str
     chunks: int
-    choices: Choices = field(default_factory=Choices)
+    choices: KernelChoices = field(default_factory=KernelChoices)
 
 
 _current: Invariance | None = None
+_undo: ExitStack | None = None
 
 
 def current() -> Invariance | None:
-    """The switch, None while it is off."""
+    """The active switch; None while it is off."""
     return _current
 
 
 def use_fallback(shapes: Iterable[tuple[int, int]]) -> None:
-    """From now on, products of these (K, N) do not go through the vendor library."""
+    """Take products of these (K, N) off the vendor library from now on."""
     assert _current is not None, "batch invariance is off"
     _current.choices.tiled.update(shapes)
 
 
 def use_ordinary_softmax(widths: Iterable[int]) -> None:
-    """From now on, softmaxes over a last dim of these sizes, and no other, are PyTorch's own."""
+    """Leave softmax to PyTorch for exactly these sizes of the last dim from now on."""
     assert _current is not None, "batch invariance is off"
     _current.choices.widths.clear()
     _current.choices.widths.update(widths)
@@ -52,26 +53,51 @@ def use_ordinary_softmax(widths: Iterable[int]) -> None:
 
 @contextmanager
 def batch_invariant(enabled: bool, device_type: str, chunks: int = 4) -> Iterator[None]:
-    """Turn the switch on for a block, or (not `enabled`) leave everything as it is.
+    """Turn the switch on for a block; do nothing if not `enabled`.
 
-    Afterwards the ordinary kernels are back in the same process. It cannot be nested.
+    On exit PyTorch's kernels are restored. Not reentrant.
     """
     global _current
     if not enabled or (device_type == "cuda" and not torch.cuda.is_available()):
-        yield  # a GPU that is not there is refused where the process starts
+        yield  # a missing GPU is reported where the process starts
         return
-    assert _current is None, "batch invariance is on already"
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    switch = Invariance(device_type, chunks)
+    assert _current is None, "batch invariance is already on"
+    with _overridden(Invariance(device_type, chunks)):
+        yield
+
+
+@contextmanager
+def ordinary_kernels() -> Iterator[None]:
+    """Suspend the switch for a block, as a control: PyTorch's kernels run inside."""
+    global _current, _undo
+    switch, undo = _current, _undo
+    assert switch is not None and undo is not None, "batch invariance is off"
+    undo.close()
+    _current = _undo = None
+    try:
+        yield
+    finally:
+        _current, _undo = switch, undo
+        _override(switch, undo)
+
+
+@contextmanager
+def _overridden(switch: Invariance) -> Iterator[None]:
+    global _current, _undo
     with ExitStack() as undo:
-        undo.callback(_replace(key, overrides(device_type, switch.choices)))
-        if device_type == "cuda":
-            undo.callback(_order_cuda_blas())
-        _current = switch
+        _override(switch, undo)
+        _current, _undo = switch, undo
         try:
             yield
         finally:
-            _current = None
+            _current = _undo = None
+
+
+def _override(switch: Invariance, undo: ExitStack) -> None:
+    key = {"cpu": "CPU", "cuda": "CUDA"}[switch.device_type]
+    undo.callback(_replace(key, overrides(switch.device_type, switch.choices)))
+    if switch.device_type == "cuda":
+        undo.callback(_disable_split_k())
 
 
 def _replace(key: str, kernels: dict[str, Callable[..., Any]]) -> Callable[[], None]:
@@ -81,8 +107,8 @@ def _replace(key: str, kernels: dict[str, Callable[..., Any]]) -> Callable[[], N
     return library._destroy
 
 
-def _order_cuda_blas() -> Callable[[], None]:
-    """cuBLASLt without split-K: then the order over K does not depend on the number of rows."""
+def _disable_split_k() -> Callable[[], None]:
+    """Select cuBLASLt without split-K, whose order over K does not depend on the number of rows."""
     matmul = torch.backends.cuda.matmul
     library = torch.backends.cuda.preferred_blas_library()
     reduction = matmul.allow_bf16_reduced_precision_reduction

@@ -1,13 +1,13 @@
-"""Packed causal attention whose bits depend on the sequence alone, gradients included, for CUDA.
+"""Packed causal attention for CUDA whose bits, gradients included, depend on the sequence alone.
 
-The forward is `triton_flash`'s; this is its backward. FlashAttention's adds dQ with atomics, so its
-bits differ from run to run, and its deterministic mode depends on the packing. Here two kernels
-replace it. One owns a block of queries and walks its keys (dQ); the other owns a block of keys and
-walks the queries of every head in its group (dK, dV). Blocks are counted from the start of each
-sequence, every sum has one order, nothing is added atomically: a sequence's gradients are the same
-bits at any offset, beside any others.
+The forward is `triton_flash`'s; this is its backward. FlashAttention's accumulates dQ with atomics,
+so its bits differ from run to run, and its deterministic mode depends on the packing. Here two
+kernels replace it. One owns a block of queries and walks its keys (dQ); the other owns a block of
+keys and walks the queries of every head in its group (dK, dV). Blocks are aligned to the start of
+each sequence, every sum has one order, and there are no atomics: a sequence's gradients have the
+same bits at any offset, next to any other sequences.
 
-The price is seven products instead of five, as scores and dP are computed in both kernels.
+The price is seven products instead of five, since both kernels recompute scores and dP.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The tile of one kernel. Queries and keys set the order of the sums: fixed, never tuned to a
-    shape at run time."""
+class BackwardBlocks:
+    """Tile of one kernel. Queries and keys fix the order of the sums: never autotuned."""
 
     queries: int
     keys: int
@@ -35,16 +34,16 @@ class Blocks:
     num_stages: int
 
 
-# by head dim, chosen for an H100
+# by head dim, tuned on an H100
 DQ_BLOCKS = {
-    32: Blocks(128, 64, 4, 3),
-    64: Blocks(128, 64, 8, 3),
-    128: Blocks(128, 64, 8, 3),
+    32: BackwardBlocks(128, 64, 4, 3),
+    64: BackwardBlocks(128, 64, 8, 3),
+    128: BackwardBlocks(128, 64, 8, 3),
 }
 DKDV_BLOCKS = {
-    32: Blocks(64, 128, 4, 3),
-    64: Blocks(64, 128, 8, 3),
-    128: Blocks(64, 128, 8, 3),
+    32: BackwardBlocks(64, 128, 4, 3),
+    64: BackwardBlocks(64, 128, 8, 3),
+    128: BackwardBlocks(64, 128, 8, 3),
 }
 
 
@@ -52,7 +51,7 @@ DKDV_BLOCKS = {
 def _load_rows(
     pointer, first, length, stride, ROWS: tl.constexpr, H: tl.constexpr, INSIDE: tl.constexpr
 ):
-    """[ROWS, H] from row `first` on; zeros from row `length` on, unless all are known INSIDE."""
+    """[ROWS, H] from row `first`; rows from `length` on read as zeros, unless all are INSIDE."""
     rows = first + tl.arange(0, ROWS)[:, None]
     places = pointer + rows * stride + tl.arange(0, H)[None]
     if INSIDE:
@@ -66,7 +65,7 @@ def _dq_step(
     dq, q, grad_out, lse, delta, k_pointer, v_pointer, first_query, first_key, length, k_stride,
     v_stride, log2_scale, DIAGONAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Add what one block of N keys gives to the dQ of M queries. lse is in base 2."""
+    """Add the contribution of N keys to the dQ of M queries. lse is in base 2."""
     k = _load_rows(k_pointer, first_key, length, k_stride, N, H, not DIAGONAL)
     v = _load_rows(v_pointer, first_key, length, v_stride, N, H, not DIAGONAL)
     scores = tl.dot(q, tl.trans(k))
@@ -87,7 +86,7 @@ def _dq_kernel(
 ):  # fmt: skip
     """dQ of M queries of one head, and their delta = sum(dO * O), which `_dkdv_kernel` reads.
 
-    The last blocks of the sequences, which have the most keys, start first.
+    Blocks are launched last to first: the last ones have the most keys.
     """
     head, sequence = tl.program_id(0), tl.program_id(1)
     first = (tl.num_programs(2) - 1 - tl.program_id(2)) * M
@@ -102,10 +101,10 @@ def _dq_kernel(
     grad_MH = _load_rows(grad_out + place, first, length, row, M, H, False)
     queries = first + tl.arange(0, M)
     inside = queries < length
-    of_rows = head * tokens.to(tl.int64) + start + queries
+    lse_index = head * tokens.to(tl.int64) + start + queries
     delta_M = tl.sum(out_MH.to(tl.float32) * grad_MH.to(tl.float32), 1)
-    tl.store(delta + of_rows, delta_M, mask=inside)
-    lse_M = tl.load(lse + of_rows, mask=inside, other=0.0) * LOG2_E
+    tl.store(delta + lse_index, delta_M, mask=inside)
+    lse_M = tl.load(lse + lse_index, mask=inside, other=0.0) * LOG2_E
     k += start * k_stride + head // GROUP * k_head
     v += start * v_stride + head // GROUP * v_head
     dq_MH = tl.zeros([M, H], tl.float32)
@@ -130,24 +129,24 @@ def _dkdv_step(
     log2_scale, DIAGONAL: tl.constexpr, GROUP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Add what one block of M queries gives to the dK, dV of N keys.
+    """Add the contribution of M queries to the dK, dV of N keys.
 
-    Step i is block i // GROUP of head i % GROUP. Rows beyond the sequence read as zeros, in dO too,
-    so that they add nothing.
+    Step i is block i // GROUP of head i % GROUP. Rows beyond the sequence, dO's too, read as zeros
+    and add nothing.
     """
     first, head = step // GROUP * M, step % GROUP
     q_MH = _load_rows(q + head * q_head, first, length, q_stride, M, H, False)
     grad_MH = _load_rows(grad_out + head * H, first, length, row, M, H, False)
     queries = first + tl.arange(0, M)
-    of_rows = head * tokens + queries
+    lse_index = head * tokens + queries
     scores = tl.dot(k, tl.trans(q_MH))
     grad_p = tl.dot(v, tl.trans(grad_MH))
-    lse_M = tl.load(lse + of_rows, mask=queries < length, other=0.0) * LOG2_E
+    lse_M = tl.load(lse + lse_index, mask=queries < length, other=0.0) * LOG2_E
     p = tl.exp2(scores * log2_scale - lse_M[None])
     if DIAGONAL:
         p = tl.where(first_key + tl.arange(0, N)[:, None] <= queries[None], p, 0.0)
     dv = tl.dot(p.to(grad_MH.dtype), grad_MH, dv)
-    delta_M = tl.load(delta + of_rows, mask=queries < length, other=0.0)
+    delta_M = tl.load(delta + lse_index, mask=queries < length, other=0.0)
     grad_scores = p * (grad_p - delta_M[None])
     return tl.dot(grad_scores.to(q_MH.dtype), q_MH, dk), dv
 
@@ -160,7 +159,7 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """dK and dV of N keys of one kv head, over the queries of all heads of its group.
 
-    The first blocks of the sequences, which have the most queries, start first.
+    Blocks are launched first to last: the first ones have the most queries.
     """
     kv_head, sequence, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * N
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -208,34 +207,34 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ [T, N, H], dK and dV [T, K, H] of causal attention over packed whole sequences.
 
-    lse_NT: fp32, natural logarithm of the sum of exp(scale * score), as the forward returned it;
-    cu_seqlens: int32 [S + 1]; max_seqlen: at least the longest sequence. q, k and v may be views
-    whose last dim is contiguous. Sums are in fp32; the equations are FlashAttention-2's
-    (arXiv:2307.08691, algorithm 2).
+    lse_NT: fp32, natural logarithm of the sum of exp(scale * score), from the forward; cu_seqlens:
+    int32 [S + 1]; max_seqlen: at least the longest sequence. q, k and v may be views with a
+    contiguous last dim. Sums are in fp32; equations of FlashAttention-2 (arXiv:2307.08691,
+    algorithm 2).
     """
     tokens, heads, head_dim = q_TNH.shape
     kv_heads = k_TKH.shape[1]
-    assert head_dim in DQ_BLOCKS, f"head dim {head_dim}: there are blocks for {list(DQ_BLOCKS)}"
+    assert head_dim in DQ_BLOCKS, f"head dim {head_dim} is not one of {list(DQ_BLOCKS)}"
     assert heads % kv_heads == 0 and lse_NT.shape == (heads, tokens)
     assert all(x.stride(-1) == 1 for x in (q_TNH, k_TKH, v_TKH))
-    assert not q_TNH.is_cuda or q_TNH.dtype != torch.float32, "its products would be TF32"
+    assert not q_TNH.is_cuda or q_TNH.dtype != torch.float32, "fp32 products would be TF32"
     grad_out_TNH, out_TNH, lse_NT = (x.contiguous() for x in (grad_out_TNH, out_TNH, lse_NT))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH))
     delta_NT = torch.empty_like(lse_NT)
     strides = [x.stride(dim) for x in (q_TNH, k_TKH, v_TKH) for dim in (0, 1)]
-    assert max_seqlen * max(strides) < 2**31, "a sequence's elements are counted in int32"
-    numbers = (*strides, tokens, scale, scale * LOG2_E.value, heads // kv_heads)
+    assert max_seqlen * max(strides) < 2**31, "offsets in a sequence must fit int32"
+    scalars = (*strides, tokens, scale, scale * LOG2_E.value, heads // kv_heads)
     sequences = len(cu_seqlens) - 1
 
     blocks = DQ_BLOCKS[head_dim]
     _dq_kernel[heads, sequences, triton.cdiv(max_seqlen, blocks.queries)](
-        q_TNH, k_TKH, v_TKH, out_TNH, grad_out_TNH, lse_NT, delta_NT, dq, cu_seqlens, *numbers,
+        q_TNH, k_TKH, v_TKH, out_TNH, grad_out_TNH, lse_NT, delta_NT, dq, cu_seqlens, *scalars,
         blocks.queries, blocks.keys, head_dim,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     blocks = DKDV_BLOCKS[head_dim]
     _dkdv_kernel[kv_heads, sequences, triton.cdiv(max_seqlen, blocks.keys)](
-        q_TNH, k_TKH, v_TKH, grad_out_TNH, lse_NT, delta_NT, dk, dv, cu_seqlens, *numbers,
+        q_TNH, k_TKH, v_TKH, grad_out_TNH, lse_NT, delta_NT, dk, dv, cu_seqlens, *scalars,
         blocks.queries, blocks.keys, head_dim,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
@@ -282,7 +281,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal grouped-query attention of packed whole sequences on CUDA. Returns [T, N, H].
 
-    The bits of the output and of the gradients depend on the sequence alone, and are the same every
-    time; those of the output are the ones that `attention_forward` gives with a cache.
+    The bits of output and gradients are reproducible and depend on the sequence alone; the output
+    has the bits that `attention_forward` gives with a KV cache.
     """
     return VarlenAttention.apply(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, scale)

@@ -1,11 +1,11 @@
-"""A forward of causal attention in Triton for Hopper GPUs: one order over the keys for every query.
+"""Causal attention forward in Triton for Hopper GPUs: one order over the keys for every query.
 
-Training rows, prefill, chunks of one and decode are one kernel. Keys are walked from a sequence's
-first one in blocks of a fixed number, with the online softmax of FlashAttention, and nothing else
-enters a row: blocks beyond its diagonal leave it as it is, to the bit, and sums inside a block
-follow a tree that no tile and no layout of threads changes. So tiles of queries may be of any size.
+Training, prefill, chunked prefill and decode run one kernel. Keys are walked from a sequence's
+first one in blocks of fixed size, with FlashAttention's online softmax, and nothing else enters a
+row: blocks beyond its diagonal leave it bitwise unchanged, and sums inside a block follow a tree
+that depends on neither the tile nor the thread layout. So query tiles may have any size.
 
-The query heads of a kv head lie side by side in a tile, which reads each key once for all of them.
+The query heads of a kv head share a tile, which reads each key once for all of them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 
 KEYS = {32: 64, 64: 64, 128: 64}
-"""Keys of a block, by head dim: the order of the sums, so fixed, never tuned to a shape."""
+"""Keys per block, by head dim: fixes the order of the sums, so never autotuned."""
 
 COLUMNS = 32
-"""A block's sum of p is kept in so many columns until the end; part of the order as well."""
+"""Partial sums of p kept per row until the end; part of the order as well."""
 
 
 class Tile(NamedTuple):
-    """Rows (queries times heads of a group) of a program, and how it is computed: no bits here."""
+    """Rows (queries times heads of a group) per program and launch settings; changes no bits."""
 
     rows: int
     warps: int
     stages: int
 
 
-# smallest first: a launch takes the first that holds its longest span, or the last
+# smallest first: a launch takes the first that fits its longest span, else the last
 TILES = {
     32: (Tile(16, 4, 3), Tile(64, 4, 3), Tile(128, 8, 3)),
     64: (Tile(16, 4, 4), Tile(64, 4, 3), Tile(128, 8, 3)),
@@ -45,14 +45,14 @@ TILES = {
 
 
 def tile_of(rows: int, head_dim: int) -> Tile:
-    """The tile for spans of at most so many rows."""
+    """The tile for spans of at most `rows` rows."""
     tiles = TILES[head_dim]
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 @triton.jit
-def _halved(x):
-    """[M, C] to [M, C / 2]: the right half is added to the left."""
+def _fold(x):
+    """Add the right half to the left: [M, C] -> [M, C / 2]."""
     M: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
     return tl.sum(tl.reshape(x, (M, 2, HALF)), 1)
@@ -62,10 +62,10 @@ def _halved(x):
 def _step(
     acc, total, top, q, k, v, key, position, seen_by_all, log2_scale, HALVINGS: tl.constexpr
 ):  # fmt: skip
-    """Take in the block of keys k, v [N, H] that begins at `key`.
+    """Accumulate the block of keys k, v [N, H] that starts at `key`.
 
-    acc [M, H] and total [M, COLUMNS] are in units of 2 ** top. Contractions are spelt out, so that
-    no compiler chooses them. In a row that sees none of the block, p is 0 and `shrink` is 1.
+    acc [M, H] and total [M, COLUMNS] are in units of 2 ** top. FMAs are explicit, so that the
+    compiler does not choose them. In a row that sees none of the block, p is 0 and `rescale` is 1.
     """
     scores = tl.dot(q, tl.trans(k))
     if key + k.shape[0] > seen_by_all:
@@ -73,20 +73,20 @@ def _step(
         scores = tl.where(keys[None] <= position[:, None], scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     p = tl.exp2(tl.fma(scores, log2_scale, -new_top[:, None]))
-    shrink = tl.exp2(top - new_top)
+    rescale = tl.exp2(top - new_top)
     part = p
     for _ in tl.static_range(HALVINGS):
-        part = _halved(part)
-    total = tl.fma(total, shrink[:, None], part)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        part = _fold(part)
+    total = tl.fma(total, rescale[:, None], part)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
     return acc, total, new_top
 
 
 @triton.jit
 def _row_of(table, key, start, length, PAGE: tl.constexpr):
-    """Where the block of keys that begins at `key` lies among all rows of keys.
+    """Row of k and v at which the block of keys that starts at `key` is stored.
 
-    A block beyond the last one has no place of its own: its page is the last.
+    A block past the end has no page and gets the last one.
     """
     if PAGE:
         return tl.load(table + tl.minimum(key, length - 1) // PAGE) * PAGE + key % PAGE
@@ -96,7 +96,7 @@ def _row_of(table, key, start, length, PAGE: tl.constexpr):
 
 @triton.jit
 def _tail(rows, row, stride, column, count, N: tl.constexpr, H: tl.constexpr):
-    """[N, H] from `row` on; zeros after `count` rows, since 0 times what lies there may be NaN."""
+    """[N, H] from `row`; zeros after `count` rows, since 0 times stale memory may be NaN."""
     offsets = tl.arange(0, N)[:, None]
     places = rows + (row.to(tl.int64) + offsets) * stride + column + tl.arange(0, H)[None]
     return tl.load(places, mask=offsets < count, other=0.0)
@@ -107,9 +107,9 @@ def _store(
     out, lse, acc, total, top, row, head, heads, inside, tokens,
     STORE_LSE: tl.constexpr, LAST_HALVINGS: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """acc / total to out [T, N, H], and the logarithm of the sum of exp(scale * score) to lse."""
+    """Write acc / total to out [T, N, H], and the log of the sum of exp(scale * score) to lse."""
     for _ in tl.static_range(LAST_HALVINGS):
-        total = _halved(total)
+        total = _fold(total)
     total_M = tl.reshape(total, (M,))
     result = (acc / total_M[:, None]).to(out.dtype.element_ty)
     places = ((row * heads + head) * H)[:, None] + tl.arange(0, H)[None]
@@ -127,7 +127,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """M rows of one kv head: row r is query r // GROUP of head r % GROUP of its group.
 
-    The last rows of the spans, which have the most keys, start first.
+    Tiles are launched last to first: the last rows of a span have the most keys.
     """
     kv_head, sequence = tl.program_id(0), tl.program_id(1)
     first = (tl.num_programs(2) - 1 - tl.program_id(2)) * M
@@ -174,7 +174,7 @@ def _attention_kernel(
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """[rows, K, H] as the [rows, K * H] of a descriptor; a copy where one cannot read it."""
+    """[rows, K, H] as [rows, K * H] for a descriptor; a copy where its strides rule that out."""
     plain = x.stride(2) == 1 and x.stride(1) == x.shape[2]
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     rows = x if plain and aligned else x.clone(memory_format=torch.contiguous_format)
@@ -192,23 +192,23 @@ def attention_forward(
     block_table: torch.Tensor | None = None,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal grouped-query attention of packed spans, each at its sequence's end.
+    """Causal grouped-query attention of packed spans, each the end of its sequence.
 
-    k, v: [T, K, H], the spans being whole sequences; or with lengths int32 [S] and block_table
-    int32 [S, pages] the pages [num_pages, page_size, K, H] of a cache. cu_seqlens: int32 [S + 1],
-    starts of the spans; max_query: at least the longest. Returns out [T, N, H] and, `with_lse`, the
+    k, v: [T, K, H] where spans are whole sequences; with lengths int32 [S] and block_table int32
+    [S, pages], the pages [num_pages, page_size, K, H] of a cache. cu_seqlens: int32 [S + 1], starts
+    of the spans; max_query: at least the longest span. Returns out [T, N, H] and, `with_lse`, the
     natural logarithm of the sum of exp(scale * score), fp32 [N, T] (otherwise empty). Sums are in
-    fp32; the equations are FlashAttention-2's (arXiv:2307.08691, algorithm 1).
+    fp32; equations of FlashAttention-2 (arXiv:2307.08691, algorithm 1).
     """
     tokens, heads, head_dim = q_TNH.shape
     page = 0 if block_table is None else k.shape[1]
     k_rows, v_rows = (_rows_of(x.flatten(0, 1) if page else x) for x in (k, v))
     kv_heads = k.shape[-2]
     keys = KEYS.get(head_dim, 0)
-    assert keys, f"head dim {head_dim}: there are blocks for {list(KEYS)}"
-    assert page % keys == 0, f"pages of {page} tokens: not a multiple of {keys}"
+    assert keys, f"head dim {head_dim} is not one of {list(KEYS)}"
+    assert page % keys == 0, f"page size {page} is not a multiple of {keys}"
     assert heads % kv_heads == 0 and scale > 0 and q_TNH.stride(-1) == 1
-    assert not q_TNH.is_cuda or q_TNH.dtype != torch.float32, "its products would be TF32"
+    assert not q_TNH.is_cuda or q_TNH.dtype != torch.float32, "fp32 products would be TF32"
     group = heads // kv_heads
     tile = tile_of(max_query * group, head_dim)
     table_stride = 0 if block_table is None else block_table.stride(0)

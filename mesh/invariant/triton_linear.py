@@ -1,8 +1,8 @@
-"""Matrix products in Triton for Hopper GPUs, with the bits of cuBLASLt without split-K.
+"""Matrix products in Triton for Hopper GPUs, bitwise equal to cuBLASLt without split-K.
 
-Every element is one sum over K in order, 16 products of the tensor core at a time, so tiles may
-follow the number of rows and change no bits. At few rows the tile is turned (weights take the side
-that wants 64): then a product costs what reading its weight costs. Tuned on an H100; see LOG.md.
+Every element is one sum over K in order, 16 tensor-core products at a time, so the tile may depend
+on the number of rows without changing bits. For few rows operands are swapped (weights take the
+side that needs 64), and a product costs what reading its weight costs. Tuned on an H100; LOG.md.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-FEW = 32  # rows up to which this kernel is the faster one at every shape
-NARROW, NARROW_ROWS = 2048, 64  # outputs up to which it is for more rows: cuBLASLt starves there
+FEW = 32  # rows up to which this kernel is faster at every shape
+NARROW, NARROW_ROWS = 2048, 64  # outputs up to which it is, for more rows
 
 
-class Blocks(NamedTuple):
-    """A tile of the product, and how it is computed."""
+class GemmTile(NamedTuple):
+    """A tile of the product and its launch settings."""
 
     rows: int
     outputs: int
@@ -28,34 +28,34 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(rows: int) -> Blocks:
-    """The tile for a product of so many rows."""
+def tile_of(rows: int) -> GemmTile:
+    """The tile for a product of `rows` rows."""
     if rows <= 64:
-        return Blocks(16 if rows <= 16 else 32, 16, 256, 2, 4)
-    return Blocks(128, 128, 64, 8, 4)
+        return GemmTile(16 if rows <= 16 else 32, 16, 256, 2, 4)
+    return GemmTile(128, 128, 64, 8, 4)
 
 
 def is_fast(rows: int, outputs: int) -> bool:
-    """Whether `matmul` beats cuBLASLt without split-K at such a product."""
+    """True if `matmul` beats cuBLASLt without split-K at this size."""
     return rows <= FEW or (rows <= NARROW_ROWS and outputs <= NARROW)
 
 
 def fits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a [M, K] @ b [K, N] can be read without copies: rows of a, columns of b, aligned."""
+    """True if a [M, K] @ b [K, N] needs no copies: a row-major, b column-major, both aligned."""
     aligned = (a.data_ptr() | b.data_ptr()) % 16 == 0 and (a.stride(0) | b.stride(1)) % 8 == 0
     plain = a.stride(1) == 1 and b.stride(0) == 1 and a.numel() > 0 and b.numel() > 0
     return plain and aligned and a.dtype == b.dtype == torch.bfloat16
 
 
 @triton.jit
-def _turned_product(
+def _swapped_product_kernel(
     a_rows, b_columns, out, rows, outputs, inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(1) * ROWS
     first_output = tl.program_id(0) * OUTPUTS
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for k in range(0, inputs, INPUTS):  # beyond the edges a descriptor loads zeros
+    for k in range(0, inputs, INPUTS):  # out of bounds, a descriptor loads zeros
         part = b_columns.load([first_output, k])
         total = tl.dot(part, a_rows.load([first_row, k]).T, total)
     row = (first_row + tl.arange(0, ROWS))[None, :]
@@ -65,7 +65,7 @@ def _turned_product(
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [M, K] @ b [K, N], bfloat16 with fp32 sums. Copies what `fits` says cannot be read."""
+    """a [M, K] @ b [K, N], bfloat16 with fp32 sums. Operands that fail `fits` are copied."""
     (rows, inputs), outputs = a.shape, b.shape[1]
     out = a.new_empty(rows, outputs)
     if not out.numel():
@@ -74,9 +74,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return out.zero_()
     if not fits(a, b):
         a, b = _aligned(a), _aligned(b.t()).t()
-    tile = blocks_of(rows)
+    tile = tile_of(rows)
     grid = (triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows))
-    _turned_product[grid](
+    _swapped_product_kernel[grid](
         TensorDescriptor(a, [rows, inputs], [a.stride(0), 1], [tile.rows, tile.inputs]),
         TensorDescriptor(b, [outputs, inputs], [b.stride(1), 1], [tile.outputs, tile.inputs]),
         out, rows, outputs, inputs,
@@ -87,6 +87,6 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """A copy of a matrix whose rows start at multiples of 16 bytes."""
+    """A copy of a matrix with 16-byte-aligned rows."""
     place = x.new_empty(len(x), -(-x.shape[1] // 8) * 8)
     return place[:, : x.shape[1]].copy_(x)

@@ -1,8 +1,8 @@
-"""Attention of packed sequences, with and without a paged KV cache: one function for both roles.
+"""Attention over packed sequences, with and without a paged KV cache: one function for both roles.
 
-A batch is a row of spans, one per sequence: new tokens that end where the sequence does. Without a
-cache (training) the new tokens are all there is. With one, they are written to the cache first, and
-keys and values are read from its pages, for prefill, chunked prefill and decode.
+A batch is a row of spans, one per sequence: the new tokens at its end. Without a cache (training)
+these are the whole sequence. With one, they are written to the cache first, and keys and values are
+read from its pages, for prefill, chunked prefill and decode.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class KVCache:
 
 @dataclass
 class AttentionContext:
-    """Where the tokens of a forward pass belong.
+    """Placement of a forward pass's tokens in their sequences and in the KV cache.
 
-    cu_seqlens: int32 [S + 1], starts of the spans in the packed row; lengths: int32 [S], tokens of
-    a sequence with its span; max_query, max_length: at least the largest span and length. With a
-    cache: block_table int32 [S, pages] and slots_T int64, the flat place of each new token.
+    cu_seqlens: int32 [S + 1], starts of the spans in the packed row; lengths: int32 [S], tokens per
+    sequence, span included; max_query, max_length: at least the largest span and length. With a
+    cache: block_table int32 [S, pages] and slots_T int64, the flat slot of each new token.
     """
 
     cu_seqlens: torch.Tensor
@@ -52,7 +52,7 @@ class AttentionContext:
 
     @cached_property
     def keys(self) -> int:
-        """Keys of a padded sequence."""
+        """Keys per padded sequence."""
         keys = self.max_query
         if self.cache is not None and self.block_table is not None:
             keys = self.block_table.shape[1] * self.cache.page_size
@@ -60,7 +60,7 @@ class AttentionContext:
 
     @cached_property
     def page_ids(self) -> torch.Tensor:
-        """The block table for all `keys`, as `index_select` takes it: int64 [S * pages]."""
+        """The block table padded to `keys`, as `index_select` takes it: int64 [S * pages]."""
         assert self.block_table is not None and self.cache is not None
         missing = -(-self.keys // self.cache.page_size) - self.block_table.shape[1]
         table = F.pad(self.block_table, (0, missing)) if missing else self.block_table
@@ -68,7 +68,7 @@ class AttentionContext:
 
     @cached_property
     def padding(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where padded [S, max_query] queries read packed tokens, and the inverse (flat)."""
+        """Packed index of each padded query [S, max_query], and the inverse (flat)."""
         query_lengths = self.cu_seqlens.diff()
         offsets_SL = torch.arange(self.max_query, device=self.cu_seqlens.device)[None]
         inside_SL = offsets_SL < query_lengths[:, None]
@@ -77,15 +77,15 @@ class AttentionContext:
 
     @cached_property
     def key_rows(self) -> torch.Tensor:
-        """Where keys and values [S, keys] read packed tokens; token 0, unseen, beyond a span."""
+        """Packed index of each key and value [S, keys]; token 0, masked, beyond a span."""
         missing = self.keys - self.max_query
         return F.pad(self.padding[0], (0, missing)) if missing else self.padding[0]
 
     @cached_property
     def causal_bias(self) -> torch.Tensor:
-        """fp32 [S, 1, max_query, keys]: 0 at keys up to the query's own position, else -inf."""
+        """fp32 [S, 1, max_query, keys]: 0 for keys up to the query's position, else -inf."""
         device = self.lengths.device
-        end_SL = self.lengths.clamp(min=1)[:, None, None]  # also a row that pads sees a key
+        end_SL = self.lengths.clamp(min=1)[:, None, None]  # padding rows see a key too
         if self.max_query > 1:
             first_S = (self.lengths - self.cu_seqlens.diff())[:, None, None]
             end_SL = first_S + torch.arange(1, self.max_query + 1, device=device)[None, :, None]
@@ -94,7 +94,7 @@ class AttentionContext:
 
 
 def packed_context(cu_seqlens: torch.Tensor, max_seqlen: int) -> AttentionContext:
-    """The context of whole sequences without a cache: training, and the oracle of generation."""
+    """Context of whole sequences without a cache: training, and the oracle of generation."""
     return AttentionContext(cu_seqlens, cu_seqlens.diff(), max_seqlen, max_seqlen)
 
 
@@ -106,12 +106,12 @@ def _is_hopper(device: torch.device) -> bool:
 def _flash(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """Attention on CUDA: where we can by our own kernels, in which a query has the same bits in
-    training, in a prefill and in decode; elsewhere by FlashAttention inside torch.
+    """Attention on CUDA: our own kernels where supported, with the same bits for a query in
+    training, prefill and decode; elsewhere torch's FlashAttention.
     """
     if q_TNH.shape[-1] not in HEAD_DIMS or not _is_hopper(q_TNH.device):
         return flash_attention_2(q_TNH, k, v, ctx, scale)
-    # imported here, as they need a GPU's driver
+    # imported here: they need a GPU driver
     from mesh.invariant.triton_attention import varlen_attention
     from mesh.invariant.triton_flash import attention_forward
 
@@ -124,8 +124,8 @@ def _flash(
 def flash_attention_2(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """FlashAttention inside torch, in whatever order it finds fastest."""
-    assert current() is None, "it is not batch-invariant: the start-up checks let it through"
+    """torch's FlashAttention, which sums in whatever order is fastest."""
+    assert current() is None, "not batch-invariant: the start-up checks missed it"
     out = varlen_attn(
         q_TNH, k, v, ctx.cu_seqlens, ctx.cu_seqlens, ctx.max_query, ctx.max_length,
         scale=scale, window_size=(-1, 0), enable_gqa=True,
@@ -136,7 +136,7 @@ def flash_attention_2(
 
 
 def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
-    """Keys or values of every sequence, [S, keys, K, H]; page 0, unseen, beyond its own pages."""
+    """Keys or values of every sequence, [S, keys, K, H]; page 0, masked, beyond its own pages."""
     rows = pages.index_select(0, ctx.page_ids).view(ctx.lengths.shape[0], -1, *pages.shape[2:])
     return rows[:, : ctx.keys]
 
@@ -144,8 +144,8 @@ def _read_pages(pages: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
 def _padded(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """Plain attention over queries padded to the longest span; what a CPU and fp32 use."""
-    # a token to each span; those that have none and pad a captured batch come last
+    """Plain attention over queries padded to the longest span, for CPU and fp32."""
+    # one token per span; empty spans, which pad a captured batch, come last
     decodes = ctx.max_query == 1 and q_TNH.shape[:1] == ctx.lengths.shape
     q_SLNH = q_TNH[:, None] if decodes else q_TNH[ctx.padding[0]]
     if ctx.cache is None:
@@ -153,14 +153,14 @@ def _padded(
     else:
         k_SLKH, v_SLKH = (_read_pages(pages, ctx) for pages in (k, v))
     q_SNLH, k_SKLH, v_SKLH = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))
-    of_all = _whole if current() is None else attention_by_query
-    out_SNLH = of_all(q_SNLH, k_SKLH, v_SKLH, ctx.causal_bias.to(q_TNH.dtype), scale)
+    attend = _sdpa if current() is None else attention_by_query
+    out_SNLH = attend(q_SNLH, k_SKLH, v_SKLH, ctx.causal_bias.to(q_TNH.dtype), scale)
     if decodes:
         return out_SNLH[:, :, 0]
     return out_SNLH.transpose(1, 2).flatten(0, 1)[ctx.padding[1]]
 
 
-def _whole(
+def _sdpa(
     q_SNLH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
@@ -178,7 +178,7 @@ def attention(
 ) -> torch.Tensor:
     """Causal grouped-query attention of every span over its own sequence. Returns [T, N, H].
 
-    With a cache, the new keys and values are written to `layer`'s pages first (in place).
+    With a cache, new keys and values are first written to `layer`'s pages, in place.
     """
     k, v = k_TKH, v_TKH
     if ctx.cache is not None and ctx.slots_T is not None:
@@ -190,7 +190,7 @@ def attention(
 
 
 class PackedAttention(Module):
-    """torchtitan's inner attention, replaced: forwards to `attention` with its layer's cache."""
+    """Replaces torchtitan's inner attention: calls `attention` with its layer's cache."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):

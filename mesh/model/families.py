@@ -1,7 +1,7 @@
-"""Model families: what `config.json` or a flavor's name says of a model, as a `ModelShape`.
+"""Model families: from a `config.json` or a flavor's name to a `ModelShape`.
 
-A family is read from `model_type`, becomes a shape, and is written back by `config_entries`; its
-weights get Hugging Face's names from torchtitan's state-dict adapter. One so far: dense Qwen3.
+A family is read from `model_type`, becomes a shape, and is written back by `config_entries`;
+torchtitan's state-dict adapter maps its weights to Hugging Face's names. One so far: dense Qwen3.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TINY = ModelShape(
 
 
 def flavors() -> list[str]:
-    """The sizes that `model.flavor` knows: ours, and torchtitan's dense ones."""
+    """Sizes that `model.flavor` accepts: ours, and torchtitan's dense ones."""
     return ["tiny", *(name for name in qwen3_configs if name[0].isdigit() and "-A" not in name)]
 
 
 def shape_of_flavor(flavor: str) -> ModelShape:
-    """The shape of a named size. ValueError for an unknown one."""
+    """Shape of a named size. Raises ValueError for an unknown one."""
     if flavor == "tiny":
         return TINY
     if flavor not in flavors():
@@ -66,15 +66,16 @@ SIZES = (
 
 
 def shape_of_directory(path: Path) -> ModelShape:
-    """The shape that a Hugging Face `config.json` describes.
+    """Shape described by a Hugging Face `config.json`.
 
-    Raises ValueError naming the entry that is missing, or that this program cannot run: another
-    architecture, biases, scaled RoPE, sliding windows. What may be left out has `transformers`'
-    default.
+    Raises ValueError naming the entry that is missing or not supported: another architecture,
+    biases, scaled RoPE, sliding windows. Optional entries have `transformers`' defaults.
     """
     entries = json.loads((path / "config.json").read_text())
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"model.path={path}: config.json describes no model; copy it again")
+        raise ValueError(
+            f"model.path={path}: config.json is empty or not a JSON object; copy it again"
+        )
     if entries.get("model_type") != "qwen3":
         raise ValueError(
             f"model.path={path}: model_type {entries.get('model_type')!r} is not supported; "
@@ -90,7 +91,10 @@ def shape_of_directory(path: Path) -> ModelShape:
     }
     for name, value in refused.items():
         if value:
-            raise ValueError(f"model.path={path}: {name} in config.json is not supported; unset it")
+            raise ValueError(
+                f"model.path={path}: {name} in config.json is not supported; use a dense Qwen3 "
+                "checkpoint without it"
+            )
     missing = [name for name in SIZES if name not in entries]
     if missing:
         raise ValueError(
@@ -112,7 +116,7 @@ def shape_of_directory(path: Path) -> ModelShape:
 
 
 def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
-    """The `config.json` from which `transformers` builds a model of this shape."""
+    """The `config.json` with which `transformers` builds a model of this shape."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -135,5 +139,5 @@ def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, obj
 
 
 def adapter(shape: ModelShape) -> Qwen3StateDictAdapter:
-    """torchtitan's map between its parameter names and Hugging Face's."""
+    """torchtitan's mapping between its parameter names and Hugging Face's."""
     return Qwen3StateDictAdapter(model_config(shape, 1), None)

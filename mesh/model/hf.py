@@ -1,7 +1,7 @@
 """Hugging Face directories: read a shard of every weight, write the whole model.
 
-Reading touches only the bytes of this rank's blocks; no rank ever holds a whole model. Writing
-gathers one weight at a time to the first rank of the trainer's mesh.
+Reading touches only this rank's blocks; no rank ever holds a whole model. Writing gathers one
+weight at a time on the trainer's first rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COPIED_FILES = (
 
 
 def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
-    """Hugging Face's name of every weight, by torchtitan's. A tied head is its embedding."""
+    """Hugging Face's name of every weight, by torchtitan's. A tied head maps to the embedding."""
     marked = {name: name for name in names}
     theirs = {ours: name for name, ours in adapter(shape).to_hf(marked).items()}
     if shape.tied:
@@ -47,13 +47,13 @@ def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory: the single one if it is there, as in `transformers`,
-    else all that the index names. Raises ValueError where there is neither.
+    """Safetensors files of a directory: the single one if it exists, as in `transformers`, else
+    all that the index names. Raises ValueError if there is neither.
     """
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():
-        raise ValueError(f"neither {SINGLE} nor {INDEX} is there")
+        raise ValueError(f"there is neither {SINGLE} nor {INDEX}")
     try:
         files = json.loads((path / INDEX).read_text())["weight_map"].values()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -62,9 +62,9 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def header_of(file: Path) -> dict[str, tuple[int, ...]]:
-    """The size of every tensor in a safetensors file.
+    """Shape of every tensor in a safetensors file.
 
-    Raises ValueError where it is missing, or not as long as its own header says. Its form: header
+    Raises ValueError if it is missing, or its size is not what its header says. Layout: header
     length, JSON header, data (https://huggingface.co/docs/safetensors, "Format").
     """
     if not file.is_file():
@@ -78,16 +78,16 @@ def header_of(file: Path) -> dict[str, tuple[int, ...]]:
         end = max((item["data_offsets"][1] for item in tensors.values()), default=0)
         shapes = {name: tuple(item["shape"]) for name, item in tensors.items()}
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file.name} is not a safetensors file, or was cut short") from error
+        raise ValueError(f"{file.name} is not a safetensors file, or is truncated") from error
     if size != 8 + length + end:
         raise ValueError(f"{file.name} has {size} bytes instead of {8 + length + end}")
     return shapes
 
 
 def code_problems(directory: Path) -> list[str]:
-    """Files that ask `transformers` to run code of the model's own (trust_remote_code).
+    """Files that ask `transformers` to run the model's own code (trust_remote_code).
 
-    One that cannot be read is reported where it is needed.
+    A file that cannot be read is reported where it is needed.
     """
     found = []
     for name in ("config.json", "tokenizer_config.json"):
@@ -98,14 +98,14 @@ def code_problems(directory: Path) -> list[str]:
             continue
         if isinstance(entries, dict) and entries.get("auto_map"):
             found.append(
-                f"{name} wants code of its own (auto_map: {json.dumps(entries['auto_map'])})"
+                f"{name} asks for custom code (auto_map: {json.dumps(entries['auto_map'])})"
             )
     return found
 
 
 def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
-    """Weight files of a directory that are missing or damaged; where all are whole, which weights
-    of a model of `shape` they lack or have in another size. `shape` None leaves that out.
+    """Missing or damaged weight files of a directory; if all are intact, weights of a model of
+    `shape` that they lack or have in another shape. `shape` None skips the latter.
     """
     stored: dict[str, tuple[int, ...]] = {}
     wrong = []
@@ -118,11 +118,11 @@ def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
             stored |= header_of(file)
         except ValueError as error:
             wrong.append(str(error))
-    return wrong if wrong or shape is None else _misfits(stored, shape)
+    return wrong if wrong or shape is None else _mismatches(stored, shape)
 
 
-def _misfits(stored: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[str]:
-    sizes = whole_sizes(shape)
+def _mismatches(stored: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[str]:
+    sizes = global_shapes(shape)
     expected = {name: sizes[ours] for ours, name in hf_names(list(sizes), shape).items()}
     missing = [name for name in expected if name not in stored]
     other = [
@@ -130,11 +130,11 @@ def _misfits(stored: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[s
         for name, size in expected.items()
         if stored.get(name, size) != size
     ]
-    found = [f"the safetensors files lack {_some(missing)}"] if missing else []
-    return found + ([f"sizes that do not fit config.json: {_some(other)}"] if other else [])
+    found = [f"the safetensors files lack {_shortened(missing)}"] if missing else []
+    return found + ([f"shapes that do not match config.json: {_shortened(other)}"] if other else [])
 
 
-def _some(items: list[str]) -> str:
+def _shortened(items: list[str]) -> str:
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(items[:4]) + more
 
@@ -148,12 +148,12 @@ def load_weights(
 ) -> None:
     """Copy this rank's blocks of the weights in `path` into `tensors`, in their dtype.
 
-    tensors: local shards by torchtitan's names; blocks: where each lies in its weight (None: this
-    rank has nothing of it). Raises ValueError that lists the weights that are missing or misshapen.
+    tensors: local shards by torchtitan's names; blocks: each one's place in its weight (None: this
+    rank has nothing of it). Raises ValueError listing weights that are missing or misshapen.
     """
     wrong = weight_problems(path, shape)
     if wrong:
-        raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a whole checkpoint")
+        raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a complete checkpoint")
     theirs = hf_names(list(tensors), shape)
     for file in weight_files(path):
         with safe_open(file, framework="pt") as handle:
@@ -165,17 +165,17 @@ def load_weights(
                     tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])
 
 
-def whole_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """The size of every whole weight, by torchtitan's names."""
+def global_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Global shape of every weight, by torchtitan's names."""
     with torch.device("meta"):
         weights = named_weights(Policy(model_config(shape, 1)))
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
-def _whole(
+def _full_weights(
     weights: Mapping[str, torch.Tensor], shape: ModelShape
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, whole tensor on the CPU), one at a time; a collective of the mesh."""
+    """(Hugging Face name, full tensor on the CPU), one at a time. Collective over the mesh."""
     theirs = hf_names(list(weights), shape)
     for name, tensor in weights.items():
         if shape.tied and name == "lm_head.weight":
@@ -190,14 +190,14 @@ def save_weights(
 ) -> None:
     """Write `weights` as safetensors files of at most 4 GiB and their index, in their dtype.
 
-    A collective of the ranks that hold the weights; the one with `write` writes. A tied head is
-    left out, as `transformers` does.
+    Collective over the ranks that hold the weights; the one with `write` writes. A tied head is
+    left out, as in `transformers`.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
     files: list[Path] = []
     placed: dict[str, int] = {}
     room = SHARD_BYTES
-    for name, tensor in _whole(weights, shape):
+    for name, tensor in _full_weights(weights, shape):
         if not write:
             continue
         if shards[-1] and tensor.nbytes > room:
@@ -209,20 +209,20 @@ def save_weights(
         room -= tensor.nbytes
     if write:
         files.append(_write_shard(path, len(files), shards.pop()))
-        _name_shards(path, files, placed)
+        _rename_shards(path, files, placed)
 
 
 def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
     file = path / f"shard-{number}.safetensors"
     file.touch()
-    mode = file.stat().st_mode  # by the user's umask; safetensors keeps its files to their owner
+    mode = file.stat().st_mode  # by the user's umask; safetensors makes its files private
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(mode)
     return file
 
 
-def _name_shards(path: Path, files: list[Path], placed: dict[str, int]) -> None:
-    """Hugging Face's file names say how many shards there are, known only now."""
+def _rename_shards(path: Path, files: list[Path], placed: dict[str, int]) -> None:
+    """Apply Hugging Face's file names, which contain the number of shards, known only now."""
     if len(files) == 1:
         files[0].rename(path / SINGLE)
         return
@@ -245,11 +245,11 @@ def export(
     eos_ids: tuple[int, ...],
     write: bool,
 ) -> None:
-    """A Hugging Face directory that `transformers` loads: weights, config.json, tokenizer files.
+    """Write a Hugging Face directory that `transformers` loads: weights, config, tokenizer files.
 
-    `tokenizer`: the directory whose tokenizer files and generation_config.json are copied. A
-    collective as `save_weights`. What is cut short leaves a directory `path`.partial behind and
-    `path` as it was.
+    `tokenizer`: the directory whose tokenizer files and generation_config.json are copied.
+    Collective, as `save_weights`. An interrupted export leaves `path`.partial behind and `path`
+    unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     if write:
@@ -262,16 +262,16 @@ def export(
                 shutil.copyfile(tokenizer / name, partial / name)
     save_weights(partial, weights, shape, write)
     if write:
-        sync_directory(partial)  # before its name says that it is whole
-        _put_in_place(partial, path)
+        sync_directory(partial)  # before the rename marks it complete
+        _publish(partial, path)
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Into a directory that is there already the files go one by one: it may hold others."""
+def _publish(partial: Path, path: Path) -> None:
+    """Rename the directory; into an existing one, which may hold other files, move file by file."""
     if not path.exists():
         partial.rename(path)
         return
-    for name in (SINGLE, INDEX):  # which of them is there decides what is read
+    for name in (SINGLE, INDEX):  # which of them exists decides what is read
         (path / name).unlink(missing_ok=True)
     for file in partial.iterdir():
         file.replace(path / file.name)

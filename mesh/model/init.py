@@ -1,4 +1,4 @@
-"""Random weights that do not depend on the mesh."""
+"""Random initialisation that does not depend on the mesh."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def random_weights(
 ) -> None:
     """Fill local shards: norms with ones, the rest from N(0, 0.02^2), Qwen3's `initializer_range`.
 
-    Every weight has a stream of its own, of (seed, name), drawn whole on the tensor's device and
-    cut: one weight at a time exists whole. Names are filled in order, so weights that are tied, and
-    share their storage, have the numbers of the last of their names.
+    Each weight has its own random stream, seeded by (seed, name); it is drawn whole on the tensor's
+    device and sliced, one weight at a time. Names are filled in order, so tied weights, which share
+    storage, get the values of the last of their names.
     """
     for name in sorted(tensors):
         target, block = tensors[name], blocks[name]

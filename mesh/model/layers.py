@@ -1,9 +1,9 @@
-"""The leaf modules of the policy, one file for both roles.
+"""Leaf modules of the policy, in one file for both roles.
 
 Each replaces torchtitan's module of the same name through its config, so that the model's structure
 and parameter names stay torchtitan's while every operation that trainer and generator execute is
-one function here. Activations are packed: x_BTD with B = 1, tokens of many sequences in a row.
-With sequence parallelism a rank has its shard of the tokens between the tensor-parallel regions,
+one function here. Activations are packed: x_BTD with B = 1, the tokens of many sequences in a row.
+With sequence parallelism each rank holds a shard of the tokens between the tensor-parallel regions,
 which begin in TransformerBlock and end in RowLinear (`mesh/model/parallel.py`).
 """
 
@@ -31,16 +31,16 @@ from mesh.model.parallel import copy_to, enter, leave, local
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU's gate, silu(gate) * up (arXiv:2002.05202, eq. 5). Any shape, elementwise."""
+    """SwiGLU gating, silu(gate) * up (arXiv:2002.05202, eq. 5), elementwise on any shape."""
     if gate.is_cuda:
-        from mesh.model import triton_elementwise  # needs a GPU's driver
+        from mesh.model import triton_elementwise  # needs a GPU driver
 
         return triton_elementwise.swiglu(gate, up)
     return plain_swiglu(gate, up)
 
 
 def plain_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`swiglu` by PyTorch's own operators."""
+    """`swiglu` in PyTorch operators."""
     switch = current()
     if switch is not None and switch.device_type == "cpu":
         return silu_times(gate, up)
@@ -61,16 +61,16 @@ def rotate(x_BTNH: torch.Tensor, rope_TE: torch.Tensor) -> torch.Tensor:
     cos_TH, sin_TH = rope_TE[:, None, :head_dim], rope_TE[:, None, head_dim:]
     x = x_BTNH.float()
     half = head_dim // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos_TH + turned * sin_TH).type_as(x_BTNH)
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos_TH + rotated * sin_TH).type_as(x_BTNH)
 
 
 def rotate_both(
     q: torch.Tensor, k: torch.Tensor, rope_TE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotate` of packed queries and keys."""
+    """Apply `rotate` to packed queries and keys."""
     if q.is_cuda:
-        from mesh.model import triton_elementwise  # needs a GPU's driver
+        from mesh.model import triton_elementwise  # needs a GPU driver
 
         return triton_elementwise.rotate_both(q, k, rope_TE)
     q, k = rotate(torch.cat((q, k), -2), rope_TE).split((q.shape[-2], k.shape[-2]), -2)
@@ -80,7 +80,7 @@ def rotate_both(
 def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
     """Cosines and sines of every position, fp32 [max_length, 2 * head_dim].
 
-    Computed on the CPU whatever the device, so that every rank and role has the same bits.
+    Computed on the CPU for any device, so that all ranks and roles have the same bits.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angles = torch.outer(torch.arange(max_length, device="cpu").float(), inverse)
@@ -89,7 +89,7 @@ def rope_table(head_dim: int, max_length: int, theta: float, device: torch.devic
 
 
 class ColumnLinear(TitanLinear):
-    """Linear whose output features are sharded over tp. The caller hands in `enter`ed inputs."""
+    """Linear with output features sharded over tp. Its inputs have gone through `enter`."""
 
     tp_dim = 0
 
@@ -108,8 +108,8 @@ class ColumnLinear(TitanLinear):
 class RowLinear(TitanLinear):
     """Linear that ends a tensor-parallel region: its inputs are sharded over tp, its output is not.
 
-    Its input features are sharded and partial products summed (row-parallel); built while the
-    switch is on, its output features are, and inputs and outputs gathered: no sum crosses ranks.
+    It is row-parallel: input features are sharded and partial products summed. Built with the
+    switch on, it shards output features instead and gathers inputs and outputs: no sum over ranks.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -126,7 +126,7 @@ class RowLinear(TitanLinear):
         if self.tp_group is None:
             return F.linear(x, local(self.weight))
         gathers = self.tp_dim == 0
-        assert gathers == (current() is not None), "the switch was turned since the model was built"
+        assert gathers == (current() is not None), "batch invariance was switched after building"
         if not gathers:
             return leave(F.linear(x, local(self.weight)), self.tp_group, self.token_group)
         to_shards = self.token_group is not None
@@ -134,8 +134,8 @@ class RowLinear(TitanLinear):
 
 
 class RMSNorm(TitanRMSNorm):
-    """RMSNorm of replicated activations, which every tp rank computes alike, or of the shards of
-    `token_group`, over which the weight's gradient is then summed.
+    """RMSNorm of replicated activations, duplicated on every tp rank, or of token shards over
+    `token_group`, which then sums the weight's gradient.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -151,7 +151,7 @@ class RMSNorm(TitanRMSNorm):
 
 
 class HeadRMSNorm(TitanRMSNorm):
-    """RMSNorm over the head dim of this rank's heads: the weight's gradient is summed over tp."""
+    """RMSNorm over the head dim of this rank's heads; sums the weight's gradient over tp."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanRMSNorm.Config):
@@ -193,7 +193,7 @@ class FeedForward(TitanFeedForward):
 
 
 class TransformerBlock(TitanTransformerBlock):
-    """Attention and feed-forward layer, each a tensor-parallel region behind its norm."""
+    """Attention and feed-forward layer, each a tensor-parallel region after its norm."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanTransformerBlock.Config):
@@ -207,8 +207,8 @@ class TransformerBlock(TitanTransformerBlock):
     def forward(
         self, x: torch.Tensor, attention_masks: Any, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x_BTD, or this rank's shard of its tokens. `positions` are rope_TE, of all tokens."""
-        assert positions is not None, "Rotary takes its rows of the table from the model"
+        """x: [B, T, D], or this rank's token shard. `positions`: rope_TE, for all tokens."""
+        assert positions is not None, "`positions` must hold the RoPE rows"
         groups = (len(positions), self.tp_group, self.token_group)
         attended = self.attention(
             enter(self.attention_norm(x), *groups), attention_masks, positions
@@ -218,9 +218,9 @@ class TransformerBlock(TitanTransformerBlock):
 
 
 class Rotary(TitanRoPE):
-    """Rotary embedding without a table of its own: the model gathers the rows once per forward.
+    """Rotary embedding without its own table: the model gathers the rows once per forward.
 
-    torchtitan's attention passes on what the model hands it as `positions`: here rope_TE.
+    torchtitan's attention passes through what the model gives it as `positions`: here rope_TE.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -240,7 +240,7 @@ class Rotary(TitanRoPE):
 
 
 class Embedding(TitanEmbedding):
-    """Token embedding, vocabulary-parallel: a rank gives zeros for tokens it does not hold."""
+    """Vocabulary-parallel token embedding: zeros for tokens of other ranks' shards."""
 
     tp_dim = 0
 
@@ -264,7 +264,7 @@ class Embedding(TitanEmbedding):
 
 
 class LMHead(TitanLinear):
-    """The output projection, fused with the logprobs so that [T, V] logits need not exist."""
+    """Output projection fused with the logprobs, so that [T, V] logits need not exist."""
 
     tp_dim = 0
 

@@ -1,4 +1,4 @@
-"""Which rank holds which part of every weight; every rank knows it of both roles."""
+"""Layouts of every weight, by role."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mesh.types import ModelShape
 def role_layouts(
     shape: ModelShape, max_length: int, grid: torch.Tensor, fsdp: bool
 ) -> list[ParamLayout]:
-    """The layouts of every weight and buffer of a role on ranks `grid[dp_replicate, dp_shard, tp]`.
+    """Layouts of every weight and buffer of a role on ranks `grid[dp_replicate, dp_shard, tp]`.
 
-    Pure: every rank knows both roles' layouts, also of the role it has no part in.
+    Pure: every rank computes the layouts of both roles, including one it does not take part in.
     """
     with torch.device("meta"):
         model = Policy(model_config(shape, max_length))
@@ -25,6 +25,6 @@ def role_layouts(
 
 
 def weight_names(shape: ModelShape) -> set[str]:
-    """The names of all weights, without buffers; a tied weight has two."""
+    """Names of all weights, without buffers; a tied weight has two."""
     with torch.device("meta"):
         return set(named_weights(Policy(model_config(shape, 1))))

@@ -1,13 +1,12 @@
-"""Token logprobs from hidden states, by fixed vocabulary tiles: one function for both roles.
+"""Token logprobs from hidden states, over fixed vocabulary tiles: one function for both roles.
 
     logprob = z[target] - logsumexp(z),  z = hidden @ weight^T / temperature
 
-The vocabulary is cut into tiles by a rule that knows nothing of the mesh. A vocabulary-parallel
-rank holds whole tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so
-ranks are nothing but more tiles and [T, V] need not exist. The backward pass recomputes the
-logits (as Liger-Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do).
-On CUDA each pass over logits is a kernel of `triton_scores`, for which the plain functions here are
-the specification.
+The vocabulary is split into tiles independently of the mesh. A vocabulary-parallel rank holds whole
+tiles; the tiles' log-sum-exps are gathered and combined in one fixed order, so ranks are just more
+tiles and [T, V] need not exist. The backward pass recomputes the logits (as Liger-Kernel,
+arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do). On CUDA each pass over the logits is
+a kernel of `triton_scores`, specified by the plain functions here.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> tuple[tuple[int, int], 
     """Half-open tiles (first, last) of one of `num_shards` equal shards, in local indices.
 
     The tiles of the whole vocabulary are the same for every `num_shards` up to MAX_TP: it is halved
-    as often as MAX_TP allows, and each part cut into pieces of at most MAX_TILE.
-    Raises ValueError where `num_shards` does not cut the vocabulary at tile edges.
+    as often as MAX_TP allows, and each part split into pieces of at most MAX_TILE.
+    Raises ValueError if `num_shards` would split a tile.
     """
     parts = MAX_TP
     while vocab_size % parts:
         parts //= 2
     if parts % num_shards:
-        raise ValueError(f"a vocabulary of {vocab_size} cannot be cut into {num_shards} shards")
+        raise ValueError(f"a vocabulary of {vocab_size} cannot be split into {num_shards} shards")
     width = vocab_size // parts
     per_part = -(-width // MAX_TILE)
     edges = [
@@ -59,33 +58,33 @@ def vocab_tiles(vocab_size: int, num_shards: int = 1) -> tuple[tuple[int, int], 
 
 
 def vocab_products(rows: int, num_shards: int) -> list[list[int]]:
-    """Which tiles of a shard of this many rows are multiplied at once, as lists of their edges."""
+    """Tile edges of each matrix product over a vocabulary shard of this many rows."""
     tiles = vocab_tiles(rows * num_shards, num_shards)
-    if at_once(rows * num_shards):
+    if is_one_product(rows * num_shards):
         return [[0, *(last for _, last in tiles)]]
     return [list(tile) for tile in tiles]
 
 
-def at_once(vocab_size: int) -> bool:
-    """Whether the tiles of a shard are one product: of a small vocabulary, which needs little
-    memory. While the switch is on only on a CPU, where the self-test compares it as that of any
-    layer whose outputs ranks may cut.
+def is_one_product(vocab_size: int) -> bool:
+    """True if a shard's tiles are one matrix product: for small vocabularies, which need little
+    memory. With the switch on, only on CPU, where the self-test treats it as a layer whose outputs
+    are sharded.
     """
     switch = current()
     return vocab_size <= MAX_TILE and (switch is None or switch.device_type == "cpu")
 
 
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) over the last dim, by way of log_softmax.
+    """log(sum(exp(logits))) over the last dim, via log_softmax.
 
-    At the largest logit log_softmax is minus the log of the sum of exp(z - max), exactly; and
-    log_softmax does not depend on the number of rows on CUDA, where `logsumexp` does.
+    At the largest logit log_softmax is exactly -log(sum(exp(z - max))). On CUDA log_softmax does
+    not depend on the number of rows; `logsumexp` does.
     """
     return logits.amax(-1) - F.log_softmax(logits, dim=-1).amax(-1)
 
 
 def combine_logsumexp(tiles_KA: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over tiles, [K, A] -> [A], added along one fixed binary tree."""
+    """Log-sum-exp over tiles, [K, A] -> [A], summed along one fixed binary tree."""
     peak_A = tiles_KA.amax(0)
     terms_KA = (tiles_KA - peak_A).exp()
     while (count := len(terms_KA)) > 1:
@@ -95,7 +94,7 @@ def combine_logsumexp(tiles_KA: torch.Tensor) -> torch.Tensor:
 
 
 def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The tiles of all vocabulary shards in vocabulary order, [K, A] -> [K * shards, A]."""
+    """Tiles of all vocabulary shards in vocabulary order, [K, A] -> [K * shards, A]."""
     if group is None:
         return tiles_KA
     size = dist.get_world_size(group)
@@ -105,7 +104,7 @@ def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> tor
 
 
 def shard_of(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(index, number) of this rank's vocabulary shard."""
+    """(index, count) of this rank's vocabulary shard."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
@@ -116,12 +115,12 @@ def plain_tile_scores(
     temperature: float,
     with_moment: bool,
 ) -> torch.Tensor:
-    """`tile_scores` by PyTorch's own operators: at once where the tiles are small and of one width
-    (a row does not know how many rows there are), else with an fp32 copy of one tile at a time.
+    """`tile_scores` in PyTorch operators: all tiles at once if they are small and of equal width
+    (whatever the number of rows), else one tile at a time in fp32.
     """
     width = edges[1] - edges[0]
-    alike = all(last - first == width for first, last in pairwise(edges))
-    if len(edges) > 2 and (not alike or edges[-1] - edges[0] > MAX_TILE):
+    equal = all(last - first == width for first, last in pairwise(edges))
+    if len(edges) > 2 and (not equal or edges[-1] - edges[0] > MAX_TILE):
         tiles = [
             (logits_AV[:, first - edges[0] : last - edges[0]], (first, last))
             for first, last in pairwise(edges)
@@ -148,21 +147,21 @@ def tile_scores(
     temperature: float,
     with_moment: bool,
 ) -> torch.Tensor:
-    """Scores of K tiles side by side, fp32 [K, 3, A], of z = logits / temperature.
+    """Scores of K adjacent tiles, fp32 [K, 3, A], of z = logits / temperature.
 
-    Of each tile its log-sum-exp; the target's z if it holds the target, else -inf; the mean of z
-    under its softmax (undefined where not asked for). logits_AV: what the product gave, columns
-    edges[0] to edges[-1] of this rank's vocabulary shard.
+    Per tile: its log-sum-exp; the target's z if it holds the target, else -inf; the mean of z under
+    its softmax (undefined without `with_moment`). logits_AV: the matmul's output, columns edges[0]
+    to edges[-1] of this rank's vocabulary shard.
     """
     if logits_AV.is_cuda:
-        from mesh.model import triton_scores  # needs a GPU's driver
+        from mesh.model import triton_scores  # needs a GPU driver
 
         return triton_scores.tile_scores(logits_AV, edges, targets_A, temperature, with_moment)
     return plain_tile_scores(logits_AV, edges, targets_A, temperature, with_moment)
 
 
 def plain_combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, ...]:
-    """`combine_scores` by PyTorch's own operators."""
+    """`combine_scores` in PyTorch operators."""
     tiles_KA, target_KA, moment_KA = scores_K3A.unbind(1)
     logsumexp_A = combine_logsumexp(tiles_KA)
     entropy_A = torch.zeros_like(logsumexp_A)
@@ -172,9 +171,9 @@ def plain_combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[
 
 
 def combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logprobs_A, entropy_A, logsumexp_A) of all tiles; an entropy not asked for is zeros."""
+    """(logprobs_A, entropy_A, logsumexp_A) over all tiles; entropy is 0 unless `with_entropy`."""
     if scores_K3A.is_cuda:
-        from mesh.model import triton_scores  # needs a GPU's driver
+        from mesh.model import triton_scores  # needs a GPU driver
 
         return triton_scores.combine_scores(scores_K3A, with_entropy)
     return plain_combine_scores(scores_K3A, with_entropy)
@@ -188,7 +187,7 @@ def plain_tile_gradient(
     scale_A: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """`tile_gradient` by PyTorch's own operators."""
+    """`tile_gradient` in PyTorch operators."""
     grad = (logits_AV.float() / temperature - logsumexp_A[:, None]).exp_().neg_()
     index_A = targets_A - first
     inside_A = (index_A >= 0) & (index_A < grad.shape[1])
@@ -205,13 +204,13 @@ def tile_gradient(
     scale_A: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """(onehot(target) - softmax) * scale of the tile from `first` on, in the logits' dtype.
+    """(onehot(target) - softmax) * scale of the tile that starts at `first`, in the logits' dtype.
 
-    logsumexp_A: over the whole vocabulary. The logits are given away: CUDA writes over them.
+    logsumexp_A: over the whole vocabulary. Consumes the logits: on CUDA they are overwritten.
     """
     arguments = (logits_AV, first, targets_A, logsumexp_A, scale_A, temperature)
     if logits_AV.is_cuda:
-        from mesh.model import triton_scores  # needs a GPU's driver
+        from mesh.model import triton_scores  # needs a GPU driver
 
         return triton_scores.tile_gradient(*arguments)
     return plain_tile_gradient(*arguments)
@@ -226,9 +225,9 @@ def score_tiles(
 ) -> tuple[torch.Tensor, ...]:
     """(logprobs_A, entropy_A, logsumexp_A) from this shard's tiles, in vocabulary order.
 
-    pieces: (edges, logits) of one or more tiles side by side, the logits as their products give
-    them; targets_A: ids counted from the shard's start, also those of other shards. The entropy is
-    zeros where it is not asked for.
+    pieces: (edges, logits) of one or more adjacent tiles, the logits as the matmul returns them;
+    targets_A: ids relative to the shard's start, other shards' too. Entropy is 0 unless
+    `with_entropy`.
     """
     scores = [
         tile_scores(logits, edges, targets_A, temperature, with_entropy) for edges, logits in pieces
@@ -288,6 +287,7 @@ def token_logprobs(
     """Logprob of every target token and the entropy of its distribution.
 
     hidden_AD: hidden states that predict the targets, replicated over `group`; weight: this rank's
-    vocabulary shard [V / shards, D]; targets_A: global token ids. Temperature in units of logits.
+    vocabulary shard [V / shards, D]; targets_A: global token ids. `temperature` divides the
+    logits.
     """
     return TokenScores(*_TokenLogprobs.apply(hidden_AD, weight, targets_A, temperature, group))

@@ -1,14 +1,14 @@
-"""Tensor parallelism on local tensors: who holds which part of a weight, and the two collectives.
+"""Tensor parallelism on local tensors: how weights are sharded, and the collectives.
 
 Weights are DTensors on the tp axis (FSDP and checkpoints need to know what a shard is a shard of),
-but the arithmetic runs on local tensors with explicit collectives: that pins the order of every sum
-to this file, and DTensor dispatch costs more than a small model's arithmetic.
+but the arithmetic runs on local tensors with explicit collectives: that fixes the order of every
+sum here, and DTensor dispatch costs more than a small model's arithmetic.
 `copy_to` and `reduce_from` are Megatron's conjugate f and g (arXiv:1909.08053, section 3). With
-sequence parallelism (arXiv:2205.05198, section 4.2.2) a rank has only its shard of the tokens, dim
--2, outside the tensor-parallel regions - residual stream, norms - and `enter` and `leave` are that
-paper's g and g-bar. Modules that act on it have a `token_group`: None, every rank has all tokens.
-Left out of it: gathering the inputs of column-parallel layers once more in the backward pass, so
-that only shards of them are kept; full recomputation keeps no more than the shards between blocks.
+sequence parallelism (arXiv:2205.05198, section 4.2.2) a rank holds only its shard of the tokens,
+dim -2, outside the tensor-parallel regions - residual stream, norms - and `enter` and `leave` are
+that paper's g and g-bar. Modules involved have a `token_group`; None: every rank has all tokens.
+Left out: gathering the inputs of column-parallel layers again in the backward pass, to save only
+shards of them; full recomputation saves no more than the shards between blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Backward = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of `tensor` that this rank holds (differentiable)."""
+    """This rank's shard of `tensor` (differentiable)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -84,7 +84,7 @@ class _SumToShards(torch.autograd.Function):
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Hand a replicated tensor to rank-local work: its gradients are summed over the group."""
+    """Pass a replicated tensor to rank-local work; its gradient is summed over the group."""
     return x if group is None else _CopyTo.apply(x, group)
 
 
@@ -99,7 +99,7 @@ def enter(
     tp_group: dist.ProcessGroup | None,
     token_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Hand activations to a tensor-parallel region: all `num_tokens` of them, gradients summed."""
+    """Pass all `num_tokens` activations to a tensor-parallel region; gradients are summed."""
     if token_group is None:
         return copy_to(x, tp_group)
     return _Gather.apply(x, num_tokens, token_group, sum_to_shards)
@@ -110,7 +110,7 @@ def leave(
     tp_group: dist.ProcessGroup | None,
     token_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Sum the partial results of a tensor-parallel region: of all tokens, or of this rank's."""
+    """Sum a tensor-parallel region's partial results, for all tokens or this rank's shard."""
     if token_group is None:
         return reduce_from(partial, tp_group)
     return _SumToShards.apply(partial, token_group)
@@ -119,17 +119,17 @@ def leave(
 def replicate(
     x: torch.Tensor, num_tokens: int, token_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """All tokens on every rank, for work that all do alike: each has the whole gradient of it."""
+    """Gather all tokens for work that every rank duplicates: each has its whole gradient."""
     if token_group is None:
         return x
     return _Gather.apply(x, num_tokens, token_group, shard_tokens)
 
 
 def tp_dims(model: nn.Module) -> dict[str, int | None]:
-    """The dim that tensor parallelism shards, for every parameter and buffer by its name.
+    """Dim that tensor parallelism shards, for every parameter and buffer by name.
 
-    None means replicated. A module says so in its attribute `tp_dim`; parameters of modules
-    without one are replicated.
+    None: replicated. A module declares it as `tp_dim`; without that attribute its parameters are
+    replicated.
     """
     dims: dict[str, int | None] = {}
     for prefix, module in model.named_modules():
@@ -142,7 +142,7 @@ def tp_dims(model: nn.Module) -> dict[str, int | None]:
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
-    """Turn every parameter of `model` into a DTensor on the tp axis and hand modules their groups.
+    """Turn every parameter of `model` into a DTensor on the tp axis and give modules their groups.
 
     Parameters shared between modules (tied weights) stay shared.
     """
@@ -163,8 +163,9 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = Fa
 
 
 def adopt(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Make `tensor` the local storage of the parameter or buffer `name`, which is `old` so far."""
-    assert tensor.shape == local(old).shape and tensor.dtype == old.dtype, f"{name} does not fit"
+    """Make `tensor` the local storage of the parameter or buffer `name`, currently `old`."""
+    same = tensor.shape == local(old).shape and tensor.dtype == old.dtype
+    assert same, f"{name}: the new storage has another shape or dtype"
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(old, DTensor):

@@ -1,8 +1,8 @@
-"""The policy: torchtitan's decoder by its shape, configured with our leaf modules.
+"""The policy: torchtitan's decoder, built from a shape with our leaf modules.
 
-The one door to torchtitan's model, FSDP and activation checkpointing; nothing outside this room
-names a model class or a family. Left out: mixture of experts, biases, RoPE scaling, pipeline and
-context parallelism.
+The only importer of torchtitan's model, FSDP and activation checkpointing; nothing outside this
+room names a model class or a family. Left out: mixture of experts, biases, RoPE scaling, pipeline
+and context parallelism.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mesh.types import ModelShape
 
 
 class Policy(Qwen3Model):
-    """Takes packed tokens; gives hidden states, or the logprobs of chosen targets."""
+    """Maps packed tokens to hidden states, or to the logprobs of given targets."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Qwen3Model.Config):
@@ -74,7 +74,7 @@ class Policy(Qwen3Model):
         targets_A: torch.Tensor,
         temperature: float,
     ) -> TokenScores:
-        """Scores of targets_A, each predicted by the hidden state at index_A of the packed row."""
+        """Scores of targets_A, each predicted from the hidden state at index_A of the row."""
         hidden_TD = self.hidden(tokens_T, positions_T, context)
         return self.lm_head(hidden_TD[index_A], targets_A, temperature)
 
@@ -111,7 +111,7 @@ def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
 
 
 def model_config(shape: ModelShape, max_length: int) -> Policy.Config:
-    """torchtitan's configuration of a model of this shape, with our leaf modules."""
+    """torchtitan's config for a model of this shape, with our leaf modules."""
     return Policy.Config(
         shape=shape,
         max_length=max_length,
@@ -134,9 +134,9 @@ def build_policy(
     fsdp: dict[str, Any] | None = None,
     sequence_parallel: bool = False,
 ) -> Policy:
-    """A policy on this rank: weights sharded over `mesh`'s tp axis, with `fsdp` over its dp axes.
+    """Build this rank's part of a policy, sharded over the tp axis and, with `fsdp`, over dp.
 
-    Weights are allocated, not initialised; the RoPE table is computed. `fsdp`: keywords of
+    Weights are allocated, not initialised; the RoPE table is computed. `fsdp`: keyword arguments of
     `apply_fsdp`; without it (generation) the model is replicated over the dp axes.
     `sequence_parallel`: tokens are sharded over the tp axis where the weights are not.
     """
@@ -157,10 +157,10 @@ def build_policy(
 def apply_fsdp(
     model: Policy, mesh: DeviceMesh, compute_dtype: torch.dtype, activation_checkpointing: str
 ) -> None:
-    """Activation checkpointing, then FSDP2 (HSDP where dp_replicate > 1), both torchtitan's.
+    """Apply torchtitan's activation checkpointing, then its FSDP2 (HSDP if dp_replicate > 1).
 
     Gradients are reduced in fp32 by plain sums: no division by the world size, and no
-    pre-multiplied sum, which gloo does not have.
+    pre-multiplied sum, which gloo lacks.
     """
     if activation_checkpointing != "none":
         policy = {"full": FullAC, "selective": SelectiveAC}[activation_checkpointing]
@@ -179,11 +179,11 @@ def apply_fsdp(
 
 
 def parameter_names(name: str) -> str:
-    """A parameter's name without the wrapper that activation checkpointing puts around layers."""
+    """Strip activation checkpointing's wrapper from a parameter's name."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by torchtitan's names, a tied weight once under the name of each of its users."""
+    """Parameters by torchtitan's names; a tied weight appears under each of its names."""
     pairs = model.named_parameters(remove_duplicate=False)
     return {parameter_names(name): parameter for name, parameter in pairs}

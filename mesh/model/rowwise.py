@@ -1,5 +1,5 @@
-"""The operations of a model that are no products, as the start-up self-test takes them: each on a
-few rows, and on the same rows among others.
+"""Self-test of the row-wise operations other than matrix products: each on a few rows alone, and
+on the same rows within a batch.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 import torch
 
-from mesh.invariant.selftest import Compared
+from mesh.invariant.selftest import Comparisons
 from mesh.model.attention import AttentionContext, KVCache, attention, packed_context
 from mesh.model.layers import rms_norm, rope_table, rotate_both, swiglu
 from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
 
-LENGTHS = (3, 40, 300)  # of sequences; on a CPU more than 256 keys are several blocks
+LENGTHS = (3, 40, 300)  # of sequences; on CPU more than 256 keys span several blocks
 PARTS = (slice(0, 1), slice(5, 12), slice(100, 133))
 
 
 @torch.no_grad()
-def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Compared:
-    """RMSNorm, SwiGLU, RoPE and attention at the model's sizes."""
+def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Comparisons:
+    """Compare RMSNorm, SwiGLU, RoPE and attention at the model's sizes."""
     draw = torch.Generator(device).manual_seed(0)
 
     def rows(*size: int) -> torch.Tensor:
@@ -30,17 +30,17 @@ def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
     q, k = rows(shape.num_heads, shape.head_dim), rows(shape.num_kv_heads, shape.head_dim)
     table = rope_table(shape.head_dim, len(x), shape.rope_theta, device)
     normed, gated = rms_norm(x, weight, shape.norm_eps), swiglu(gate, up)
-    turned = rotate_both(q[None], k[None], table)[0]
+    rotated = rotate_both(q[None], k[None], table)[0]
     for part in PARTS:
         yield "RMSNorm", rms_norm(x[part], weight, shape.norm_eps), normed[part]
         yield "SwiGLU", swiglu(gate[part], up[part]), gated[part]
         some = rotate_both(q[None, part], k[None, part], table[part])[0]
-        yield "RoPE", some, turned[:, part]
+        yield "RoPE", some, rotated[:, part]
     yield from attention_rows(q, k, rows(shape.num_kv_heads, shape.head_dim))
 
 
-def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Compared:
-    """Each sequence alone, and its last token decoded from pages, against all of them packed."""
+def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Comparisons:
+    """Compare each sequence alone, and its last token decoded from pages, with the packed batch."""
     scale = q.shape[-1] ** -0.5
     bounds = torch.tensor([0, *LENGTHS], device=q.device).cumsum(0).int()
     packed = attention(q, k, v, packed_context(bounds, max(LENGTHS)), 0, scale)
@@ -55,7 +55,7 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Compare
 
 
 def spans() -> Iterator[tuple[slice, int]]:
-    """Where each sequence lies among the packed rows, and its length."""
+    """(slice of the packed rows, length) of each sequence."""
     first = 0
     for length in LENGTHS:
         yield slice(first, first + length), length
@@ -63,7 +63,7 @@ def spans() -> Iterator[tuple[slice, int]]:
 
 
 def decode_context(k_LKH: torch.Tensor, v_LKH: torch.Tensor) -> AttentionContext:
-    """Of a decode step of the last token, the keys and values of the others being in pages."""
+    """Context of decoding the last token, with the earlier keys and values in pages."""
     length, device = len(k_LKH), k_LKH.device
     page = CUDA_PAGE if k_LKH.is_cuda else CPU_PAGE
     pages = -(-length // page)

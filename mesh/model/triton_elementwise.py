@@ -1,8 +1,8 @@
-"""RoPE and SwiGLU on CUDA, one launch each, forward and backward.
+"""RoPE and SwiGLU on CUDA, one kernel launch each, forward and backward.
 
-The plain functions in `mesh.model.layers` are their specification. Everything is fp32 inside and
-elementwise, and products and sums are rounded one by one (no contraction to fma), so that a row's
-bits follow from the text of the kernel and RoPE's are the plain function's.
+The plain functions in `mesh.model.layers` are the specification. Everything is fp32 inside and
+elementwise, and each product and sum is rounded on its own (no fma contraction), so a row's bits
+follow from the kernel's source, and RoPE's equal the plain function's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # elements of one program of SwiGLU
+BLOCK = 1024  # elements per SwiGLU program
 
 
 @triton.jit
@@ -21,14 +21,14 @@ def _rotate_heads(
     x, out, x_head, cos, sin, N: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The N heads of one token. HEADS, LANES: N and HALF, half a head, up to powers of two."""
+    """Rotate N heads of one token. HEADS, LANES: N and HALF (head) as powers of two."""
     head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, LANES)[None]
     inside = (head < N) & (lane < HALF)
-    place, to = x + head * x_head + lane, out + head * (2 * HALF) + lane
-    left = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(to, (left * cos - right * sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + HALF, (right * cos + left * sin).to(out.dtype.element_ty), mask=inside)
+    source, target = x + head * x_head + lane, out + head * (2 * HALF) + lane
+    left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, (left * cos - right * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (right * cos + left * sin).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,12 +49,12 @@ def _rotate_kernel(
     _rotate_heads(k + token * k_token, k_to, k_head, cos, sin, K, K_HEADS, HALF, LANES)
 
 
-def _turn(
+def _launch_rotate(
     q: torch.Tensor, k: torch.Tensor, rope_TE: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_TNH, k_TKH = (_dense_heads(x.flatten(0, -3)) for x in (q, k))
     (tokens, heads, head_dim), kv_heads = q_TNH.shape, k_TKH.shape[1]
-    assert len(rope_TE) == tokens == len(k_TKH), "the table has to have one row for each token"
+    assert len(rope_TE) == tokens == len(k_TKH), "rope_TE needs one row per token"
     outs = q.new_empty(q.shape), k.new_empty(k.shape)
     _rotate_kernel[(tokens,)](
         q_TNH, k_TKH, *outs, rope_TE, *q_TNH.stride()[:2], *k_TKH.stride()[:2], rope_TE.stride(0),
@@ -75,20 +75,20 @@ class _Rotate(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, rope_TE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(rope_TE)
-        return _turn(q, k, rope_TE, inverse=False)
+        return _launch_rotate(q, k, rope_TE, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[Any, ...]:
         (rope_TE,) = ctx.saved_tensors
-        return *_turn(grad_q, grad_k, rope_TE, inverse=True), None
+        return *_launch_rotate(grad_q, grad_k, rope_TE, inverse=True), None
 
 
 def rotate_both(
     q: torch.Tensor, k: torch.Tensor, rope_TE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`layers.rotate` of q [..., T, N, H] and k [..., T, K, H], packed: 1 in front of T.
+    """`layers.rotate` of packed q [..., T, N, H] and k [..., T, K, H]; dims before T are 1.
 
-    rope_TE: fp32 rows of `rope_table`, whose two halves of cosines are the same, and of sines.
+    rope_TE: fp32 rows of `rope_table`: cosines, then sines, each with two equal halves.
     """
     return _Rotate.apply(q, k, rope_TE)
 
@@ -136,6 +136,6 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`layers.swiglu` of two tensors of one shape and dtype, rounded once, at its end."""
+    """`layers.swiglu` of two tensors of equal shape and dtype, rounded once, at the end."""
     assert gate.shape == up.shape and gate.dtype == up.dtype, "gate and up differ in shape or dtype"
     return _SwiGLU.apply(gate, up)

@@ -1,11 +1,11 @@
-"""The scores of vocabulary tiles on CUDA, straight from the logits as the product leaves them.
+"""Scores of vocabulary tiles on CUDA, read directly from the matmul's logits.
 
-One program reads a row of a tile once, in blocks of fixed size, and keeps a sum for every lane of
-the block, faded as the largest logit grows (the online softmax, arXiv:1805.02867); at the end
+One program reads a row of a tile once, in blocks of fixed size, and keeps one sum per lane of the
+block, rescaled as the running maximum grows (online softmax, arXiv:1805.02867); at the end
 neighbouring lanes are added, then neighbouring pairs, and so on. The order of every sum is thus
-written out here: no layout that the compiler chooses, and no other row or tile, can change a bit.
-Products and sums are rounded one by one (no contraction to fma). The plain functions in
-`mesh.model.logprobs` are the specification.
+explicit: no layout chosen by the compiler, and no other row or tile, can change a bit. Each product
+and sum is rounded on its own (no fma contraction). The plain functions in `mesh.model.logprobs` are
+the specification.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ COMBINED_ROWS = 64
 
 
 @triton.jit
-def _add_neighbours(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
-    """Sums of the rows of [ROWS, 2 ** LEVELS] along a binary tree, whose sums of two have no order
-    to choose."""
+def _tree_sum(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """Sum the rows of [ROWS, 2 ** LEVELS] along a binary tree; two terms have only one order."""
     for level in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, [ROWS, 2 ** (LEVELS - level - 1), 2]), 2)
-    return tl.max(x, 1)  # the one that is left
+    return tl.max(x, 1)  # the one column left
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -37,7 +36,7 @@ def _score_kernel(
     logits, edges, targets, scores, rows, row_stride, origin, inverse,
     MOMENT: tl.constexpr, ALIGNED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one tile. Columns are counted from that of `logits`, targets from `origin`."""
+    """Score one row of one tile. Columns count from `logits`, targets from `origin`."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.multiple_of(tl.load(edges + tile), ALIGNED)
     last = tl.multiple_of(tl.load(edges + tile + 1), ALIGNED)
@@ -50,16 +49,16 @@ def _score_kernel(
         inside = column < last
         z = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
         top = tl.maximum(peak, tl.max(z, 0))
-        fade, p = tl.exp(peak - top), tl.exp(z - top)
-        total = total * fade + p
+        rescale, p = tl.exp(peak - top), tl.exp(z - top)
+        total = total * rescale + p
         if MOMENT:
-            sum_of_z = sum_of_z * fade + p * tl.where(inside, z, 0.0)
+            sum_of_z = sum_of_z * rescale + p * tl.where(inside, z, 0.0)
         peak = top
-    mass = _add_neighbours(tl.reshape(total, [1, BLOCK]), 1, LEVELS)
+    mass = _tree_sum(tl.reshape(total, [1, BLOCK]), 1, LEVELS)
     to = scores + tile * 3 * rows + row + tl.arange(0, 1)
     tl.store(to, peak + tl.log(mass))
     if MOMENT:
-        moment = _add_neighbours(tl.reshape(sum_of_z, [1, BLOCK]), 1, LEVELS)
+        moment = _tree_sum(tl.reshape(sum_of_z, [1, BLOCK]), 1, LEVELS)
         tl.store(to + 2 * rows, moment / mass)
     target = tl.load(targets + row) - origin
     mine = (target >= first) & (target < last)
@@ -80,12 +79,12 @@ def _combine_kernel(
     target = tl.max(tl.load(place + rows, mask=inside, other=float("-inf")), 1)
     peak = tl.max(of_tile, 1)
     terms = tl.exp(of_tile - peak[:, None])
-    logsumexp = peak + tl.log(_add_neighbours(terms, ROWS, LEVELS))
+    logsumexp = peak + tl.log(_tree_sum(terms, ROWS, LEVELS))
     tl.store(outs + row, target - logsumexp, mask=row < rows)
     tl.store(outs + 2 * rows + row, logsumexp, mask=row < rows)
     if ENTROPY:
         mean = tl.load(place + 2 * rows, mask=inside, other=0.0)
-        means = _add_neighbours(tl.exp(of_tile - logsumexp[:, None]) * mean, ROWS, LEVELS)
+        means = _tree_sum(tl.exp(of_tile - logsumexp[:, None]) * mean, ROWS, LEVELS)
         tl.store(outs + rows + row, logsumexp - means, mask=row < rows)
     else:
         tl.store(outs + rows + row, tl.zeros([ROWS], tl.float32), mask=row < rows)
@@ -109,7 +108,7 @@ def _grad_kernel(
 
 @lru_cache
 def inverse_of(temperature: float) -> float:
-    """What PyTorch multiplies a CUDA tensor with when it is divided by a number, to the bit."""
+    """The fp32 factor with which PyTorch divides a CUDA tensor by a number."""
     return (1 / torch.tensor(temperature, dtype=torch.float32, device="cpu")).item()
 
 
@@ -125,8 +124,8 @@ def tile_scores(
     temperature: float,
     with_moment: bool,
 ) -> torch.Tensor:
-    """`logprobs.tile_scores`, [K, 3, A]. Moments that are not asked for are left unwritten."""
-    assert logits_AV.stride(-1) == 1, "logits are read along their rows"
+    """`logprobs.tile_scores`, [K, 3, A]. Without `with_moment` moments are left unwritten."""
+    assert logits_AV.stride(-1) == 1, "logits must be contiguous over the vocabulary"
     rows, tiles = len(logits_AV), len(edges) - 1
     columns = tuple(edge - edges[0] for edge in edges)
     scores_K3A = logits_AV.new_empty(tiles, 3, rows, dtype=torch.float32)
@@ -158,8 +157,8 @@ def tile_gradient(
     scale_A: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """`logprobs.tile_gradient`, written over the logits."""
-    assert logits_AV.stride(-1) == 1, "logits are read along their rows"
+    """`logprobs.tile_gradient`, in place of the logits."""
+    assert logits_AV.stride(-1) == 1, "logits must be contiguous over the vocabulary"
     _grad_kernel[(len(logits_AV),)](
         logits_AV, targets_A.contiguous(), logsumexp_A.contiguous(), scale_A.contiguous(),
         logits_AV.shape[1], logits_AV.stride(0), first, inverse_of(temperature), BLOCK=BLOCK,

@@ -211,7 +211,7 @@ def test_truncated_weights_are_found_before_anything_is_loaded(model):
     "content, wrong",
     [
         ("{", "config.json is not JSON"),
-        ("[]", "config.json describes no model"),
+        ("[]", "config.json is empty or not a JSON object"),
         ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
     ],
 )
@@ -235,14 +235,14 @@ def test_a_directory_that_wants_its_own_code_is_refused(model):
     settings["auto_map"] = {"AutoTokenizer": ["tokenization_mine.Mine", None]}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     found = lines(refusal(f"model.path={model}"))
-    config, of_tokenizer = (line for line in found if "wants code of its own" in line)
-    assert config.startswith(f"model.path={model}: config.json wants code of its own (auto_map: ")
+    config, of_tokenizer = (line for line in found if "asks for custom code" in line)
+    assert config.startswith(f"model.path={model}: config.json asks for custom code (auto_map: ")
     assert "modeling_mine.MineForCausalLM" in config
-    assert "tokenizer_config.json wants code" in of_tokenizer and "Mine" in of_tokenizer
+    assert "tokenizer_config.json asks for custom code" in of_tokenizer and "Mine" in of_tokenizer
     assert all("no code that comes with a model is run here" in x for x in (config, of_tokenizer))
     assert any("model_type 'mine' is not supported" in line for line in found)
     of_both = lines(refusal(f"model.tokenizer={model}"))
-    assert [line.partition(" wants code")[0] for line in of_both] == [
+    assert [line.partition(" asks for custom code")[0] for line in of_both] == [
         f"model.tokenizer={model}: {name}" for name in ("config.json", "tokenizer_config.json")
     ]
 
@@ -301,7 +301,7 @@ def test_weights_of_other_sizes_are_named(model):
     edit(model, vocab_size=256)
     (line,) = lines(refusal(f"model.path={model}"))
     assert (
-        "sizes that do not fit config.json: model.embed_tokens.weight [128, 128] instead of "
+        "shapes that do not match config.json: model.embed_tokens.weight [128, 128] instead of "
         "[256, 128]; copy it from"
     ) in line
 

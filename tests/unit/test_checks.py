@@ -87,7 +87,7 @@ def test_empty_directory_lists_every_missing_file(tmp_path: Path):
     assert path_problems(tmp_path) == [
         f"config.json is missing; {SOURCE}",
         f"tokenizer.json is missing; {TOKENIZER}",
-        f"neither model.safetensors nor model.safetensors.index.json is there; {WEIGHTS}",
+        f"there is neither model.safetensors nor model.safetensors.index.json; {WEIGHTS}",
     ]
 
 
@@ -146,7 +146,7 @@ def test_shard_whose_data_was_cut_short(sharded: Path, cut: int):
 def test_git_lfs_pointer_is_not_a_weight_file(model: Path):
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert path_problems(model) == [
-        f"model.safetensors is not a safetensors file, or was cut short; {WEIGHTS}"
+        f"model.safetensors is not a safetensors file, or is truncated; {WEIGHTS}"
     ]
 
 

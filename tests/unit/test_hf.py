@@ -188,7 +188,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path, solo_mesh, change):
     save_checkpoint(tmp_path, UNTIED)
     rewrite(tmp_path, lambda t: t.update({WQ: change(t[WQ]).contiguous()}))
     sizes = rf"{WQ} \[[\d, ]+\] instead of \[96, 64\];"
-    with pytest.raises(ValueError, match=f"sizes that do not fit config.json: {sizes}"):
+    with pytest.raises(ValueError, match=f"shapes that do not match config.json: {sizes}"):
         load_role(tmp_path, solo_mesh)
 
 

@@ -73,7 +73,7 @@ def test_a_shape_that_fails_is_moved_and_passes(alone):
     assert [f.differing for f in after] == [0, 0]
     assert all(f.comparisons == 53 + 2 * 3 for f in after)
     assert line == (
-        "batch-invariant: 236 comparisons of 2 shapes equal; by our own kernels: "
+        "batch-invariant: 236 comparisons of 2 shapes bitwise equal; moved to our own kernels: "
         "broken [K 160, N 48]"
     )
 
@@ -143,7 +143,7 @@ def test_the_tiny_model_passes_here_with_any_number_of_threads(alone, dtype):
         for count in (1, 3):
             torch.set_num_threads(count)
             with batch_invariant(True, "cpu"):
-                assert "shapes equal" in self_test_of(shape, 4, dtype, CPU, alone)
+                assert "shapes bitwise equal" in self_test_of(shape, 4, dtype, CPU, alone)
                 found = check_products(products, (1, 2, 4), dtype, CPU)
             comparisons += sum(f.comparisons for f in found)
             control = check_products(products, (1, 2, 4), dtype, CPU)
@@ -171,7 +171,7 @@ def test_what_fails_on_one_rank_is_moved_on_all(tmp_path: Path):
     launch("tests/unit/test_selftest.py", 1, str(tmp_path))
     texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert texts[0] == texts[1]
-    assert texts[0].endswith("by our own kernels: broken [K 160, N 48] [(160, 48)]")
+    assert texts[0].endswith("moved to our own kernels: broken [K 160, N 48] [(160, 48)]")
 
 
 if __name__ == "__main__":
