@@ -19,8 +19,8 @@ from mesh.config.keys import refuse
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
-from mesh.program.plan import Plan
 from mesh.program.checks import prompt_problems
+from mesh.program.plan import Plan
 from mesh.roles.evaluation import held_out_prompts
 from mesh.roles.generator import EVAL_STEP
 from mesh.types import Completion, Prompt
@@ -67,9 +67,9 @@ def answers(
 
 def table(plan: Plan, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
-    marks = {"stop": ""}
     return "\n".join(
-        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}{marks.get(c.finish_reason, ' ...')}"
+        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}"
+        + ("" if c.finish_reason == "stop" else " ...")
         for c in completions
     )
 

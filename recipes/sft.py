@@ -26,13 +26,12 @@ from dataclasses import asdict, replace
 
 import torch
 
+from mesh.config.changes import changed
 from mesh.config.keys import problem, refuse, value_of
 from mesh.config.loading import read_words, to_yaml
-from mesh.config.changes import changed
 from mesh.config.schema import Conf, resolve_path
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
-    Parts,
     Program,
     assemble,
     check,
@@ -41,13 +40,13 @@ from mesh.program.assembly import (
     save_model,
     sync,
 )
+from mesh.program.plan import Plan
+from mesh.recipes.grpo import held_out
 from mesh.rl.cutting import assign
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.rl.objective import Objective
 from mesh.rl.packing import leaves
 from mesh.rl.step import passes_of
-from mesh.program.plan import Plan
-from mesh.recipes.grpo import held_out
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw, draw_prompts
@@ -69,7 +68,9 @@ def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
     with launch(conf) as process:
         conf = supervised(conf, argv)
-        plan = replace(check(conf, process), objective=Objective(CROSS_ENTROPY))
+        plan = check(conf, process)
+        trainer = replace(plan.trainer, reference=False)
+        plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY))
         examples(conf, plan, step=0)  # what does not fit is refused before anything is built
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(plan, process)
