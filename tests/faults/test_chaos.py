@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chaos_checks import finished_problems, kept_problems, kept_text, newest, text_problems
-from chaos_plan import FIRST, MESHES, plan
 from launching import launch
 from safetensors.torch import save_file
+
+from tools.chaos.checks import finished_problems, kept_problems, kept_text, newest, text_problems
+from tools.chaos.plan import FIRST, MESHES, plan
 
 
 @pytest.mark.timeout(900)

@@ -87,10 +87,14 @@ def test_imports_point_downwards(path):
     assert not wrong, f"{path} imports {sorted(wrong)}, which are not below it"
 
 
-@pytest.mark.parametrize("path", sources("mesh", "recipes", "tools"), ids=str)
-def test_nothing_imports_programs(path):
+@pytest.mark.parametrize("path", ALL, ids=str)
+def test_programs_are_imported_by_programs_of_their_own_kind(path):
+    """A tool imports from its own folder and what lies beside the folders; nobody else does."""
     roots = {name.partition(".")[0] for name in imports(path)}
-    assert not roots & {"recipes", "tools", "tests"}
+    assert not roots & ({"recipes", "tools", "tests"} - {path.parts[0]})
+    folders = {name.split(".")[1] for name in imports(path) if name.startswith("tools.")}
+    others = {"bench", "chaos", "monarch"} - {path.parts[1].removesuffix(".py")}
+    assert not folders & others
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -107,8 +111,8 @@ def test_outside_worlds_have_one_door(path):
     doors = {
         "torchtitan": path.parts[:2] == ("mesh", "model"),
         # the engine, and what it is measured against
-        "vllm": str(path).startswith(("mesh/engine/vllm", "tools/plain_vllm.py")),
-        "monarch": path == Path("tools/monarch_procs.py"),
+        "vllm": str(path).startswith(("mesh/engine/vllm/", "tools/bench/plain_vllm.py")),
+        "monarch": path == Path("tools/monarch/procs.py"),
     }
     assert not {world for world, open_here in doors.items() if world in roots and not open_here}
 
