@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mesh.layout.reshard import Block, ParamLayout
-from mesh.weights.bridge import can_alias
-
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "tests" / "programs" / "weights_program.py"
 RANKS = range(4)
@@ -120,15 +117,3 @@ def test_tensors_that_do_not_fit_are_refused_on_all_ranks(results):
 def test_sides_with_different_names_are_refused_on_all_ranks(results):
     error = alike(results, "misfits", "names")
     assert error == "ValueError: layouts do not fit: out is missing from the source"
-
-
-def test_can_alias_wants_the_same_blocks_ranks_dtypes_and_plain_storage():
-    def layout(rank: int, rows: int) -> list[ParamLayout]:
-        return [ParamLayout("w", (4,), {rank: Block((0,), (rows,))})]
-
-    fp32, bf16 = {"w": torch.float32}, {"w": torch.bfloat16}
-    assert can_alias(layout(0, 4), layout(0, 4), fp32, fp32, plain=True)
-    assert not can_alias(layout(0, 4), layout(1, 4), fp32, fp32, plain=True)
-    assert not can_alias(layout(0, 4), layout(0, 2), fp32, fp32, plain=True)
-    assert not can_alias(layout(0, 4), layout(0, 4), fp32, bf16, plain=True)
-    assert not can_alias(layout(0, 4), layout(0, 4), fp32, fp32, plain=False)

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos_checks import finished_problems
 from launching import REPOSITORY, Run, launch
 
 from mesh.checkpoint.files import Best, read_index
 from mesh.runs.compare import compare_runs
+from tools.chaos.checks import finished_problems
 
 pytestmark = pytest.mark.timeout(900)  # of a slow machine; each launch has a limit of its own
 STEPS, KILLED_AT, PROMPTS, GROUP = 6, 6, 4, 2

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, TrainerConf
-from mesh.program.checks import check_start, conf_problems
+from mesh.program.checks import check_start, conf_problems, sequence_problems
 from mesh.types import ModelShape
 
 TINY = ModelShape(128, 128, 2, 4, 4, 32, 384)
@@ -293,3 +294,11 @@ def test_check_start_passes_and_lists_a_range_only_once():
     check_start(random_conf(), 2, TINY)
     with pytest.raises(ValueError, match=r"^1 problem with the configuration:\n- group_size=1: "):
         check_start(random_conf(group_size=1), 2, TINY)
+
+
+def test_sequence_parallelism_without_ranks_to_share_is_refused():
+    _, conf = load_conf(["conf=qwen3_tiny", "trainer.sequence_parallel=true"])
+    assert "trainer.sequence_parallel=true: " in sequence_problems(conf)[0]
+    assert "trainer.tp=2" in sequence_problems(conf)[0]
+    conf.trainer.tp = 2
+    assert sequence_problems(conf) == []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 
 import pytest
-from launching import launch
 from user_tasks import Short
 
 from mesh.config.loading import load_conf
@@ -67,14 +65,3 @@ def test_what_only_training_asks_does_not_keep_a_program_from_generating():
         generating("task=user_tasks:Short")
     with pytest.raises(ValueError, match="trainer.tp=3"):
         generating("trainer.tp=3")
-
-
-def test_fewer_prompts_than_replicas_leave_one_an_empty_share(tmp_path):
-    """A replica without prompts joins in the reduction: the numbers are those of one rank."""
-    seen = []
-    for num_ranks in (1, 2):
-        output = tmp_path / f"{num_ranks}.json"
-        words = ["conf=qwen3_tiny", "eval.num_prompts=1", f"eval.output={output}"]
-        launch("recipes/evaluate.py", num_ranks, *words)
-        seen.append(json.loads(output.read_text()))
-    assert seen[0] == seen[1]

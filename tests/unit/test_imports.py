@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,10 @@ HOUSE = """
 """
 PURE = ["rl/advantages", "rl/losses", "rl/packing", "rl/step", "layout/reshard"]
 MOST_FUNCTION_LINES = 60
+MOST_CLASS_LINES = 250
 MOST_FILE_LINES = 300
+Kinds = tuple[type, ...]
+FUNCTIONS: Kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -80,6 +84,17 @@ def test_the_house_has_these_rooms_and_no_loose_module():
     assert len(set(LEVEL) - {"types"}) <= 16
 
 
+def test_the_map_in_the_docs_names_the_rooms_in_this_order():
+    """Lines `  ROOM/   text` below a line `mesh/`; `types.py` is the last."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    found = re.search(r"^```\nmesh/\n(.*?)^```$", page, re.M | re.S)
+    assert found, "docs/architecture.md: no code block that begins with a line mesh/"
+    drawn = re.findall(r"^  (\w+)(?:/|\.py) +\S", found[1], re.M)
+    assert len(drawn) == len(found[1].splitlines()), "a line of the map is no `  ROOM/   text`"
+    assert sorted(drawn) == sorted({own_room(path) for path in LIBRARY})
+    assert [LEVEL[room] for room in drawn] == sorted(LEVEL[room] for room in drawn)
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=str)
 def test_imports_point_downwards(path):
     own = own_room(path)
@@ -87,10 +102,14 @@ def test_imports_point_downwards(path):
     assert not wrong, f"{path} imports {sorted(wrong)}, which are not below it"
 
 
-@pytest.mark.parametrize("path", sources("mesh", "recipes", "tools"), ids=str)
-def test_nothing_imports_programs(path):
+@pytest.mark.parametrize("path", ALL, ids=str)
+def test_programs_are_imported_by_programs_of_their_own_kind(path):
+    """A tool imports from its own folder and what lies beside the folders; nobody else does."""
     roots = {name.partition(".")[0] for name in imports(path)}
-    assert not roots & {"recipes", "tools", "tests"}
+    assert not roots & ({"recipes", "tools", "tests"} - {path.parts[0]})
+    folders = {name.split(".")[1] for name in imports(path) if name.startswith("tools.")}
+    others = {"bench", "chaos", "monarch"} - {path.parts[1].removesuffix(".py")}
+    assert not folders & others
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -107,23 +126,56 @@ def test_outside_worlds_have_one_door(path):
     doors = {
         "torchtitan": path.parts[:2] == ("mesh", "model"),
         # the engine, and what it is measured against
-        "vllm": str(path).startswith(("mesh/engine/vllm", "tools/plain_vllm.py")),
-        "monarch": path == Path("tools/monarch_procs.py"),
+        "vllm": str(path).startswith(("mesh/engine/vllm/", "tools/bench/plain_vllm.py")),
+        "monarch": path == Path("tools/monarch/procs.py"),
     }
     assert not {world for world, open_here in doors.items() if world in roots and not open_here}
 
 
+def sizes(tree: ast.AST, kinds: Kinds, within: str = "") -> list[tuple[str, int]]:
+    """Lines of every function or class in a tree, nested ones too, by qualified name.
+
+    Two may have one name, as a property's getter and setter do; each is listed.
+    """
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        name = within
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            name = f"{within}.{node.name}" if within else node.name
+            if isinstance(node, kinds):
+                found.append((name, (node.end_lineno or 0) - node.lineno + 1))
+        found += sizes(node, kinds, name)
+    return found
+
+
 @pytest.mark.parametrize("path", ALL, ids=str)
-def test_functions_and_files_stay_small(path):
-    lines = (REPOSITORY / path).read_text().splitlines()
-    functions = [
-        node
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    sizes = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert {name: n for name, n in sizes.items() if n > MOST_FUNCTION_LINES} == {}
-    assert len(lines) <= MOST_FILE_LINES
+def test_functions_classes_and_files_stay_small(path):
+    tree = tree_of(path)
+    functions, classes = sizes(tree, FUNCTIONS), sizes(tree, (ast.ClassDef,))
+    assert [(name, n) for name, n in functions if n > MOST_FUNCTION_LINES] == []
+    assert [(name, n) for name, n in classes if n > MOST_CLASS_LINES] == []
+    lines = len((REPOSITORY / path).read_text().splitlines())
+    assert lines <= MOST_FILE_LINES
+
+
+def test_no_function_hides_behind_another_of_its_name():
+    source = """
+class A:
+    def f(self):
+        if self:
+            def g():
+                pass
+
+    @f.setter
+    def f(self):
+        pass
+
+class B:
+    async def f(self): pass
+"""
+    tree = ast.parse(source)
+    assert sizes(tree, FUNCTIONS) == [("A.f", 4), ("A.f.g", 2), ("A.f", 2), ("B.f", 1)]
+    assert sizes(tree, (ast.ClassDef,)) == [("A", 9), ("B", 2)]
 
 
 @pytest.mark.parametrize("path", sources("recipes"), ids=str)

@@ -4,12 +4,9 @@ promises of a real run. Single operators: test_invariant_operators.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import Run, launch
 
 from mesh.config.loading import load_conf
 from mesh.invariant.switch import batch_invariant, current
@@ -82,29 +79,6 @@ def test_what_cannot_be_exact_is_refused_all_at_once():
     assert "generator.dtype" in found
     _, conf = load_conf(["conf=qwen3_tiny", "invariant.chunks=3"])
     assert "invariant.chunks=3" in "\n".join(invariant_problems(conf, shape))
-
-
-SMALL = ["steps=2", "eval.every=0", "eval.num_prompts=8", "log.tensorboard=false"]
-
-
-LAYOUTS = {
-    "1+3": ["trainer.dp_shard=1", "generator.dp=3", "num_prompts=18"],
-    # without the switch: the control of test_recipes
-    "2+2, tp differs": ["trainer.dp_shard=2", "trainer.tp=1", "generator.tp=2", "num_prompts=16"],
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_trainer_and_generator_agree_to_the_bit_in_a_real_run(name, tmp_path: Path):
-    path = tmp_path / "run"
-    words = [*SMALL, *LAYOUTS[name], "mesh.mode=split", "batch_invariant=true", f"run_dir={path}"]
-    done = launch("recipes/grpo.py", 4, "conf=qwen3_tiny", *words)
-    steps = Run(path, done.stdout).metrics[1:]
-    assert len(steps) == 2
-    for metrics in steps:
-        assert metrics["tokens/trained"] > 200
-        assert metrics["logprob_diff/max"] == 0
-        assert metrics["ratio/max"] == metrics["ratio/mean"] == 1
 
 
 def test_what_a_gpu_cannot_do_exactly_is_refused(monkeypatch):

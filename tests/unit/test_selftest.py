@@ -4,17 +4,13 @@ to our kernel on every rank, and refuses what depends on it there too.
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launching import launch
+from broken_kernels import BROKEN, SOUND, many_rows, vendor
 
 from mesh.invariant.selftest import Product, check_products, operands, self_test
 from mesh.invariant.switch import batch_invariant, current
@@ -24,26 +20,6 @@ from mesh.model.products import products_of, self_test_of, tile_widths
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-SOUND, BROKEN = Product(64, 96, "sound"), Product(160, 48, "broken")
-
-Wrong = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-@contextmanager
-def vendor(name: str, wrong: Wrong) -> Iterator[None]:
-    """Make PyTorch's CPU kernel `name` give other bits where wrong(first tensor, result)."""
-    library = torch.library.Library("aten", "IMPL")
-    ordinary = torch.library.get_kernel(f"aten::{name}", "CPU")
-
-    def kernel(keyset, *args):
-        result = ordinary.call_boxed(keyset, *args)
-        return torch.nextafter(result, result + 1) if wrong(args[0], result) else result
-
-    library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
 
 
 @pytest.fixture
@@ -53,11 +29,6 @@ def alone() -> Iterator[dist.ProcessGroup]:
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     dist.destroy_process_group()
-
-
-def many_rows(a: torch.Tensor, result: torch.Tensor) -> bool:
-    """Of the product of BROKEN's shape, rows beyond the 64th call for another kernel."""
-    return a.shape == (a.shape[0], 160) and result.shape[1] == 48 and len(a) > 64
 
 
 def test_a_shape_that_fails_is_moved_and_passes(alone):
@@ -152,32 +123,3 @@ def test_the_tiny_model_passes_here_with_any_number_of_threads(alone, dtype):
     finally:
         torch.set_num_threads(threads)
     assert comparisons > 400
-
-
-def rank_of_two(rank: int, path: Path) -> None:
-    """A rank of a world of two, of which the second has the broken kernel."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(path / "store"), 2), rank=rank,
-                            world_size=2)  # fmt: skip
-    broken = many_rows if rank == 1 else lambda a, result: False
-    with vendor("mm", broken), batch_invariant(True, "cpu"):
-        line = self_test([SOUND, BROKEN], (8,), (1,), torch.float32, CPU, dist.group.WORLD)
-        (path / str(rank)).write_text(f"{line} {sorted(current().choices.tiled)}")
-    dist.destroy_process_group()
-
-
-def test_what_fails_on_one_rank_is_moved_on_all(tmp_path: Path):
-    """In a fresh process, which may still fork: this one has had threads."""
-    launch("tests/unit/test_selftest.py", 1, str(tmp_path))
-    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    assert texts[0] == texts[1]
-    assert texts[0].endswith("moved to our own kernels: broken [K 160, N 48] [(160, 48)]")
-
-
-if __name__ == "__main__":
-    other = multiprocessing.get_context("fork").Process(
-        target=rank_of_two, args=(1, Path(sys.argv[1])), daemon=True
-    )
-    other.start()
-    rank_of_two(0, Path(sys.argv[1]))
-    other.join()

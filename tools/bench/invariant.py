@@ -1,6 +1,6 @@
 """What the batch-invariant switch costs: both modes paired in one run, ratios on/off.
 
-    python tools/bench_invariant.py [linears] [model] [decode] [cpu] [flavor=0.6B]
+    python -m tools.bench.invariant [linears] [model] [decode] [cpu] [flavor=0.6B]
 
 With a GPU: every linear layer of Qwen3-0.6B and 8B over the library's default; a whole forward and
 forward+backward of `flavor`, against the fastest attention torch has; decoding through the native
@@ -15,14 +15,14 @@ import sys
 from statistics import median
 
 import torch
-from bench_main import hardware, print_row
-from invariant_model import bench_decode, bench_forward
-from invariant_tiny import bench_tiny
-from timing import captured, paired
 
 from mesh.invariant.switch import batch_invariant
 from mesh.model.families import shape_of_flavor
 from mesh.types import ModelShape
+from tools.bench.invariant_model import bench_decode, bench_forward
+from tools.bench.invariant_tiny import bench_tiny
+from tools.bench.report import hardware, print_row
+from tools.bench.timing import captured, paired
 
 ROWS = (1, 8, 64, 512, 8192)
 FLUSH_BYTES = 160 << 20  # weights of a timing, together: three times an H100's L2 cache

@@ -1,4 +1,4 @@
-"""One of our engines for `tools/bench_engine.py`: answers batch sizes on stdin with rates."""
+"""One of our engines for `engine.py`: answers batch sizes on stdin with rates."""
 
 from __future__ import annotations
 

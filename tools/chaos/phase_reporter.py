@@ -1,6 +1,6 @@
 """Runs a recipe unchanged, lets another process see in which phase each rank is, and stops there.
 
-    PHASE_FILE=FILE torchrun ... tools/phase_reporter.py recipes/grpo.py conf=qwen3_tiny ...
+    PHASE_FILE=FILE torchrun ... tools/chaos/phase_reporter.py recipes/grpo.py conf=qwen3_tiny ...
 
 Every rank notes its present phase in its record of FILE, which is mapped into memory: what it says
 is true at any moment, also after a kill -9. Where the record asks for it, the rank stops itself
@@ -154,8 +154,8 @@ def watch(report: Reporter) -> None:
     wrap(Checkpointer, "load", lambda: report("load"))
     for name in ("log", "log_samples"):
         wrap(MetricsLogger, name, lambda: report("log"))
-    wrap(mesh.evaluate, "evaluate", lambda: report("eval"))
-    wrap(mesh.program, "save_model", lambda: report("save"))
+    wrap(mesh.roles.evaluation, "evaluate", lambda: report("eval"))
+    wrap(mesh.program.assembly, "save_model", lambda: report("save"))
 
 
 def main(argv: list[str]) -> None:

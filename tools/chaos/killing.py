@@ -19,8 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measured_run import ROOT, children, rank_of
-from phase_reporter import ALL_OF, STARTUP, WRITING, finished_steps, open_records
+
+from tools import ROOT
+from tools.chaos.phase_reporter import (
+    ALL_OF,
+    STARTUP,
+    WRITING,
+    finished_steps,
+    open_records,
+)
+from tools.processes import children, rank_of, send, states_of
 
 MARK = "MESH_CHAOS_JOB"  # an environment variable that all processes of a job inherit
 GONE_SECONDS = 60.0  # by then all processes have ended after a kill; 30 on a machine of one's own
@@ -61,9 +69,8 @@ class Job:
         self.log, self.num_ranks, self.token = log, num_ranks, uuid.uuid4().hex
         phases = log.with_suffix(".phases")
         self.records: np.ndarray = open_records(phases, num_ranks, new=True)
-        here = Path(__file__).resolve().parent
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-        program = (here / "phase_reporter.py", ROOT / "recipes" / recipe)
+        program = (ROOT / "tools/chaos/phase_reporter.py", ROOT / "recipes" / recipe)
         paths = [str(ROOT), os.environ.get("PYTHONPATH")]
         job = {
             MARK: self.token,
@@ -197,19 +204,3 @@ class Job:
             send(pid, signal.SIGKILL)
         steps = finished_steps(self.records[rank])
         return Struck(rank, self._phase(rank, aim), steps, self.wait_until_gone())
-
-
-def states_of(pid: int) -> dict[int, str]:
-    """The states of a process's threads by their ids, as in proc(5); the first has the id `pid`.
-    None where the process is not there."""
-    states = {}
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # that thread has just ended
-            states[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()[0]
-    return states
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    """A signal to a process, which may have ended by now."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)

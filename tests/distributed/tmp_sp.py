@@ -8,9 +8,6 @@ from pathlib import Path
 
 from launching import run
 
-from mesh.config.loading import load_conf
-from mesh.program.checks import sequence_problems
-
 SMALL = ["num_prompts=16", "steps=2", "eval.num_prompts=8", "log.tensorboard=false"]
 LAYOUT = ["trainer.tp=2", "trainer.dp_shard=2", "trainer.sequence_parallel=true"]
 EXACT = ["batch_invariant=true", "kl_coef=0.1"]
@@ -26,11 +23,3 @@ def test_a_sequence_parallel_run_is_exact_to_the_bit(tmp_path: Path):
         assert metrics["ratio/max"] == metrics["ratio/mean"] == 1
     # the policy starts as the reference, and moves
     assert first["kl"] == 0 < second["kl"]
-
-
-def test_sequence_parallelism_without_ranks_to_share_is_refused():
-    _, conf = load_conf(["conf=qwen3_tiny", "trainer.sequence_parallel=true"])
-    assert "trainer.sequence_parallel=true: " in sequence_problems(conf)[0]
-    assert "trainer.tp=2" in sequence_problems(conf)[0]
-    conf.trainer.tp = 2
-    assert sequence_problems(conf) == []

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_main import print_row
-from timing import Switch, paired
 
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
@@ -17,6 +15,8 @@ from mesh.rl.losses import policy_loss_T
 from mesh.rl.packing import PackedBatch
 from mesh.rl.step import Share, share_of
 from mesh.tasks import drawn
+from tools.bench.report import print_row
+from tools.bench.timing import Switch, paired
 
 MOST = {"generation": 2.0, "training": 1.5}
 REPEATS = 7

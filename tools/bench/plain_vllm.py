@@ -1,4 +1,4 @@
-"""vLLM as its users have it, for `tools/bench_engine.py`: its own LLM class, model and settings.
+"""vLLM as its users have it, for `engine.py`: its own LLM class, model and settings.
 
 Not an engine of this program: what ours are measured against. Without logprobs, which ours give.
 """

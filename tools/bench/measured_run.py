@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools import ROOT
+from tools.processes import children, peak_rss, rank_of
+
 POLL_SECONDS = 0.1
 
 
@@ -82,31 +84,6 @@ def children_cpu_seconds() -> float:
     """CPU time of this process's finished children and theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def children(parent: int) -> list[int]:
-    """Process ids of the direct children of a process (Linux)."""
-    tasks = Path(f"/proc/{parent}/task").glob("*/children")
-    try:
-        return [int(pid) for task in tasks for pid in task.read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def rank_of(pid: int) -> int | None:
-    """The RANK that torchrun gave a process; None for its other children."""
-    for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-        if variable.startswith(b"RANK="):
-            return int(variable.removeprefix(b"RANK="))
-    return None
-
-
-def peak_rss(pid: int) -> int:
-    """Most resident memory that a process ever had [bytes]; 0 for one that has just ended."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def gpu_bytes() -> int:

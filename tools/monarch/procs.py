@@ -1,9 +1,8 @@
-"""The door to Monarch: processes on one or several hosts, each of which runs a script in its main
-thread.
+"""The door to Monarch: processes on one or several hosts, each of which runs a script.
 
-Monarch calls actors on threads of their own. A recipe wants the main thread, which alone can take
-signals, so a process of the mesh is started with this file as its program: Monarch's loop runs in a
-thread, and an endpoint hands the script to the main thread. Everything else is as under torchrun.
+Monarch calls actors on threads of their own. A recipe needs the main thread, which alone can handle
+signals, so a process of the mesh has `process.py` as its program: Monarch's loop runs in a thread,
+and an endpoint hands the script to the main thread. Everything else is as under torchrun.
 """
 
 from __future__ import annotations
@@ -12,21 +11,15 @@ import asyncio
 import contextlib
 import os
 import queue
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import traceback
-from dataclasses import dataclass
 
 os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")  # 10 s to see a death
 
-sys.path.append(os.path.dirname(__file__))  # last: monarch.py lies there too
-
 import monarch.actor
-from lifeline import Lifelines, hold
 from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
 from monarch.actor import (
     Actor,
@@ -38,32 +31,16 @@ from monarch.actor import (
     this_host,
 )
 
+from tools.monarch.jobs import Ended, Job, execute, jobs, running
+from tools.monarch.lifeline import Lifelines, hold
+
+PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "process.py")
 LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
 # Else the kernel kills a process whose parent died before it can kill its children. Each process
 # then says "(bootstrap) PDEATHSIG disabled via config".
 NO_PDEATHSIG = "HYPERACTOR_MESH_BOOTSTRAP_ENABLE_PDEATHSIG"
 LINE_SECONDS = 2.0  # from Monarch's word of a death to its own; the line to a lost host holds
 STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
-
-
-@dataclass(frozen=True)
-class Job:
-    """A script with its words, and where and in what environment it runs."""
-
-    argv: list[str]
-    directory: str
-    environment: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended: `status` where its script came to an end, else the process's `death`.
-    `killed`: it did not end by itself."""
-
-    rank: int
-    status: int | None = None
-    death: str = ""
-    killed: bool = False
 
 
 class NoMeshError(Exception):
@@ -121,7 +98,7 @@ class Procs:
         port = await self._lifelines.open(self.hosts.address)
         output = "remote" if self.hosts.addresses else "inherited"
         command = default_bootstrap_cmd()
-        command.args = ["-P", __file__]  # -P: monarch.py beside this file is not the package
+        command.args = [PROGRAM]
         lifeline = {LIFELINE: f"{self.hosts.address}:{port}:{output}", NO_PDEATHSIG: "false"}
         command.env = {**command.env, **self.environment, **lifeline}
         self._mesh = self.hosts.mesh.spawn_procs(
@@ -202,7 +179,7 @@ def serve(address: str) -> int:
     """
     status = 0
     while status == 0:
-        with subprocess.Popen([sys.executable, "-P", __file__, address], stdin=-1) as loop:
+        with subprocess.Popen([sys.executable, PROGRAM, address], stdin=-1) as loop:
             status = loop.wait()
     return status
 
@@ -213,14 +190,8 @@ def host(address: str) -> None:
     run_worker_loop_forever(ca="trust_all_connections", address=f"tcp://{address}")
 
 
-# ... and from here on a process of the mesh.
-
-jobs: queue.Queue[tuple[Job, queue.Queue[int]] | None] = queue.Queue()
-
-
-def main() -> None:
-    """The program of a process: run what comes until Monarch stops it."""
-    sys.modules["monarch_procs"] = sys.modules["__main__"]  # whose actor is called
+def work() -> None:
+    """The program of a process of the mesh: run jobs until Monarch stops it."""
     line = hold(os.environ.pop(LIFELINE))
     threading.Thread(target=take_part, name="monarch").start()
     try:
@@ -228,7 +199,7 @@ def main() -> None:
             job, done = item
             line.sendall(f"rank {job.environment['RANK']}\n".encode())
             done.put(execute(job))
-    except KeyboardInterrupt:  # before the script took its signals
+    except KeyboardInterrupt:  # before the script installed its signal handlers
         os._exit(128 + signal.SIGINT)
 
 
@@ -239,40 +210,6 @@ def take_part() -> None:
     try:
         invoke_main()
     except SystemExit as end:
-        if end.code or busy.is_set():
+        if end.code or running.is_set():
             os._exit(int(end.code or 0))
     jobs.put(None)
-
-
-busy = threading.Event()
-
-
-def execute(job: Job) -> int:
-    """Run a script as `python SCRIPT WORDS` would; returns its exit status. An exception that it
-    does not catch ends the process."""
-    os.environ.update(job.environment)
-    os.chdir(job.directory)
-    sys.argv[:] = job.argv
-    sys.orig_argv[:] = [sys.executable, *job.argv]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(job.argv[0])))
-    busy.set()
-    try:
-        runpy.run_path(job.argv[0], run_name="__main__")
-        return 0
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    finally:
-        busy.clear()
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-if __name__ == "__main__":
-    host(sys.argv[1]) if len(sys.argv) > 1 else main()

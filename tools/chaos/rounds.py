@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from chaos_checks import (
+from tools.chaos.checks import (
     Texts,
     exact_problems,
     finished_problems,
@@ -18,8 +18,8 @@ from chaos_checks import (
     resumed_problems,
     text_problems,
 )
-from chaos_plan import MESHES, STEPS, Round, victim_of, words_of
-from killing import Aim, Job, Struck
+from tools.chaos.killing import Aim, Job, Struck
+from tools.chaos.plan import MESHES, STEPS, Round, victim_of, words_of
 
 PROMPTS, GROUP = 8, 4
 SMALL = [

@@ -1,6 +1,6 @@
 """The figures of the main job, measured on real runs and held against their targets.
 
-    python tools/bench_main.py [seeds=3] [modes=colocated,split] [gpu=true|false] [key=value ...]
+    python -m tools.bench.main [seeds=3] [modes=colocated,split] [gpu=true|false] [key=value ...]
 
 Without a GPU: `conf=qwen3_tiny` on 2 ranks, for each mode and seed, then the native engine by
 itself. With one (`gpu=false` to leave it alone): `conf=qwen3 model.init=random`, 10 steps of 64
@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measured_run import MeasuredRun, run_recipe
 
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
 from mesh.program.assembly import Program, assemble, check, sync
-from mesh.runs.directory import cpu_model
 from mesh.types import Request, Sampling
+from tools.bench.measured_run import MeasuredRun, run_recipe
+from tools.bench.report import hardware, print_row
 
 START_BELOW = 0.35
 END_AT_LEAST = 0.85
@@ -59,15 +59,6 @@ def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     if options["gpu"] not in ("true", "false") or not options["seeds"].isdigit():
         raise SystemExit(__doc__)
     return options, [word for word in argv if word.partition("=")[0] not in options]
-
-
-def hardware() -> str:
-    """The machine in one line; how busy it was belongs to a timing."""
-    words = [f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}"]
-    if torch.cuda.is_available():
-        words.append(torch.cuda.get_device_name(0))
-    words += [f"torch {torch.__version__}", f"load average {os.getloadavg()[0]:.1f} at start"]
-    return ", ".join(words)
 
 
 def bench_learning(modes: list[str], seeds: int, words: list[str], runs: Path) -> list[str]:
@@ -185,11 +176,6 @@ def bench_gpu(words: list[str], runs: Path) -> None:
         f"{step_median(run, 'tokens/generated'):,.0f}",
         f"{run.peak_gpu / 1e9:.1f}", f"{run.wall_seconds:.0f}",
     )  # fmt: skip
-
-
-def print_row(*cells: str) -> None:
-    """A row of a Markdown table, as it goes into LOG.md."""
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

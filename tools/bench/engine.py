@@ -1,8 +1,8 @@
 """Engines side by side: tokens per second, and seconds from the start to the first token.
 
-    python tools/bench_engine.py [conf=NAME] [batches=32] [prompt=16] [new=64] [repeats=5] ...
+    python -m tools.bench.engine [conf=NAME] [batches=32] [prompt=16] [new=64] [repeats=5] ...
 
-Every engine is a process of its own (`tools/engine_worker.py`, `tools/plain_vllm.py`) that starts
+Every engine is a process of its own (`engine_worker.py`, `plain_vllm.py`) that starts
 without anything compiled; they take turns, so that whatever else the machine does disturbs all
 alike. Without a GPU: the tiny model, and CPU time of the process, which others do not lengthen.
 With one: the shape of Qwen3-0.6B, 256 and 8 prompts of 128 tokens, 256 new tokens each, in two
@@ -46,7 +46,6 @@ ON_GPU = {"conf": "qwen3", "batches": "256,8", "prompt": "128", "new": "256", "r
 LEAST_ON_CPU = 5000
 LEAST_RATIOS = {"vllm native": 0.95, "vllm titan": 0.85}
 EXACT_AT_MOST, START_AT_MOST = 1.15, 1.10
-TOOLS = Path(__file__).parent
 
 
 @dataclass
@@ -83,8 +82,8 @@ def start_worker(kind: str, options: dict[str, str], words: list[str], caches: s
     if torch.cuda.is_available():
         page = 16 if kind in (PLAIN, "vllm native") else CUDA_PAGE
         sizes.append(f"generator.kv_tokens={most * (length // page + 1) * page}")  # all at a time
-    program = "plain_vllm.py" if kind == PLAIN else "engine_worker.py"
-    command = [sys.executable, str(TOOLS / program), options["prompt"], *sizes, *words]
+    module = f"tools.bench.{'plain_vllm' if kind == PLAIN else 'engine_worker'}"
+    command = [sys.executable, "-m", module, options["prompt"], *sizes, *words]
     places = {name: str(Path(caches, kind.replace(" ", "_"), name)) for name in CACHES}
     began = time.perf_counter()
     process = subprocess.Popen(

@@ -9,8 +9,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from bench_main import print_row
-from timing import Switch, paired
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,6 +19,8 @@ from mesh.model.attention import AttentionContext, flash_attention_2, packed_con
 from mesh.model.families import shape_of_flavor
 from mesh.model.policy import Policy, build_policy
 from mesh.types import CUDA_PAGE, ModelShape, Request, Sampling
+from tools.bench.report import print_row
+from tools.bench.timing import Switch, paired
 
 PACKINGS = ((16, 512), (2, 4096))  # (sequences, tokens of each)
 BATCHES, PROMPT_TOKENS, NEW_TOKENS = (8, 64, 256), 128, 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from killing import Aim
-from phase_reporter import WRITING
+from tools.chaos.killing import Aim
+from tools.chaos.phase_reporter import WRITING
 
 # name: (ranks, layout); trainer dp_replicate x dp_shard x tp, generator dp x tp
 MESHES = {

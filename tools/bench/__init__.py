@@ -1,0 +1,1 @@
+"""Benchmarks. Run from the repository: `python -m tools.bench.main`, `.invariant`, `.engine`."""

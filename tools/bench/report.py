@@ -1,0 +1,23 @@
+"""Lines of a benchmark's report: the machine, and rows of a Markdown table."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mesh.runs.directory import cpu_model
+
+
+def hardware() -> str:
+    """The machine in one line; how busy it was belongs to a timing."""
+    words = [f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}"]
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name(0))
+    words += [f"torch {torch.__version__}", f"load average {os.getloadavg()[0]:.1f} at start"]
+    return ", ".join(words)
+
+
+def print_row(*cells: str) -> None:
+    """A row of a Markdown table, as it goes into LOG.md."""
+    print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,0 +1,1 @@
+"""Kill real runs and resume them; `python tools/chaos.py` is the command."""

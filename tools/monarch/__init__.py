@@ -1,0 +1,1 @@
+"""Launch a recipe on a Monarch proc mesh; `python tools/monarch.py` is the command."""
