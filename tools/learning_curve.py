@@ -96,9 +96,7 @@ def picture(metrics: Sequence[dict[str, Any]], source: str) -> str:
     ])  # fmt: skip
 
 
-def points(
-    metrics: Sequence[dict[str, Any]], metric: str, last: int
-) -> list[tuple[float, float]]:
+def points(metrics: Sequence[dict[str, Any]], metric: str, last: int) -> list[tuple[float, float]]:
     """Pixel positions of the steps that logged `metric`; a null (not finite) is a gap."""
     logged = [(entry["step"], entry.get(metric)) for entry in metrics]
     return [position(step, value, last) for step, value in logged if value is not None]
