@@ -1,0 +1,141 @@
+"""Draws the learning curve of a run as an SVG that is legible on light and dark pages.
+
+    python tools/learning_curve.py RUN_DIR OUTPUT.svg
+
+Reads RUN_DIR/metrics.jsonl and environment.json. The description inside the picture names the
+commit, the number of ranks and the digest of the final weights, so that a curve can be traced to
+its run. Exit status 2 where the run cannot be read. Left out: other metrics (use TensorBoard or
+W&B), several runs in one picture, smoothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from mesh.runs.compare import read_lines
+
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 48, 16, 16, 40  # margins around the plot
+TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #57606a }
+  .grid { stroke: #d0d7de }
+  .line { fill: none; stroke-width: 2; stroke-linejoin: round }
+  .reward { stroke: #8c959f; stroke-width: 1.2 }
+  .sampled { stroke: #0969da }
+  .greedy { stroke: #1a7f37; stroke-dasharray: 6 4 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #b1bac4 }
+    .grid { stroke: #373e47 }
+    .reward { stroke: #768390 }
+    .sampled { stroke: #539bf5 }
+    .greedy { stroke: #57ab5a }
+  }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of the picture: a metric of `metrics.jsonl`, its CSS class and its legend."""
+
+    metric: str
+    css: str
+    label: str
+
+
+SERIES = (
+    Series("reward/mean", "reward", "training reward"),
+    Series("eval/accuracy", "sampled", "held-out accuracy, sampled"),
+    Series("eval/accuracy_greedy", "greedy", "held-out accuracy, greedy"),
+)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2 or argv[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    run_dir, output = Path(argv[0]), Path(argv[1])
+    try:
+        text = picture(read_lines(run_dir / "metrics.jsonl", killed=True), origin(run_dir))
+    except (OSError, ValueError) as error:
+        print(f"{run_dir}: {error}", file=sys.stderr)
+        return 2
+    output.write_text(text)
+    return 0
+
+
+def origin(run_dir: Path) -> str:
+    """Where a run comes from: the words of its command, its ranks and its commit."""
+    environment = json.loads((run_dir / "environment.json").read_text())
+    words = environment["command"].split()
+    conf = next((word for word in words if word.startswith("conf=")), "conf unknown")
+    return f"{conf}, {environment['world_size']} ranks, commit {environment['git']}"
+
+
+def picture(metrics: Sequence[dict[str, Any]], source: str) -> str:
+    """The SVG of a run's metrics. Raises ValueError where no step was logged."""
+    last = max((line["step"] for line in metrics), default=0)
+    if not last:
+        raise ValueError("metrics.jsonl holds no step; let the run take one first")
+    digest = metrics[-1].get("digest/weights", "unknown")
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        "<title>Learning curve: reward and held-out accuracy over optimizer steps</title>",
+        f"<desc>{escape(source)}; {last} steps, digest/weights {digest}</desc>",
+        f"<style>{STYLE}</style>",
+        *axes(last),
+        *(line(series, points(metrics, series.metric, last)) for series in SERIES),
+        *legend(),
+        "</svg>\n",
+    ])  # fmt: skip
+
+
+def points(metrics: Sequence[dict[str, Any]], metric: str, last: int) -> list[tuple[float, float]]:
+    """Pixel positions of the steps that logged `metric`; a null (not finite) is a gap."""
+    logged = [(entry["step"], entry.get(metric)) for entry in metrics]
+    return [position(step, value, last) for step, value in logged if value is not None]
+
+
+def position(step: float, value: float, last: int) -> tuple[float, float]:
+    """Pixels of a step (0 to `last`) and a value (0 to 1)."""
+    x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
+    y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - value)
+    return round(x, 1), round(y, 1)
+
+
+def axes(last: int) -> Iterator[str]:
+    """Horizontal grid lines with their values, and the steps below."""
+    for value in TICKS:
+        x, y = position(0, value, last)
+        yield f'<path class="grid" d="M{x} {y}H{WIDTH - RIGHT}"/>'
+        yield f'<text x="{x - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>'
+    for step in dict.fromkeys(round(last * part / 5) for part in range(6)):
+        x, y = position(step, 0, last)
+        yield f'<text x="{x}" y="{y + 20}" text-anchor="middle">{step}</text>'
+    x, y = position(last / 2, 0, last)
+    yield f'<text x="{x}" y="{y + 36}" text-anchor="middle">optimizer step</text>'
+
+
+def line(series: Series, pixels: Sequence[tuple[float, float]]) -> str:
+    """A series as one polyline."""
+    listed = " ".join(f"{x:g},{y:g}" for x, y in pixels)
+    return f'<polyline class="line {series.css}" points="{listed}"/>'
+
+
+def legend() -> Iterator[str]:
+    """Lines and labels in the lower right corner, which a run that learns leaves free."""
+    x = WIDTH - 240
+    for row, series in enumerate(SERIES):
+        y = HEIGHT - BOTTOM - 50 + 19 * row
+        yield f'<path class="line {series.css}" d="M{x} {y}h28"/>'
+        yield f'<text x="{x + 36}" y="{y + 4}">{series.label}</text>'
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
