@@ -19,13 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo import chosen, held_out, train_step
-
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.recipes.grpo import chosen, held_out, train_step
 from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
 
 USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
