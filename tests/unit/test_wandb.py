@@ -6,8 +6,9 @@ import json
 import os
 
 import pytest
-from grpo import main
 from launching import Run
+
+from mesh.recipes.grpo import main
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 WORDS = [
