@@ -35,7 +35,7 @@ from mesh.program.assembly import (
     weights_digest,
 )
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import ScoredWave, samples_of, share_of, waves_of
+from mesh.rl.step import ScoredWave, credited, samples_of, share_of, waves_of
 from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
@@ -104,10 +104,11 @@ def train_step(
             rollouts = generator.rollout(program.scorer, part, keys.group_size, sampling)
         with phases("exchange"):
             wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, objective, keys, trainer.dp, trainer.dp_rank)
+            share = share_of(wave, keys, trainer.dp, trainer.dp_rank)
         with phases("train"):
             generator.release()
             known = trainer.score(share.passes, objective.needs)
+            share = credited(share, wave, objective, keys)
             scores = trainer.accumulate(share.passes, objective, known)
         if inspect is not None:
             inspect(program, process, ScoredWave(step, part, rollouts, wave, share, *scores))

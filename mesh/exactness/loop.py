@@ -179,7 +179,7 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     sampling = generator.sampling(step, temperature)
     rollouts = generator.rollout(program.scorer, prompts, plan.step.group_size, sampling)
     wave = program.exchange([p.prompt_id for p in prompts], rollouts)
-    share = share_of(wave, plan.objective, plan.step, trainer.dp, trainer.dp_rank)
+    share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank)
     at = temperature or 1.0
     found = score(trainer, share.passes, at)
     program.exchange.flush()

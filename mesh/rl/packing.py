@@ -22,7 +22,8 @@ from mesh.types import Rollout, RolloutKey
 @dataclass(frozen=True)
 class Leaf:
     """Rollouts of one prompt, in the order of their sample ids, each with its advantage and the
-    weight of its tokens in the sum of losses. `piece` counts the pieces of a group that was cut.
+    weight of its tokens in the sum of losses (zeros until they are known). `piece` counts the
+    pieces of a group that was cut.
     """
 
     prompt_id: int

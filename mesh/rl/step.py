@@ -6,8 +6,8 @@ rollouts; only its own leaves hold tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,18 +70,17 @@ class ScoredWave:
     entropy_A: torch.Tensor
 
 
-def share_of(
-    wave: Wave, objective: Objective, step: StepSettings, num_ranks: int, rank: int | None
-) -> Share:
-    """The work of data-parallel `rank` of `num_ranks` on a wave; None, off the trainer: nothing."""
+def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -> Share:
+    """The work of data-parallel `rank` of `num_ranks` on a wave, cut into passes, before anything
+    is known of advantages; None, off the trainer: nothing.
+    """
     if not wave.outlines or rank is None:
         return Share([], 0, 0)
-    rewards_PG = wave.rewards(step.group_size)
-    dropped_P = equal_groups(rewards_PG) & step.drop_equal_groups
-    advantages = advantages_of(wave, objective, step.group_size)
-    kept = {i for i, drop in zip(advantages, dropped_P.tolist(), strict=True) if not drop}
+    dropped_P = equal_groups(wave.rewards(step.group_size)) & step.drop_equal_groups
+    pairs = zip(prompt_ids_of(wave, step.group_size), dropped_P.tolist(), strict=True)
+    kept = {prompt_id for prompt_id, drop in pairs if not drop}
     outlines = [o for o in wave.outlines if o.prompt_id in kept]
-    mine = _leaves(wave, kept, advantages, objective, step)
+    mine = _leaves(wave, kept, step)
     counts = leaf_tokens(outlines, num_ranks, step.pass_tokens)
     assert [leaf.num_tokens for leaf in mine] == counts[rank], "leaves are not the schedule's"
     return Share(
@@ -89,6 +88,20 @@ def share_of(
         sum(o.length for o in outlines),
         len(outlines),
     )
+
+
+def credited(share: Share, wave: Wave, objective: Objective, step: StepSettings) -> Share:
+    """The share with advantages and token weights, from the rewards of whole groups."""
+    advantages = advantages_of(wave, objective, step.group_size)
+    passes = [[_credited(leaf, advantages, objective) for leaf in one] for one in share.passes]
+    return replace(share, passes=passes)
+
+
+def _credited(leaf: Leaf, advantages: Mapping[int, Sequence[float]], objective: Objective) -> Leaf:
+    group, lengths_R = advantages[leaf.prompt_id], torch.tensor([r.length for r in leaf.rollouts])
+    advantages_R = torch.tensor([group[r.sample_id] for r in leaf.rollouts])
+    weights_R = objective.weights(lengths_R)
+    return replace(leaf, advantages=tuple(advantages_R.tolist()), weights=tuple(weights_R.tolist()))
 
 
 def passes_of(
@@ -99,28 +112,25 @@ def passes_of(
     return [[mine[i] for i in indices] for indices in planned]
 
 
+def prompt_ids_of(wave: Wave, group_size: int) -> list[int]:
+    """The prompts of a wave, in the order of its outlines."""
+    return [o.prompt_id for o in wave.outlines[::group_size]]
+
+
 def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int, list[float]]:
-    """The advantages of each prompt's samples, by prompt_id, in the order of the outlines."""
-    prompt_ids = [o.prompt_id for o in wave.outlines[::group_size]]
+    """The advantages of each prompt's samples, by prompt_id; none off the trainer."""
+    if not wave.outlines:
+        return {}
     advantages_PG = objective.advantages(wave.rewards(group_size))
-    return dict(zip(prompt_ids, advantages_PG.tolist(), strict=True))
+    return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 
-def _leaves(
-    wave: Wave,
-    kept: set[int],
-    advantages: dict[int, list[float]],
-    objective: Objective,
-    step: StepSettings,
-) -> list[Leaf]:
+def _leaves(wave: Wave, kept: set[int], step: StepSettings) -> list[Leaf]:
     owned = {r.prompt_id for r in wave.rollouts}
     assert_complete((r.key for r in wave.rollouts), owned, step.group_size)
     rollouts = [r for r in wave.rollouts if r.prompt_id in kept]
-    if not rollouts:
-        return []
-    lengths_R = torch.tensor([r.length for r in rollouts])
-    advantages_R = torch.tensor([advantages[r.prompt_id][r.sample_id] for r in rollouts])
-    return leaves(rollouts, advantages_R, objective.weights(lengths_R), step.pass_tokens)
+    zeros_R = torch.zeros(len(rollouts))
+    return leaves(rollouts, zeros_R, zeros_R, step.pass_tokens)
 
 
 def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]]:
