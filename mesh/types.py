@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is asked for: `num_samples` independent completions of one prompt."""
+    """A request to an engine: `num_samples` independent completions of one prompt."""
 
     prompt_id: int
     tokens: tuple[int, ...]
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine draws tokens.
+    """The sampling of an engine.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
     token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
@@ -181,7 +181,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Qwen3 is: the sizes that a layout has to divide, and the constants of its maths.
+    """A model by its sizes, which a layout has to divide, and the constants of its maths.
 
     `max_positions`: the longest context it was made for.
     """

@@ -69,7 +69,7 @@ def only_reading(conf: Conf) -> Conf:
 
 
 def origin(conf: Conf, first: int) -> str:
-    """Where a replay starts, in words."""
+    """The start of a replay, in words."""
     if first:
         return f"checkpoints/step-{first}"
     weights = f"of seed {conf.seed}" if conf.model.init == "random" else f"in {conf.model.path}"
@@ -77,7 +77,7 @@ def origin(conf: Conf, first: int) -> str:
 
 
 def read_words(argv: list[str]) -> tuple[Path, int, list[str]]:
-    """RUN_DIR, the step, and the words that are the run's."""
+    """RUN_DIR, the step, and the arguments that are the run's."""
     named = [word for word in argv if word.startswith("step=")]
     number = named[-1].removeprefix("step=") if named else ""
     if not argv or argv[0] in named or argv[0].startswith("-") or not number.isdecimal():
@@ -87,7 +87,7 @@ def read_words(argv: list[str]) -> tuple[Path, int, list[str]]:
 
 
 def or_refuse(read: Any, *words: Any) -> Any:
-    """What `read` gives; its ValueError ends the process as one of the command line does."""
+    """The result of `read`; its ValueError ends the process as one of the command line does."""
     try:
         return read(*words)
     except ValueError as error:

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
 def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     """The configuration with the supervised steps and learning rate, from random weights.
 
-    Raises ValueError that lists the words of the command line `argv` which this overrules.
+    Raises ValueError that lists the arguments of `argv` which this overrides.
     """
     words, _ = read_words(list(argv))
     typed = {word.name: value_of(conf, word.name) for word in words if word.name in INSTEAD}

@@ -29,9 +29,9 @@ from mesh.config.changes import changed
 from mesh.config.loading import to_yaml
 from mesh.config.schema import Conf
 from mesh.exactness.comparison import Rollouts
-from mesh.exactness.crossing import layout_checks, reference_of
 from mesh.exactness.engines import engine_checks
 from mesh.exactness.generator import generator_checks
+from mesh.exactness.layout_checks import layout_checks, reference_of
 from mesh.exactness.layouts import built
 from mesh.exactness.loop import loop_checks, mixed_check, twice_checks
 from mesh.exactness.table import Check, as_json, header, line, passed, verdict, with_control

@@ -26,7 +26,7 @@ INF = float("inf")
 
 @dataclass(frozen=True)
 class InvariantConf:
-    chunks: int = key(4, "most parts of a layer that are tested to have its bits: bounds tp", ge=1)
+    chunks: int = key(4, "largest tensor-parallel degree that the self-test covers", ge=1)
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ class TrainerConf:
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", ge=0, lt=INF)
-    warmup_steps: int = key(0, "steps over which the learning rate rises linearly", ge=0)
-    clip_norm: float = key(
-        1.0, "the gradient's norm is clipped to this; 0: not at all", ge=0, lt=INF
-    )
-    microbatch_tokens: int = key(16384, "most tokens packed into one forward [tokens]", ge=1)
+    warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
+    clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
+    microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "recompute activations in the backward pass"
     )
@@ -88,12 +86,12 @@ class GeneratorConf:
         None, "dtype of weights, activations and KV cache; unset: bfloat16 on CUDA, float32 on CPU"
     )
     temperature: float = key(1.0, "sampling temperature of the rollouts", gt=0, lt=INF)
-    top_k: int = key(0, "sample from the k likeliest tokens; 0: from all", ge=0)
+    top_k: int = key(0, "sample from the k most likely tokens; 0: from all", ge=0)
     top_p: float = key(
-        1.0, "sample from the smallest set with this probability; 1: from all", gt=0, le=1
+        1.0, "nucleus: sample from the smallest set with this probability; 1: from all", gt=0, le=1
     )
-    max_new_tokens: int = key(256, "longest response [tokens]", ge=1)
-    max_sequences: int = key(256, "most sequences decoded at a time, per engine", ge=1)
+    max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
+    max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
     kv_tokens: int = key(
         0,
         "KV cache of one engine [tokens]; 0: max_sequences full responses, on a GPU with prompts "
@@ -101,32 +99,30 @@ class GeneratorConf:
         ge=0,
     )
     page_size: int = key(
-        0, "tokens a KV page holds; 0: 256 on CUDA (its kernel wants it), 16 on CPU", ge=0
+        0, "tokens per KV page; 0: 256 on CUDA (required by its kernel), 16 on CPU", ge=0
     )
-    prefill_tokens: int = key(8192, "most prompt tokens of one forward pass [tokens]", ge=1)
-    prefix_cache: bool = key(True, "the samples of one prompt share its prompt's KV")
+    prefill_tokens: int = key(8192, "max prompt tokens per forward pass [tokens]", ge=1)
+    prefix_cache: bool = key(True, "samples of one prompt share the prompt's KV")
     cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
 
 
 @dataclass(frozen=True)
 class RewardConf:
     workers: int | None = key(
-        None, "processes that score, per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+        None, "scoring processes per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
     )
-    timeout_seconds: float = key(60.0, "the longest that one score may take [s]", gt=0, le=1e6)
+    timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
-        "stop", "a score that hangs, raises, crashes or is not finite ends the run, or is 0.0"
+        "stop", "a score that hangs, raises, crashes or is not finite: end the run, or count 0.0"
     )
 
 
 @dataclass(frozen=True)
 class VllmConf:
     model: Literal["titan", "native"] = key(
-        "titan", "what vLLM runs: the trainer's own model, which can be exact, or its own Qwen3"
+        "titan", "the model that vLLM runs: the trainer's, which can be exact, or vLLM's own"
     )
-    release: bool = key(
-        True, "colocated on a GPU, the trainer has the memory of vLLM's KV cache while it trains"
-    )
+    release: bool = key(True, "colocated on a GPU: free vLLM's KV cache while the trainer trains")
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class SyncConf:
         None,
         "compare weight digests after a sync; unset: first with engine=native on CUDA, else every",
     )
-    bucket_mb: int = key(256, "most data of one point-to-point message [MiB]", ge=1)
+    bucket_mb: int = key(256, "max size of a point-to-point message [MiB]", ge=1)
 
 
 @dataclass(frozen=True)
@@ -149,10 +145,10 @@ class EvalConf:
 @dataclass(frozen=True)
 class GenerateConf:
     prompts: list[str] = key(
-        [], "what recipes/generate.py answers; -: the lines of stdin; unset: held-out prompts"
+        [], "prompts for recipes/generate.py; -: lines of stdin; unset: held-out prompts"
     )
     num_samples: int = key(1, "answers per prompt", ge=1)
-    greedy: bool = key(True, "always the likeliest token; false: sampled, as in training")
+    greedy: bool = key(True, "greedy decoding; false: sample as in training")
 
 
 @dataclass(frozen=True)
@@ -166,21 +162,22 @@ class SFTConf:
 @dataclass(frozen=True)
 class ValidateConf:
     steps: int = key(3, "training steps that recipes/validate.py compares", ge=1)
-    sequences: int = key(257, "sequences of the batch that it generates in many ways", ge=2)
+    sequences: int = key(257, "sequences of the batch that every rung generates", ge=2)
     layouts: Literal["all", "cover", "own"] = key(
-        "cover", "every pair of layouts of this world, each of a role's at least once, or conf's"
+        "cover",
+        "L3: all pairs of layouts, each layout of a role at least once, or only the run's own",
     )
     control: bool = key(
-        False, "compare the same with ordinary kernels as well, to show that it would be seen"
+        False, "repeat with ordinary kernels, as a control that differences are detected"
     )
 
 
 @dataclass(frozen=True)
 class CheckpointConf:
     every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
-    keep: int = key(2, "complete checkpoints that are kept, the newest ones", ge=1)
+    keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
     best: bool = key(
-        True, "with checkpoint.every, keep the model of the best eval/accuracy in RUN_DIR/best"
+        True, "with checkpoint.every: keep the model with the best eval/accuracy in RUN_DIR/best"
     )
 
 
@@ -189,34 +186,36 @@ class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
-    samples: int = key(4, "rollouts a step that go to samples.jsonl; -1: all", ge=-1)
+    samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
 
 
 @dataclass(frozen=True)
 class Conf:
-    run_dir: str | None = key(None, "where the run is written; unset: runs/CONF-DATE-TIME")
+    run_dir: str | None = key(None, "run directory; unset: runs/CONF-DATE-TIME")
     resume: str | None = key(
-        None, "run directory of a run to continue, with its own keys (in place of conf=)"
+        None, "run directory of the run to continue, with its keys (in place of conf=)"
     )
     steps: int = key(100, "optimizer steps", ge=1)
     seed: int = key(0, "seed of every random number of the run", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
-    timeout_seconds: int = key(1800, "a collective that takes longer ends the run [s]", ge=1)
+    timeout_seconds: int = key(1800, "timeout of a collective, which ends the run [s]", ge=1)
     stall_seconds: int = key(
-        900, "no rank gets on for this long: the run shows all stacks and ends [s]; 0: never", ge=0
+        900, "no rank makes progress for this long: print all stacks and end [s]; 0: never", ge=0
     )
-    engine: Literal["native", "vllm"] = key("native", "what generates: ours, or vLLM")
-    task: str = key("spell_backward", "what is learnt: spell_backward, arithmetic, or MODULE:CLASS")
+    engine: Literal["native", "vllm"] = key("native", "generation engine")
+    task: str = key(
+        "spell_backward", "spell_backward, arithmetic, or MODULE:CLASS for a task of your own"
+    )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
-    num_prompts: int = key(64, "prompts a step", ge=1)
+    num_prompts: int = key(64, "prompts per step", ge=1)
     group_size: int = key(8, "rollouts per prompt", ge=2)
     waves: int = key(
-        1, "parts in which a step's prompts are generated; split meshes overlap them", ge=1
+        1, "parts that a step is generated in; split meshes overlap them with training", ge=1
     )
     loss: str = key("grpo", "grpo, dr_grpo, or MODULE:NAME for a loss of your own")
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: Literal["std", "centred"] | None = key(
-        None, "reward minus group mean, over the group's deviation or not; unset: the loss's own"
+        None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
     )
     aggregation: Literal["token", "sequence", "constant"] | None = key(
         None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
@@ -232,7 +231,8 @@ class Conf:
     )
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
     batch_invariant: bool = key(
-        False, "bits of a token do not depend on its batch, nor on the layout"
+        False,
+        "batch-invariant kernels: equal bits in trainer and generator, whatever the batch and layout",
     )
     check: Literal["strict"] | None = key(
         None,
@@ -241,7 +241,7 @@ class Conf:
     )
     on_nonfinite: Literal["stop", "skip"] = key(
         "stop",
-        "a loss, gradient or logprob that is not finite ends the run; skip: it goes on without "
+        "a loss, gradient or logprob that is not finite ends the run; skip: it continues without "
         "that step's update",
     )
     invariant: InvariantConf = field(default_factory=InvariantConf)

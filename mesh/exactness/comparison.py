@@ -119,7 +119,7 @@ def _compare(got: Rollout, expected: Rollout, step: int | None) -> Tally:
 
 
 def _mismatch(got: Rollout, expected: Rollout, number: int, step: int | None) -> Mismatch:
-    """The `number`-th loss token of a sequence, which the two sides do not have alike."""
+    """The mismatch of the `number`-th loss token of a sequence."""
     longer = got if got.length > number else expected
     index = longer.loss_indices[number]
     ours, theirs = (

@@ -22,7 +22,7 @@ NOTHING = Trace({}, {})
 def settle(process: Process, tally: Tally, one: Replay, other: Replay, seek: bool = True) -> Tally:
     """The tallies of all ranks together, with the module of the first mismatch. Collective.
 
-    one, other: the two sides that were compared; `seek` False: the module is not wanted.
+    one, other: replays of the two sides that were compared; `seek` False: the module is not wanted.
     """
     total = of_all_ranks(process, tally)
     if not seek or total.first is None or total.first.key is None:

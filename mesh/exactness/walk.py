@@ -1,4 +1,4 @@
-"""The batch that is generated and scored in many ways, and what all rungs of one walk share.
+"""One walk of the ladder: the batch that every rung generates and scores, and how a step is taken.
 
 Prompts are the task's own, put end to end and cut, so that lengths cover the context whatever the
 task asks; the samples of a prompt share it.

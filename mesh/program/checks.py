@@ -61,7 +61,7 @@ def conf_problems(
 
 
 def training_problems(conf: Conf) -> list[str]:
-    """What a program that trains asks beyond one that only generates."""
+    """Problems of a program that trains, beyond those of one that only generates."""
     return [
         *strict_problems(conf),
         *sequence_problems(conf),
@@ -72,7 +72,7 @@ def training_problems(conf: Conf) -> list[str]:
 
 
 def invariant_problems(conf: Conf, device: str, shape: ModelShape | None) -> list[str]:
-    """What cannot be exact: layouts beyond the chunks, dtypes that differ, fp32 on a GPU."""
+    """Settings that cannot be exact: tp beyond the chunks, dtypes that differ, fp32 on a GPU."""
     chunks, found = conf.invariant.chunks, []
     for name, tp in (("trainer.tp", conf.trainer.tp), ("generator.tp", conf.generator.tp)):
         if chunks % tp:
@@ -94,7 +94,7 @@ def invariant_problems(conf: Conf, device: str, shape: ModelShape | None) -> lis
 
 
 def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
-    """What cannot be exact on a GPU: fp32, another GPU than Hopper, heads we have no kernel for."""
+    """Settings that cannot be exact on a GPU: fp32, no Hopper GPU, head dims without a kernel."""
     found = []
     for role in ("trainer", "generator"):
         if getattr(conf, role).dtype == "float32":
@@ -171,7 +171,7 @@ def sequence_problems(conf: Conf) -> list[str]:
     """Sequence parallelism without the ranks that would share the tokens."""
     if not conf.trainer.sequence_parallel or conf.trainer.tp > 1:
         return []
-    wrong = f"with trainer.tp={conf.trainer.tp} there are no ranks to share the tokens"
+    wrong = f"trainer.tp={conf.trainer.tp} has no ranks to share the tokens"
     remedy = "set trainer.tp=2 or more, or leave it out"
     return [problem("trainer.sequence_parallel", True, wrong, remedy)]
 
@@ -199,7 +199,7 @@ def log_problems(conf: Conf) -> list[str]:
 
 
 def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Whether the longest of these prompts leaves no room for a response.
+    """The longest of these prompts, where it leaves no room for a response.
 
     Where there is no room for any prompt, that is `check_start`'s to report. Raises ValueError
     naming a character that the tokenizer does not know.
@@ -256,7 +256,7 @@ def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
 
 
 def directory_problems(conf: Conf, name: str, shape: ModelShape | None) -> list[str]:
-    """What the directory `model.path` lacks, of all that this configuration reads from it.
+    """Missing parts of the directory `model.path`, of all that this configuration reads from it.
 
     A tokenizer.json that is there and cannot be read is `load_tokenizer`'s to report.
     """

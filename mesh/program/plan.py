@@ -35,7 +35,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a configuration names, read and checked."""
+    """The things that a configuration names, read and checked."""
 
     shape: ModelShape
     tokenizer: Tokenizer
@@ -177,7 +177,7 @@ def start_path(conf: Conf) -> Path | None:
 
 
 def tokenizer_directory(conf: Conf) -> Path:
-    """Where the tokenizer is read from: model.tokenizer, else model.path, else the shipped one."""
+    """The tokenizer's directory: model.tokenizer, else model.path, else the shipped one."""
     named = conf.model.tokenizer or conf.model.path
     return CHARACTERS if named is None else resolve_path(named)
 

@@ -24,8 +24,8 @@ Pass = list[Leaf]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is drawn and cut. pass_tokens: most tokens of a forward pass; a group of more is
-    cut into pieces.
+    """Sizes of a step. pass_tokens: most tokens of a forward pass; a group of more is cut into
+    pieces.
     """
 
     num_prompts: int

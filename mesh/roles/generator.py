@@ -107,7 +107,7 @@ class Generator:
             self.engine.close()
 
     def sampling(self, step: int, temperature: float | None = None) -> Sampling:
-        """How rollouts of a step are drawn; `temperature` 0 asks for greedy decoding."""
+        """Sampling of a step's rollouts; `temperature` 0 asks for greedy decoding."""
         settings = self.settings
         greedy = temperature == 0
         return Sampling(

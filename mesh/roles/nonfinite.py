@@ -1,8 +1,8 @@
-"""Which sequences and which parameters are not finite, where a step's loss or gradient is not.
+"""The report on a step whose loss or gradient is not finite: sequences, gradients and weights.
 
-That a step has such a value is known from sums that it needs anyway. Only then does every trainer
-rank look at what it kept of its microbatches, at its shards of the gradients and of the weights;
-what all ranks found is put together here, each finding once.
+Sums that a step needs anyway show that it has such a value. Only then does every trainer rank look
+at the passes it kept and at its shards of the gradients and weights; the findings of all ranks are
+merged here, each counted once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ WRITTEN = 1000  # findings of a kind that a line of the file holds
 
 @dataclass(frozen=True)
 class Trained:
-    """What is kept of a microbatch until the update: the A response tokens of its rollouts, in
-    order, with the trainer's logprobs, the loss, and its gradient by these logprobs (None: it does
-    not depend on them).
+    """One pass, kept until the update: the A loss tokens of its rollouts, in order, with the
+    trainer's logprobs, the loss, and its gradient by these logprobs (None: it does not depend on
+    them).
     """
 
     rollouts: tuple[Rollout, ...]
@@ -57,8 +57,8 @@ class BadSequence:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one rank found: sequences, and elements that are not finite of its blocks of gradients
-    and weights, (parameter, block, count).
+    """The findings of one rank: sequences, and elements that are not finite of its blocks of
+    gradients and weights, (parameter, block, count).
     """
 
     sequences: list[BadSequence]
@@ -77,8 +77,8 @@ class BadParameter:
 
 @dataclass(frozen=True)
 class Report:
-    """What all ranks found in a step, sorted. `loss` and `grad_norm` are texts; `weights`: those
-    that were not finite before the step; `parameters`: how many the model has.
+    """The findings of all ranks in a step, sorted. `loss` and `grad_norm` are texts;
+    `weights`: those not finite before the step; `parameters`: how many the model has.
     """
 
     step: int
@@ -188,12 +188,12 @@ def message(report: Report) -> str:
         *_listed(_count("gradients", report.gradients, report), map(_parameter, report.gradients)),
         *_listed(_count(weights, report.weights, report), map(_parameter, report.weights)),
         "  neither weights nor moments were changed; with on_nonfinite=skip, also after "
-        "resume=RUN_DIR, a run goes on without the update of such a step",
+        "resume=RUN_DIR, a run continues without the update of such a step",
     ])  # fmt: skip
 
 
 def head(report: Report) -> str:
-    """What a skipped step had first, in one line."""
+    """The first findings of a skipped step, in one line."""
     firsts = []
     for found in (list(map(_sequence, report.sequences)), list(map(_parameter, report.gradients))):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -236,7 +236,7 @@ def to_json(report: Report) -> str:
 
 
 def gathered(mine: Findings, group: dist.ProcessGroup) -> list[Findings]:
-    """What every rank of the trainer found, by rank, on each of them. Collective of `group`."""
+    """The findings of every rank of the trainer, by rank, on all of them. Collective of `group`."""
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
     return parts

@@ -1,4 +1,4 @@
-"""What a step adds up over its microbatches beside the gradients, and the metrics of it."""
+"""Sums that a step accumulates over its passes beside the gradients, and their metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mesh.roles.nonfinite import Trained
 class StepSums:
     """One rank's sums of one step, on the device; only `metrics` waits for it.
 
-    `trained` keeps what `nonfinite.py` needs of every microbatch to explain a bad step.
+    `trained` keeps what `nonfinite.py` needs of every pass to explain a bad step.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -150,9 +150,9 @@ class Trainer:
         return named_weights(self.reference) if self.reference is not None else {}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What the next step needs, by kind and name: `weights` and the optimizer's moments, which
-        are zeros before the first step. fp32 DTensors, the trainer's own; a tied weight is listed
-        once. No tensors off the trainer."""
+        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
+        moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
+        weight is listed once. Empty off the trainer."""
         masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
         moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
         return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
@@ -163,8 +163,8 @@ class Trainer:
         return self.optimizer.updates if self.model is not None else 0
 
     def continue_after(self, steps: int, updates: int) -> None:
-        """Go on after so many steps, of which `updates` changed the weights: `state` was filled
-        with that of then."""
+        """Continue after so many steps, of which `updates` changed the weights; `state` holds that
+        step's tensors already."""
         self.steps = steps
         if self.model is not None:
             self.optimizer.continue_after(updates, self.state()["weights"].values())
