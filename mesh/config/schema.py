@@ -232,7 +232,7 @@ class Conf:
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
     batch_invariant: bool = key(
         False,
-        "batch-invariant kernels: equal bits in trainer and generator, whatever the batch and layout",
+        "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
     )
     check: Literal["strict"] | None = key(
         None,
