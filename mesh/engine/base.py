@@ -43,11 +43,20 @@ class Engine(Protocol):
     settings: EngineSettings
     group: dist.ProcessGroup | None
     version: int
-    preemptions: int
     observer: Callable[[list[Row]], None] | None
 
     @property
     def model(self) -> Policy: ...
+
+    @property
+    def preemptions(self) -> int: ...
+
+    @property
+    def unfinished(self) -> bool: ...
+
+    def add(self, requests: Seq[Request], sampling: Sampling) -> None: ...
+
+    def step(self) -> list[Completion]: ...
 
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]: ...
 

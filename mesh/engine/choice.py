@@ -1,11 +1,10 @@
-"""What all engines that run our model do alike: their weights, what they refuse, and the next token
-of every sequence with its logprob, over the trainer's own vocabulary tiles.
+"""Shared by all engines that run the trainer's policy: their weights, and the next token of every
+sequence with its logprob, over the trainer's own vocabulary tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from mesh.engine.sampler import draw
 from mesh.model.logprobs import score_tiles, shard_of, vocab_products, vocab_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
-from mesh.types import Request, Sampling
+from mesh.types import Sampling
 
 
 def live_weights(model: Policy) -> dict[str, torch.Tensor]:
@@ -61,21 +60,3 @@ def choose(
     targets_S = tokens_S - shard * logits_SV.shape[-1]
     scores = score_tiles(pieces, targets_S, temperature, group, with_entropy=False)
     return tokens_S, scores[0]
-
-
-def check_requests(requests: Seq[Request], sampling: Sampling, version: int, limit: int) -> None:
-    """Raises ValueError for what no engine answers; `limit`: tokens that one sequence may have."""
-    if version < 0:
-        raise ValueError("the engine has no weights yet; sync the weight bridge first")
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
-    if len({request.prompt_id for request in requests}) < len(requests):
-        raise ValueError("two requests have the same prompt_id; give each its own")
-    for request in requests:
-        longest = len(request.tokens) + sampling.max_new_tokens
-        if not request.tokens or longest > limit:
-            raise ValueError(
-                f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
-                f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
-                "has at least one token; raise model.max_length or generator.kv_tokens"
-            )

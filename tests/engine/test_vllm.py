@@ -15,16 +15,28 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_qwen3 import packed, random_sequences
+from small_engines import (
+    CPU,
+    GREEDY,
+    LENGTHS,
+    MAX_LENGTH,
+    ROOMY,
+    SAMPLED,
+    SHAPE,
+    Maker,
+    assert_same,
+    copy_weights,
+    policy,
+    requests,
+    without_logprobs,
+)
+from tiny_qwen3 import packed
 
-from mesh.engine.base import EngineSettings
-from mesh.engine.native.engine import NativeEngine
 from mesh.engine.vllm.checks import CPU_HEADS, install_problems
 from mesh.exactness.trace import first_difference, trace_generation
 from mesh.invariant.switch import batch_invariant
 from mesh.model.layouts import role_layouts
-from mesh.model.policy import Policy, build_policy, named_weights
-from mesh.types import ModelShape, Request, Sampling
+from mesh.model.policy import named_weights
 from mesh.weights.bridge import WeightBridge
 
 if install_problems("cpu"):
@@ -37,80 +49,7 @@ from mesh.engine.vllm.engine import VllmEngine
 
 pytestmark = pytest.mark.timeout(600)  # the first start takes most of a minute on a busy machine
 
-MAX_LENGTH = 128
-SHAPE = ModelShape(
-    vocab_size=128, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96,
-    tied=False, max_positions=MAX_LENGTH,
-)  # fmt: skip
-ROOMY = EngineSettings(
-    max_length=MAX_LENGTH,
-    max_sequences=64,
-    kv_tokens=8192,
-    page_size=32,
-    prefill_tokens=8192,
-    prefix_cache=True,
-    cuda_graphs=False,
-)
-SAMPLED = Sampling(temperature=1.3, max_new_tokens=20, seed=5, step=2, stop_tokens=(3, 11))
-GREEDY = Sampling(temperature=0.0, max_new_tokens=20, seed=0, step=0)
-LENGTHS = [1, 16, 5, 40, 70, 1, 33, 2, 64, 15]
-CPU = torch.device("cpu")
 KINDS = ["native", "titan", "vllm"]
-
-
-def requests(num_samples: int = 3, lengths=LENGTHS) -> list[Request]:
-    prompts = random_sequences(lengths, seed=9, vocab_size=128)
-    return [Request(10 + 7 * i, tuple(p), num_samples) for i, p in enumerate(prompts)]
-
-
-@torch.no_grad()
-def policy(mesh, seed: int, shape: ModelShape = SHAPE) -> Policy:
-    """A random policy that wanders, whose norms are not ones."""
-    generator = torch.Generator().manual_seed(seed)
-    model = build_policy(shape, MAX_LENGTH, CPU, torch.float32, mesh)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.normal_(0, 0.2, generator=generator)
-    return model
-
-
-class Maker:
-    """Builds engines; those with the same settings are built once."""
-
-    def __init__(self, mesh) -> None:
-        self.mesh = mesh
-        self.built: list[VllmEngine] = []
-
-    def __call__(self, kind: str, seed: int = 4, shape: ModelShape = SHAPE, **changes):
-        settings, model = replace(ROOMY, **changes), policy(self.mesh, seed, shape)
-        if kind == "native":
-            engine = NativeEngine(model, shape, settings, None)
-        else:
-            ours = model if kind == "titan" else None
-            group = self.mesh.get_group("tp")
-            engine = VllmEngine(ours, shape, settings, group, CPU, torch.float32)
-            self.built.append(engine)
-        if kind == "vllm":
-            copy_weights(engine, model)
-        engine.reset(version=0)
-        return engine
-
-
-@torch.no_grad()
-def copy_weights(engine, model: Policy) -> None:
-    """What the weight bridge does on one rank."""
-    for name, weight in engine.weights().items():
-        weight.copy_({**named_weights(model), "rope_table": model.rope_table}[name])
-
-
-@pytest.fixture(scope="module")
-def make(solo_mesh):
-    maker = Maker(solo_mesh)
-    yield maker
-    for engine in maker.built:
-        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +62,6 @@ def engines(make):
 def expected(engines):
     """What the native engine makes of `requests()`, sampled."""
     return engines["native"].generate(requests(), SAMPLED)
-
-
-def without_logprobs(completions):
-    return [replace(completion, logprobs=()) for completion in completions]
-
-
-def assert_same(completions, expected):
-    """The same completions, logprobs to rounding."""
-    assert without_logprobs(completions) == without_logprobs(expected)
-    flat, right = ([x for c in cs for x in c.logprobs] for cs in (completions, expected))
-    torch.testing.assert_close(torch.tensor(flat), torch.tensor(right), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

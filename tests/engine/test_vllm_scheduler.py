@@ -87,7 +87,7 @@ class Run:
     def add(self, asked, max_new_tokens, stop_tokens, version=0) -> None:
         sampling = Sampling(1.0, max_new_tokens, 0, 0, stop_tokens=stop_tokens)
         for request in asked:
-            made = core_requests(self.core, request, sampling, version)
+            made = core_requests(self.core, request, sampling, version, 0)
             self.requests += made
             for one in made:
                 self.scheduler.add_request(one)

@@ -59,14 +59,13 @@ def assert_counted(scheduler: Scheduler, num_pages_: int) -> None:
 
 def step(scheduler: Scheduler, memory: Memory) -> list[Sequence]:
     """What the engine does, on symbols."""
-    admission = scheduler.admit()
-    for fill in admission.fills:
+    work = scheduler.schedule()
+    for fill in work.fills:
         memory.write(fill.pages, fill.tokens)
-    for source, target, count in admission.copies:
+    for source, target, count in work.copies:
         memory.copy(source, target, count)
-    scheduler.grow()
-    assert scheduler.running, "nothing can run: the queue would wait for ever"
-    assert len(scheduler.running) <= scheduler.max_sequences
+    assert work.running == scheduler.running
+    assert 0 < len(scheduler.running) <= scheduler.max_sequences
     for sequence in scheduler.running:
         memory.write(sequence.pages, (*sequence.prompt, *sequence.tokens), len(sequence.cached))
     for sequence in scheduler.running:
@@ -74,7 +73,7 @@ def step(scheduler: Scheduler, memory: Memory) -> list[Sequence]:
         sequence.tokens.append(1000 * sequence.sample_id + len(sequence.tokens))
         if len(sequence.tokens) == response(sequence):
             sequence.finish_reason = "stop"
-    return scheduler.retire()
+    return scheduler.finish()
 
 
 @given(
@@ -84,20 +83,22 @@ def step(scheduler: Scheduler, memory: Memory) -> list[Sequence]:
     slack=st.integers(0, 60),
     max_sequences=st.integers(1, 9),
     share=st.booleans(),
+    arrivals=st.lists(st.integers(0, 12), min_size=5, max_size=5),
 )
 def test_every_sample_finishes_once_and_no_page_is_lost_or_shared_wrongly(
-    lengths, samples, page_size, slack, max_sequences, share
+    lengths, samples, page_size, slack, max_sequences, share, arrivals
 ):
+    """Prompts arrive at any step, also while others run."""
     pages = 2 + num_pages(max(lengths, default=0) + 7 + slack, page_size)
     scheduler = Scheduler(PagePool(pages), page_size, max_sequences, share)
     asked = [Request(i, tuple(range(100 * i, 100 * i + n)), samples) for i, n in enumerate(lengths)]
-    scheduler.add(asked)
     memory, done = Memory(page_size), []
-    for _ in range(20 * (samples * len(lengths) + 1) * 8):
-        if not scheduler.unfinished:
-            break
-        done += step(scheduler, memory)
+    for now in range(20 * (samples * len(lengths) + 1) * 8):
+        scheduler.add([r for r, then in zip(asked, arrivals, strict=False) if then == now])
+        if scheduler.unfinished:
+            done += step(scheduler, memory)
         assert_counted(scheduler, pages)
+        assert scheduler.prefixes == {} or scheduler.unfinished
     expected = {(r.prompt_id, sample) for r in asked for sample in range(samples)}
     assert len(done) == len(expected)
     assert {(s.prompt_id, s.sample_id) for s in done} == expected
@@ -108,9 +109,9 @@ def prefilled(share: bool) -> tuple[int, int]:
     """(tokens filled, tokens copied) for 4 samples of a prompt of 11 tokens, pages of 4."""
     scheduler = Scheduler(PagePool(64), 4, 8, share)
     scheduler.add([Request(0, tuple(range(11)), 4)])
-    admission = scheduler.admit()
-    filled = sum(len(fill.tokens) for fill in admission.fills)
-    return filled, sum(count for _, _, count in admission.copies)
+    work = scheduler.schedule()
+    filled = sum(len(fill.tokens) for fill in work.fills)
+    return filled, sum(count for _, _, count in work.copies)
 
 
 def test_samples_share_their_prompt_but_for_its_last_token():

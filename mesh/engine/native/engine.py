@@ -14,13 +14,8 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine.base import EngineSettings
-from mesh.engine.choice import (
-    adopt_weights,
-    check_requests,
-    choose,
-    live_weights,
-    tile_logits,
-)
+from mesh.engine.choice import adopt_weights, choose, live_weights, tile_logits
+from mesh.engine.generation import check_requests, generate, refuse_unfinished
 from mesh.engine.native.batches import (
     KEY,
     Row,
@@ -32,7 +27,7 @@ from mesh.engine.native.batches import (
 )
 from mesh.engine.native.cache import PagePool, Sequence, allocate, copy_slots, num_pages
 from mesh.engine.native.graphs import DecodeGraphs
-from mesh.engine.native.scheduler import Admission, Scheduler
+from mesh.engine.native.scheduler import Scheduled, Scheduler
 from mesh.lifecycle.heartbeat import beat
 from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
@@ -68,7 +63,8 @@ class NativeEngine:
         self.cache = allocate(shape, tp, self.pages, settings.page_size, self.device, weight.dtype)
         graphs = settings.cuda_graphs and self.device.type == "cuda"
         self.graphs = DecodeGraphs(self.model, self.cache, self.table_width) if graphs else None
-        self.preemptions = 0
+        self.scheduler = self._new_scheduler()
+        self.sampling: Sampling | None = None  # of all sequences in flight
         self.observer: Callable[[list[Row]], None] | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -80,10 +76,12 @@ class NativeEngine:
         adopt_weights(self.model, tensors)
 
     def reset(self, version: int) -> None:
-        """Weights of `version` are in place. The cache holds nothing between calls of `generate`,
-        so there is nothing of another version to serve; it is zeroed all the same, so that keys
-        and values of a model that diverged cannot reach a masked product as 0 * inf.
+        """Weights of `version` are in place. RuntimeError while requests are unfinished.
+
+        The cache of an idle engine holds nothing that could be served; it is zeroed all the same,
+        so that keys and values of a model that diverged cannot reach a masked product as 0 * inf.
         """
+        refuse_unfinished(self)
         self.version = version
         for pages in (*self.cache.keys, *self.cache.values):
             pages.zero_()
@@ -101,46 +99,62 @@ class NativeEngine:
         """Free the captured graphs: those with collectives in them keep NCCL from shutting down."""
         self.graphs = None
 
-    @torch.no_grad()
+    @property
+    def unfinished(self) -> bool:
+        return self.scheduler.unfinished
+
+    @property
+    def preemptions(self) -> int:
+        return self.scheduler.preemptions
+
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
-        """Complete every sample of every request; see the contract in `mesh.engine`."""
-        self._check(requests, sampling)
+        return generate(self, requests, sampling)
+
+    def add(self, requests: Seq[Request], sampling: Sampling) -> None:
+        """Queue every sample of every request; see the contract in `mesh.engine`."""
+        limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
+        running = self.scheduler.prompt_ids
+        check_requests(requests, sampling, self.version, limit, running, self.sampling)
+        self.sampling = sampling
+        self.scheduler.add(requests)
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """One token more for every sequence that runs; the completions that this finished.
+
+        After an error the engine is empty: what was added is lost.
+        """
+        if not self.unfinished:
+            return []
+        beat()
+        try:
+            work = self.scheduler.schedule()
+            self._prefill(work)
+            self._decode(work.running)
+        except BaseException:
+            self.scheduler = self._new_scheduler()  # of the old one's cache, a part was not written
+            raise
+        return [_completion(sequence) for sequence in self.scheduler.finish()]
+
+    def _new_scheduler(self) -> Scheduler:
         settings = self.settings
         pool = PagePool(self.pages)
-        scheduler = Scheduler(
-            pool, settings.page_size, settings.max_sequences, settings.prefix_cache
-        )
-        scheduler.add(requests)
-        done: list[Sequence] = []
-        while scheduler.unfinished:
-            beat()
-            self._prefill(scheduler.admit())
-            scheduler.grow()
-            assert scheduler.running, "no sequence can run: the KV cache is too small"
-            self._decode(scheduler.running, sampling)
-            done += scheduler.retire()
-        self.preemptions += scheduler.preemptions
-        assert len(pool.free) + sum(map(len, (p.pages for p in scheduler.prefixes.values()))) == (
-            self.pages - 1
-        ), "KV pages were lost"
-        return [_completion(s) for s in sorted(done, key=lambda s: (s.prompt_id, s.sample_id))]
+        return Scheduler(pool, settings.page_size, settings.max_sequences, settings.prefix_cache)
 
-    def _check(self, requests: Seq[Request], sampling: Sampling) -> None:
-        limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
-        check_requests(requests, sampling, self.version, limit)
-
-    def _prefill(self, admission: Admission) -> None:
+    def _prefill(self, work: Scheduled) -> None:
         """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
-        for spans in spans_of(admission.fills, self.settings.prefill_tokens):
+        for spans in spans_of(work.fills, self.settings.prefill_tokens):
             if self.observer is not None:
                 self.observer([row for span in spans for row in span.rows])
             self.model.hidden(*prefill_inputs(spans, self.cache, self.device))
-        if admission.copies:
-            slots = slot_copies(admission.copies, self.settings.page_size)
+        if work.copies:
+            slots = slot_copies(work.copies, self.settings.page_size)
             copy_slots(self.cache, *(torch.from_numpy(s).to(self.device) for s in slots))
 
-    def _decode(self, running: list[Sequence], sampling: Sampling) -> None:
+    def _decode(self, running: list[Sequence]) -> None:
         """Draw the next token of every running sequence."""
+        sampling = self.sampling
+        assert sampling is not None, "sequences run, and none was added"
         rows_SX = decode_rows(running, sampling, self.settings.page_size).to(self.device)
         if self.observer is not None:
             self.observer([(s.prompt_id, s.sample_id, s.length - 1) for s in running])

@@ -35,15 +35,18 @@ class Prefix:
     waiting: int
 
 
-@dataclass
-class Admission:
-    """What has to be done before the next decode step: copies follow the fills.
+@dataclass(frozen=True)
+class Scheduled:
+    """The work of one step, in this order: fills, copies, one decode step of all that run.
 
-    copies: (source page, target page, tokens), each from the page's first slot.
+    copies: (source page, target page, tokens), each from the page's first slot. A sequence that is
+    preempted in the step that admits it leaves its fill here: its pages hold nothing else before
+    the decode step.
     """
 
     fills: list[Fill]
     copies: list[tuple[int, int, int]]
+    running: list[Sequence]
 
 
 class Scheduler:
@@ -67,33 +70,42 @@ class Scheduler:
                 self.waiting.append(Sequence(request.prompt_id, sample, request.tokens))
 
     @property
+    def prompt_ids(self) -> set[int]:
+        """Prompts of which a sample is not finished."""
+        return {sequence.prompt_id for sequence in (*self.waiting, *self.running)}
+
+    @property
     def unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def admit(self) -> Admission:
-        """Move sequences from the queue into the batch while cache and batch have room."""
-        admission = Admission([], [])
+    def schedule(self) -> Scheduled:
+        """Admit sequences while batch and cache have room, and find all that run a page each for
+        their next token. Asserts that something can run.
+        """
+        work = Scheduled([], [], self.running)
         while self.waiting and len(self.running) < self.max_sequences:
-            if not self._admit_one(self.waiting[0], admission):
+            if not self._admit(self.waiting[0], work):
                 break
             self.running.append(self.waiting.popleft())
-        return admission
+        self._grow()
+        assert self.running, "no sequence can run: the KV cache is too small"
+        return work
 
-    def _admit_one(self, sequence: Sequence, admission: Admission) -> bool:
+    def _admit(self, sequence: Sequence, work: Scheduled) -> bool:
         # the page after the last cached token is needed by the very next decode step
         pages = num_pages(sequence.length, self.page_size)
         if self.share and not sequence.tokens and len(sequence.prompt) > 1:
-            return self._fork(sequence, pages, admission)
+            return self._fork(sequence, pages, work)
         if len(self.pool.free) < pages:
             return False
         sequence.pages = self.pool.take(pages)
         if sequence.cached:
-            admission.fills.append(
+            work.fills.append(
                 Fill(sequence.cached, sequence.pages, sequence.prompt_id, sequence.sample_id)
             )
         return True
 
-    def _fork(self, sequence: Sequence, pages: int, admission: Admission) -> bool:
+    def _fork(self, sequence: Sequence, pages: int, work: Scheduled) -> bool:
         """Start a sample from its prompt's shared KV, computed when the first one asks for it."""
         cached = len(sequence.prompt) - 1
         full = cached // self.page_size
@@ -104,12 +116,10 @@ class Scheduler:
         if prefix is None:
             prefix = Prefix(self.pool.take(own), self._samples[sequence.prompt_id])
             self.prefixes[sequence.prompt_id] = prefix
-            fill = Fill(sequence.cached, prefix.pages, sequence.prompt_id, None)
-            admission.fills.append(fill)
+            work.fills.append(Fill(sequence.cached, prefix.pages, sequence.prompt_id, None))
         sequence.pages = self.pool.share(prefix.pages[:full]) + self.pool.take(pages - full)
         if cached % self.page_size:
-            copied = (prefix.pages[full], sequence.pages[full], cached % self.page_size)
-            admission.copies.append(copied)
+            work.copies.append((prefix.pages[full], sequence.pages[full], cached % self.page_size))
         prefix.waiting -= 1
         self._samples[sequence.prompt_id] -= 1
         return True
@@ -121,8 +131,8 @@ class Scheduler:
                 self.pool.release(prefix.pages)
                 del self.prefixes[prompt_id]
 
-    def grow(self) -> None:
-        """See that every running sequence has a page for its next token, oldest first."""
+    def _grow(self) -> None:
+        """Give every running sequence a page for its next token, oldest first."""
         self.release_prefixes(idle_only=True)
         index = 0
         while index < len(self.running):
@@ -145,10 +155,18 @@ class Scheduler:
         self.waiting.appendleft(youngest)
         self.preemptions += 1
 
-    def retire(self) -> list[Sequence]:
-        """Take the finished sequences out of the batch and free their pages."""
+    def finish(self) -> list[Sequence]:
+        """Take the finished sequences out of the batch and free their pages.
+
+        When none is left no prefix is either, so that the next weights and prompts find an empty
+        cache. Asserts that no page was lost.
+        """
         done = [sequence for sequence in self.running if sequence.finish_reason]
         self.running = [sequence for sequence in self.running if not sequence.finish_reason]
         for sequence in done:
             self.pool.release(sequence.pages)
+        if not self.unfinished:
+            self.release_prefixes(idle_only=False)
+            self._samples.clear()
+            assert len(self.pool.free) == len(self.pool.references) - 1, "KV pages were lost"
         return done

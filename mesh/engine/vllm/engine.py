@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine.base import EngineSettings
-from mesh.engine.choice import adopt_weights, check_requests, live_weights
+from mesh.engine.choice import adopt_weights, live_weights
+from mesh.engine.generation import check_requests, generate, refuse_unfinished
 from mesh.engine.native.batches import Row
 from mesh.engine.native.cache import num_pages
 from mesh.engine.vllm.core import start_core, stop_core
@@ -61,6 +62,7 @@ class VllmEngine:
         self.version = -1
         self.released = False
         self.preemptions = 0
+        self.serial = 0  # of the next request
         self.observer: Callable[[list[Row]], None] | None = None
         self.places: dict[str, int] = {}
         token = None if model is None else blueprint.set((model, shape, self.group))
@@ -116,9 +118,11 @@ class VllmEngine:
 
     def reset(self, version: int) -> None:
         """Weights of `version` are in place. Nothing that was cached before is served again: the
-        prefix cache is dropped, and its keys carry the version besides. RuntimeError where vLLM has
-        other tensors by now than it handed out, which a sync writes and proves.
+        prefix cache is dropped, and its keys carry the version besides. RuntimeError while requests
+        are unfinished, and where vLLM has other tensors by now than it handed out, which a sync
+        writes and proves.
         """
+        refuse_unfinished(self)
         moved = _places(self.weights()).items() - self.places.items()
         if moved:
             raise RuntimeError(
@@ -172,28 +176,45 @@ class VllmEngine:
         del self.core, self.worker, self.runner, self.sampler
         gc.collect()
 
-    @torch.no_grad()
+    @property
+    def unfinished(self) -> bool:
+        """Also true while vLLM has a step in flight, or has not forgotten a finished request."""
+        return self.core.scheduler.has_requests() or bool(self.core.batch_queue)
+
     def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
-        """Complete every sample of every request; see the contract in `mesh.engine`."""
+        return generate(self, requests, sampling)
+
+    def add(self, requests: Seq[Request], sampling: Sampling) -> None:
+        """Queue every sample of every request; see the contract in `mesh.engine`."""
         limit = min(self.settings.max_length, self._pages() * self.settings.page_size)
-        check_requests(requests, sampling, self.version, limit)
-        asked = [
-            one
-            for request in requests
-            for one in core_requests(self.core, request, sampling, self.version)
-        ]
+        running = {key_of(name)[0] for name in self.sampler.drawn}
+        check_requests(requests, sampling, self.version, limit, running, self.sampler.sampling)
         self._take_back()
-        self.sampler.start(sampling, [request.request_id for request in asked])
+        added = []
+        for request in requests:
+            added += core_requests(self.core, request, sampling, self.version, self.serial)
+            self.serial += 1
+        self.sampler.expect([request.request_id for request in added], sampling)
+        for one in added:
+            self.core.add_request(one)
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """A step of vLLM's core; the completions that it finished."""
+        beat()
         self._observe()
-        for request in asked:
-            self.core.add_request(request)
-        while self.core.scheduler.has_requests() or self.core.batch_queue:
-            beat()
-            self.core.step_fn()
-        drawn = self.sampler.results()
-        self.preemptions += sum(request.num_preemptions for request in asked)
-        completions = [completion_of(r, *drawn[r.request_id]) for r in asked]
-        return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))
+        self.core.step_fn()
+        self.sampler.read(self._in_flight())
+        return [self._finished(request) for request in self.core.scheduler.take_finished()]
+
+    def _in_flight(self) -> int:
+        """Steps that have drawn tokens which vLLM has not read."""
+        steps = self.core.batch_queue or ()
+        return sum(output.total_num_scheduled_tokens > 0 for _, output, _ in steps)
+
+    def _finished(self, request: Any) -> Completion:
+        self.preemptions += request.num_preemptions
+        return completion_of(request, *self.sampler.take(request.request_id))
 
     def _pages(self) -> int:
         return num_pages(self.settings.kv_tokens, self.settings.page_size)

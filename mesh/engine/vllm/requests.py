@@ -18,17 +18,21 @@ REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 def key_of(name: str) -> Key:
     """The sequence that a vLLM request of this name generates."""
-    prompt_id, sample_id = name.split("/")
+    prompt_id, sample_id, _ = name.split("/")
     return int(prompt_id), int(sample_id)
 
 
 def core_requests(
-    core: EngineCore, request: Request, sampling: Sampling, version: int
+    core: EngineCore, request: Request, sampling: Sampling, version: int, serial: int
 ) -> list[CoreRequest]:
-    """One vLLM request for each sample. Cached pages are found under the weights' version only."""
+    """One vLLM request for each sample. Cached pages are found under the weights' version only.
+
+    serial: of the request in its engine. With it a name is never used again, and a step in flight
+    cannot have a token for a later request of the same prompt_id.
+    """
     return [
         CoreRequest(
-            f"{request.prompt_id}/{sample}",
+            f"{request.prompt_id}/{sample}/{serial}",
             list(request.tokens),
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,

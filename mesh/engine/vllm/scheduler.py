@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 class DecodeScheduler(AsyncScheduler):
     """Decides what its base class decides; vLLM may step asynchronously (CUDA) or not (CPU).
 
-    Who generates reads the requests: `update_from_output` returns nothing.
+    `update_from_output` returns nothing: the engine takes the requests that have finished.
     """
 
     running: list[Request]
@@ -39,6 +39,12 @@ class DecodeScheduler(AsyncScheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         assert [type(m) for m in managers] == [FullAttentionManager], "layers differ in their cache"
         self.page_size = managers[0].block_size
+        self.finished: list[Request] = []
+
+    def take_finished(self) -> list[Request]:
+        """The requests that have finished since the last call, in the order of their ends."""
+        finished, self.finished = self.finished, []
+        return finished
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._all_decode():
@@ -123,6 +129,7 @@ class DecodeScheduler(AsyncScheduler):
             self._append(request, drawn[0], stale)
             if check_stop(request, self.max_model_len):
                 self._free_request(request)
+                self.finished.append(request)
                 (ended if running else ended_waiting).add(request)
         if ended:
             self.running = remove_all(self.running, ended)

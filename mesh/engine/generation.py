@@ -1,0 +1,72 @@
+"""Generation as a loop over an engine's verbs, and the requests that every engine refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+
+from mesh.engine.base import Engine
+from mesh.types import Completion, Request, Sampling
+
+
+def generate(engine: Engine, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+    """Complete every sample of every request, ordered by (prompt_id, sample_id).
+
+    Raises ValueError for what the engine refuses, and while other requests are unfinished.
+    """
+    if engine.unfinished:
+        raise ValueError(
+            "the engine has unfinished requests, whose completions would be lost among these; "
+            "call step() until unfinished is False"
+        )
+    engine.add(requests, sampling)
+    completions: list[Completion] = []
+    while engine.unfinished:
+        completions += engine.step()
+    assert len(completions) == sum(request.num_samples for request in requests), "samples were lost"
+    return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))
+
+
+def check_requests(
+    requests: Seq[Request],
+    sampling: Sampling,
+    version: int,
+    limit: int,
+    unfinished: Collection[int] = (),
+    current: Sampling | None = None,
+) -> None:
+    """Raises ValueError for what no engine completes.
+
+    limit: the most tokens of one sequence; unfinished: the ids of prompts that are being completed
+    with the sampling `current`.
+    """
+    if version < 0:
+        raise ValueError("the engine has no weights yet; sync the weight bridge first")
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
+    if unfinished and sampling != current:
+        raise ValueError(
+            f"{len(unfinished)} prompts are unfinished with {current}, and one sampling is in "
+            f"flight at a time: call step() until they are finished, then add with {sampling}"
+        )
+    ids = [*unfinished, *(request.prompt_id for request in requests)]
+    if len(set(ids)) < len(ids):
+        twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
+        raise ValueError(f"two requests have the same prompt_id={twice}; give each its own")
+    for request in requests:
+        longest = len(request.tokens) + sampling.max_new_tokens
+        if not request.tokens or longest > limit:
+            raise ValueError(
+                f"prompt {request.prompt_id}: {len(request.tokens)} prompt tokens and "
+                f"max_new_tokens={sampling.max_new_tokens} do not fit {limit} tokens; a prompt "
+                "has at least one token; raise model.max_length or generator.kv_tokens"
+            )
+
+
+def refuse_unfinished(engine: Engine) -> None:
+    """Raises RuntimeError if the cache holds keys and values of sequences that are not finished."""
+    if engine.unfinished:
+        raise RuntimeError(
+            "new weights while requests are unfinished, whose keys and values are those of the old "
+            "ones; call step() until unfinished is False"
+        )
