@@ -1,1 +1,1 @@
-"""What outlives a run that was ended: complete checkpoints, and the way back from them."""
+"""Complete, verified checkpoints, and resuming from them."""

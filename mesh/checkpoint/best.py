@@ -1,9 +1,9 @@
 """The model of the best evaluation so far, as a Hugging Face directory RUN_DIR/best/step-N.
 
-Best is the largest `eval/accuracy`; of equal ones the first. The directory is whole when it has
-that name: it is written under another one, reaches the disk, and is renamed. A checkpoint names the
-best of its step, so a directory stays while it is the best or a kept checkpoint names it: a run
-that is resumed goes on with the best it had at that step, whatever it had found before it ended.
+Best is the largest `eval/accuracy`; ties go to the first. A directory with that name is complete:
+it is written under another one, flushed to disk, and renamed. A checkpoint names the best model of
+its step, so a directory stays while it is the best or a kept checkpoint names it: a resumed run
+continues with the best it had at that step, whatever it found later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mesh.checkpoint.files import Best
-from mesh.checkpoint.folder import indexed, on_rank0, prepare, refuse_link, retire, steps_in
+from mesh.checkpoint.folder import checked_index, discard, on_rank0, prepare, refuse_link, steps_in
 from mesh.config.schema import Conf
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
@@ -27,51 +27,51 @@ Save = Callable[[Path], None]
 
 
 class BestModel:
-    """Owns RUN_DIR/best. Its verbs are collectives of the world, but for `prune`."""
+    """Owns RUN_DIR/best. `store` and `restore` are collective over the world."""
 
     def __init__(self, conf: Conf, run_dir: Path, process: Process, shape: ModelShape) -> None:
         self.run_dir, self.path = run_dir, run_dir / "best"
         self.process, self.shape = process, shape
         self.wanted = conf.checkpoint.every > 0 and conf.checkpoint.best
-        self.now: Best | None = None
+        self.current: Best | None = None
         if self.wanted:
             on_rank0(process, self.path, lambda: prepare(self.path))
 
     def folder(self, step: int) -> Path:
         return self.path / f"step-{step}"
 
-    def is_beaten(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether a step's metrics, the same on all ranks, hold a better evaluation."""
+    def improves(self, metrics: Mapping[str, Any]) -> bool:
+        """True if a step's metrics, the same on all ranks, hold a better evaluation."""
         if not self.wanted or METRIC not in metrics:
             return False
-        return self.now is None or metrics[METRIC] > self.now.value
+        return self.current is None or metrics[METRIC] > self.current.value
 
-    def keep(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
-        """Write the model by `save`, to which all ranks go together. Raises RuntimeError where it
-        cannot be written; the best one before it stays."""
+    def store(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
+        """Write the model with `save`, which all ranks call. Raises RuntimeError if it cannot be
+        written; the previous best model stays."""
         path = self.folder(step)
-        on_rank0(self.process, path, lambda: retire(path) if path.exists() else None)
+        on_rank0(self.process, path, lambda: discard(path) if path.exists() else None)
         try:
             save(path)
         except (OSError, SafetensorError) as error:
             raise RuntimeError(
-                f"the best model, of step {step}, could not be written to {path}: {error}; mend "
-                f"that, then resume={self.run_dir} goes on from the last checkpoint"
+                f"the best model, of step {step}, could not be written to {path}: {error}; fix "
+                f"that, then continue from the last checkpoint with resume={self.run_dir}"
             ) from error
-        on_rank0(self.process, self.path, lambda: sync_path(self.path))  # now no rank is ahead
-        self.now = Best(step, float(metrics[METRIC]))
+        on_rank0(self.process, self.path, lambda: sync_path(self.path))  # also a barrier
+        self.current = Best(step, float(metrics[METRIC]))
 
-    def take(self, best: Best | None) -> None:
-        """Go on with the best model that a checkpoint names. Where it is not whole any more, a
-        line says so and the next evaluation is the best."""
-        self.now = best
+    def restore(self, best: Best | None) -> None:
+        """Continue with the best model that a checkpoint names. If it has been damaged since,
+        report that; the next evaluation is then the best."""
+        self.current = best
         wrong = on_rank0(self.process, self.path, lambda: self._problems(best))
         if best is not None and wrong:
             self.process.say(
-                f"{self.folder(best.step)} is not whole: {'; '.join(wrong)}; the best model so far "
-                "is lost, and the next evaluation counts as the best"
+                f"{self.folder(best.step)} is damaged: {'; '.join(wrong)}; that best model is "
+                "lost, and the next evaluation becomes the best"
             )
-            self.now = None
+            self.current = None
 
     def _problems(self, best: Best | None) -> list[str]:
         if best is None or not self.wanted:
@@ -82,31 +82,29 @@ class BestModel:
         return weight_problems(path, self.shape)
 
     def prune(self, named: Collection[int]) -> None:
-        """Remove all but the best one and those of the `named` steps; a run that keeps none leaves
-        what is there. One that cannot be removed, say as somebody reads it over NFS, is named.
+        """Remove all but the best model and those of the `named` steps; no-op if best models are
+        not requested. One that cannot be removed, e.g. while read over NFS, is reported.
         """
         if not self.wanted:
             return
-        kept = {*named, *([self.now.step] if self.now else [])}
+        kept = {*named, *([self.current.step] if self.current else [])}
         for step in steps_in(self.path):
             if step in kept:
                 continue
             try:
-                retire(self.folder(step))
+                discard(self.folder(step))
             except OSError as error:
-                self.process.say(f"{self.folder(step)} stays, it could not be removed: {error}")
+                self.process.say(f"could not remove {self.folder(step)}: {error}")
 
-    def say(self) -> None:
-        """A line that says where it is."""
-        if self.now is not None:
-            where = self.folder(self.now.step)
-            self.process.say(
-                f"best: {METRIC} {self.now.value:.3f} of step {self.now.step}, {where}"
-            )
+    def report(self) -> None:
+        """Print the best evaluation and its model's directory."""
+        if self.current is not None:
+            step, value = self.current.step, self.current.value
+            self.process.say(f"best: {METRIC} {value:.3f} of step {step}, {self.folder(step)}")
 
 
-def named_in(checkpoints: Path) -> set[int]:
-    """The steps of the best models that whole checkpoints name."""
+def best_steps_in(checkpoints: Path) -> set[int]:
+    """Steps of the best models that complete checkpoints name."""
     refuse_link(checkpoints)
-    found = (indexed(checkpoints / f"step-{step}")[0] for step in steps_in(checkpoints))
+    found = (checked_index(checkpoints / f"step-{step}")[0] for step in steps_in(checkpoints))
     return {index.best.step for index in found if index is not None and index.best is not None}

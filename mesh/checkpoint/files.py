@@ -1,12 +1,12 @@
-"""What lies in a checkpoint's directory: safetensors files of blocks, and an index that names them.
+"""On-disk format of a checkpoint: safetensors files of blocks, and an index that names them.
 
-Not torch.distributed.checkpoint: its .metadata file is a pickle, which runs code when it is loaded.
-Here every rank writes the blocks of which it is the first holder, so that each element is written
-once; the index says which block lies where, with the length and the SHA-256 of every file and of
-itself. A rank of any other mesh reads what its own blocks have in common with the stored ones,
-by the same plan that moves weights between meshes (`mesh/layout/reshard.py`).
+Not torch.distributed.checkpoint: its .metadata file is a pickle, which executes code on load. Here
+every rank writes the blocks of which it is the first holder, so that each element is written once;
+the index records where each block is, with the length and SHA-256 of every file and of itself. A
+rank of any other mesh reads the intersection of its blocks with the stored ones, by the same plan
+that reshards weights (`mesh/layout/reshard.py`).
 
-Files are created anew (an existing file or link is an error) under the user's umask, and reach the
+Files are always created (an existing file or link is an error), under the user's umask, and are on
 disk before their checksum counts.
 """
 
@@ -29,15 +29,14 @@ from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import beat
 
-FORMAT = 3
+FORMAT = 3  # of the index and the files; raise it with every incompatible change
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file: its length, its SHA-256, and the block of each parameter that is in it (of a rank's
-    file; a log has none)."""
+    """A file's length, SHA-256 and block of each parameter in it (a log has none)."""
 
     bytes: int
     sha256: str
@@ -46,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: after which step, and its value."""
+    """Step and value of the best evaluation so far."""
 
     step: int
     value: float
@@ -54,10 +53,10 @@ class Best:
 
 @dataclass(frozen=True)
 class Index:
-    """All that a checkpoint says of itself. `updates`: steps that changed the weights, fewer than
-    `step` where some were skipped. `digests` has a mesh-independent number for each kind of state,
-    `shapes` each parameter's whole shape, `files` an entry by file name; `best` names the model in
-    RUN_DIR/best that was the best one at that step."""
+    """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
+    `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
+    each parameter's global shape; `files`: entries by file name; `best` names the model in
+    RUN_DIR/best that was the best at that step."""
 
     step: int
     updates: int
@@ -68,7 +67,7 @@ class Index:
     best: Best | None = None
 
     def layouts(self) -> list[ParamLayout]:
-        """Where each parameter's blocks lie; the "ranks" count the files, sorted by name."""
+        """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
         files = enumerate(self.files[name] for name in sorted(self.files))
         blocks: dict[str, dict[int, Block]] = defaultdict(dict)
         for number, entry in files:
@@ -82,15 +81,15 @@ class Index:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
-    """Write contiguous fp32 CPU tensors as one safetensors file; (length, SHA-256) of what was
-    meant to be written. Its form: https://huggingface.co/docs/safetensors, "Format"."""
+    """Write contiguous fp32 CPU tensors as one safetensors file; returns (length, SHA-256) of the
+    intended bytes. Layout: https://huggingface.co/docs/safetensors, "Format"."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), f"{name}: {tensor.dtype}"
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     digest, length = hashlib.sha256(), 8 + len(text) + end
     pieces: list[Any] = [len(text).to_bytes(8, "little"), text]
     pieces += [tensor.numpy().reshape(-1).data for tensor in tensors.values()]
@@ -104,7 +103,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
 
 
 def write_index(path: Path, index: Index) -> None:
-    """Write `path/index.json`, after which the directory is whole."""
+    """Write `path/index.json`, which completes the directory."""
     with open(path / INDEX, "x") as file:
         file.write(index.to_json())
         flush(file)
@@ -112,31 +111,32 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def read_index(path: Path) -> Index:
-    """The index of a checkpoint's directory. Raises ValueError that says what is wrong with it;
-    RuntimeError or OSError where it may be whole and cannot be read here."""
+    """Read the index of a checkpoint's directory. Raises ValueError if it is damaged, RuntimeError
+    or OSError if it may be intact but cannot be read here."""
     if path.is_symlink():
         raise ValueError("is a symbolic link, which is not followed")
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
-        if content["format"] != FORMAT:
-            wrong = f"{path} has format {content['format']}, this program reads {FORMAT}"
-            raise RuntimeError(f"{wrong}; resume it with the program that wrote it")
+        if (version := content.get("format", 1)) != FORMAT:
+            wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
+            remedy = "resume with the version that wrote it, or start a new run"
+            raise RuntimeError(f"{wrong}; {remedy}")
         if stored["sha256"] != _sha256_of(content):
             raise ValueError(f"the checksum of {INDEX} is wrong")
         return _index_of(content)
     except OSError as error:
-        _only_damage(error)
+        _reraise_unless_damage(error)
         raise ValueError(f"{INDEX}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{INDEX} is not the index of a checkpoint, or was cut short") from error
+        raise ValueError(f"{INDEX} is not the index of a checkpoint, or is truncated") from error
 
 
 def _index_of(content: Mapping[str, Any]) -> Index:
     files = {}
     for name, entry in content["files"].items():
         if Path(name).name != name:
-            raise ValueError(f"{INDEX} names {name!r}, which lies elsewhere")
+            raise ValueError(f"{INDEX} names {name!r}, which is outside the checkpoint")
         blocks = {
             parameter: Block(tuple(block["offset"]), tuple(block["size"]))
             for parameter, block in entry["blocks"].items()
@@ -149,8 +149,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
-    """What is wrong with a file that an index names: missing, a link, cut short, other bytes.
-    OSError where it cannot be read."""
+    """Damage of a file that an index names: missing, a link, truncated, other bytes. None: it is
+    intact. Raises OSError if it cannot be read."""
     digest, length = hashlib.sha256(), 0
     try:
         with open(path, "rb", opener=no_link) as file:
@@ -159,7 +159,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
                 beat()
                 length += len(piece)
     except OSError as error:
-        _only_damage(error)
+        _reraise_unless_damage(error)
         return f"{path.name}: {error.strerror}"
     if length != entry.bytes:
         return f"{path.name} has {length} bytes instead of {entry.bytes}"
@@ -174,9 +174,9 @@ def read_blocks(
     layouts: Sequence[ParamLayout],
     rank: int,
 ) -> None:
-    """Fill one rank's local tensors `state[kind][name]`, whatever mesh wrote the checkpoint.
+    """Fill one rank's local tensors `state[kind][name]` from a checkpoint of any mesh.
 
-    Raises ValueError naming the parameters where it holds others than `layouts`, or not all of one.
+    Raises ValueError naming the parameters if it holds others than `layouts`, or only part of one.
     """
     mine = [
         ParamLayout(
@@ -198,19 +198,19 @@ def read_blocks(
 
 
 def flush(file: Any) -> None:
-    """Have a file's bytes on the disk."""
+    """Flush a file's bytes to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for `open` that refuses a symbolic link."""
+    """Opener for `open` that refuses symbolic links."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
-def _only_damage(error: OSError) -> None:
-    """Raise it again unless it says that a file is not there, or is a link or a directory: a disk
-    that cannot be read now is no reason to set a checkpoint aside."""
+def _reraise_unless_damage(error: OSError) -> None:
+    """Re-raise unless the file is missing, a link or a directory: a disk that cannot be read now
+    does not make a checkpoint damaged."""
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
         raise error
 

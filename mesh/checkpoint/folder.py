@@ -1,6 +1,6 @@
-"""The directories in which a run keeps what outlives it: what is in them, and what is set aside.
+"""Directories of checkpoints and best models: their entries, and the removal of old ones.
 
-A directory `step-N` is whole; `step-N.partial` was being written, or removed, when a run ended.
+`step-N` is complete; `step-N.partial` was being written, or removed, when a run ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 def prepare(path: Path) -> None:
-    """Make the directory; what was being written when a run ended is removed."""
+    """Create the directory, and remove partial entries of a run that ended."""
     refuse_link(path)
     path.mkdir(exist_ok=True)
     for partial in path.glob(f"step-*{PARTIAL}"):
@@ -27,19 +27,20 @@ def prepare(path: Path) -> None:
 
 
 def steps_in(path: Path) -> list[int]:
-    """The steps of what was completed, newest first."""
+    """Steps of the complete entries, newest first."""
     refuse_link(path)
     found = (re.fullmatch(r"step-(\d+)", item.name) for item in path.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def refuse_link(path: Path) -> None:
+    """Raise OSError for a symbolic link."""
     if path.is_symlink():
         raise OSError(0, "is a symbolic link, which is not followed", str(path))
 
 
-def indexed(path: Path) -> tuple[Index | None, str]:
-    """A checkpoint's index, or why it cannot be used."""
+def checked_index(path: Path) -> tuple[Index | None, str]:
+    """(index, "") of a checkpoint, or (None, its damage)."""
     try:
         index = read_index(path)
     except ValueError as error:
@@ -48,21 +49,21 @@ def indexed(path: Path) -> tuple[Index | None, str]:
     return (index, "") if named else (None, f"it holds step {index.step}")
 
 
-def set_aside(path: Path) -> None:
-    """Rename what is damaged: the run will write that step again."""
+def mark_damaged(path: Path) -> None:
+    """Rename a damaged checkpoint, since the run will write that step again."""
     damaged = path.with_name(path.name + DAMAGED)
     if damaged.is_symlink() or damaged.exists():
         remove(damaged)
     path.rename(damaged)
 
 
-def retire(path: Path) -> None:
-    """Remove what was whole; what is left of it, if that is cut short, does not look whole."""
+def discard(path: Path) -> None:
+    """Remove a complete entry; renamed first, it does not look complete if that is interrupted."""
     remove(path.rename(path.with_name(path.name + PARTIAL)))
 
 
 def remove(path: Path) -> None:
-    """A link itself, or a directory with what is in it."""
+    """Remove a directory tree, a file, or a link itself."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -70,7 +71,7 @@ def remove(path: Path) -> None:
 
 
 def on_rank0(process: Process, path: Path, act: Callable[[], T]) -> T:
-    """What rank 0's `act` gives, on every rank; where it fails over a file, every rank raises."""
+    """Run `act` on rank 0 and return its result on every rank; an OSError is raised on all."""
     value, error = None, None
     if process.rank == 0:
         try:
@@ -79,5 +80,5 @@ def on_rank0(process: Process, path: Path, act: Callable[[], T]) -> T:
             error = f"{caught.filename or path}: {caught.strerror or caught}"
     value, error = process.from_rank0((value, error))
     if error is not None:
-        raise RuntimeError(f"checkpoints cannot be kept: {error}")
+        raise RuntimeError(f"cannot access checkpoints: {error}")
     return value  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""A run that its launcher starts anew (`torchrun --max-restarts`) goes on by itself.
+"""Automatic continuation of a run that its launcher restarts (`torchrun --max-restarts`).
 
-The words of the command line are the same at every attempt, so the run that they began is the one
-to go on with: after its newest checkpoint, or from the beginning where it has none yet.
+The command line is the same at every attempt, so an attempt continues the run that the first one
+began: after its newest checkpoint, or from the start if it has none yet.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ OF_A_RUN = ("config.yaml", *KEPT_LOGS, "best", "tensorboard", WANDB_ID)
 
 
 def after_restart(conf: Conf, process: Process) -> Conf:
-    """`conf` as this attempt needs it: naming the directory of the run that an earlier attempt of
-    the same launcher began, and to resume it if it holds a checkpoint. Collective.
+    """Adapt `conf` to this attempt: name the directory of the run that an earlier attempt of the
+    same launcher began, and resume it if it holds a checkpoint. Collective.
 
-    A run without a checkpoint starts over, in its directory. Nothing changes in a first attempt,
-    or where the directory is another run's, which is then refused as it is for any other start.
+    A run without a checkpoint starts over in its directory. Nothing changes in a first attempt, or
+    if the directory is another run's, which is then refused as at any other start.
     """
     if restart_count() == 0 or conf.resume is not None:
         return conf
@@ -40,8 +40,8 @@ def after_restart(conf: Conf, process: Process) -> Conf:
 
 
 def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
-    """The run directory of an earlier attempt and whether it holds a checkpoint; one that does not
-    is emptied of that attempt. None: no earlier attempt came so far."""
+    """(run directory of an earlier attempt, True if it holds a checkpoint); without one, that
+    attempt's files are removed. None: no earlier attempt got that far."""
     name = conf.run_dir or remembered
     if name is None:
         return None
@@ -53,7 +53,8 @@ def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
         if steps_in(checkpoints):
             return name, True
         if damaged := sorted(item.name for item in checkpoints.glob(f"step-*{DAMAGED}")):
-            raise RuntimeError(f"{checkpoints} holds no whole checkpoint, only {damaged}")
+            wrong = f"no intact checkpoint in {checkpoints}, only {damaged}"
+            raise RuntimeError(f"{wrong}; start a new run")
     for item in (path / held for held in OF_A_RUN):
         if item.is_symlink() or item.exists():
             remove(item)
@@ -61,7 +62,7 @@ def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
 
 
 def _same_run(config: Path, conf: Conf) -> bool:
-    """Whether a config.yaml was written for what this command line asks for."""
+    """True if a config.yaml was written for this command line."""
     if config.is_symlink() or not config.is_file():
         return False
     return replace(read_conf(config), run_dir=conf.run_dir) == conf

@@ -1,4 +1,4 @@
-"""The thread by which each rank writes its files of a checkpoint while training goes on."""
+"""Background thread that writes one rank's checkpoint files while training continues."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mesh.checkpoint.files import Entry, Index, write_tensors
 from mesh.layout.reshard import Block
 
 
-class Writing(threading.Thread):
-    """One rank's files on their way to the disk. `jobs`: what writes each of them. `outcome`: their
-    entries by name, or what went wrong; None: they are not there yet."""
+class CheckpointWriter(threading.Thread):
+    """Writes one rank's files of a checkpoint. `jobs`: the function that writes each path.
+    `outcome`: their entries by file name, or the error; None while it runs."""
 
     def __init__(self, jobs: Mapping[Path, Callable[[Path], Entry]]):
         super().__init__(name="mesh-checkpoint", daemon=True)
@@ -35,10 +35,10 @@ class Writing(threading.Thread):
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that is being written: its index, but for the files, and this rank's thread."""
+    """A checkpoint being written: its index, still without files, and this rank's writer."""
 
     index: Index
-    writing: Writing
+    writer: CheckpointWriter
 
 
 def write_blocks(

@@ -30,6 +30,7 @@ from mesh.config.keys import (
     shown,
     value_of,
 )
+from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
 
 
@@ -92,6 +93,8 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
     if path.is_symlink() or not path.is_file():
         wrong = f"holds no run ({path} is not a file)"
         return Conf(), [problem("resume", run_dir, wrong, "name the directory of a run")]
+    if problems := run_format_problems(run_dir):
+        return Conf(), problems
     settings, problems = read_yaml(path, ())
     settings += [Setting("", name, run_dir) for name in ("run_dir", "resume")]
     saved, more = merge(settings)

@@ -1,8 +1,8 @@
-"""What each rank says of the tensors it holds, and whether the two roles' tensors fit each other.
+"""Descriptions of the tensors that each rank holds, and the check that both roles' match.
 
-Layouts are known to all ranks; dtypes, ties and storage are known to the rank that has them. So
-each rank describes its own, the descriptions are gathered, and all ranks judge them alike: an error
-that one rank would raise alone would leave the others waiting in a collective.
+Layouts are known to all ranks; dtypes, ties and storage only to the rank that holds them. So each
+rank describes its own, the descriptions are gathered, and all ranks check all of them: an error
+raised on one rank alone would leave the others waiting in a collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mesh.layout.reshard import ParamLayout
 
 @dataclass(frozen=True)
 class Holding:
-    """One rank's tensors of one role. `tied` maps a name to the earlier name of the same storage;
+    """One rank's tensors of one role. `tied` maps a name to the first name with the same storage;
     `plain`: all are contiguous and on the bridge's device."""
 
     dtypes: dict[str, torch.dtype]
@@ -43,14 +43,14 @@ def describe(
     rank: int,
     device: torch.device,
 ) -> Holding:
-    """One rank's holding of a role; what does not fit the layouts becomes `problems`."""
+    """Describe one rank's tensors of a role; mismatches with the layouts become `problems`."""
     with torch.no_grad():
         local = local_tensors(tensors)
     where = f"on {role} rank {rank}"
     unknown = sorted(local.keys() - {layout.name for layout in layouts})
     problems = [f"{name} {where} has no layout" for name in unknown]
     for layout in layouts:
-        problem = _misfit(local.get(layout.name), layout, rank)
+        problem = _mismatch(local.get(layout.name), layout, rank)
         problems += [f"{layout.name} {where} {problem}"] if problem else []
     return Holding(
         dtypes={name: tensor.dtype for name, tensor in local.items()},
@@ -60,7 +60,7 @@ def describe(
     )
 
 
-def _misfit(tensor: Tensor | None, layout: ParamLayout, rank: int) -> str | None:
+def _mismatch(tensor: Tensor | None, layout: ParamLayout, rank: int) -> str | None:
     block = layout.blocks.get(rank)
     if tensor is None:
         return "is missing" if block else None
@@ -83,13 +83,13 @@ def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def agree(
+def resolve_dtypes(
     trainer: Sequence[Holding], generator: Sequence[Holding], dtype: torch.dtype
 ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
     """Both roles' dtypes by name, from all ranks' holdings (by global rank).
 
     Raises `ValueError` listing all ranks' problems, dtypes that differ between the ranks of a role,
-    and generator tensors that are neither of `dtype` nor of the trainer's own.
+    and generator tensors that have neither `dtype` nor the trainer's own.
     """
     problems = [line for holding in (*trainer, *generator) for line in holding.problems]
     source = _common_dtypes("trainer", trainer, problems)
@@ -101,7 +101,7 @@ def agree(
                 f"and the trainer's {source[name]}"
             )
     if problems:
-        raise ValueError("weights do not fit their layouts: " + "; ".join(problems))
+        raise ValueError("weights do not match their layouts: " + "; ".join(problems))
     return source, destination
 
 
@@ -123,7 +123,7 @@ def can_alias(
     destination_dtypes: Mapping[str, torch.dtype],
     plain: bool,
 ) -> bool:
-    """Whether the generator may use the trainer's own storage: the same block of each parameter on
+    """True if the generator can use the trainer's own storage: the same block of each parameter on
     the same ranks, the same dtypes, and `plain` (contiguous, on the device) tensors everywhere."""
     blocks = {layout.name: layout.blocks for layout in source_layouts}
     same_blocks = blocks == {layout.name: layout.blocks for layout in destination_layouts}

@@ -1,7 +1,7 @@
-"""Which rank does what: the world cut into a trainer submesh and a generator submesh.
+"""Division of the world into a trainer submesh and a generator submesh.
 
-Planning is pure, so that a layout which does not fit is refused before any process group exists;
-the DeviceMeshes are then built from the plan's explicit rank lists by every rank, in one order.
+Planning is pure, so that an impossible layout is refused before any process group exists; every
+rank then builds the DeviceMeshes from the plan's explicit rank lists, in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The degrees of one role; a generator's data-parallel engines are `dp_replicate`."""
+    """Parallel degrees of one role; `dp_replicate` counts a generator's engines."""
 
     dp_replicate: int
     dp_shard: int
@@ -47,7 +47,7 @@ class Parallelism:
 
 @dataclass(frozen=True)
 class Layout:
-    """The whole plan: every rank of the world is in one of the rank lists, colocated in both."""
+    """The complete plan: every rank of the world is in one of the rank lists, or in both."""
 
     mode: Literal["colocated", "split"]
     world_size: int
@@ -58,13 +58,13 @@ class Layout:
 
 
 def plan_layout(conf: Conf, world_size: int) -> Layout:
-    """The layout that `conf` asks for on `world_size` ranks; ValueError where it does not fit.
+    """Plan the layout of `conf` on `world_size` ranks. Raises ValueError if it does not fit.
 
-    A data-parallel axis left unset fills its submesh. Split, the trainer has the first ranks.
+    An unset data-parallel axis fills its submesh. In split mode the trainer gets the first ranks.
     """
     refuse(degree_problems(conf) or size_problems(conf, world_size))
     sizes = submesh_sizes(conf, world_size)
-    assert sizes is not None, "size_problems let a split through that cannot be made"
+    assert sizes is not None, "size_problems accepted an impossible split"
     trainer_size, generator_size = sizes
     replicate, tp = conf.trainer.dp_replicate, conf.trainer.tp
     trainer = Parallelism(replicate, trainer_size // (replicate * tp), tp)
@@ -83,10 +83,10 @@ def plan_layout(conf: Conf, world_size: int) -> Layout:
 def layout_problems(
     conf: Conf, world_size: int, shape: ModelShape | None, training: bool = True
 ) -> list[str]:
-    """What keeps `conf` from running on `world_size` ranks with a model of `shape`, all of it.
+    """List all that keeps `conf` from running on `world_size` ranks with a model of `shape`.
 
-    `shape` None leaves out the model's part, for when its config.json cannot be read; `training`
-    False how a training batch is shared out.
+    `shape` None skips the model, for when its config.json cannot be read; `training` False skips
+    the division of the training batch.
     """
     problems = degree_problems(conf)
     if problems:
@@ -101,14 +101,14 @@ def layout_problems(
 
 
 def batch_problems(conf: Conf, world_size: int) -> list[str]:
-    """Every data-parallel rank of either role has the same number of prompts in every wave."""
+    """Check that prompts divide evenly over waves and the data-parallel ranks of both roles."""
     layout = plan_layout(conf, world_size)
     unit = conf.waves * math.lcm(layout.trainer.dp, layout.generator.dp)
     if conf.num_prompts % unit == 0:
         return []
     wrong = (
-        f"does not divide by {unit}, which waves={conf.waves}, {layout.trainer.dp} data-parallel "
-        f"ranks of the trainer and {layout.generator.dp} of the generator ask for"
+        f"is not a multiple of {unit}, which waves={conf.waves}, {layout.trainer.dp} data-parallel "
+        f"ranks of the trainer and {layout.generator.dp} of the generator require"
     )
     below, above = conf.num_prompts // unit * unit, -(-conf.num_prompts // unit) * unit
     choices = f"{below} or {above}" if below else f"{above}"
@@ -124,9 +124,9 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 
 @dataclass(frozen=True)
 class Meshes:
-    """The DeviceMeshes of a layout; the roles share one object where their layouts are equal.
+    """DeviceMeshes of a layout; the roles share one object if their layouts are equal.
 
-    trainer_cpu_group: a gloo group of the trainer's ranks, for what they tell each other alone.
+    trainer_cpu_group: a gloo group of the trainer's ranks.
     """
 
     layout: Layout
@@ -146,14 +146,14 @@ class Meshes:
 
 
 def build_meshes(layout: Layout, device_type: str, timeout: timedelta | None = None) -> Meshes:
-    """The world's mesh (axis `world`) and both roles' (`AXES`), as a collective of all ranks.
+    """Build the world's mesh (axis `world`) and both roles' (`AXES`). Collective over the world.
 
-    timeout: of every collective of the roles; a group of its own would take torch's default.
+    timeout: for every collective of the roles; otherwise torch's default applies.
 
-    The default process group must exist and be `layout.world_size` large. Every rank builds both
-    roles' meshes, its own or not, because making a process group is a collective of the world.
+    The default process group must exist with `layout.world_size` ranks. Every rank builds both
+    roles' meshes, because creating a process group is a collective over the world.
     """
-    assert dist.get_world_size() == layout.world_size, "the layout was planned for another world"
+    assert dist.get_world_size() == layout.world_size, "the layout has another world size"
     world_mesh = DeviceMesh(device_type, torch.arange(layout.world_size), mesh_dim_names=("world",))
     trainer_mesh = _role_mesh(layout.trainer, layout.trainer_ranks, device_type)
     same = (layout.trainer, layout.trainer_ranks) == (layout.generator, layout.generator_ranks)
@@ -174,7 +174,7 @@ def _role_mesh(parallelism: Parallelism, ranks: tuple[int, ...], device_type: st
 
 
 def coordinate(role_mesh: DeviceMesh) -> tuple[int, int, int] | None:
-    """This rank's place on `AXES` of a role's mesh, None off it."""
+    """This rank's coordinate on `AXES` of a role's mesh; None off it."""
     place = role_mesh.get_coordinate()
     return None if place is None else (place[0], place[1], place[2])
 

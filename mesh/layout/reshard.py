@@ -1,9 +1,9 @@
-"""Where each rank's part of a parameter lies, and which copies turn one layout into another.
+"""Layouts of sharded parameters, and the copies that turn one layout into another.
 
-A rank holds one hyper-rectangle of each parameter (a `Block`), or nothing: that is all that FSDP
-and TP sharding come to. So resharding is intersecting blocks. Everything here is pure arithmetic on
-shapes and ranks: every rank derives the same plan from the same layouts without a word to another.
-Ranks are global ranks.
+A rank holds one hyper-rectangle of each parameter (a `Block`), or nothing: FSDP and TP produce no
+other shards. So resharding is intersecting blocks. Everything here is pure arithmetic on shapes and
+ranks: every rank derives the same plan from the same layouts without communication. Ranks are
+global ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What to index a tensor with in order to see this block of it."""
+        """Slices that index this block in a tensor."""
         return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))
 
     def within(self, outer: Block) -> Block:
@@ -42,7 +42,7 @@ class Block:
         return Block(offset, self.size)
 
     def intersect(self, other: Block) -> Block:
-        """The common part; its numel is 0 where there is none."""
+        """The common block; its numel is 0 if there is none."""
         offset = tuple(map(max, self.offset, other.offset))
         ends = map(min, self._end(), other._end())
         return Block(offset, tuple(max(0, e - o) for o, e in zip(offset, ends, strict=True)))
@@ -54,14 +54,14 @@ class Block:
         return Block(tuple(offset), tuple(size))
 
     def chunk(self, dim: int, count: int, index: int) -> Block:
-        """Part `index` of `count` along `dim`, as `torch.chunk` cuts: parts have the ceiling of the
-        even size, so that the last ones may be smaller or empty."""
+        """Part `index` of `count` along `dim`, as `torch.chunk` splits: the part size is rounded
+        up, so that the last parts may be smaller or empty."""
         length = -(-self.size[dim] // count)
         start = min(index * length, self.size[dim])
         return self.narrow(dim, start, min(length, self.size[dim] - start))
 
     def split(self, limit: int) -> Iterator[Block]:
-        """Cut into parts of at most `limit` elements, along the leading dim as far as that does."""
+        """Split into parts of at most `limit` elements, along the leading dims first."""
         if self.numel <= limit:
             if self.numel:
                 yield self
@@ -78,14 +78,14 @@ class Block:
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """One parameter's global shape and the block of each rank; a rank without one holds nothing."""
+    """One parameter's global shape and each rank's block; ranks without one hold nothing."""
 
     name: str
     shape: tuple[int, ...]
     blocks: Mapping[int, Block]
 
     def holders(self) -> dict[Block, list[int]]:
-        """The distinct blocks, each with the ranks (ascending) that hold a replica of it."""
+        """Distinct blocks, each with the ranks (ascending) that hold a replica of it."""
         ranks: dict[Block, list[int]] = defaultdict(list)
         for rank in sorted(self.blocks):
             ranks[self.blocks[rank]].append(rank)
@@ -94,7 +94,7 @@ class ParamLayout:
 
 @dataclass(frozen=True)
 class Copy:
-    """Elements that go from one rank to another (or stay on it).
+    """Elements copied from one rank to another, or within a rank.
 
     `source` and `destination` are blocks of equal size in the two ranks' local coordinates.
     """
@@ -110,13 +110,13 @@ class Copy:
         return self.source.numel
 
     def slot_bytes(self, itemsize: int) -> int:
-        """Bytes that this copy takes up in a message."""
+        """Bytes that this copy occupies in a message."""
         return -(-self.numel * itemsize // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one rank sends another in one round: its copies' slots, one behind the other."""
+    """One rank's data for another in one round: the slots of its copies, back to back."""
 
     src_rank: int
     dst_rank: int
@@ -128,9 +128,9 @@ def shard_blocks(
 ) -> dict[int, Block]:
     """Each rank's block of a tensor of `shape`, by global rank; ranks left with nothing are absent.
 
-    `ranks_grid` holds one array axis per mesh axis. `splits` lists (mesh axis, tensor dim) in the
-    order of application: each cuts what the earlier ones left, as TP and then FSDP2 do. Mesh axes
-    that are not named replicate.
+    `ranks_grid` has one array axis per mesh axis. `splits` lists (mesh axis, tensor dim) in order
+    of application: each splits what the earlier ones left, as TP and then FSDP2 do. Mesh axes not
+    listed replicate.
     """
     grid = np.asarray(ranks_grid)
     blocks = {}
@@ -152,8 +152,8 @@ def layouts_of(
 ) -> list[ParamLayout]:
     """One role's layouts, sorted by name, on ranks `grid[dp_replicate, dp_shard, tp]`.
 
-    `tp_dims` gives the tensor dim that TP shards (absent or None: replicated). With `fsdp`, dim 0
-    of what TP left is sharded over dp_shard, except of `buffers`, which FSDP leaves whole.
+    `tp_dims`: the tensor dim that TP shards (absent or None: replicated). With `fsdp`, dim 0 of the
+    TP shard is sharded over dp_shard, except for `buffers`, which FSDP leaves whole.
     """
     layouts = []
     for name in sorted(shapes):
@@ -167,11 +167,11 @@ def layouts_of(
 
 
 def check_tiling(layout: ParamLayout) -> None:
-    """The distinct blocks must hold every element exactly once, else `ValueError`."""
+    """Raise `ValueError` unless the distinct blocks hold every element exactly once."""
     blocks = sorted(layout.holders(), key=lambda block: block.offset)
     whole = Block((0,) * len(layout.shape), layout.shape)
     if any(block.intersect(whole) != block for block in blocks):
-        raise ValueError(f"{layout.name}: a block lies outside of the shape {layout.shape}")
+        raise ValueError(f"{layout.name}: a block exceeds the shape {layout.shape}")
     for i, block in enumerate(blocks):
         for other in blocks[i + 1 :]:
             if other.offset[:1] >= tuple(block._end())[:1]:
@@ -184,11 +184,11 @@ def check_tiling(layout: ParamLayout) -> None:
 
 
 def plan(src: Sequence[ParamLayout], dst: Sequence[ParamLayout]) -> list[Copy]:
-    """The copies that fill every destination block, each of its elements exactly once.
+    """Plan the copies that fill every destination block, each element exactly once.
 
-    A rank that holds a wanted piece itself copies locally. Otherwise the replica that has the least
-    to send so far sends it. Raises `ValueError` naming the parameter where names or shapes of the
-    two sides differ, or where the source does not hold every element exactly once.
+    A rank that holds a wanted piece itself copies it locally. Otherwise the replica with the least
+    to send so far sends it. Raises `ValueError` naming the parameter if names or shapes of the two
+    sides differ, or if the source does not hold every element exactly once.
     """
     destinations = {layout.name: layout for layout in dst}
     check_same_parameters(src, dst)
@@ -201,7 +201,7 @@ def plan(src: Sequence[ParamLayout], dst: Sequence[ParamLayout]) -> list[Copy]:
 
 
 def check_same_parameters(src: Sequence[ParamLayout], dst: Sequence[ParamLayout]) -> None:
-    """Both sides must list the same names with the same shapes, else `ValueError`."""
+    """Raise `ValueError` unless both sides list the same names with the same shapes."""
     shapes = {layout.name: layout.shape for layout in src}
     other = {layout.name: layout.shape for layout in dst}
     problems = [f"{name} is missing from the source" for name in sorted(other.keys() - shapes)]
@@ -217,7 +217,7 @@ def check_same_parameters(src: Sequence[ParamLayout], dst: Sequence[ParamLayout]
         counts = Counter(layout.name for layout in layouts)
         problems += [f"{name} is listed twice in the {side}" for name in counts if counts[name] > 1]
     if problems:
-        raise ValueError("layouts do not fit: " + "; ".join(problems))
+        raise ValueError("layouts do not match: " + "; ".join(problems))
 
 
 def _param_copies(
@@ -248,13 +248,13 @@ def buckets(
 ) -> list[list[Message]]:
     """Group the copies between different ranks into rounds of messages, one per pair of ranks.
 
-    In a round no rank sends more than `limit_bytes`, and none receives more, over all its peers: so
-    a bucket bounds memory whatever the number of ranks. `itemsizes` gives each parameter's bytes an
-    element on the wire. A copy that is too big is split. Raises `ValueError` for a limit below 16.
+    In a round no rank sends or receives more than `limit_bytes` over all its peers, which bounds
+    memory whatever the number of ranks. `itemsizes`: each parameter's bytes per element on the
+    wire. Copies that are too large are split. Raises `ValueError` for a limit below 16.
     """
     limit = limit_bytes // ALIGNMENT * ALIGNMENT
     if limit <= 0:
-        raise ValueError(f"a bucket of {limit_bytes} bytes holds nothing; use {ALIGNMENT} or more")
+        raise ValueError(f"a bucket of {limit_bytes} bytes is too small; use at least {ALIGNMENT}")
     rounds: list[dict[tuple[int, int], list[Copy]]] = []
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()

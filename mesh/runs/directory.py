@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mesh.config.run_format import RUN_FORMAT
 from mesh.lifecycle.files import MARKS
 from mesh.lifecycle.process import Process
 
@@ -59,7 +60,7 @@ def create_run_dir(
     if refusal is not None:
         raise ValueError(refusal)
     if process.rank == 0:
-        environment = describe_environment() | {"ranks": ranks}
+        environment = {"format": RUN_FORMAT} | describe_environment() | {"ranks": ranks}
         with open(_new_environment(path), "x") as file:
             file.write(json.dumps(environment, indent=2) + "\n")
         process.guard.remember("run_dir", str(path))

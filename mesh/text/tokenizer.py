@@ -1,8 +1,9 @@
 """Text to token ids and back, from a Hugging Face `tokenizer.json`.
 
-A thin noun over the `tokenizers` library, which gives the ids that `transformers` gives, without
-loading it. Text the tokenizer cannot represent is an error here: most tokenizers drop such
-characters silently, and a model would be trained on another question than the one it is scored on.
+A thin noun over the `tokenizers` library, which gives the same ids as `transformers` without
+loading it. Text that the tokenizer cannot represent is an error here: most tokenizers drop such
+characters silently, and a model would be trained on a different question from the one it is scored
+on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`eos_ids` end a response: every end-of-sequence id that the directory's files name."""
+    """A loaded tokenizer. `eos_ids` end a response: all those named in the directory's files."""
 
     directory: Path
     backend: Backend
@@ -30,33 +31,33 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The largest id + 1; a model's vocabulary may be padded beyond it."""
+        """Largest id + 1; a model's vocabulary may be padded beyond it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, no special tokens added; ValueError naming a character it does not know."""
+        """Token ids, without special tokens. Raises ValueError naming what it cannot encode."""
         encoding = _try_encode(self.backend, text)
         unknown = _unknown_part(self, text, encoding)
         if unknown is not None or encoding is None:
             raise ValueError(
-                f"the tokenizer in {self.directory} does not know {unknown!r}, which is in "
-                f"{text!r}: change the text, or set model.tokenizer to one that knows it"
+                f"the tokenizer in {self.directory} cannot encode {unknown!r} in {text!r}: change "
+                "the text, or set model.tokenizer to one that can"
             )
         return encoding.ids
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """The text of ids, without special tokens and without ids that stand for nothing."""
+        """Text of the ids, skipping special tokens and ids without a token."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face directory; ValueError naming the file that is at fault."""
+    """Load the tokenizer of a Hugging Face directory. Raises ValueError naming the faulty file."""
     directory = Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: set model.tokenizer (or model.path) to a directory with "
-            "tokenizer.json, or leave both unset for the characters that ship with the package"
+            "tokenizer.json, or leave both unset to use the built-in character tokenizer"
         )
     try:
         backend = Backend.from_file(str(path))
@@ -64,29 +65,28 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ValueError(
             f"{path} is not a tokenizer ({error}): copy the file from the model again"
         ) from error
-    # a file may carry the truncation and padding of some past training run
+    # a file may contain truncation and padding settings of some earlier training run
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(directory, backend, _eos_ids(directory, backend), _unknown_id(path, backend))
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
-    """The problems, if any, between this tokenizer and a model of `model_vocab_size` ids."""
+    """List the mismatches between a tokenizer and a model of `model_vocab_size` ids."""
     problems = []
     if tokenizer.vocab_size > model_vocab_size:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: its ids go up to {tokenizer.vocab_size - 1}, "
-            f"the model's vocabulary up to {model_vocab_size - 1}; use the tokenizer that belongs "
-            "to the model"
+            f"the model's vocabulary up to {model_vocab_size - 1}; use the model's own tokenizer"
         )
     if not tokenizer.eos_ids:
         problems.append(
-            f"model.tokenizer={tokenizer.directory}: no end of sequence is named; add eos_token "
-            "to tokenizer_config.json"
+            f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
+            "eos_token to tokenizer_config.json"
         )
     if any(eos_id >= tokenizer.vocab_size for eos_id in tokenizer.eos_ids):
         problems.append(
-            f"model.tokenizer={tokenizer.directory}: eos ids {tokenizer.eos_ids} go beyond its "
+            f"model.tokenizer={tokenizer.directory}: eos ids {tokenizer.eos_ids} exceed its "
             f"{tokenizer.vocab_size} ids; correct eos_token_id in generation_config.json and "
             "config.json"
         )
@@ -94,9 +94,9 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
 
 
 def make_character_tokenizer(directory: str | Path) -> None:
-    """Write a tokenizer of single characters: <pad>, <eos>, newline and all printable ASCII.
+    """Write a character tokenizer: <pad>, <eos>, newline and all printable ASCII.
 
-    The files are spelt out, not saved by the library, so that no version of it changes a byte.
+    The files are not saved by the library, so no version of it changes a byte of them.
     """
     specials = ["<pad>", "<eos>"]
     characters = ["\n", *(chr(code) for code in range(ord(" "), ord("~") + 1))]
@@ -134,22 +134,22 @@ def _try_encode(backend: Backend, text: str) -> Encoding | None:
 
 
 def _unknown_part(tokenizer: Tokenizer, text: str, encoding: Encoding | None) -> str | None:
-    """The first part of `text` that has no token of its own, None if there is none."""
+    """First part of `text` without a token of its own, or None."""
     if encoding is None:
         return _failing_character(tokenizer.backend, text) or text
     spans = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
     for token_id, token, (start, stop) in spans:
-        # the unknown token spelt out in the text is known
+        # the unknown token written out in the text is valid
         if token_id == tokenizer.unknown_id and text[start:stop] != token:
             return text[start:stop]
     if tokenizer.backend.decode(encoding.ids, skip_special_tokens=False) == text:
         return None
-    # the round trip may differ for good reasons (Unicode normal forms), drops are not one
+    # a round trip may differ legitimately (Unicode normal forms), but not by a lost character
     return _dropped_character(tokenizer.backend, text)
 
 
 def _failing_character(backend: Backend, text: str) -> str | None:
-    """The first character that fails alone and is in no token; the library does not tell."""
+    """First character that fails alone and is in no token; the library does not report it."""
     known = set("".join(backend.get_vocab()))
     for character in dict.fromkeys(text):
         if character not in known and _try_encode(backend, character) is None:
@@ -173,7 +173,7 @@ def _unknown_id(path: Path, backend: Backend) -> int | None:
 
 
 def _eos_ids(directory: Path, backend: Backend) -> tuple[int, ...]:
-    """The union over the files, each of which may be absent: chat models name a second one."""
+    """Union over the files, each of which may be absent: chat models name a second id."""
     ids: set[int | None] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
@@ -182,7 +182,7 @@ def _eos_ids(directory: Path, backend: Backend) -> tuple[int, ...]:
     token = _read_json(path).get("eos_token")
     token = token["content"] if isinstance(token, dict) else token
     if token is not None and backend.token_to_id(token) is None:
-        raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it there")
+        raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it")
     ids.add(backend.token_to_id(token) if token is not None else None)
     return tuple(sorted(i for i in ids if i is not None))
 
@@ -195,7 +195,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it from the model again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: copy it from the model again")
+        raise ValueError(f"{path} is not a JSON object: copy it from the model again")
     return value
 
 

@@ -1,8 +1,8 @@
-"""The second crossing: the trainer's weights become the generator's, and that is proved.
+"""Weight sync: transfer of the trainer's weights to the generator, verified by digests.
 
 Every rank of the world holds a `WeightBridge` and calls `sync` in lockstep. What a rank sends,
-receives or copies follows from the plan, which all derive alike. Pieces are cast to the generator's
-dtype as they are packed, so no more than a bucket of cast weights exists at a time.
+receives or copies follows from a plan that every rank derives. Pieces are cast to the generator's
+dtype as they are packed, so at most one bucket of cast weights exists at a time.
 `DTensor.redistribute` is not used: across meshes it raises, or returns the tensor still on the
 source mesh.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mesh.layout.holdings import Holding, agree, can_alias, describe, local_tensors
+from mesh.layout.holdings import Holding, can_alias, describe, local_tensors, resolve_dtypes
 from mesh.layout.reshard import Copy, Message, ParamLayout, buckets, check_tiling, plan
 from mesh.weights.digest import compare_digests, local_digests, total_digest
 
@@ -28,10 +28,10 @@ TRAINER, GENERATOR = "trainer", "generator"
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync did; equal on all ranks except for `seconds`.
+    """Result of one sync; equal on all ranks except for `seconds`.
 
-    `bytes_moved` counts what all ranks wrote, in the generator's dtypes; 0 where weights are
-    aliased. `verified`: the digests of both sides were compared (a mismatch raises).
+    `bytes_moved`: written by all ranks, in the generator's dtypes; 0 if weights are aliased.
+    `verified`: the digests of both sides were compared (a mismatch raises).
     """
 
     version: int
@@ -41,15 +41,14 @@ class SyncReport:
 
 
 class WeightBridge:
-    """Owns the plan from the trainer's layout to the generator's, and the weights' version.
+    """Owns the plan from the trainer's layout to the generator's, and the weight version.
 
-    Made on every rank of the world at the same time. `source` and `destination` map names to this
-    rank's tensors (DTensors stand for their local shards) and are empty off their role; where a
-    rank's shard is empty it may be listed or not. A destination tensor has `dtype`, or the source's
-    own dtype (a buffer that stays fp32). Names that share storage in the destination are written
-    once, and digested each. `group` carries the weights (NCCL for CUDA tensors), `cpu_group` (gloo)
-    the digests; both span the world. Raises `ValueError`, on all ranks alike, where names, shapes
-    or dtypes do not fit.
+    Constructed on every rank of the world together. `source` and `destination` map names to this
+    rank's tensors (DTensors stand for their local shards) and are empty off their role; empty
+    shards may be listed or left out. A destination tensor has `dtype`, or the source's own dtype (a
+    buffer that stays fp32). Destination names that share storage are written once, and each is
+    digested. `group` carries the weights (NCCL for CUDA tensors), `cpu_group` (gloo) the digests;
+    both span the world. Raises `ValueError` on all ranks if names, shapes or dtypes do not match.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class WeightBridge:
         for layout in destination_layouts:
             check_tiling(layout)
         trainer, generator = self._gather_holdings()
-        source_dtypes, self.dtypes = agree(trainer, generator, dtype)
+        source_dtypes, self.dtypes = resolve_dtypes(trainer, generator, dtype)
         plain = all(holding.plain for holding in (*trainer, *generator))
         self.aliased = allow_alias and can_alias(
             source_layouts, destination_layouts, source_dtypes, self.dtypes, plain
@@ -96,19 +95,19 @@ class WeightBridge:
     def aliases(self) -> dict[str, Tensor]:
         """The trainer's local tensors, for the engine to bind in place of its own (`aliased` only).
 
-        Afterwards the engine's tensors go to `bind`.
+        Pass the engine's tensors to `bind` afterwards.
         """
         assert self.aliased, "the layouts or dtypes of trainer and generator differ"
         return {name: tensor.detach() for name, tensor in local_tensors(self.source).items()}
 
     def bind(self, destination: Mapping[str, Tensor]) -> None:
-        """Take the tensors that the engine holds now as the destination, in the layout of old."""
-        assert destination.keys() == self.destination.keys(), "the engine changed its names"
+        """Make the engine's present tensors the destination; their layout is unchanged."""
+        assert destination.keys() == self.destination.keys(), "the engine renamed parameters"
         self.destination = destination
 
     @torch.no_grad()
     def sync(self) -> SyncReport:
-        """Make the generator's weights the trainer's current ones. A collective over the world.
+        """Copy the trainer's current weights to the generator. Collective over the world.
 
         Raises `RuntimeError` on all ranks, naming parameters and ranks, if the digests differ.
         """
@@ -119,7 +118,7 @@ class WeightBridge:
         for copy in self.local_copies:
             target = destination[copy.name][copy.destination.slices]
             target.copy_(source[copy.name][copy.source.slices])
-        # one buffer each way for all rounds bounds memory, however far the host runs ahead
+        # one buffer each way for all rounds bounds memory, even if the host runs ahead
         outgoing, incoming = self._buffer(self.sends), self._buffer(self.receives)
         for sends, receives in zip(self.sends, self.receives, strict=True):
             packed, arriving = self._slots(sends, outgoing), self._slots(receives, incoming)
@@ -137,7 +136,7 @@ class WeightBridge:
         return SyncReport(self.version, self.bytes_moved, time.perf_counter() - start, verified)
 
     def _buffer(self, rounds: Sequence[Sequence[Message]]) -> Tensor:
-        """Room for the largest round, in bytes."""
+        """Allocate the bytes of the largest round."""
         size = max((sum(map(self._num_bytes, messages)) for messages in rounds), default=0)
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -145,7 +144,7 @@ class WeightBridge:
         return sum(copy.slot_bytes(self.dtypes[copy.name].itemsize) for copy in message.copies)
 
     def _slots(self, messages: Sequence[Message], buffer: Tensor) -> list[tuple[Copy, Tensor]]:
-        """Each copy of one round's messages with its place in the buffer, viewed in its shape."""
+        """Each copy of one round's messages with its slot in the buffer, viewed in its shape."""
         slots, start = [], 0
         for copy in (copy for message in messages for copy in message.copies):
             dtype = self.dtypes[copy.name]
@@ -161,7 +160,7 @@ class WeightBridge:
         receives: Sequence[Message],
         incoming: Tensor,
     ) -> None:
-        """Move one round's messages, which lie one behind the other in the two buffers."""
+        """Transfer one round's messages, stored back to back in the two buffers."""
         sizes = [list(map(self._num_bytes, messages)) for messages in (sends, receives)]
         out = zip(sends, outgoing[: sum(sizes[0])].split(sizes[0]), strict=True)
         into = zip(receives, incoming[: sum(sizes[1])].split(sizes[1]), strict=True)
@@ -183,11 +182,11 @@ class WeightBridge:
         if findings:
             shown = "\n  ".join(findings[:20] + ["..."] * (len(findings) > 20))
             raise RuntimeError(
-                f"weights differ after sync {self.version} ({len(findings)} findings):\n  {shown}"
+                f"weights differ after sync {self.version} ({len(findings)} mismatches):\n  {shown}"
             )
 
     def _gather_holdings(self) -> tuple[list[Holding], list[Holding]]:
-        """All ranks' holdings, by global rank, of the trainer's and of the generator's tensors."""
+        """All ranks' holdings of the trainer's and of the generator's tensors, by global rank."""
         mine = (
             describe(TRAINER, self.source, self.source_layouts, self.rank, self.device),
             describe(GENERATOR, self.destination, self.destination_layouts, self.rank, self.device),
@@ -200,7 +199,7 @@ class WeightBridge:
 def gather_digests(
     digests: Mapping[str, int], layouts: Sequence[ParamLayout], cpu_group: dist.ProcessGroup
 ) -> list[dict[str, int]]:
-    """All ranks' block digests, by global rank, then name. A collective over the gloo group."""
+    """All ranks' block digests, by global rank, then name. Collective over the gloo group."""
     names = [layout.name for layout in layouts]
     mine = torch.tensor([digests[name] for name in names], dtype=torch.int64)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -213,7 +212,7 @@ def weights_digest(
     tensors: Mapping[str, Tensor], layouts: Sequence[ParamLayout], cpu_group: dist.ProcessGroup
 ) -> str:
     """The metric `digest/weights`: hex digest of one role's tensors in their own dtype, the same on
-    any mesh and on all ranks. A collective over the world; `tensors` is empty off the role."""
+    any mesh and on all ranks. Collective over the world; `tensors` is empty off the role."""
     mine = local_digests(local_tensors(tensors), layouts, dist.get_rank())
     return total_digest(layouts, gather_digests(mine, layouts, cpu_group))
 
@@ -222,12 +221,12 @@ def _check_aliases(source: Mapping[str, Tensor], destination: Mapping[str, Tenso
     moved = [name for name in source if source[name].data_ptr() != destination[name].data_ptr()]
     if moved:
         raise RuntimeError(
-            f"aliased weights have storage of their own: {', '.join(moved)}; bind aliases() first"
+            f"aliased weights no longer share storage: {', '.join(moved)}; bind aliases() first"
         )
 
 
 def _warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
-    """One element around the ring: NCCL wants all ranks of a group in its first P2P batch."""
+    """Send one element around the ring: NCCL needs all ranks of a group in its first P2P batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     if world > 1:
         outgoing, incoming = torch.zeros(2, 1, device=device)

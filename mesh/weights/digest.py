@@ -1,10 +1,9 @@
-"""A number that names the contents of a set of parameters, whatever mesh they are sharded over.
+"""Mesh-independent digest of a set of parameters.
 
 Each element contributes a hash of (parameter name, global flat index, bits); contributions add
-modulo 2^64. Addition does not care who holds an element nor in which order it comes, so any
-sharding of the same bits gives the same sum. A change of a single element always changes it, for
-the hash is a bijection of a key that is injective in the bits; any other change does with odds of
-2^64 to 1.
+modulo 2^64. Addition depends on neither the holder nor the order of elements, so any sharding of
+the same bits gives the same sum. Changing a single element always changes it, since the hash is a
+bijection of a key that is injective in the bits; any other change is missed with probability 2^-64.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from mesh.layout.reshard import Block, ParamLayout
 # finaliser's multipliers.
 INDEX_STEP = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-# Any other odd number serves to spread the bits (this one: MurmurHash3's finaliser).
+# Spreads the bits; any other odd number would do (this one is from MurmurHash3's finaliser).
 BITS_STEP = 0xFF51AFD7ED558CCD
 
-# Elements hashed at a time: bounds the int64 temporaries, and on a CPU keeps them in cache.
+# Elements hashed at a time: bounds the int64 temporaries, and keeps them in cache on a CPU.
 CHUNK_CUDA, CHUNK_CPU = 1 << 22, 1 << 16
 
 BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,10 +40,10 @@ def block_digest(
 ) -> Tensor:
     """Digest of one rank's block of a parameter: an int64 scalar on the tensor's device.
 
-    `local` has `block.size`. With `dtype` the digest is that of the values cast to it, without a
-    cast copy of the whole block. Empty blocks give 0.
+    `local` has shape `block.size`. With `dtype`, digests the values cast to it, without a cast copy
+    of the whole block. Empty blocks give 0.
     """
-    assert tuple(local.shape) == block.size, f"{name}: {tuple(local.shape)} is not {block.size}"
+    assert tuple(local.shape) == block.size, f"{name}: {tuple(local.shape)}, not {block.size}"
     total = torch.zeros((), dtype=torch.int64, device=local.device)
     limit = CHUNK_CUDA if local.is_cuda else CHUNK_CPU
     for piece in Block((0,) * local.dim(), block.size).split(limit):
@@ -77,7 +76,7 @@ def _mix_(keys: Tensor) -> Tensor:
 
 
 def _shift(keys: Tensor, count: int) -> Tensor:
-    # int64 shifts carry the sign in from the left: mask it off to shift as uint64 does.
+    # int64 shifts are arithmetic: mask off the sign bits to shift as uint64 does.
     return (keys >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
@@ -97,9 +96,9 @@ def local_digests(
     rank: int,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, int]:
-    """One rank's block digests by name, of its local `tensors`, cast to `dtypes` where given.
+    """Digest one rank's local `tensors`, cast to `dtypes` if given: block digests by name.
 
-    Parameters of which the rank holds nothing have 0."""
+    Parameters of which the rank holds nothing have digest 0."""
     held = [layout for layout in layouts if rank in layout.blocks]
     totals = [
         block_digest(
@@ -111,7 +110,7 @@ def local_digests(
         )
         for layout in held
     ]
-    # one copy to the host for all of them
+    # a single copy to the host
     numbers = torch.stack(totals).tolist() if totals else []
     digests = {layout.name: number for layout, number in zip(held, numbers, strict=True)}
     return {layout.name: digests.get(layout.name, 0) for layout in layouts}
@@ -121,7 +120,7 @@ def total_digest(layouts: Sequence[ParamLayout], digests: Sequence[Mapping[str, 
     """Sixteen hex digits for all parameters of a side, the same for any sharding of the same bits.
 
     `digests[rank][name]` is that rank's block digest. Each distinct block counts once; its replicas
-    are taken to be equal (`compare_digests` checks that).
+    are assumed equal (`compare_digests` checks that).
     """
     total = sum(
         digests[ranks[0]][layout.name] for layout in layouts for ranks in layout.holders().values()
@@ -133,29 +132,29 @@ def compare_digests(
     layouts_by_side: Mapping[str, Sequence[ParamLayout]],
     digests: Sequence[Mapping[str, Mapping[str, int]]],
 ) -> list[str]:
-    """Compare all ranks' block digests: one message for each finding, none if the sides are equal.
+    """Compare all ranks' block digests: one message per mismatch, none if the sides are equal.
 
-    `layouts_by_side` holds two sides, first the one that is the truth; each side's blocks tile
-    every parameter. `digests[rank][side][name]` is the block's digest (rank by global rank). Each
-    replica is compared. A message names the parameter, the side and the ranks at fault, as closely
-    as blocks allow: replicas against their majority; the second side's blocks against the first's.
+    `layouts_by_side` holds two sides, the reference first; each side's blocks tile every parameter.
+    `digests[rank][side][name]` is a block's digest, by global rank. Every replica is compared. A
+    message names the parameter, the side and the ranks at fault, as narrowly as blocks allow:
+    replicas against their majority, the second side's blocks against the first's.
     """
     (first, sources), (second, destinations) = layouts_by_side.items()
     by_name = {layout.name: layout for layout in destinations}
     messages = []
     for source in sources:
         name = source.name
-        truth = {rank: digests[rank][first][name] for rank in source.blocks}
-        disputes = _replica_disputes(first, name, source.holders(), truth)
-        messages += disputes
-        if not disputes:  # else there is no truth to hold the second side to
+        expected = {rank: digests[rank][first][name] for rank in source.blocks}
+        mismatches = _replica_mismatches(first, name, source.holders(), expected)
+        messages += mismatches
+        if not mismatches:  # else there is no reference for the second side
             destination = by_name[name]
             values = {rank: digests[rank][second][name] for rank in destination.blocks}
-            messages += _differences(first, source, truth, second, destination, values)
+            messages += _differences(first, source, expected, second, destination, values)
     return messages
 
 
-def _replica_disputes(
+def _replica_mismatches(
     side: str, name: str, holders: Mapping[Block, Sequence[int]], values: Mapping[int, int]
 ) -> list[str]:
     messages = []
@@ -163,11 +162,11 @@ def _replica_disputes(
         counts = Counter(values[rank] for rank in ranks).most_common()
         if len(counts) == 1:
             continue
-        # no majority: any of them may be wrong
+        # no majority: any replica may be wrong
         tie = counts[0][1] == counts[1][1]
         at_fault = [rank for rank in ranks if tie or values[rank] != counts[0][0]]
         messages.append(
-            f"{name}: {side} ranks {at_fault} differ from other replicas of {_where(block)}"
+            f"{name}: {side} ranks {at_fault} differ from other replicas of {_format(block)}"
         )
     return messages
 
@@ -175,7 +174,7 @@ def _replica_disputes(
 def _differences(
     first: str,
     source: ParamLayout,
-    truth: Mapping[int, int],
+    reference: Mapping[int, int],
     second: str,
     destination: ParamLayout,
     values: Mapping[int, int],
@@ -183,33 +182,33 @@ def _differences(
     messages = []
     unknown = {}
     for block, ranks in destination.holders().items():
-        expected = _expected(block, source, truth)
+        expected = _expected(block, source, reference)
         wrong = [rank for rank in ranks if values[rank] % (1 << 64) != expected]
         if expected is None:
             unknown[block] = ranks
         elif wrong:
-            where = f"{second} ranks {wrong} differ from the {first} in {_where(block)}"
+            where = f"{second} ranks {wrong} differ from the {first} in {_format(block)}"
             messages.append(f"{source.name}: {where}")
-    messages += _replica_disputes(second, source.name, unknown, values)
-    if not messages and _sum(source, truth) != _sum(destination, values):
+    messages += _replica_mismatches(second, source.name, unknown, values)
+    if not messages and _sum(source, reference) != _sum(destination, values):
         ranks = sorted(destination.blocks)
         messages.append(f"{source.name}: {second} ranks {ranks} together differ from the {first}")
     return messages
 
 
-def _expected(block: Block, source: ParamLayout, truth: Mapping[int, int]) -> int | None:
-    """The digest of `block` modulo 2^64 where whole source blocks tile it, else None."""
+def _expected(block: Block, source: ParamLayout, reference: Mapping[int, int]) -> int | None:
+    """Digest of `block` modulo 2^64 if whole source blocks tile it, else None."""
     inside = {
         held: ranks for held, ranks in source.holders().items() if held.intersect(block) == held
     }
     if sum(held.numel for held in inside) != block.numel:
         return None
-    return sum(truth[ranks[0]] for ranks in inside.values()) % (1 << 64)
+    return sum(reference[ranks[0]] for ranks in inside.values()) % (1 << 64)
 
 
 def _sum(layout: ParamLayout, values: Mapping[int, int]) -> int:
     return sum(values[ranks[0]] for ranks in layout.holders().values()) % (1 << 64)
 
 
-def _where(block: Block) -> str:
+def _format(block: Block) -> str:
     return "[" + ", ".join(f"{s.start}:{s.stop}" for s in block.slices) + "]"

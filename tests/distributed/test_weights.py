@@ -88,7 +88,7 @@ def test_small_buckets_make_many_rounds(results):
 
 def test_a_corrupted_destination_is_named_on_all_ranks(results):
     error = alike(results, "corrupted", "error")
-    assert error.startswith("RuntimeError: weights differ after sync 1 (1 findings)")
+    assert error.startswith("RuntimeError: weights differ after sync 1 (1 mismatches)")
     # the trainer's row shards tile the whole tensor, so the rank itself is known
     assert "wo: generator ranks [3] differ from the trainer" in error
 
@@ -101,7 +101,7 @@ def test_a_stale_trainer_replica_is_named_on_all_ranks(results):
 
 def test_a_sync_into_storage_that_should_be_aliased_is_refused(results):
     error = alike(results, "unbound_alias", "error")
-    assert error.startswith("RuntimeError: aliased weights have storage of their own: ")
+    assert error.startswith("RuntimeError: aliased weights no longer share storage: ")
 
 
 def test_tensors_that_do_not_fit_are_refused_on_all_ranks(results):
@@ -116,4 +116,4 @@ def test_tensors_that_do_not_fit_are_refused_on_all_ranks(results):
 
 def test_sides_with_different_names_are_refused_on_all_ranks(results):
     error = alike(results, "misfits", "names")
-    assert error == "ValueError: layouts do not fit: out is missing from the source"
+    assert error == "ValueError: layouts do not match: out is missing from the source"

@@ -157,7 +157,7 @@ def test_a_replay_names_what_was_logged_otherwise(resumed, tmp_path):
     )[1]  # fmt: skip
     (newest / "rank-1.safetensors").write_bytes(b"")
     lines = replay(path, steps, status=1)
-    said = f"{newest} is passed over: rank-1.safetensors has 0 bytes"
+    said = f"skipping {newest}: rank-1.safetensors has 0 bytes"
     assert any(line.startswith(said) for line in lines)
     assert lines[-1] == "DIFFERENT: grad_norm; 1 of 32 samples"
     (row,) = [line for line in lines if line.startswith("grad_norm")]
@@ -169,7 +169,7 @@ def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(r
     """Loading compares the digests of weights and moments with those of the mesh that saved."""
     path, steps = resumed.path, resumed.metrics[-1]["step"]
     before = lines_of(path / "metrics.jsonl")
-    said = f"resumed from {path}/checkpoints/step-%d: weights and moments are those that were saved"
+    said = f"resumed from {path}/checkpoints/step-%d: the digests of weights and moments match"
     words = ["trainer.tp=2", "generator.tp=2", f"steps={steps + 1}"]
     assert said % steps in launch("recipes/grpo.py", 4, f"resume={path}", *words).stdout
     job = Foreground("grpo.py", 2, f"resume={path}", "mesh.mode=split")  # one rank trains

@@ -71,8 +71,8 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
     "wrong choice": (["mesh.mode=splt"], 2, ["mesh.mode=splt: expected one of", "mesh.mode=split"]),
     "group of one": (["group_size=1"], 2, ["group_size=1: must be >= 2", "default is 8"]),
     "not a number": (["kl_coef=nan"], 2, ["kl_coef=nan: must be >= 0 and finite"]),
-    "batch, ranks": (["num_prompts=63"], 2, ["num_prompts=63: does not divide by 2", "62 or 64"]),
-    "batch and waves": (["waves=3"], 2, ["num_prompts=64: does not divide by 6", "60 or 66"]),
+    "batch, ranks": (["num_prompts=63"], 2, ["num_prompts=63: is not a multiple of 2", "62 or 64"]),
+    "batch and waves": (["waves=3"], 2, ["num_prompts=64: is not a multiple of 6", "60 or 66"]),
     "prompt too long": (
         ["model.max_length=12", "generator.max_new_tokens=8"], 2,
         ["model.max_length=12: the prompt '", "longer than the context", "use at least 14"],
@@ -232,7 +232,7 @@ def test_vocabulary_of_another_model(model):
     edit(model, vocab_size=64)
     (line,) = lines(refusal(f"model.path={model}", "model.init=random"))
     assert "its ids go up to 97, the model's vocabulary up to 63" in line
-    assert "use the tokenizer that belongs to the model" in line
+    assert "use the model's own tokenizer" in line
 
 
 def test_weights_that_are_missing_from_the_file_are_named(model):

@@ -264,7 +264,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "is a symbolic link, which is not followed": to_a_link,
     "index.json: No such file": lambda p: (p / "index.json").unlink(),
     "index.json: Too many levels": lambda p: to_a_link(p / "index.json"),
-    "was cut short": lambda p: os.truncate(p / "index.json", 300),
+    "is truncated": lambda p: os.truncate(p / "index.json", 300),
     "the checksum of index.json is wrong": lambda p: rewritten(
         p, lambda index: index["content"].update(step=7)
     ),
@@ -282,7 +282,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(process, tmp_path, capsys
         step, trainer = loaded(process, path, conf_of())
         assert step == 1, said
         out = capsys.readouterr().out
-        assert f"{path}/checkpoints/step-2 is passed over: " in out and said in out
+        assert f"skipping {path}/checkpoints/step-2: " in out and said in out
         assert f"resumed from {path}/checkpoints/step-1" in out
         stored = load_file(path / "checkpoints" / "step-1" / RANK_0)
         assert all(torch.equal(stored[name], bits) for name, bits in bits_of(trainer).items())
@@ -292,9 +292,9 @@ def test_damaged_checkpoints_are_named_and_passed_over(process, tmp_path, capsys
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(process, tmp_path):
     conf, _ = run_with(process, tmp_path / "run", 1)
     flip(tmp_path / "run" / "checkpoints" / "step-1" / RANK_0, 5000)
-    with pytest.raises(ValueError, match=r"no whole checkpoint is in .*/run/checkpoints; start"):
+    with pytest.raises(ValueError, match=r"no intact checkpoint in .*/run/checkpoints; start"):
         loaded(process, tmp_path / "run", conf)
-    with pytest.raises(ValueError, match=f"resume={tmp_path / 'run'}: no whole checkpoint"):
+    with pytest.raises(ValueError, match=f"resume={tmp_path / 'run'}: no intact checkpoint"):
         loaded(process, tmp_path / "run", conf)
 
 
@@ -302,10 +302,13 @@ def test_what_may_be_whole_is_left_as_it_is(process, tmp_path):
     """Of another version of this program, or on a disk that cannot be read at the moment."""
     conf, _ = run_with(process, tmp_path / "run", 1)
     path = tmp_path / "run" / "checkpoints" / "step-1"
-    rewritten(path, lambda index: index["content"].update(format=2))
-    with pytest.raises(RuntimeError, match=f"{path} has format 2, this program reads 3; resume"):
-        loaded(process, tmp_path / "run", conf)
-    assert names_in(tmp_path / "run") == ["step-1"]
+    other = (lambda c: c.update(format=2), 2), (lambda c: c.pop("format"), 1)
+    for change, version in other:
+        rewritten(path, lambda index, change=change: change(index["content"]))
+        said = f"{path} has checkpoint format {version}, this version of mesh reads 3; resume with"
+        with pytest.raises(RuntimeError, match=said):
+            loaded(process, tmp_path / "run", conf)
+        assert names_in(tmp_path / "run") == ["step-1"]
     with pytest.raises(OSError, match="File name too long"):
         file_problem(path / ("x" * 300), Entry(0, "", {}))
 
@@ -328,7 +331,7 @@ def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path,
         new = bits_of(trainer)
         assert Checkpointer(conf, path, process, trainer).load_before(limit) == step
         assert trainer.steps == step
-        passed = f"{path}/checkpoints/step-3 is passed over: the checksum of {RANK_0} is wrong"
+        passed = f"skipping {path}/checkpoints/step-3: the checksum of {RANK_0} is wrong"
         assert (passed in capsys.readouterr().out) == (limit == 4)
         expected = {0: new, 1: bits_of(first)}.get(step, {})
         assert all(torch.equal(expected[name], bits) for name, bits in bits_of(trainer).items()
@@ -342,7 +345,7 @@ def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path,
 
 def test_a_checkpoint_of_another_seed_is_refused(process, tmp_path):
     run_with(process, tmp_path / "run", 1)
-    with pytest.raises(ValueError, match=r"seed=4: .*step-1 is of a run with seed 0; use 0"):
+    with pytest.raises(ValueError, match=r"seed=4: .*step-1 belongs to a run with seed 0; use 0"):
         loaded(process, tmp_path / "run", conf_of("seed=4"))
 
 
@@ -361,7 +364,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     partial = tmp_path / "run" / "checkpoints" / "step-2.partial" / RANK_0
     assert f"checkpoint of step 2 could not be written: {partial}: [Errno 27]" in str(caught.value)
-    assert f"resume={tmp_path / 'run'} continues" in str(caught.value)
+    assert f"the previous one with resume={tmp_path / 'run'}" in str(caught.value)
     assert names_in(tmp_path / "run") == ["step-1"]
     step, other = loaded(process, tmp_path / "run", conf)
     assert step == 1
@@ -371,7 +374,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_pat
 def test_a_directory_that_cannot_be_made_or_is_a_link_is_refused_at_the_start(process, tmp_path):
     trainer, path = trainer_of(conf_of()), tmp_path / "checkpoints"
     path.write_text("a file")
-    with pytest.raises(RuntimeError, match=f"checkpoints cannot be kept: {path}: File exists"):
+    with pytest.raises(RuntimeError, match=f"cannot access checkpoints: {path}: File exists"):
         Checkpointer(conf_of(), tmp_path, process, trainer)
     path.unlink()
     path.symlink_to(tmp_path.parent)
@@ -394,7 +397,7 @@ def test_file_problem_reads_every_byte(tmp_path):
 
 def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path):
     write_index(tmp_path, Index(1, 1, 0, {}, {}, {"../rank-0.safetensors": Entry(1, "", {})}))
-    with pytest.raises(ValueError, match=r"names '\.\./rank-0\.safetensors', which lies elsewhere"):
+    with pytest.raises(ValueError, match=r"'\.\./rank-0\.safetensors', which is outside the"):
         read_index(tmp_path)
 
 

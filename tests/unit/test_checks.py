@@ -283,8 +283,8 @@ def test_check_start_lists_everything_together(tmp_path: Path):
         "- steps=0: must be >= 1; the default is 100",
         f"- model.path={tmp_path / 'gone'}: no such directory ({tmp_path / 'gone'}); name a "
         "Hugging Face model directory on this machine",
-        "- num_prompts=63: does not divide by 2, which waves=1, 2 data-parallel ranks of the "
-        "trainer and 1 of the generator ask for; use 62 or 64",
+        "- num_prompts=63: is not a multiple of 2, which waves=1, 2 data-parallel ranks of the "
+        "trainer and 1 of the generator require; use 62 or 64",
         "- generator.tp=3: does not divide the model's 4 heads, 4 kv heads, 128 vocabulary "
         "entries; choose one of 1, 2, 4",
     ]

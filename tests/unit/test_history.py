@@ -132,7 +132,7 @@ def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):
     assert "the checksum of samples.jsonl is wrong" in capsys.readouterr().out
 
 
-DAMAGED = "the first {} bytes of {} are no longer those logged; resuming puts the file back"
+DAMAGED = "the first {} bytes of {} have changed since logged; resuming restores the file"
 
 
 @pytest.mark.parametrize("loss", ["gone", "empty", "zeros", "bit"])
@@ -208,7 +208,7 @@ def test_a_best_model_that_is_gone_is_told_and_looked_for_anew(process, tmp_path
     run.take(2, VALUES)
     cut(run.path / "best" / "step-2" / "model.safetensors")
     again = Small(process, run.path, "checkpoint.every=2", resume=True)
-    said = f"{run.path}/best/step-2 is not whole: model.safetensors has"
+    said = f"{run.path}/best/step-2 is damaged: model.safetensors has"
     assert said in capsys.readouterr().out
     again.take(2, VALUES)
     assert again.named()["step-4"] == (3, 0.5)
@@ -223,7 +223,7 @@ def test_a_best_model_that_cannot_be_removed_ends_no_run(process, tmp_path, caps
     run.take(6, VALUES)
     assert run.named() == {"step-6": (5, 0.75), "step-8": (5, 0.75)}
     assert run.bests() == ["step-2", "step-2.partial", "step-5"]
-    assert f"{run.path}/best/step-2 stays, it could not be removed" in capsys.readouterr().out
+    assert f"could not remove {run.path}/best/step-2" in capsys.readouterr().out
 
 
 def test_a_resumed_run_that_keeps_none_leaves_those_that_are_there(process, tmp_path):
@@ -255,7 +255,7 @@ def test_a_reference_whose_weights_have_changed_is_refused(process, tmp_path):
     assert Small(process, path, *words, resume=True).step == 2
     flip(start / "model.safetensors", -3)
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    said = rf"model.path={start}: has other weights than .*/step-2 began with, .* put those back"
+    said = rf"model.path={start}: its weights are not those that .*/step-2 has .* restore the orig"
     with pytest.raises(ValueError, match=said):
         Small(process, path, *words, resume=True)
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}

@@ -157,16 +157,16 @@ OTHER = "or start another number of processes"
             conf_of("split", (1, 3, 1), waves=2),
             5,
             [
-                "num_prompts=64: does not divide by 12, which waves=2, 3 data-parallel ranks of "
-                "the trainer and 2 of the generator ask for; use 60 or 72"
+                "num_prompts=64: is not a multiple of 12, which waves=2, 3 data-parallel ranks of "
+                "the trainer and 2 of the generator require; use 60 or 72"
             ],
         ),
         (
             conf_of("colocated", num_prompts=2),
             4,
             [
-                "num_prompts=2: does not divide by 4, which waves=1, 4 data-parallel ranks of "
-                "the trainer and 4 of the generator ask for; use 4"
+                "num_prompts=2: is not a multiple of 4, which waves=1, 4 data-parallel ranks of "
+                "the trainer and 4 of the generator require; use 4"
             ],
         ),
         (

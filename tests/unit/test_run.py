@@ -38,7 +38,7 @@ def test_writes_config_and_environment(process: Process, tmp_path, monkeypatch):
     assert environment["variables"]["OMP_NUM_THREADS"] == "1"
     assert environment["packages"]["torch"].startswith("2.")
     assert environment["packages"].keys() >= {"torch", "torchtitan", "transformers", "omegaconf"}
-    assert environment["world_size"] == 1
+    assert (environment["format"], environment["world_size"]) == (1, 1)
     assert [(rank["rank"], bool(rank["device"])) for rank in environment["ranks"]] == [(0, True)]
     assert environment["command"] == shlex.join(sys.orig_argv)
     assert process.guard.run_dir == str(path)

@@ -48,7 +48,7 @@ def kept_problems(kept: Texts, straight: Path, step: int) -> list[str]:
 
 def refusal_problems(log: str, status: int) -> list[str]:
     """Resuming without a checkpoint must be refused in these words."""
-    if status != 0 and ("no whole checkpoint is in" in log or "holds no run" in log):
+    if status != 0 and ("no intact checkpoint in" in log or "holds no run" in log):
         return []
     return [f"resuming without a checkpoint was not refused (status {status})"]
 
@@ -56,9 +56,9 @@ def refusal_problems(log: str, status: int) -> list[str]:
 def resumed_problems(log: str, run_dir: Path, step: int) -> list[str]:
     """It must have resumed from this step, with digests compared, passing nothing over."""
     path = run_dir / "checkpoints" / f"step-{step}"
-    said = f"resumed from {path}: weights and moments are those that were saved"
+    said = f"resumed from {path}: the digests of weights and moments match"
     found = [] if said in log else [f"it did not say: {said}"]
-    return found + (["it passed a checkpoint over"] if "passed over" in log else [])
+    return found + (["it skipped a checkpoint"] if f"skipping {path.parent}" in log else [])
 
 
 def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[str]:

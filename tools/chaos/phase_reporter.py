@@ -134,7 +134,7 @@ def watch(report: Reporter) -> None:
     import mesh.program.assembly
     import mesh.roles.evaluation
     from mesh.checkpoint.keeper import Checkpointer
-    from mesh.checkpoint.writing import Writing
+    from mesh.checkpoint.writing import CheckpointWriter
     from mesh.lifecycle.timers import Phases
     from mesh.runs.metrics import MetricsLogger
 
@@ -149,7 +149,7 @@ def watch(report: Reporter) -> None:
         setattr(owner, name, within(phase, getattr(owner, name)))
 
     Phases.__call__ = noted  # type: ignore[assignment, method-assign]
-    wrap(Writing, "run", report.writing)
+    wrap(CheckpointWriter, "run", report.writing)
     wrap(Checkpointer, "_complete", lambda: report("rename"))
     wrap(Checkpointer, "load", lambda: report("load"))
     for name in ("log", "log_samples"):
