@@ -30,6 +30,8 @@ COVERED = {
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny batch_invariant=true check=strict":
         "tests/distributed/test_strict.py::"
         "test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics",
+    "torchrun --nproc-per-node=2 -m mesh.recipes.grpo conf=qwen3_tiny":
+        "tests/distributed/test_wheel.py::test_two_ranks_train_from_any_directory",
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny engine=vllm":
         "tests/engine/test_vllm_recipe.py::test_the_command_trains_strictly_and_ends_well",
     # what others watch more closely
