@@ -31,7 +31,7 @@ def test_run_directory_that_holds_a_run_is_left_alone(tmp_path):
     words = ["conf=qwen3_tiny", f"run_dir={tmp_path}", "num_prompts=63"]
     result = launch("recipes/grpo.py", 2, *words, status=1)
     assert f"run_dir={tmp_path}: already holds a run (metrics.jsonl)" in result.stderr
-    assert "num_prompts=63: does not divide by 2" in result.stderr
+    assert "num_prompts=63: is not a multiple of 2" in result.stderr
     assert result.stderr.count("2 problems with the configuration") <= 2  # ours, torchrun's summary
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
