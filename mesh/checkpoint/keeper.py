@@ -43,7 +43,7 @@ from mesh.checkpoint.folder import (
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copies, put_back
 from mesh.checkpoint.writing import Pending, Writing, write_blocks
-from mesh.config.keys import problem
+from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
 from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
@@ -93,7 +93,7 @@ class Checkpointer:
                 return step
             self._on_rank0(lambda path=path: set_aside(path))  # type: ignore[misc]
         wrong_here = f"no whole checkpoint is in {self.path}"
-        raise ValueError(problem("resume", self.run_dir, wrong_here, "start a new run"))
+        raise Refusal(problem("resume", self.run_dir, wrong_here, "start a new run"))
 
     def load_before(self, limit: int) -> int:
         """As `load`, from the newest one with fewer than `limit` steps, and changing nothing on the
@@ -251,11 +251,11 @@ class Checkpointer:
     def _take(self, path: Path, index: Index) -> None:
         if index.seed != self.conf.seed:
             wrong = f"{path} is of a run with seed {index.seed}"
-            raise ValueError(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
+            raise Refusal(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
         if index.digests.get("reference") != self.reference.get("reference"):
             wrong = f"has other weights than {path} began with, to which kl_coef holds the policy"
             remedy = "put those back, or start a new run"
-            raise ValueError(problem("model.path", self.conf.model.path, wrong, remedy))
+            raise Refusal(problem("model.path", self.conf.model.path, wrong, remedy))
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)

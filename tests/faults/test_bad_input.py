@@ -1,7 +1,7 @@
-"""What a user can get wrong: one ValueError with key, value and remedy, before a model is built.
+"""Mistakes of a user: one Refusal with key, value and remedy, before a model is built.
 
-All through the recipes' own entry: the command line is read and checked as `main` does it. Three
-cases are launched for real, because a reward function is only called by a run.
+All through the recipes' own entry: the command line is read and checked as `main` does it. Some
+cases are launched: what is printed of a refusal, and a reward function, which only a run calls.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import REPOSITORY, launch
 from safetensors.torch import load_file, save_file
 
+from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.config.schema import PACKAGE_DATA
 from mesh.program.assembly import check
@@ -44,7 +45,7 @@ class Raises(SpellBackward):
 
 def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
     """The message with which a start on `world_size` ranks is refused."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Refusal) as caught:
         check(load_conf([f"conf={conf}", *words])[1], world_size)
     return str(caught.value)
 
@@ -127,12 +128,12 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
     ),
     "layout too big": (
         ["trainer.dp_shard=4"], 2,
-        ["trainer.dp_shard=4: makes the trainer 4 ranks large, but it has 2", "trainer.dp_shard=2"],
+        ["trainer.dp_shard=4: makes 4 ranks, but the trainer has 2", "trainer.dp_shard=2"],
     ),
     "split alone": (["mesh.mode=split"], 1, ["mesh.mode=split: a world of 1", "start e.g. 2"]),
     "a key of W&B": (
         ["log.wandb_api_key=0123abcd"], 2,
-        ["log.wandb_api_key=(not shown): unknown key", "did you mean log.wandb?"],
+        ["log.wandb_api_key=(not shown): unknown key", "--help lists all keys"],
     ),
     "no such model": (["model.path=/nope"], 2, ["model.path=/nope: no such directory", "name a"]),
     "not shipped": (["model.path=package:x"], 2, ["model.path=package:x: no such directory"]),
@@ -141,7 +142,7 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
         ["model.flavor=tinny", "choose one of tiny, 0.6B"],
     ),
     "no weights": (
-        ["model.path=null"], 2, ["model.path=null: there are no weights", "model.init=random"],
+        ["model.path=null"], 2, ["model.path is not set: there are no", "model.init=random"],
     ),
 }  # fmt: skip
 
@@ -162,8 +163,10 @@ def test_unknown_config_names_the_nearest():
 
 
 def test_unknown_task_and_task_key_name_the_nearest():
-    assert "the nearest is spell_backward" in refusal("task=spell_backwards")
-    assert "the nearest is task_args.max_length" in refusal("task_args.maxlength=4")
+    assert "did you mean spell_backward?" in refusal("task=spell_backwards")
+    assert "did you mean task_args.max_length?" in refusal("task_args.maxlength=4")
+    far = refusal("task=chess", "task_args.colour=red")
+    assert "did you mean" not in far and "no such task; use one of spell_backward" in far
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 
 
@@ -258,11 +261,32 @@ def test_run_directory_that_holds_a_run_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     words = ["conf=qwen3_tiny", f"run_dir={tmp_path}", "num_prompts=63"]
     result = launch("recipes/grpo.py", 2, *words, status=1)
-    assert f"run_dir={tmp_path}: already holds a run (metrics.jsonl)" in result.stderr
-    assert "num_prompts=63: does not divide by 2" in result.stderr
-    assert result.stderr.count("2 problems with the configuration") <= 2  # ours, torchrun's summary
+    title, *found = result.stderr.splitlines()[:3]
+    assert title == "2 problems with the configuration:"
+    assert found[0].startswith(f"- run_dir={tmp_path}: already holds a run (metrics.jsonl)")
+    assert found[1].startswith("- num_prompts=63: does not divide by 2")
+    assert_only_torchrun_after(3, result.stderr)
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def assert_only_torchrun_after(ours: int, stderr: str) -> None:
+    """After so many lines come torchrun's own, of one rank, and none of them is ours."""
+    rest = stderr.splitlines()[ours:]
+    assert len(rest) < 36 and rest[0].startswith("E") and "failed (exitcode: 2)" in rest[0]
+    frames = [line.split('"')[1] for line in rest if line.startswith("  File")]
+    assert not [frame for frame in frames if Path(frame).is_relative_to(REPOSITORY / "mesh")]
+    assert "problem" not in "".join(rest) and "  <NO_OTHER_FAILURES>" in rest
+
+
+def test_a_misspelt_key_is_two_lines():
+    result = launch("recipes/grpo.py", 2, "conf=qwen3_tiny", "trainer.lrr=1", status=1)
+    assert result.stderr.splitlines()[:2] == [
+        "1 problem with the configuration:",
+        "- trainer.lrr=1: unknown key; did you mean trainer.lr? --help lists all keys",
+    ]
+    assert_only_torchrun_after(2, result.stderr)
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -310,5 +334,6 @@ def test_generate_refuses_prompts_it_cannot_answer():
     long = "abcdefghijklmnopqrstuvwxyz>"
     words = ["conf=qwen3_tiny", f"generate.prompts=[abc>,{long}]"]
     result = launch("recipes/generate.py", 1, *words, status=1)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 2
     assert f"model.max_length=32: the prompt '{long}' has 27 tokens" in result.stderr
     assert "use at least 35" in result.stderr
