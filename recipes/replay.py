@@ -21,6 +21,7 @@ from typing import Any
 
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.config.changes import changed
+from mesh.config.keys import Refusal
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
@@ -82,7 +83,7 @@ def read_words(argv: list[str]) -> tuple[Path, int, list[str]]:
     number = named[-1].removeprefix("step=") if named else ""
     if not argv or argv[0] in named or argv[0].startswith("-") or not number.isdecimal():
         given = shlex.join(argv) or "no word"
-        refuse_to_start(ValueError(f"{given}: write {USAGE}, where K is a step that was taken"))
+        refuse_to_start(Refusal(f"{given}: write {USAGE}, where K is a step that was taken"))
     return Path(argv[0]).expanduser(), int(number), [w for w in argv[1:] if w not in named]
 
 
@@ -91,7 +92,7 @@ def or_refuse(read: Any, *words: Any) -> Any:
     try:
         return read(*words)
     except ValueError as error:
-        refuse_to_start(error)
+        refuse_to_start(Refusal(str(error)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from mesh.checkpoint.folder import (
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, restore_logs
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
-from mesh.config.keys import problem
+from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
 from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
@@ -91,7 +91,7 @@ class Checkpointer:
                 return step
             self._on_rank0(lambda path=path: mark_damaged(path))  # type: ignore[misc]
         wrong = f"no intact checkpoint in {self.path}"
-        raise ValueError(problem("resume", self.run_dir, wrong, "start a new run"))
+        raise Refusal(problem("resume", self.run_dir, wrong, "start a new run"))
 
     def load_before(self, limit: int) -> int:
         """Like `load`, from the newest one before step `limit`, without changing anything on disk.
@@ -254,11 +254,11 @@ class Checkpointer:
     def _restore_trainer(self, path: Path, index: Index) -> None:
         if index.seed != self.conf.seed:
             wrong = f"{path} belongs to a run with seed {index.seed}"
-            raise ValueError(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
+            raise Refusal(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
         if index.digests.get("reference") != self.reference.get("reference"):
             wrong = f"its weights are not those that {path} has as reference of the KL (kl_coef)"
             remedy = "restore the original weights, or start a new run"
-            raise ValueError(problem("model.path", self.conf.model.path, wrong, remedy))
+            raise Refusal(problem("model.path", self.conf.model.path, wrong, remedy))
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)

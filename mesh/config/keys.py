@@ -1,19 +1,19 @@
-"""What can be said of every configuration key: its name, its range, and how a refusal reads.
+"""Names, types and ranges of the configuration keys, and how a refusal reads.
 
-A refusal is a list of problems, collected from everywhere before it is raised: whoever mends a
+A refusal is a list of problems, collected from everywhere before it is raised: a user who fixes a
 configuration should see all that is wrong with it at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mesh.config.schema import INF, Conf
+from mesh.config.spelling import nearest
 
-# Keys (or how they begin) that a resumed run may be given anew.
+# Keys, or prefixes of keys, that may be overridden when a run is resumed.
 HOW_IT_RUNS = (
     "resume",
     "steps",
@@ -44,13 +44,13 @@ HOW_IT_RUNS = (
     "log.",
 )
 
-# How names end whose values no log and no error file may have.
+# How the names of keys end whose values no message may show.
 SECRETS = ("key", "token", "secret", "password")
 
 
 @dataclass(frozen=True)
-class Key:
-    """What the schema says of one key; `name` is dotted, `annotation` a resolved type."""
+class ConfKey:
+    """One key of the schema; `name` is dotted, `annotation` a resolved type."""
 
     name: str
     annotation: Any
@@ -59,9 +59,9 @@ class Key:
     bounds: dict[str, float]
 
 
-def conf_keys(schema: type = Conf, prefix: str = "") -> dict[str, Key]:
+def conf_keys(schema: type = Conf, prefix: str = "") -> dict[str, ConfKey]:
     """Every leaf key of `schema` by its dotted name, in the schema's order."""
-    found: dict[str, Key] = {}
+    found: dict[str, ConfKey] = {}
     hints, defaults = get_type_hints(schema), schema()
     for part in fields(schema):
         name, annotation = prefix + part.name, hints[part.name]
@@ -69,7 +69,7 @@ def conf_keys(schema: type = Conf, prefix: str = "") -> dict[str, Key]:
             found |= conf_keys(annotation, name + ".")
             continue
         default, meta = getattr(defaults, part.name), part.metadata
-        found[name] = Key(name, annotation, default, meta["help"], meta["bounds"])
+        found[name] = ConfKey(name, annotation, default, meta["help"], meta["bounds"])
     return found
 
 
@@ -95,13 +95,23 @@ def problem(name: str, value: Any, wrong: str, remedy: str) -> str:
     return f"{name}={shown(value)}: {wrong}; {remedy}"
 
 
+def unset(name: str, wrong: str, remedy: str) -> str:
+    """One line of a refusal for a key that needs a value and has none."""
+    return f"{name} is not set: {wrong}; {remedy}"
+
+
+class Refusal(ValueError):
+    """A start that the user has to change. Its message says what is wrong and what to do: it is
+    printed once, by one rank, without a traceback (`mesh/lifecycle/process.py`)."""
+
+
 def refuse(problems: list[str]) -> None:
-    """Raises one ValueError that lists all `problems`, each once; no problems, no error."""
+    """Raise one Refusal that lists all `problems`, each once; no problems, no error."""
     unique = list(dict.fromkeys(problems))
     if unique:
         title = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
         listed = "\n".join(f"- {line}" for line in unique)
-        raise ValueError(f"{title} with the configuration:\n{listed}")
+        raise Refusal(f"{title} with the configuration:\n{listed}")
 
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -148,7 +158,7 @@ def alternatives(annotation: Any) -> tuple[Any, bool]:
 
 
 def expected(annotation: Any) -> str:
-    """A type in a user's words."""
+    """A type in words, for a message."""
     kind, optional = alternatives(annotation)
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(get_args(kind))}"
@@ -162,11 +172,12 @@ def expected(annotation: Any) -> str:
     return f"{words}, or null" if optional else words
 
 
-def example(key: Key, value: Any) -> str:
-    """A value that `key` would take: the choice nearest to `value`, else its default."""
+def example(key: ConfKey, value: Any) -> str:
+    """A value that `key` would take: the choice nearest to `value`, else its default, else any."""
     kind, _ = alternatives(key.annotation)
     if get_origin(kind) is Literal:
-        return get_close_matches(str(value), get_args(kind), n=1, cutoff=0.0)[0]
+        choices = get_args(kind)
+        return nearest(str(value), choices) or key.default or choices[0]
     if get_origin(kind) is dict:
         return "{}"
     return "1" if key.default is None and kind is int else shown(key.default)

@@ -1,13 +1,12 @@
-"""Reading a run: schema <- `conf/NAME.yaml` <- `key=value` words, and what `--help` prints.
+"""Loading a configuration: schema <- `conf/NAME.yaml` <- `key=value` arguments.
 
-Every value is text until the schema's type reads it, whether it comes from a YAML or from a word:
+Every value is text until the schema's type parses it, in a YAML and on the command line alike:
 YAML's own guesses would make `sync.verify=off` a false and `run_dir=1e3` the number 1000.0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -15,11 +14,12 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mesh.config.help import print_help_and_exit
+from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
     HOW_IT_RUNS,
     SECRETS,
-    Key,
+    ConfKey,
+    Refusal,
     alternatives,
     conf_keys,
     example,
@@ -32,11 +32,12 @@ from mesh.config.keys import (
 )
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
+from mesh.config.spelling import near_keys, nearest
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One `key: value` as written; `source` is "" for a word, else the YAML's name."""
+    """One `key: value` as written; `source` is "" on the command line, else the YAML's name."""
 
     source: str
     name: str
@@ -48,7 +49,7 @@ class Quoted(str):
 
 
 class TextLoader(yaml.BaseLoader):
-    """Leaves every YAML scalar as the text it is."""
+    """Leave every YAML scalar as the text it is."""
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
         return Quoted(node.value) if node.style in ("'", '"') else str(node.value)
@@ -57,16 +58,18 @@ class TextLoader(yaml.BaseLoader):
 def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     """The name and the values of the run that the command line `argv` (no program name) asks for.
 
-    Prints keys and configs, and exits, for `--help`, for `conf=` without a name, and where no conf=
-    is given (status 2). Raises ValueError listing every unknown key, wrong type, value out of its
-    range, unknown config and word that is not key=value. `resumes`: the program can continue the
-    run of `resume=RUN_DIR`, which takes the place of conf=.
+    Prints keys and configs, and exits, for `--help` and for `conf=` without a name. Raises Refusal
+    where no conf= is given, or listing every unknown key, wrong type, value out of its range,
+    unknown config and argument that is not key=value. `resumes`: the program can continue the run
+    of `resume=RUN_DIR`, which takes the place of conf=.
     """
     settings, problems = read_words(argv)
     named = [setting.value for setting in settings if setting.name == "conf"]
     resumed = [setting.value for setting in settings if setting.name == "resume"]
-    if wants_help(argv) or not (named or resumed) or "" in named:
-        print_help_and_exit(missing=not (named or resumed) and not wants_help(argv))
+    if wants_help(argv) or "" in named:
+        print_help_and_exit()
+    if not (named or resumed):
+        raise Refusal(missing_config_text())
     overrides = [setting for setting in settings if setting.name != "conf"]
     if resumed:
         conf, more = resumed_conf(resumed[-1], overrides, resumes and not named)
@@ -75,20 +78,20 @@ def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     base, more = read_config(named[-1])
     conf, wrong = merge(base + overrides)
     if conf.resume is not None:
-        remedy = "leave it out, and say resume=RUN_DIR in place of conf= to continue a run"
+        remedy = "leave it out, and give resume=RUN_DIR in place of conf= to continue a run"
         wrong.append(problem("resume", conf.resume, "a config cannot resume", remedy))
     refuse(problems + more + wrong + range_problems(conf))
     return Path(named[-1]).stem, conf
 
 
 def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, list[str]]:
-    """The configuration that a run was started with, with `words`, and what is wrong with that.
+    """The configuration of a saved run with `words` applied, and the problems with that.
 
-    Words may say where and how it goes on (`HOW_IT_RUNS`), not what it computes.
+    Only keys that leave the computation unchanged can be overridden (`HOW_IT_RUNS`).
     """
     if not can:
         remedy = "continue it by recipes/grpo.py resume=RUN_DIR, without conf="
-        return Conf(), [problem("resume", run_dir, "cannot be obeyed here", remedy)]
+        return Conf(), [problem("resume", run_dir, "this program cannot resume", remedy)]
     path = Path(run_dir).expanduser() / "config.yaml"
     if path.is_symlink() or not path.is_file():
         wrong = f"holds no run ({path} is not a file)"
@@ -115,12 +118,12 @@ def to_yaml(conf: Conf) -> str:
 
 
 def save_conf(conf: Conf, path: Path | str) -> None:
-    """Writes `to_yaml(conf)`."""
+    """Write `to_yaml(conf)`."""
     Path(path).write_text(to_yaml(conf))
 
 
 def read_conf(path: Path | str) -> Conf:
-    """The configuration that `save_conf` wrote; ValueError as for `load_conf`."""
+    """The configuration that `save_conf` wrote; Refusal as for `load_conf`."""
     settings, problems = read_yaml(Path(path), ())
     conf, wrong = merge(settings)
     refuse(problems + wrong + range_problems(conf))
@@ -128,7 +131,7 @@ def read_conf(path: Path | str) -> Conf:
 
 
 def read_words(words: list[str]) -> tuple[list[Setting], list[str]]:
-    """The settings of a command line, and a problem for each word that is not key=value."""
+    """The settings of a command line, and a problem for each argument that is not key=value."""
     settings, problems = [], []
     for word in words:
         name, equals, text = word.partition("=")
@@ -155,15 +158,16 @@ def read_config(name: str, seen: tuple[Path, ...] = ()) -> tuple[list[Setting], 
     if path.is_file():
         return read_yaml(path, seen)
     names = config_names()
-    close = get_close_matches(name, names, n=1, cutoff=0.0)
-    remedy = f"did you mean {close[0]}? there are {', '.join(names)}" if close else "there are none"
+    close = nearest(name, names)
+    remedy = f"name one of {', '.join(names)}, or a path to a .yaml"
+    remedy = f"did you mean {close}? {remedy}" if close else remedy
     return [], [problem("conf", name, "no such config", remedy)]
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...]) -> tuple[list[Setting], list[str]]:
     """The settings of one YAML after those of the config that its `defaults:` line names."""
     if path.resolve() in seen:
-        return [], [f"{path.name}: its defaults lead back to itself; break the circle"]
+        return [], [f"{path.name}: its defaults lead back to itself; remove one of them"]
     try:
         content = yaml.load(path.read_text(), TextLoader)
     except yaml.YAMLError as error:
@@ -190,7 +194,7 @@ def flatten(source: str, content: dict[str, Any], prefix: str) -> list[Setting]:
 
 
 def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
-    """The schema's defaults overridden by `settings` in order, and what was wrong with those."""
+    """The schema's defaults overridden by `settings` in order, and the problems with those."""
     merged, problems, keys = writable(OmegaConf.structured(Conf)), [], conf_keys()
     for setting in settings:
         wrong = apply(merged, setting, keys)
@@ -211,8 +215,8 @@ def writable(node: DictConfig) -> DictConfig:
     return node
 
 
-def apply(merged: DictConfig, setting: Setting, keys: dict[str, Key]) -> str | None:
-    """Sets one key of `merged`; returns the problem where its name or its type is wrong."""
+def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str | None:
+    """Set one key of `merged`; return the problem where its name or its type is wrong."""
     name, value = setting.name, setting.value
     key = keys.get(name) or open_key(name, keys)
     if key is None:
@@ -227,30 +231,28 @@ def apply(merged: DictConfig, setting: Setting, keys: dict[str, Key]) -> str | N
     return None
 
 
-def open_key(name: str, keys: dict[str, Key]) -> Key | None:
-    """The key that takes anything below it (`task_args`), where `name` lies below one."""
+def open_key(name: str, keys: dict[str, ConfKey]) -> ConfKey | None:
+    """The key for `name` where it lies below one that takes any name (`task_args`)."""
     above = keys.get(name.partition(".")[0])
     if above is None or get_origin(above.annotation) is not dict:
         return None
-    return Key(name, Any, None, above.meaning, {})
+    return ConfKey(name, Any, None, above.meaning, {})
 
 
-def unknown_key(name: str, value: Any, keys: dict[str, Key]) -> str:
+def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
     """The problem of a name that is no key: a group of keys, or a misspelt one."""
     if name.lower().endswith(SECRETS):
         value = "(not shown)"
     inside = [key for key in keys if key.startswith(f"{name}.")]
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
-    last = name.rpartition(".")[2]
-    same_last = [key for key in keys if key.rpartition(".")[2] == last]
-    near = same_last or get_close_matches(name, keys, n=1, cutoff=0.0)
-    remedy = f"did you mean {' or '.join(near)}? --help lists all keys"
-    return problem(name, value, "unknown key", remedy)
+    near = near_keys(name, keys)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return problem(name, value, "unknown key", f"{meant}--help lists all keys")
 
 
 def typed(value: Any, annotation: Any) -> Any:
-    """What OmegaConf is given for a written value: text as it stands, anything else parsed."""
+    """A written value as OmegaConf takes it: text as it stands, anything else parsed."""
     kind, optional = alternatives(annotation)
     if isinstance(value, Quoted):
         return str(value)
@@ -262,7 +264,7 @@ def typed(value: Any, annotation: Any) -> Any:
 
 
 def texts(value: Any) -> Any:
-    """A list of texts as YAML writes it, each as it stands; a word that is no list is its one."""
+    """A list of texts as YAML writes it, each as it stands; any other text is a list of one."""
     if isinstance(value, str):
         value = yaml.load(value, TextLoader) if value.startswith("[") else [value]
     return [str(text) for text in value]

@@ -1,6 +1,7 @@
-"""Whether a layout fits: how many ranks each role has, and what is wrong where that does not work.
+"""Sizes of the two submeshes, and the problems of a layout that does not fit the world.
 
-Pure arithmetic over the configuration; `mesh/layout/meshes.py` turns sizes that fit into a plan.
+Pure arithmetic over the configuration; `mesh/layout/meshes.py` turns sizes that fit into a plan. A
+problem names a key that was set, never one whose value was left to us.
 """
 
 from __future__ import annotations
@@ -55,31 +56,33 @@ def even_split(trainer_unit: int, generator_unit: int, world_size: int) -> tuple
 
 
 def degree_problems(conf: Conf) -> list[str]:
-    """Degrees and batch sizes below their minimum, with which no layout can be reckoned."""
+    """Degrees and batch sizes below their minimum, with which no layout can be computed."""
     return [line for line in range_problems(conf) if line.partition("=")[0] in DEGREES]
 
 
 def size_problems(conf: Conf, world_size: int) -> list[str]:
-    """Submeshes that do not fit the world, or leave ranks of it without work."""
+    """Submeshes that do not fit the world, or leave ranks of it idle."""
     sizes = submesh_sizes(conf, world_size)
     if sizes is None:
         return [split_problem(conf, world_size)]
     if sizes[0] < 1 or sizes[1] < 1:
         return [crowding_problem(conf, world_size)]
     trainer, generator = conf.trainer, conf.generator
-    unit = trainer.dp_replicate * trainer.tp
+    of_trainer = {"trainer.tp": trainer.tp, "trainer.dp_replicate": trainer.dp_replicate}
+    of_generator = {"generator.tp": generator.tp}
     return [
-        *fill_problems("trainer", "dp_shard", trainer.dp_shard, unit, sizes[0]),
-        *fill_problems("generator", "dp", generator.dp, generator.tp, sizes[1]),
+        *fill_problems("trainer", "trainer.dp_shard", trainer.dp_shard, of_trainer, sizes[0]),
+        *fill_problems("generator", "generator.dp", generator.dp, of_generator, sizes[1]),
     ]
 
 
 def split_problem(conf: Conf, world_size: int) -> str:
-    """No cut of the world is a multiple of the trainer's and the generator's fixed degrees."""
+    """No split of the world into multiples of the trainer's and the generator's fixed degrees."""
     unit, generator_unit = conf.trainer.dp_replicate * conf.trainer.tp, conf.generator.tp
     wrong = (
-        f"a world of {world_size} cannot be cut into a trainer of a multiple of {unit} ranks "
-        f"(dp_replicate x tp) and a generator of a multiple of {generator_unit} (tp)"
+        f"a world of {world_size} cannot be split into trainer ranks in multiples of {unit} "
+        f"(trainer.dp_replicate x trainer.tp) and generator ranks in multiples of "
+        f"{generator_unit} (generator.tp)"
     )
     remedy = f"start e.g. {unit + generator_unit} processes, or set mesh.mode=colocated"
     return problem("mesh.mode", "split", wrong, remedy)
@@ -93,7 +96,7 @@ def crowding_problem(conf: Conf, world_size: int) -> str:
         name, value, role, other = "trainer.dp_shard", trainer.dp_shard, "trainer", "generator"
         needed = taken + (generator.dp or 1) * generator.tp
     else:
-        assert generator.dp is not None, "with both axes unset split_problem speaks"
+        assert generator.dp is not None, "both axes unset are split_problem's case"
         taken = generator.dp * generator.tp
         name, value, role, other = "generator.dp", generator.dp, "generator", "trainer"
         needed = taken + trainer.dp_replicate * trainer.tp
@@ -101,23 +104,41 @@ def crowding_problem(conf: Conf, world_size: int) -> str:
     return problem(name, value, wrong, f"lower it, or start {needed} processes")
 
 
-def fill_problems(role: str, axis: str, value: int | None, unit: int, size: int) -> list[str]:
-    """A role's data-parallel axis times its other degrees (`unit`) must be its submesh's size."""
-    name = f"{role}.{axis}"
+def fill_problems(
+    role: str, axis: str, value: int | None, degrees: dict[str, int], size: int
+) -> list[str]:
+    """The problem where a role's data-parallel `axis` times its other `degrees`, which are never
+    unset, is not the `size` of its submesh."""
+    unit = math.prod(degrees.values())
     if value is None and size % unit:
-        degrees = "dp_replicate x tp" if role == "trainer" else "tp"
-        wrong = f"no multiple of {unit} ({degrees}) fills the {role}'s {size} ranks"
-        remedy = f"choose degrees that divide {size}, or start another number of processes"
-        return [problem(name, None, wrong, remedy)]
+        return [division_problem(role, degrees, size)]
     if value is not None and value * unit != size:
-        wrong = f"makes the {role} {value * unit} ranks large, but it has {size}"
-        remedy = f"set {name}={size // unit}" if size % unit == 0 else "choose other degrees"
-        return [problem(name, value, wrong, f"{remedy}, or start another number of processes")]
+        wrong = f"makes {ranks(value * unit)}, but the {role} has {size}"
+        remedy = f"set {axis}={size // unit}" if size % unit == 0 else "choose other degrees"
+        return [problem(axis, value, wrong, f"{remedy}, or start another number of processes")]
     return []
 
 
+def division_problem(role: str, degrees: dict[str, int], size: int) -> str:
+    """The degree, or the two, with which no data-parallel axis fills the role's submesh."""
+    other = "or start another number of processes"
+    for name, degree in degrees.items():
+        if size % degree:
+            wrong = f"does not divide the {role}'s {ranks(size)}"
+            return problem(name, degree, wrong, f"use a divisor of {size}, {other}")
+    (name, degree), (second, times) = degrees.items()
+    wrong = f"times {second}={times} does not divide the {role}'s {ranks(size)}"
+    return problem(name, degree, wrong, f"use degrees whose product divides {size}, {other}")
+
+
+def ranks(count: int) -> str:
+    """1 rank, 2 ranks."""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
-    """Tensor parallelism cuts heads, feed-forward columns and vocabulary into equal parts."""
+    """The problem of a degree that does not shard heads, feed-forward columns and vocabulary into
+    equal parts."""
     parts = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,
@@ -131,5 +152,5 @@ def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
     choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     wrong = f"does not divide the model's {', '.join(uneven)}"
     if not uneven:
-        wrong = f"does not divide {MAX_TP}, the parts into which a vocabulary can be cut"
+        wrong = f"does not divide {MAX_TP}, the number of vocabulary shards at the largest tp"
     return [problem(name, tp, wrong, f"choose one of {choices}")]

@@ -1,4 +1,4 @@
-"""How `guard.py` ends a process: the record of a failure, silence, the last message."""
+"""The means by which `guard.py` ends a process: the record of a failure, silence, last words."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from mesh.config.keys import Refusal
+
 
 @dataclass(frozen=True)
 class Failure:
     """Why `rank` failed, as recorded by rank `reporter`; `line` is the last line of `text`.
-    `stalled`: no rank did, they have all come to a stop; each one shows where."""
+    `stalled`: no rank failed, none makes progress, and each one prints its stack. `refused`: the
+    user has to change something, and `text` is the message that says what."""
 
     rank: int
     reporter: int
     line: str
     text: str
     stalled: bool = False
+    refused: bool = False
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
+        if isinstance(error, Refusal):
+            return cls(rank, rank, str(error), str(error), refused=True)
         line = "".join(traceback.format_exception_only(error)).rstrip()
         return cls(rank, rank, line, format_error(error))
 
@@ -40,14 +46,21 @@ class Failure:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def report(self) -> str:
+        """The last thing that the run prints; a refusal is the message alone."""
+        if self.refused:
+            return f"{self.text}\n"
+        who = "all ranks ended" if self.stalled else f"rank {self.rank} failed"
+        return f"\n{who} at {self.time}:\n{self.text}\n"
+
 
 def format_error(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
 def write_error_files(error: BaseException, rank: int, run_dir: str | None) -> None:
-    """The traceback for torchrun's summary and for `RUN_DIR/error-rankN.txt`, where they can be
-    written: a full disk may be what `error` is about."""
+    """Write the traceback for torchrun's summary and to `RUN_DIR/error-rankN.txt`, where they can
+    be written: a full disk may be what `error` is about."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         with contextlib.suppress(OSError):
             get_error_handler().record_exception(error)
@@ -57,10 +70,10 @@ def write_error_files(error: BaseException, rank: int, run_dir: str | None) -> N
 
 
 def show_stack(thread: int, rank: int, run_dir: str | None) -> None:
-    """Where a thread of this process stands: on stderr, and in `RUN_DIR/stack-rankN.txt`."""
+    """Print the stack of a thread of this process, and write it to `RUN_DIR/stack-rankN.txt`."""
     frame = sys._current_frames().get(thread)
     stack = "".join(traceback.format_stack(frame)) if frame is not None else "its thread is gone\n"
-    say(f"\nrank {rank} stands here:\n{stack.rstrip()}")
+    say(f"\nstack of rank {rank}:\n{stack.rstrip()}")
     if run_dir is not None and Path(run_dir).is_dir():
         with contextlib.suppress(OSError):
             Path(run_dir, f"stack-rank{rank}.txt").write_text(stack)
@@ -92,7 +105,7 @@ def say(text: str) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this host runs; a zombie does not."""
+    """True where a process of this host runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -106,7 +119,7 @@ def alive(pid: int) -> bool:
 
 
 def place() -> str:
-    """Where a process id means the same: host and pid namespace."""
+    """Host and pid namespace, within which a process id is unique."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}"
 
@@ -116,25 +129,26 @@ def under_torchrun() -> bool:
 
 
 def leads_group() -> bool:
-    """Whether all in this process's group are its children: torchrun and tools/monarch.py make each
-    rank the leader of one. A shell does so too, for a whole pipeline."""
+    """True where all in this process's group are its children: torchrun and tools/monarch.py make
+    each rank the leader of one. A shell does so too, for a whole pipeline."""
     return "TORCHELASTIC_RESTART_COUNT" in os.environ and os.getpgid(0) == os.getpid()
 
 
 def restart_count() -> int:
-    """How often the launcher has started this run anew."""
+    """Number of times the launcher has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def patience_seconds() -> float:
-    """From a stop request to giving the step up: torchrun kills after its shutdown timeout."""
+    """Seconds from a stop request to abandoning the step: torchrun kills after its shutdown
+    timeout."""
     if not under_torchrun():
         return float("inf")
     return max(1.0, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 5)
 
 
 def forget_signals() -> None:
-    """In a forked child: signals are its own, not requests to stop the run."""
+    """Reset the signal handlers of a forked child: its signals are no requests to stop the run."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

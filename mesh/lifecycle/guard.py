@@ -14,6 +14,9 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds. A program that never asked ends at once.
 The first failure is recorded by an atomic `compare_set`. The other ranks print what they have to
 say, go mute and acknowledge it; then the rank that recorded it prints it and leaves first, so
 that torchrun's own summary names it too.
+
+A refusal (`mesh/config/keys.py`) is no crash: its message alone is printed, once, also where the
+launcher tries again, and the rank that tells the launcher of it leaves last.
 """
 
 from __future__ import annotations
@@ -24,19 +27,16 @@ import select
 import signal
 import threading
 import time
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from mesh.lifecycle.ending import (
     Failure,
-    alive,
     forget_signals,
     leads_group,
     mute,
     patience_seconds,
-    place,
     restart_count,
     say,
     show_stack,
@@ -45,6 +45,7 @@ from mesh.lifecycle.ending import (
     write_error_files,
 )
 from mesh.lifecycle.heartbeat import beats
+from mesh.lifecycle.peers import Peers, open_store, wait_while
 from mesh.lifecycle.watchdog import Watchdog
 
 POLL_SECONDS = 0.25
@@ -52,24 +53,26 @@ SETTLE_SECONDS = 0.5  # a killed peer breaks our collectives before it can be se
 MUTE_SECONDS = 6.0  # the longest wait for other ranks before the first error is printed
 ECHO_SECONDS = 1.0  # launchers repeat a signal; a person presses Ctrl-C again later than this
 LEAVE_SECONDS = 20.0  # the longest a clean teardown may take
+REFUSED = 2  # exit status of a start that its user has to change
+REFUSED_SECONDS = 5.0  # the longest wait for the other ranks of a machine to leave after a refusal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPING = "stopping at the end of this step; Ctrl-C again ends at once"
 LIMIT = "; torchrun kills what then still runs after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s if unset)"
 
 
 class Guard:
-    """Watches over one process. `run_dir` is where the last words say that the run lies;
-    `stall_seconds`: how long the world may stand still, 0: for ever."""
+    """Watches over one process. `local_ranks`: those of this machine. `run_dir` is where the last
+    words say that the run lies; `stall_seconds`: the longest time without a heartbeat of any rank,
+    0: no limit."""
 
-    def __init__(self, rank: int, world_size: int, local_peers: list[int], stall_seconds: float):
+    def __init__(self, rank: int, world_size: int, local_ranks: range, stall_seconds: float):
         self.rank = rank
         self.run_dir: str | None = None
-        self._peers = [r for r in range(world_size) if r != rank]
-        alone = not self._peers and not under_torchrun()
-        store: dist.Store = dist.HashStore() if alone else _open_store()
+        alone = world_size == 1 and not under_torchrun()
+        store: dist.Store = dist.HashStore() if alone else open_store()
         self._store = dist.PrefixStore(f"mesh/{restart_count()}", store)
         self._lasting = dist.PrefixStore("mesh/all", store)
-        self._local_pids = self._exchange_pids(local_peers)
+        self._peers = Peers(rank, world_size, local_ranks, self._store)
         self._parent = os.getppid()
         # Whoever ends the process holds the lock for ever; it also keeps the store to one thread.
         self._lock = threading.Lock()
@@ -93,12 +96,12 @@ class Guard:
         return self._stop_at is not None
 
     def remember(self, name: str, value: str) -> None:
-        """Leave word for a later attempt of the same torchrun."""
+        """Keep a value for a later attempt of the same torchrun."""
         with self._lock:
             self._lasting.set(name, value)
 
     def recall(self, name: str) -> str | None:
-        """What an earlier attempt of the same torchrun left; None: nothing."""
+        """The value that an earlier attempt of the same torchrun kept; None where it kept none."""
         with self._lock:
             return self._lasting.get(name).decode() if self._lasting.check([name]) else None
 
@@ -108,29 +111,31 @@ class Guard:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End all ranks because of `error`, which is being handled."""
+        self._die(self.settle(error))
+
+    def settle(self, error: BaseException) -> int:
+        """Agree with all ranks on the failure to print, have it printed once, and return the exit
+        status with which this process is to end at once."""
         time.sleep(SETTLE_SECONDS)
         self._lock.acquire()
         mine = Failure.of(error, self.rank)
         first = mine
         with contextlib.suppress(dist.DistError):  # no store: nobody left to agree with
-            first = self._record(self._lost_peer() or mine)
-        if first == mine:
+            first = self._record(self._peers.lost() or mine)
+        if first == mine and not mine.refused:
             write_error_files(error, self.rank, self.run_dir)
         elif first.line != mine.line:
             say(f"rank {self.rank} failed too:\n{mine.text}")
-        if first.reporter == self.rank:
-            self._report(first)
-        self._follow()
+        return self._last_words(first)
 
     def leave(self, exit_code: int = 0) -> None:
         """A clean end begins: from now on a hanging teardown is cut short with `exit_code`."""
         with self._lock:
             self._leave_at, self._exit_code = time.monotonic(), exit_code
             self._watchdog.close()
-            self._announce("left")
-        hosts_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if self._peers and hosts_store:
-            self._wait_for_peers(LEAVE_SECONDS / 2)
+            self._peers.announce("left")
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self._peers.wait(LEAVE_SECONDS / 2)  # this process hosts the store
 
     def close(self) -> None:
         """Stop watching and give the signals back."""
@@ -172,7 +177,7 @@ class Guard:
             self._abandon("the step did not end in time")
         if self._store.check(["first"]):
             self._end_after(Failure.from_json(self._store.get("first")))
-        if lost := self._lost_peer():
+        if lost := self._peers.lost():
             self._end_after(self._record(lost))
         if stall := self._watchdog.look(now):
             self._end_after(self._record(Failure(self.rank, self.rank, stall, stall, True)))
@@ -202,37 +207,56 @@ class Guard:
     def _end_after(self, first: Failure) -> NoReturn:
         if first.stalled:
             show_stack(self._guarded, self.rank, self.run_dir)
-        if first.reporter == self.rank:
-            self._report(first)
-        self._follow()
+        self._die(self._last_words(first))
 
-    def _report(self, first: Failure) -> NoReturn:
-        """Print the first failure once every other rank is silent."""
+    def _last_words(self, first: Failure) -> int:
+        """Print the first failure if this rank reports it, and return the exit status."""
         last_words = mute()
-        self._announce("muted")
-        self._wait_for_peers(MUTE_SECONDS)
-        who = "all ranks ended" if first.stalled else f"rank {first.rank} failed"
-        write_and_close(last_words, f"\n{who} at {first.time}:\n{first.text}\n")
+        self._peers.announce("muted")
+        if first.reporter == self.rank:
+            self._report(first, last_words)
+        else:
+            self._follow()
+        if first.refused:
+            return self._status_of_refusal(first)
+        if first.reporter != self.rank:  # torchrun signals us when it has seen the reporter leave
+            select.select([self._wake], [], [], 2.0)
+        return 1
+
+    def _report(self, first: Failure, last_words: int) -> None:
+        """Print the first failure once every other rank is silent."""
+        self._peers.wait(MUTE_SECONDS)
+        write_and_close(last_words, first.report() if self._is_news(first) else "")
         with contextlib.suppress(dist.DistError):
             self._store.set("reported", "1")
-        self._die(1)
 
-    def _follow(self) -> NoReturn:
-        """Another rank reports the failure: be silent, and leave after it."""
-        mute()
-        self._announce("muted")
+    def _follow(self) -> None:
+        """Wait until another rank has reported the failure."""
         with contextlib.suppress(dist.DistError):
-            deadline = time.monotonic() + MUTE_SECONDS + 1
-            while time.monotonic() < deadline and not self._store.check(["reported"]):
-                time.sleep(POLL_SECONDS / 5)
-        # torchrun signals us when it has seen the reporter leave.
-        select.select([self._wake], [], [], 2.0)
-        self._die(1)
+            wait_while(lambda: not self._store.check(["reported"]), MUTE_SECONDS + 1)
+
+    def _is_news(self, first: Failure) -> bool:
+        """False for a refusal that an earlier attempt of the same torchrun has printed."""
+        if not first.refused:
+            return True
+        key = "refused"
+        with contextlib.suppress(dist.DistError):
+            if self._lasting.check([key]) and self._lasting.get(key).decode() == first.text:
+                return False
+            self._lasting.set(key, first.text)
+        return True
+
+    def _status_of_refusal(self, first: Failure) -> int:
+        """0 where another rank's status tells the launcher, which has nothing to add to ours."""
+        if not self._peers.fails_for_this_machine(first.reporter):
+            return 0
+        self._peers.wait_until_local_ones_ended(REFUSED_SECONDS)
+        return REFUSED
 
     def _abandon(self, why: str) -> NoReturn:
         """Every rank was signalled and does this by itself, so give the slower ones a moment."""
         last_words = mute()
-        self._announce("stopped")
+        self._peers.announce("stopped")
         if self.rank == 0:
             where = f"; the run lies in {self.run_dir}" if self.run_dir else ""
             write_and_close(last_words, f"\nstopped: {why}{where}\n")
@@ -250,36 +274,6 @@ class Guard:
             os.killpg(os.getpid(), signal.SIGTERM)
         os._exit(exit_code)
 
-    def _exchange_pids(self, local_peers: list[int]) -> dict[int, int]:
-        """Process ids of the peers that this process can see."""
-        self._store.set(f"pid/{self.rank}", f"{place()} {os.getpid()}")
-        answers = {r: self._store.get(f"pid/{r}").decode().rsplit(" ", 1) for r in local_peers}
-        return {r: int(pid) for r, (where, pid) in answers.items() if where == place()}
-
-    def _announce(self, state: str) -> None:
-        with contextlib.suppress(dist.DistError):
-            self._store.set(f"out/{self.rank}", state)
-
-    def _wait_for_peers(self, seconds: float) -> None:
-        """Until every living peer has left or gone mute, but no longer than this."""
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(dist.DistError):
-            for peer in self._peers:
-                while self._missing(peer) and time.monotonic() < deadline:
-                    time.sleep(POLL_SECONDS / 5)
-
-    def _missing(self, peer: int) -> bool:
-        dead = peer in self._local_pids and not alive(self._local_pids[peer])
-        return not dead and not self._store.check([f"out/{peer}"])
-
-    def _lost_peer(self) -> Failure | None:
-        """A failure record for a local peer that ended without a word."""
-        for peer, pid in self._local_pids.items():
-            if not alive(pid) and not self._store.check([f"out/{peer}"]):
-                text = f"rank {peer} (process {pid}) was killed, or crashed outside Python"
-                return Failure(peer, self.rank, text, text)
-        return None
-
     def _take_signals(self) -> tuple[int, dict[int, Any]]:
         """Have C code write each signal into the pipe, whatever Python does at that time."""
         if threading.current_thread() is not threading.main_thread():
@@ -288,9 +282,3 @@ class Guard:
         os.register_at_fork(after_in_child=forget_signals)
         old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         return old_wakeup, {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
-
-
-def _open_store() -> dist.Store:
-    """A client of our own: one client cannot serve two threads."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))

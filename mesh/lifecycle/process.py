@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,19 +24,21 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from mesh.lifecycle.ending import restart_count, under_torchrun, write_error_files
-from mesh.lifecycle.guard import Guard
+from mesh.config.keys import Refusal, problem
+from mesh.lifecycle.ending import restart_count, say, under_torchrun, write_error_files
+from mesh.lifecycle.guard import REFUSED, Guard
 
-REFUSAL_SECONDS = 5.0  # a launcher ends all ranks when one leaves: the one that prints goes first
+MEET_SECONDS = 60.0  # the longest that ranks which refuse to start wait for each other
 
 
 @dataclass
 class Process:
     """One rank of the world. `cpu_group` is a gloo group of all ranks for metadata; `closers` are
-    called before the process groups go.
+    called before the process groups are destroyed.
 
     As a context manager: a clean end destroys the process groups; an exception ends every rank of
-    the world within seconds, non-zero, and the first exception is the last thing printed.
+    the world within seconds, non-zero, and the first exception is the last thing printed. Of a
+    Refusal the message alone is printed, once, and the status is `REFUSED`.
     """
 
     rank: int
@@ -49,9 +50,9 @@ class Process:
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all.
+        """True where any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all.
 
-        Until a program has called this, a first Ctrl-C ends it at once: nobody would obey. After
+        Until a program has called this, a first Ctrl-C ends it at once: nothing would obey. After
         True it has all the time that its launcher gives it (torchrun: 30 s).
         """
         flag = torch.tensor(int(self.guard.stop_requested))
@@ -98,16 +99,21 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        refused = isinstance(error, Refusal)
         failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
-        if error is not None and failed and self.world_size > 1:
+        launched = self.world_size > 1 or (refused and under_torchrun())
+        if error is not None and failed and launched:
             self.guard.fail(error)
-        if error is not None and failed:
+        if error is not None and failed and not refused:
             write_error_files(error, self.rank, self.guard.run_dir)
-        self.guard.leave(exit_code=1 if failed else 0)
+        self.guard.leave(exit_code=REFUSED if refused else int(failed))
         for close in self.closers:
             close()
         dist.destroy_process_group()
         self.guard.close()
+        if refused:
+            say(str(error))
+            sys.exit(REFUSED)
 
 
 def start(
@@ -117,25 +123,60 @@ def start(
     make a world of one where there is no launcher.
 
     `device` is auto, cpu or cuda; a collective that takes longer than `timeout_seconds` ends the
-    run, and so does a world in which no rank has got on for `stall_seconds` (0: never). Raises
-    ValueError where the device is not there.
+    run, and so does a world in which no rank records a heartbeat for `stall_seconds` (0: never).
+    Where the device is missing, or restarts cannot work, `refuse_to_start` ends the program here.
     """
     _be_a_world_of_one_without_launcher()
-    _refuse_restarts_of_many_machines()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = _choose_device(device, local_rank)
-    _limit_threads(chosen, local_world_size)
+    place = Place.of_environment()
+    try:
+        _refuse_restarts_of_many_machines()
+        chosen = _choose_device(device, place)
+    except Refusal as refusal:
+        refuse_to_start(refusal)
+    _limit_threads(chosen, len(place.local_ranks))
 
     timeout = timedelta(seconds=timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    _join_world(backend, timeout)
+    _join_world("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout)
     cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-    first_local = rank - local_rank
-    local_peers = [r for r in range(first_local, first_local + local_world_size) if r != rank]
-    guard = Guard(rank, world_size, local_peers, stall_seconds)
-    return Process(rank, world_size, local_rank, chosen, cpu_group, guard)
+    guard = Guard(place.rank, place.world_size, place.local_ranks, stall_seconds)
+    return Process(place.rank, place.world_size, place.local_rank, chosen, cpu_group, guard)
+
+
+def refuse_to_start(refusal: Refusal) -> NoReturn:
+    """End this process over a command line that cannot run, before there is a process group.
+
+    Every rank reads the same words and comes here, so that one of them prints the message. Under
+    torchrun one rank of each machine ends with `REFUSED`, the others with 0: torchrun fails all the
+    same, and has nothing to say of them.
+    """
+    _be_a_world_of_one_without_launcher()
+    place = Place.of_environment()
+    if place.world_size == 1 and not under_torchrun():
+        say(str(refusal))
+        sys.exit(REFUSED)
+    timeout = timedelta(seconds=MEET_SECONDS)
+    store = next(dist.rendezvous("env://", timeout=timeout))  # where torchrun has none, rank 0's
+    guard = Guard(place.rank, place.world_size, place.local_ranks, stall_seconds=0)
+    status = guard.settle(refusal)
+    del store
+    sys.exit(status)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank and its machine's, as the launcher has them in the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_ranks: range
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+        first, count = rank - local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        world_size = int(os.environ["WORLD_SIZE"])
+        return cls(rank, world_size, local_rank, range(first, first + count))
 
 
 def _join_world(backend: str, timeout: timedelta) -> None:
@@ -144,21 +185,6 @@ def _join_world(backend: str, timeout: timedelta) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     mine = dist.PrefixStore(f"attempt-{restart_count()}", store)
     dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def refuse_to_start(error: ValueError) -> NoReturn:
-    """End this process over a command line that cannot run, before there is a world to tell.
-
-    Every rank reads the same words, so the first one prints for all; torchrun's summary gets the
-    error from whichever rank it names.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    write_error_files(error, rank, None)
-    if rank == 0:
-        print(f"ValueError: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(REFUSAL_SECONDS)
-    sys.exit(1)
 
 
 def _be_a_world_of_one_without_launcher() -> None:
@@ -183,32 +209,34 @@ def _refuse_restarts_of_many_machines() -> None:
     brings: the processes of two machines could not tell which attempt they are in."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if under_torchrun() and restarts != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        raise ValueError(
+        raise Refusal(
             f"--max-restarts={restarts} works on one machine only; leave it out, and start again "
             "with resume=RUN_DIR"
         )
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+def _choose_device(device: str, place: Place) -> torch.device:
+    """The device of this rank. Raises the same Refusal on all ranks of a machine."""
+    found = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not found):
         return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local_rank >= count:
-        raise ValueError(
-            f"device={device}: local rank {local_rank} has no GPU of its own, {count} are there; "
-            f"start at most {count} processes per host, or set device=cpu"
-        )
-    chosen = torch.device("cuda", local_rank)
+    if not found:
+        remedy = "set device=cpu, or install a CUDA build of torch"
+        raise Refusal(problem("device", device, "torch finds no CUDA device here", remedy))
+    processes = max(len(place.local_ranks), place.local_rank + 1)
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        wrong = f"{processes} processes on this machine, which has {gpus} GPUs"
+        raise Refusal(problem("device", device, wrong, f"start at most {gpus}, or set device=cpu"))
+    chosen = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(chosen)
     return chosen
 
 
 def _limit_threads(device: torch.device, local_world_size: int) -> None:
-    """One thread where the model runs on the CPU, as torchrun has it for several processes: threads
-    that wait for each other make a small model's operators many times slower. Else an equal share
-    of the cores. OMP_NUM_THREADS is what a user says otherwise with.
+    """Use one thread where the model runs on the CPU, as torchrun does for several processes:
+    threads that wait for each other make a small model's operators many times slower. On a GPU use
+    an equal share of the cores. OMP_NUM_THREADS overrides both.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -63,8 +64,8 @@ def read_command(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     """(config name, configuration) of a command line; one that cannot be read ends the process."""
     try:
         return load_conf(argv, resumes)
-    except ValueError as error:
-        refuse_to_start(error)
+    except Refusal as refusal:
+        refuse_to_start(refusal)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mesh.config.keys import problem, range_problems, refuse
+from mesh.config.keys import problem, range_problems, refuse, unset
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import engine_problems, kind_of
 from mesh.layout.meshes import layout_problems
@@ -85,12 +85,22 @@ def invariant_problems(conf: Conf, device: str, shape: ModelShape | None) -> lis
         if uneven:
             wrong = f"does not divide the model's widths {', '.join(map(str, uneven))}"
             found.append(problem("invariant.chunks", chunks, wrong, "use a smaller power of two"))
-    unset = "bfloat16" if device == "cuda" else "float32"
-    if (conf.trainer.dtype or unset) != (conf.generator.dtype or unset):
-        wrong = f"differs from trainer.dtype={conf.trainer.dtype}: their bits cannot be equal"
-        remedy = "give both roles one dtype"
-        found.append(problem("generator.dtype", conf.generator.dtype, wrong, remedy))
-    return found + (gpu_problems(conf, shape) if device == "cuda" else [])
+    on_gpu = gpu_problems(conf, shape) if device == "cuda" else []
+    return [*found, *dtype_problems(conf, device), *on_gpu]
+
+
+def dtype_problems(conf: Conf, device: str) -> list[str]:
+    """Roles of different dtypes, whose bits cannot be equal."""
+    default = "bfloat16" if device == "cuda" else "float32"
+    of_trainer, of_generator = conf.trainer.dtype, conf.generator.dtype
+    if (of_trainer or default) == (of_generator or default):
+        return []
+    remedy = "give both roles one dtype"
+    if of_generator is None:
+        wrong = f"generator.dtype is {default} where it is unset, so their bits cannot be equal"
+        return [problem("trainer.dtype", of_trainer, wrong, remedy)]
+    wrong = f"differs from trainer.dtype={of_trainer or default}, so their bits cannot be equal"
+    return [problem("generator.dtype", of_generator, wrong, remedy)]
 
 
 def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
@@ -113,7 +123,8 @@ def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     if shape is not None and shape.head_dim not in HEAD_DIMS:
         wrong = f"the exact attention kernels do not take its heads of {shape.head_dim}"
         remedy = f"use a model with heads of {', '.join(map(str, HEAD_DIMS))}, or device=cpu"
-        found.append(problem("model.flavor", conf.model.flavor, wrong, remedy))
+        which = "flavor" if conf.model.path is None else "path"
+        found.append(problem(f"model.{which}", getattr(conf.model, which), wrong, remedy))
     return found
 
 
@@ -240,7 +251,7 @@ def model_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     if model.path is None and model.init == "checkpoint":
         wrong = "there are no weights to start from"
         remedy = "set model.path=DIRECTORY (Hugging Face form), or model.init=random"
-        found = [problem("model.path", None, wrong, remedy)]
+        found = [unset("model.path", wrong, remedy)]
     else:
         found = [] if model.path is None else directory_problems(conf, model.path, shape)
     if model.tokenizer is not None:

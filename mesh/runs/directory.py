@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mesh.config.keys import Refusal
 from mesh.config.run_format import RUN_FORMAT
 from mesh.lifecycle.files import MARKS
 from mesh.lifecycle.process import Process
@@ -48,7 +49,7 @@ def create_run_dir(
 
     Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
     words of a run that ends early say where it lies. `resume`: it is there, its config.yaml stays,
-    and this start's environment goes to `environment-2.json` and so on. Raises ValueError on every
+    and this start's environment goes to `environment-2.json` and so on. Raises Refusal on every
     rank where the directory already holds a run or cannot be made.
     """
     ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
@@ -58,7 +59,7 @@ def create_run_dir(
         refusal = _make(path, config_text)
     path, refusal = process.from_rank0((path, refusal))
     if refusal is not None:
-        raise ValueError(refusal)
+        raise Refusal(refusal)
     if process.rank == 0:
         environment = {"format": RUN_FORMAT} | describe_environment() | {"ranks": ranks}
         with open(_new_environment(path), "x") as file:

@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 from typing import Any, TextIO
 
+from mesh.config.keys import Refusal
 from mesh.config.schema import LogConf
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
 
@@ -34,7 +35,7 @@ class MetricsLogger:
         """`config` is shown by W&B. `first`: a run goes on after so many steps, with which
         its files end: its checkpoint has put them back.
 
-        Raises ValueError where `log.tensorboard` or `log.wandb` asks for a missing package.
+        Raises Refusal where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
         self._active = rank == 0
         if not self._active:
@@ -165,7 +166,7 @@ def _open_tensorboard(run_dir: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         remedy = "pip install tensorboard, or set log.tensorboard=false"
-        raise ValueError(f"log.tensorboard=true: tensorboard is not installed; {remedy}") from error
+        raise Refusal(f"log.tensorboard=true: tensorboard is not installed; {remedy}") from error
     purge = first + 1 if first else None  # what was drawn of later steps
     return SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10, purge_step=purge)
 
@@ -177,7 +178,7 @@ def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         remedy = "pip install wandb, or leave log.wandb unset"
-        raise ValueError(f"log.wandb={project}: wandb is not installed; {remedy}") from error
+        raise Refusal(f"log.wandb={project}: wandb is not installed; {remedy}") from error
     path = run_dir / WANDB_ID
     if not path.exists() or not path.read_text().strip():  # killed as it was written
         path.write_text(secrets.token_hex(4) + "\n")

@@ -7,18 +7,20 @@ own is named as `task=MODULE:CLASS` and needs nothing of ours but the `Prompt` n
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from mesh.config.spelling import nearest
 from mesh.tasks.arithmetic import Arithmetic
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt
 
 SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arithmetic}
 METHODS = ("train_prompts", "eval_prompts", "solution", "score")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
-    return task_class(seed=seed, **args)
+    return _users_own(f"task={name}: making it", lambda: task_class(seed=seed, **args))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +122,8 @@ def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -
 
 def _shipped_class(name: str) -> type:
     if name not in SHIPPED:
-        raise ValueError(
-            f"task={name}: no such task; the nearest is {_nearest(name, SHIPPED)}. "
-            f"Give one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
-        )
+        remedy = f"use one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
+        raise ValueError(f"task={name}: no such task; {_meant(name, SHIPPED)}{remedy}")
     return SHIPPED[name]
 
 
@@ -132,7 +132,8 @@ def _import_class(name: str) -> type:
     if not module_name or not class_name or module_name.startswith("."):
         raise ValueError(f"task={name}: write it as MODULE:CLASS, e.g. my_package.tasks:Chess")
     try:
-        module = importlib.import_module(module_name)
+        what = f"task={name}: importing {module_name}"
+        module = _users_own(what, lambda: importlib.import_module(module_name))
     except ImportError as error:
         raise ValueError(
             f"task={name}: cannot import {module_name} ({error}); "
@@ -141,12 +142,25 @@ def _import_class(name: str) -> type:
     task_class = getattr(module, class_name, None)
     if task_class is None:
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise ValueError(
-            f"task={name}: {module_name} has no {class_name}; "
-            f"the nearest class is {_nearest(class_name, classes)}"
-        )
+        remedy = f"{_meant(class_name, classes)}its classes are {', '.join(classes) or 'none'}"
+        raise ValueError(f"task={name}: {module_name} has no {class_name}; {remedy}")
     _check_class(name, task_class)
     return task_class
+
+
+def _users_own(what: str, call: Callable[[], T]) -> T:
+    """The result of code that a user wrote and that may raise anything: a ValueError or ImportError
+    of theirs as it is, anything else as a ValueError that says where it was raised."""
+    try:
+        return call()
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({frame.filename}, line {frame.lineno})"
+        said = " ".join(f"raised {type(error).__name__}: {error}".split())
+        where = "" if isinstance(error, SyntaxError) else place  # which names its own
+        raise ValueError(f"{what} {said}{where}; correct it there") from error
 
 
 def _check_class(name: str, task_class: Any) -> None:
@@ -173,7 +187,9 @@ def _arg_problem(
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
         return "it takes none, leave task_args empty"
-    return f"the nearest is task_args.{_nearest(key, fields)} (of {', '.join(fields)})"
+    close = nearest(key, fields)
+    meant = f"did you mean task_args.{close}? " if close else ""
+    return f"{meant}it has {', '.join(fields)}"
 
 
 def _required(fields: dict[str, Any], args: dict[str, Any]) -> list[str]:
@@ -199,5 +215,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else origin or hint)
 
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)), "none")
+def _meant(word: str, choices: Iterable[str]) -> str:
+    close = nearest(word, choices)
+    return f"did you mean {close}? " if close else ""

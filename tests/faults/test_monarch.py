@@ -209,7 +209,7 @@ def test_what_is_refused_is_not_tried_again(tmp_path):
     assert status == 1
     assert err.count("trainer.tp=3") == 1
     last = err.splitlines()[-1]
-    assert last.endswith(": left with status 1; it had not begun, so it is not started again")
+    assert last.endswith(": left with status 2; it had not begun, so it is not started again")
     assert not run_dir.exists()
 
 

@@ -27,8 +27,10 @@ STOPPING = "stopping at the end of this step; Ctrl-C again ends at once"
 class Launch:
     """A started program, in a session of its own as a terminal's foreground job would be."""
 
-    def __init__(self, what: str, num_ranks: int, directory: Path, **environment: str):
+    def __init__(self, what: str, num_ranks: int, directory: Path, *more: str, **environment: str):
+        """`more`: torchrun's own arguments."""
         launcher = [*TORCHRUN, "--rdzv-endpoint=127.0.0.1:0", f"--nproc-per-node={num_ranks}"]
+        launcher += more
         self.pid_dir = directory / "pids"
         self.pid_dir.mkdir()
         self.popen = subprocess.Popen(
@@ -140,6 +142,34 @@ def test_same_error_on_all_ranks_is_printed_once(tmp_path):
     status, _, err, _ = Launch("all-fail", 2, tmp_path).finish(2)
     assert status != 0
     assert before_summary(err).count("ValueError: steps=-1: the same on all ranks") == 1
+
+
+REFUSAL = "seed=x: not one\n- so it is refused"
+
+
+@pytest.mark.parametrize(
+    ("what", "num_ranks", "restarts"),
+    [
+        ("refuse-early", 2, 1),
+        ("all-refuse", 3, 0),
+        ("all-refuse", 1, 1),
+        ("one-refuses", 2, 0),
+    ],
+)
+def test_a_refusal_is_printed_once_and_fails_one_rank(tmp_path, what, num_ranks, restarts):
+    """Without a traceback of ours and without files; torchrun adds its summary of one rank."""
+    launch = Launch(what, num_ranks, tmp_path, f"--max-restarts={restarts}")
+    status, _, err, _ = launch.finish(num_ranks * (restarts + 1))
+    assert status != 0 and before_summary(err) == REFUSAL
+    assert err.count("not one") == err.count("Traceback") == 1  # torchrun's
+    assert "<NO_OTHER_FAILURES>" in err and "exitcode  : 2" in err and "SIGTERM" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["pids"]
+
+
+@pytest.mark.parametrize("what", ["refuse-early", "all-refuse"])
+def test_a_refusal_without_launcher_is_its_message_and_status_2(tmp_path, what):
+    status, out, err, _ = Launch(what, 0, tmp_path).finish(1)
+    assert (status, out, err) == (2, "", REFUSAL + "\n")
 
 
 def test_clean_end_and_what_the_ranks_agree_on(tmp_path):
@@ -261,9 +291,17 @@ def test_world_of_one_gives_everything_back(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
-def test_missing_gpu_is_refused():
-    with pytest.raises(ValueError, match="device=cuda: local rank 0 has no GPU.*set device=cpu"):
+def test_missing_gpu_is_refused(capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit) as caught:
         start(device="cuda")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "device=cuda: torch finds no CUDA device here; set device=cpu, or install a CUDA build of "
+        "torch\n"
+    )
 
 
 def test_stalled_rank_that_holds_the_gil_ends_all_with_their_stacks(stall_with_gil):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import REPOSITORY, launch
 
 BAD_TASK = """
 from dataclasses import dataclass
@@ -30,11 +31,32 @@ def test_run_directory_that_holds_a_run_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     words = ["conf=qwen3_tiny", f"run_dir={tmp_path}", "num_prompts=63"]
     result = launch("recipes/grpo.py", 2, *words, status=1)
-    assert f"run_dir={tmp_path}: already holds a run (metrics.jsonl)" in result.stderr
-    assert "num_prompts=63: is not a multiple of 2" in result.stderr
-    assert result.stderr.count("2 problems with the configuration") <= 2  # ours, torchrun's summary
+    title, *found = result.stderr.splitlines()[:3]
+    assert title == "2 problems with the configuration:"
+    assert found[0].startswith(f"- run_dir={tmp_path}: already holds a run (metrics.jsonl)")
+    assert found[1].startswith("- num_prompts=63: is not a multiple of 2")
+    assert_only_torchrun_after(3, result.stderr)
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def assert_only_torchrun_after(ours: int, stderr: str) -> None:
+    """After so many lines come torchrun's own, of one rank, and none of them is ours."""
+    rest = stderr.splitlines()[ours:]
+    assert len(rest) < 36 and rest[0].startswith("E") and "failed (exitcode: 2)" in rest[0]
+    frames = [line.split('"')[1] for line in rest if line.startswith("  File")]
+    assert not [frame for frame in frames if Path(frame).is_relative_to(REPOSITORY / "mesh")]
+    assert "problem" not in "".join(rest) and "  <NO_OTHER_FAILURES>" in rest
+
+
+def test_a_misspelt_key_is_two_lines():
+    result = launch("recipes/grpo.py", 2, "conf=qwen3_tiny", "trainer.lrr=1", status=1)
+    assert result.stderr.splitlines()[:2] == [
+        "1 problem with the configuration:",
+        "- trainer.lrr=1: unknown key; did you mean trainer.lr? --help lists all keys",
+    ]
+    assert_only_torchrun_after(2, result.stderr)
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -61,5 +83,6 @@ def test_generate_refuses_prompts_it_cannot_answer():
     long = "abcdefghijklmnopqrstuvwxyz>"
     words = ["conf=qwen3_tiny", f"generate.prompts=[abc>,{long}]"]
     result = launch("recipes/generate.py", 1, *words, status=1)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 2
     assert f"model.max_length=32: the prompt '{long}' has 27 tokens" in result.stderr
     assert "use at least 35" in result.stderr

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mesh.config.keys import Refusal
 from mesh.lifecycle.heartbeat import beat
-from mesh.lifecycle.process import Process, start
+from mesh.lifecycle.process import Process, refuse_to_start, start
 from mesh.lifecycle.timers import Phases
 from mesh.runs.directory import create_run_dir
 
@@ -88,6 +89,17 @@ def all_fail(process: Process) -> None:
     raise ValueError("steps=-1: the same on all ranks")
 
 
+def refuse() -> None:
+    raise Refusal("seed=x: not one\n- so it is refused")
+
+
+def all_refuse(process: Process) -> None:
+    """In a directory that is there, where a crash would leave its traceback."""
+    process.guard.run_dir = "."
+    time.sleep(0.3 * process.rank)
+    refuse()
+
+
 def train(process: Process) -> None:
     for step in range(STEPS):
         time.sleep(0.05)
@@ -143,6 +155,8 @@ WHAT = {
     "killed": lambda process: rank1_ends(process, be_killed),
     "two-fail": two_fail,
     "all-fail": all_fail,
+    "one-refuses": lambda process: rank1_ends(process, refuse),
+    "all-refuse": all_refuse,
     "stall": lambda process: stall(process, in_sleep),
     "stall-with-gil": lambda process: stall(process, hold_the_gil),
     "train": train,
@@ -157,6 +171,12 @@ if __name__ == "__main__":
     stall_seconds = 3 if sys.argv[1].startswith("stall") else 900
     if sys.argv[1] == "export":  # a step has 1 s; torchrun, which read it before, has its own
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "6"
+    if sys.argv[1] == "refuse-early":
+        Path(sys.argv[2], str(os.getpid())).touch()
+        try:
+            refuse()
+        except Refusal as refusal:
+            refuse_to_start(refusal)
     with start("cpu", 120, stall_seconds) as process:
         Path(sys.argv[2], str(os.getpid())).touch()
         process.gather(None)  # a barrier: every rank has its signal handlers

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one ValueError with key, value and remedy, before a model is built.
+"""Mistakes of a user: one Refusal with key, value and remedy, before a model is built.
 
 The command line is read and checked as a recipe's `main` does it. Launched recipes:
 faults/test_refusals.py.
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.config.schema import PACKAGE_DATA
 from mesh.program.assembly import check
@@ -25,7 +26,7 @@ SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 
 def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
     """The message with which a start on `world_size` ranks is refused."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Refusal) as caught:
         check(load_conf([f"conf={conf}", *words])[1], world_size)
     return str(caught.value)
 
@@ -108,12 +109,12 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
     ),
     "layout too big": (
         ["trainer.dp_shard=4"], 2,
-        ["trainer.dp_shard=4: makes the trainer 4 ranks large, but it has 2", "trainer.dp_shard=2"],
+        ["trainer.dp_shard=4: makes 4 ranks, but the trainer has 2", "trainer.dp_shard=2"],
     ),
     "split alone": (["mesh.mode=split"], 1, ["mesh.mode=split: a world of 1", "start e.g. 2"]),
     "a key of W&B": (
         ["log.wandb_api_key=0123abcd"], 2,
-        ["log.wandb_api_key=(not shown): unknown key", "did you mean log.wandb?"],
+        ["log.wandb_api_key=(not shown): unknown key", "--help lists all keys"],
     ),
     "no such model": (["model.path=/nope"], 2, ["model.path=/nope: no such directory", "name a"]),
     "not shipped": (["model.path=package:x"], 2, ["model.path=package:x: no such directory"]),
@@ -122,7 +123,7 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
         ["model.flavor=tinny", "choose one of tiny, 0.6B"],
     ),
     "no weights": (
-        ["model.path=null"], 2, ["model.path=null: there are no weights", "model.init=random"],
+        ["model.path=null"], 2, ["model.path is not set: there are no", "model.init=random"],
     ),
 }  # fmt: skip
 
@@ -143,8 +144,10 @@ def test_unknown_config_names_the_nearest():
 
 
 def test_unknown_task_and_task_key_name_the_nearest():
-    assert "the nearest is spell_backward" in refusal("task=spell_backwards")
-    assert "the nearest is task_args.max_length" in refusal("task_args.maxlength=4")
+    assert "did you mean spell_backward?" in refusal("task=spell_backwards")
+    assert "did you mean task_args.max_length?" in refusal("task_args.maxlength=4")
+    far = refusal("task=chess", "task_args.colour=red")
+    assert "did you mean" not in far and "no such task; use one of spell_backward" in far
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 
 

@@ -72,7 +72,7 @@ def test_whole_sharded_directory_has_no_problems(sharded: Path):
 
 def test_no_model_path():
     assert conf_problems(Conf(device="cpu")) == [
-        "model.path=null: there are no weights to start from; set model.path=DIRECTORY "
+        "model.path is not set: there are no weights to start from; set model.path=DIRECTORY "
         "(Hugging Face form), or model.init=random"
     ]
 

@@ -1,4 +1,4 @@
-"""Reading a configuration: values, precedence, and the exact text of what is refused."""
+"""Loading a configuration: values, precedence, and the exact text of a refusal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import dataclasses
 
 import pytest
 
-from mesh.config.keys import conf_keys, range_problems, refuse, value_of
+from mesh.config.keys import Refusal, conf_keys, range_problems, refuse, value_of
 from mesh.config.loading import load_conf, read_conf, save_conf
 from mesh.config.schema import Conf, resolve_path
+from mesh.config.spelling import MOST, OTHER_SYSTEMS, near_keys, nearest
 
 NAMES = ["qwen3", "qwen3_split", "qwen3_tiny", "qwen3_tiny_split"]
+CONFIGS = f"name one of {', '.join(NAMES)}, or a path to a .yaml"
 
 
 def refusal(*words: str) -> list[str]:
     """The problems that load_conf lists for these words."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Refusal) as caught:
         load_conf(list(words))
     first, *lines = str(caught.value).splitlines()
     title = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
@@ -93,10 +95,70 @@ def test_every_problem_is_listed_at_once():
         "'--steps=3' is not key=value; write steps=3",
         "'foo' is not key=value; write foo=VALUE",
         "seed= has no value; write seed=VALUE, or seed=null to unset it",
-        "conf=qwen_tiny: no such config; did you mean qwen3_tiny? there are " + ", ".join(NAMES),
+        f"conf=qwen_tiny: no such config; did you mean qwen3_tiny? {CONFIGS}",
         "trainer.lrr=2: unknown key; did you mean trainer.lr? --help lists all keys",
         "trainer.tp=x: expected an integer; write e.g. trainer.tp=1",
         "steps=0: must be >= 1; the default is 100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        # a misspelling: in the same group, else in any
+        ("trainer.lrr", "trainer.lr"),
+        ("stepps", "steps"),
+        ("generater.tp", "generator.tp"),
+        ("checkpoints.every", "checkpoint.every"),
+        ("trainer.beta", "trainer.betas"),
+        ("rewards.workers", "reward.workers"),
+        ("lrr", "trainer.lr sft.lr"),
+        # other separators
+        ("eval_every", "eval.every"),
+        ("Group-Size", "group_size"),
+        # another group
+        ("trainer.temperature", "generator.temperature"),
+        ("optim.lr", "trainer.lr sft.lr"),
+        # a beginning
+        ("trainer.dp", "trainer.dp_replicate trainer.dp_shard"),
+        ("top", "generator.top_k generator.top_p"),
+        # other systems
+        ("learning_rate", "trainer.lr"),
+        ("actor.learning_rate", "trainer.lr"),
+        ("batch_size", "num_prompts sft.batch_size"),
+        ("rollout_batch_size", "num_prompts"),
+        ("num_generations", "group_size"),
+        ("max_tokens", "generator.max_new_tokens"),
+        ("generator.max_completion_length", "generator.max_new_tokens"),
+        ("max_prompt_length", "model.max_length"),
+        ("beta", "kl_coef"),
+        ("num_train_epochs", "steps"),
+        ("eval.steps", "eval.every"),
+        ("gradient_accumulation_steps", "trainer.microbatch_tokens"),
+        ("model_name_or_path", "model.path"),
+        # nothing that it could mean
+        ("updates_per_batch", ""),
+        ("trainer.foo", ""),
+        ("log.wandb_api_key", ""),
+        ("x", ""),
+    ],
+)
+def test_a_wrong_name_suggests_the_keys_that_it_may_mean_or_none(name: str, near: str):
+    assert near_keys(name, conf_keys()) == near.split()
+
+
+def test_names_of_other_systems_lead_to_keys_that_exist_and_are_no_keys():
+    keys, words = conf_keys(), [name for names in OTHER_SYSTEMS.values() for name in names.split()]
+    assert OTHER_SYSTEMS.keys() <= keys.keys() and not keys.keys() & set(words)
+    for name in words:
+        assert 1 <= len(near_keys(name, keys)) <= MOST
+
+
+def test_a_far_choice_is_not_suggested():
+    assert nearest("qwen_tiny", NAMES) == "qwen3_tiny" and nearest("llama", NAMES) is None
+    assert refusal("conf=llama") == [f"conf=llama: no such config; {CONFIGS}"]
+    assert refusal("conf=qwen3_tiny", "updates_per_batch=2") == [
+        "updates_per_batch=2: unknown key; --help lists all keys"
     ]
 
 
@@ -128,6 +190,10 @@ def test_every_problem_is_listed_at_once():
         (
             "mesh.mode=splt",
             "mesh.mode=splt: expected one of colocated, split; write e.g. mesh.mode=split",
+        ),
+        (
+            "mesh.mode=xyz",
+            "mesh.mode=xyz: expected one of colocated, split; write e.g. mesh.mode=colocated",
         ),
         (
             "sync.verify=evry",
@@ -185,7 +251,7 @@ def test_problems_of_a_yaml_name_it(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("defaults: qwen4\ntrainer: 3\nstepps: 4\n")
     assert refusal(f"conf={path}") == [
-        "conf=qwen4: no such config; did you mean qwen3? there are " + ", ".join(NAMES),
+        f"conf=qwen4: no such config; did you mean qwen3? {CONFIGS}",
         "bad.yaml: trainer=3: a group of keys; set one of "
         + ", ".join(name for name in conf_keys() if name.startswith("trainer.")),
         "bad.yaml: stepps=4: unknown key; did you mean steps? --help lists all keys",
@@ -196,7 +262,7 @@ def test_problems_of_a_yaml_name_it(tmp_path):
     ("text", "line"),
     [
         ("- steps\n", "{path} holds no `key: value` lines; write e.g. `steps: 100`"),
-        ("defaults: {path}\n", "x.yaml: its defaults lead back to itself; break the circle"),
+        ("defaults: {path}\n", "x.yaml: its defaults lead back to itself; remove one of them"),
     ],
 )
 def test_unusable_yaml(tmp_path, text: str, line: str):
@@ -239,12 +305,13 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     assert listed == set(conf_keys())
 
 
-def test_no_config_at_all_is_status_2(capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_a_missing_config_is_refused_with_the_list_of_configs():
+    with pytest.raises(Refusal) as caught:
         load_conf(["steps=3"])
-    assert caught.value.code == 2
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == "conf=NAME is needed: say which of the configs below to run"
+    first, *configs, last = str(caught.value).splitlines()
+    assert first == "conf=NAME is needed; NAME is a path to a .yaml, or one of"
+    assert [line.split()[0] for line in configs] == NAMES
+    assert last == "--help lists all keys"
 
 
 def test_help_is_printed_by_the_first_rank_only(capsys, monkeypatch):

@@ -96,9 +96,9 @@ OTHER = "or start another number of processes"
             conf_of("split"),
             1,
             [
-                "mesh.mode=split: a world of 1 cannot be cut into a trainer of a multiple of 1 "
-                "ranks (dp_replicate x tp) and a generator of a multiple of 1 (tp); start e.g. 2 "
-                "processes, or set mesh.mode=colocated"
+                "mesh.mode=split: a world of 1 cannot be split into trainer ranks in multiples of "
+                "1 (trainer.dp_replicate x trainer.tp) and generator ranks in multiples of 1 "
+                "(generator.tp); start e.g. 2 processes, or set mesh.mode=colocated"
             ],
         ),
         (
@@ -120,26 +120,47 @@ OTHER = "or start another number of processes"
         (
             conf_of("split", (1, 2, 1), (1, 1)),
             4,
-            [
-                "generator.dp=1: makes the generator 1 ranks large, but it has 2; "
-                f"set generator.dp=2, {OTHER}"
-            ],
+            [f"generator.dp=1: makes 1 rank, but the generator has 2; set generator.dp=2, {OTHER}"],
         ),
         (
             conf_of("colocated", (1, 2, 1), (None, 4)),
             6,
             [
-                "trainer.dp_shard=2: makes the trainer 2 ranks large, but it has 6; "
+                "trainer.dp_shard=2: makes 2 ranks, but the trainer has 6; "
                 f"set trainer.dp_shard=6, {OTHER}",
-                "generator.dp=null: no multiple of 4 (tp) fills the generator's 6 ranks; choose "
-                f"degrees that divide 6, {OTHER}",
+                "generator.tp=4: does not divide the generator's 6 ranks; use a divisor of 6, "
+                f"{OTHER}",
+            ],
+        ),
+        (
+            conf_of("colocated", (4, None, 1), num_prompts=6),
+            6,
+            [
+                "trainer.dp_replicate=4: does not divide the trainer's 6 ranks; use a divisor of "
+                f"6, {OTHER}"
+            ],
+        ),
+        (
+            conf_of("colocated", (2, None, 2), num_prompts=6),
+            6,
+            [
+                "trainer.tp=2: times trainer.dp_replicate=2 does not divide the trainer's 6 ranks; "
+                f"use degrees whose product divides 6, {OTHER}"
+            ],
+        ),
+        (
+            conf_of("split", (1, 1, 1), (None, 2)),
+            2,
+            [
+                "generator.tp=2: does not divide the generator's 1 rank; use a divisor of 1, "
+                f"{OTHER}"
             ],
         ),
         (
             conf_of("colocated", (2, 1, 2)),
             6,
             [
-                "trainer.dp_shard=1: makes the trainer 4 ranks large, but it has 6; "
+                "trainer.dp_shard=1: makes 4 ranks, but the trainer has 6; "
                 f"choose other degrees, {OTHER}"
             ],
         ),

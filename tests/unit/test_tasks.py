@@ -45,6 +45,14 @@ class Counting:
 
 
 @dataclass(frozen=True)
+class Unmakeable(Counting):
+    """A user's task whose constructor raises what is no message of ours."""
+
+    def __post_init__(self) -> None:
+        raise KeyError("nowhere")
+
+
+@dataclass(frozen=True)
 class Incomplete:
     limit: int
 
@@ -222,23 +230,40 @@ def test_a_task_of_the_users_own_loads_by_module_and_class():
     assert dataclasses.asdict(task) == {"seed": 5, "reward": 0.5, "limit": None}
 
 
+@pytest.mark.parametrize("code", ["1 +", "x = undefined"])
+def test_a_module_that_cannot_be_imported_says_where(tmp_path, monkeypatch, code):
+    (tmp_path / "broken_module.py").write_text(f"import math\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^task=broken_module:Task: importing broken_module "
+    ) as e:
+        load_task("broken_module:Task", 0, {})
+    assert "broken_module.py, line 2); correct it there" in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "args", "parts"),
     [
-        ("spell_backwards", {}, ["task=spell_backwards", "nearest is spell_backward."]),
-        ("arith", {}, ["task=arith", "nearest is arithmetic", "MODULE:CLASS"]),
+        ("spell_backwards", {}, ["task=spell_backwards", "did you mean spell_backward?"]),
+        ("arith", {}, ["task=arith", "did you mean arithmetic?", "MODULE:CLASS"]),
         ("", {}, ["task=", "spell_backward, arithmetic"]),
         (":Chess", {}, ["task=:Chess", "MODULE:CLASS"]),
         ("no_such_module_here:Chess", {}, ["cannot import no_such_module_here", "PYTHONPATH"]),
-        (f"{__name__}:Countin", {}, ["has no Countin", "nearest class is Counting"]),
+        (f"{__name__}:Countin", {}, ["has no Countin", "did you mean Counting?"]),
         (f"{__name__}:NAMES", {}, ["@dataclass"]),
+        (
+            f"{__name__}:Unmakeable",
+            {},
+            ["making it raised KeyError: 'nowhere' (", "test_tasks.py, line ", "correct it there"],
+        ),
         (f"{__name__}:Incomplete", {}, ["method train_prompts", "method solution", "seed: int"]),
         (
             "spell_backward",
             {"max_lenght": 4, "min_length": "3"},
             [
                 "task_args.max_lenght=4: task=spell_backward has no such key",
-                "nearest is task_args.max_length",
+                "did you mean task_args.max_length? it has min_length, max_length",
                 "task_args.min_length='3': this is str; give int",
             ],
         ),
