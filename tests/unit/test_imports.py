@@ -1,4 +1,4 @@
-"""The house rules of CONTRIBUTING.md: imports point down, outside worlds have one door, code is small."""
+"""The rules of CONTRIBUTING.md: imports point down, outside worlds have one door, code is small."""
 
 from __future__ import annotations
 
