@@ -1,4 +1,4 @@
-"""The house (STYLE.md): imports point downwards, outside worlds have one door, code stays small."""
+"""The rules of CONTRIBUTING.md: imports point down, outside worlds have one door, code is small."""
 
 from __future__ import annotations
 
