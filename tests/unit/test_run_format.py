@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from replay import main as replay_main
 
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.run_format import RUN_FORMAT
 from mesh.config.schema import Conf
+from mesh.recipes.replay import main as replay_main
 
 
 def made(path: Path, *formats: object) -> Path:
