@@ -69,7 +69,7 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
-    return _users_own(f"task={name}: making it", lambda: task_class(seed=seed, **args))
+    return _call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **args))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _import_class(name: str) -> type:
         raise ValueError(f"task={name}: write it as MODULE:CLASS, e.g. my_package.tasks:Chess")
     try:
         what = f"task={name}: importing {module_name}"
-        module = _users_own(what, lambda: importlib.import_module(module_name))
+        module = _call_user_code(what, lambda: importlib.import_module(module_name))
     except ImportError as error:
         raise ValueError(
             f"task={name}: cannot import {module_name} ({error}); "
@@ -147,9 +147,9 @@ def _import_class(name: str) -> type:
     return task_class
 
 
-def _users_own(what: str, call: Callable[[], T]) -> T:
-    """The result of code that a user wrote and that may raise anything: a ValueError or ImportError
-    of theirs as it is, anything else as a ValueError that says where it was raised."""
+def _call_user_code(what: str, call: Callable[[], T]) -> T:
+    """Call user code, which may raise anything: ValueError and ImportError pass through, anything
+    else becomes a ValueError that says where it was raised."""
     try:
         return call()
     except (ValueError, ImportError):
