@@ -27,7 +27,7 @@ from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
 from mesh.recipes.grpo import chosen, held_out, train_step
-from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
+from mesh.runs.replay import LoggedStep, ReplayComparison, as_logged, cautions, logged_step
 
 USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
 
@@ -45,14 +45,14 @@ def main(argv: list[str]) -> None:
         first = Checkpointer(conf, run_dir, process, program.trainer).load_before(step)
         process.say(f"step {step} of {run_dir}, run again from {origin(conf, first)}")
         again = run_again(program, process, range(first, step), logged.evaluated)
-        compared = Comparison(logged, again)
+        compared = ReplayComparison(logged, again)
         for table in (compared.sample_table(shown), compared.metric_table()):
             process.say("\n".join(["", *table]))
         process.say(f"\n{compared.verdict()}")
     sys.exit(not compared.equal)
 
 
-def run_again(program: Program, process: Process, steps: range, evaluates: bool) -> Step:
+def run_again(program: Program, process: Process, steps: range, evaluates: bool) -> LoggedStep:
     """Take these steps; the last one as rank 0 would log it, on every rank."""
     phases = Phases(process.device)
     sync(program)

@@ -35,7 +35,7 @@ class Obedient(SpellBackward):
         return float(word) if method is None else method(rest)
 
     def note(self, name: str) -> float:
-        """Notes this process and its keeper."""
+        """Notes this process and its supervisor."""
         self._note(name)
         return 0.5
 
@@ -171,5 +171,5 @@ class Foreseen(SpellBackward):
 
 
 def pair_of_ids() -> list[int]:
-    """This process and its parent, the keeper."""
+    """This process and its parent, the supervisor."""
     return [os.getpid(), os.getppid()]

@@ -1,7 +1,7 @@
-"""Whether two runs are the same run: their logs field by field, their models byte by byte.
+"""Comparison of two runs: their logs field by field, their models byte by byte.
 
-How long things took, and how full a GPU was, is left out. Values are equal where their JSON is,
-which has every bit of a float: -0.0 is not 0.0.
+Timings and GPU memory are left out. Values are equal if their JSON is, which has every bit of a
+float: -0.0 is not 0.0.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-OF_THE_MACHINE = ("seconds/", "tokens_per_second/", "gpu_gb/")
-NOTHING = "nothing"  # what stands for a field, a line or a file that one side lacks
+MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/")
+NOTHING = "nothing"  # stands for a field, a line or a file that one side lacks
 NAMES = ("step", "prompt_id", "sample_id")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A field that differs: the file it is in, the line's names (step, ...), both values."""
+class FieldDifference:
+    """A field that differs: its file, its line's names (step, ...), its key and both values."""
 
     file: str
     line: str
@@ -37,47 +37,47 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Two run directories: how much of the first was compared, and the first difference."""
+class RunComparison:
+    """Counts of what was compared of the first run, and the first difference."""
 
     steps: int
     samples: int
     files: int
-    first: Difference | None
+    first: FieldDifference | None
 
 
 def untimed(line: Line) -> dict[str, Any]:
-    """A step's metrics without what they say of the machine: its time and memory."""
-    return {key: value for key, value in line.items() if not key.startswith(OF_THE_MACHINE)}
+    """A step's metrics without those of the machine: timings and memory."""
+    return {key: value for key, value in line.items() if not key.startswith(MACHINE_METRICS)}
 
 
 def different(a: Line, b: Line) -> list[str]:
-    """The fields that two lines do not share with equal values, in order; timings count."""
+    """Fields that two lines do not share with equal values, in order, timings included."""
     keys = [*a, *(key for key in b if key not in a)]
     return [k for k in keys if k not in a or k not in b or not equal(a[k], b[k])]
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are the same to the bit."""
+    """True if two JSON values are bitwise equal."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
-def line_differences(file: str, a: Sequence[Line], b: Sequence[Line]) -> Iterator[Difference]:
-    """What differs between two lists of lines, in order; timings are left out."""
+def line_differences(file: str, a: Sequence[Line], b: Sequence[Line]) -> Iterator[FieldDifference]:
+    """Differences between two lists of lines, in order; timings are left out."""
     for mine, theirs in zip_longest(a, b):
         if mine is None or theirs is None:
             sides = (_names(side) if side is not None else NOTHING for side in (mine, theirs))
-            yield Difference(file, "", "line", *sides)
+            yield FieldDifference(file, "", "line", *sides)
             continue
         mine, theirs = untimed(mine), untimed(theirs)
         for key in different(mine, theirs):
             values = mine.get(key, NOTHING), theirs.get(key, NOTHING)
-            yield Difference(file, _names(mine), key, *values)
+            yield FieldDifference(file, _names(mine), key, *values)
 
 
-def compare_runs(a: Path, b: Path) -> Compared:
-    """Compare metrics, samples, final models and, where both runs keep one, the best models.
-    Raises ValueError where a log cannot be read."""
+def compare_runs(a: Path, b: Path) -> RunComparison:
+    """Compare metrics, samples, final models and, if both runs keep one, the best models.
+    Raises ValueError if a log cannot be read."""
     metrics = [read_lines(run / "metrics.jsonl") for run in (a, b)]
     samples = [read_lines(run / "samples.jsonl") for run in (a, b)]
     models = [file_digests(run / "model", "model/") for run in (a, b)]
@@ -88,19 +88,19 @@ def compare_runs(a: Path, b: Path) -> Compared:
         *line_differences("metrics.jsonl", *metrics),
         *line_differences("samples.jsonl", *samples),
         *(
-            Difference(name, "", "SHA-256", *(side.get(name, NOTHING) for side in models))
+            FieldDifference(name, "", "SHA-256", *(side.get(name, NOTHING) for side in models))
             for name in sorted(models[0] | models[1])
             if models[0].get(name) != models[1].get(name)
         ),
     ]
     first = found[0] if found else None
-    return Compared(len(metrics[0]), len(samples[0]), len(models[0]), first)
+    return RunComparison(len(metrics[0]), len(samples[0]), len(models[0]), first)
 
 
 def read_lines(path: Path, killed: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises ValueError that names the file and the line.
+    """Read a file of JSON lines. Raises ValueError naming the file and the line.
 
-    `killed`: a last line that was cut short is left out.
+    `killed`: ignore a truncated last line.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -115,21 +115,21 @@ def read_lines(path: Path, killed: bool = False) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or not line.endswith(b"\n"):
-            remedy = "a run that was killed leaves one, resume= cuts it off"
-            raise ValueError(f"{path}: line {number} is no whole line of JSON; {remedy}")
+            remedy = "a killed run may leave a truncated one, which resume= removes"
+            raise ValueError(f"{path}: line {number} is not a complete JSON object; {remedy}")
         found.append(record)
     return found
 
 
 def best_model(run_dir: Path) -> Path | None:
-    """The directory of a run's best model, the last one of those it keeps; None: it keeps none."""
+    """Directory of a run's best model, the newest of those kept; None: it keeps none."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "best").glob("step-*"))
     steps = [int(match[1]) for match in names if match]
     return run_dir / "best" / f"step-{max(steps)}" if steps else None
 
 
 def file_digests(path: Path, prefix: str = "") -> dict[str, str]:
-    """SHA-256 by name of the files in a directory; none where it is not there."""
+    """SHA-256 of the files in a directory, by name; empty if it does not exist."""
     files = sorted(path.iterdir()) if path.is_dir() else []
     return {prefix + file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

@@ -1,4 +1,4 @@
-"""What recipes/replay.py holds a step against: its lines in the logs, field by field, as tables."""
+"""Comparison of a replayed step with its lines in the logs, field by field, as tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LAYOUT = (
     *("generator.dp", "generator.tp"),
 )
 FIELDS = ("prompt", "response", "answer", "reward", "advantage", "finish_reason")
-MOST_LETTERS = 40  # of a text in a table
+MAX_CELL = 40  # characters in a table cell
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step as the logs have it: metrics without timings, samples in order."""
+class LoggedStep:
+    """One step as logged: metrics without timings, samples in order."""
 
     metrics: Record
     samples: list[Record]
@@ -34,23 +34,23 @@ class Step:
         return any(key.startswith("eval/") for key in self.metrics)
 
 
-def logged_step(run_dir: Path, step: int) -> Step:
-    """What a run has logged of a step. Raises ValueError where it has no such step."""
+def logged_step(run_dir: Path, step: int) -> LoggedStep:
+    """Read one step of a run's logs. Raises ValueError if it has no such step."""
     lines = read_lines(run_dir / "metrics.jsonl", killed=True)
     samples = read_lines(run_dir / "samples.jsonl", killed=True)
     taken = {line["step"]: line for line in lines if line["step"] > 0}
     if step not in taken:
         has = f"steps {min(taken)} to {max(taken)}" if taken else "no step"
-        remedy = "name one that it has taken"
+        remedy = "choose a step that it has logged"
         raise ValueError(problem("step", step, f"{run_dir} has logged {has}", remedy))
     mine = [_without_step(sample) for sample in samples if sample["step"] == step]
-    return Step(_without_step(untimed(taken[step])), mine)
+    return LoggedStep(_without_step(untimed(taken[step])), mine)
 
 
-def as_logged(metrics: Record, samples: Sequence[Record]) -> Step:
-    """A step that was just taken, as the logs would give it back."""
+def as_logged(metrics: Record, samples: Sequence[Record]) -> LoggedStep:
+    """Convert a step just taken to what its logs would contain."""
     back = [json.loads(line_of(record)) for record in (metrics, *samples)]
-    return Step(untimed(back[0]), back[1:])
+    return LoggedStep(untimed(back[0]), back[1:])
 
 
 def _without_step(line: Record) -> Record:
@@ -58,11 +58,11 @@ def _without_step(line: Record) -> Record:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReplayComparison:
     """A logged step and its replay. Samples that were not logged are not compared."""
 
-    logged: Step
-    again: Step
+    logged: LoggedStep
+    again: LoggedStep
 
     @property
     def wrong_metrics(self) -> list[str]:
@@ -84,7 +84,7 @@ class Comparison:
         return not self.wrong_metrics and not self.wrong_samples
 
     def sample_table(self, shown: int) -> list[str]:
-        """The first `shown` samples (-1: all) and those that differ, with what they became."""
+        """The first `shown` samples (-1: all) and those that differ, with their replays."""
         rows: list[list[str]] = [[*FIELDS, ""]]
         for number, (sample, twin, wrong) in enumerate(self.pairs()):
             if not wrong and 0 <= shown <= number:
@@ -92,11 +92,11 @@ class Comparison:
             result = f"differs: {', '.join(wrong)}" if wrong else "equal"
             rows.append([*(_text(sample, field) for field in FIELDS), result])
             if wrong:
-                rows.append([*(_text(twin, field) for field in FIELDS), "this is the replay"])
+                rows.append([*(_text(twin, field) for field in FIELDS), "(replay)"])
         return columns(rows)
 
     def metric_table(self) -> list[str]:
-        """Every metric as it was logged and as it is now."""
+        """Every metric, as logged and as replayed."""
         wrong, rows = self.wrong_metrics, [["metric", "logged", "replayed", ""]]
         for key in sorted(self.logged.metrics | self.again.metrics):
             values = [_text(step.metrics, key) for step in (self.logged, self.again)]
@@ -104,7 +104,7 @@ class Comparison:
         return columns(rows)
 
     def verdict(self) -> str:
-        """The last line."""
+        """Summary line."""
         metrics, samples = self.logged.metrics, self.logged.samples
         if self.equal:
             return f"equal to the bit: {len(metrics)} metrics, {len(samples)} samples"
@@ -118,37 +118,37 @@ def _id(sample: Record) -> tuple[int, int]:
 
 def _text(record: Record, key: str) -> str:
     text = json.dumps(record[key], ensure_ascii=False) if key in record else NOTHING
-    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 3]}..."
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
 
 
 def columns(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell."""
+    """Format rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def cautions(run_dir: Path, exact: bool, words: Sequence[str], num_ranks: int) -> list[str]:
-    """Why bits may differ though nothing is wrong: no batch invariance, or starts of the run on
-    another number of ranks or in another layout than this one with these words."""
-    found = [] if exact else ["batch_invariant=false: equal bits are not promised"]
-    ours = (num_ranks, layout_words(words))
+def cautions(run_dir: Path, exact: bool, overrides: Sequence[str], num_ranks: int) -> list[str]:
+    """Legitimate reasons for bits to differ: no batch invariance, or starts of the run on another
+    number of ranks or in another layout than this one, given by `overrides`."""
+    found = [] if exact else ["batch_invariant=false: equal bits are not guaranteed"]
+    ours = (num_ranks, layout_overrides(overrides))
     for start in sorted(set(starts(run_dir)) - {ours}):
         was, here = (" ".join([f"{ranks} ranks", *layout]) for ranks, layout in (start, ours))
-        found.append(f"the run has been on {was}, this is on {here}: bits may differ")
+        found.append(f"the run used {was}, this replay uses {here}: bits may differ")
     return found
 
 
 def starts(run_dir: Path) -> list[tuple[int, tuple[str, ...]]]:
-    """Of each start of a run: its ranks, and the words that gave it another layout."""
+    """(number of ranks, overrides of the layout) of each start of a run."""
     found = []
     for path in run_dir.glob("environment*.json"):
         environment = json.loads(path.read_text())
         resumed = path.name != "environment.json"
-        words = shlex.split(environment["command"]) if resumed else []
-        found.append((environment["world_size"], layout_words(words)))
+        arguments = shlex.split(environment["command"]) if resumed else []
+        found.append((environment["world_size"], layout_overrides(arguments)))
     return found
 
 
-def layout_words(words: Sequence[str]) -> tuple[str, ...]:
-    """Those that say on which mesh a role runs."""
-    return tuple(sorted(word for word in words if word.startswith(LAYOUT)))
+def layout_overrides(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The command-line arguments that set the mesh of a role."""
+    return tuple(sorted(argument for argument in arguments if argument.startswith(LAYOUT)))

@@ -1,7 +1,7 @@
-"""Tasks: where prompts come from and what a response is worth.
+"""Tasks: they supply prompts and score responses.
 
 A task is a dataclass with a `seed` field; its other fields are the keys of `task_args`. A user's
-own is named as `task=MODULE:CLASS` and needs nothing of ours but the `Prompt` noun.
+own is named `task=MODULE:CLASS` and needs nothing of ours but the `Prompt` noun.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """A task by name: what `load_task` makes it from, here and in the processes that score."""
+    """A task by name: arguments of `load_task`, here and in the scoring processes."""
 
     name: str
     seed: int
@@ -33,7 +33,7 @@ class TaskSpec:
 
 
 class Task(Protocol):
-    """What the recipes ask of a task."""
+    """Interface between recipes and tasks."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         """Prompts 0..num-1 of a step, a pure function of (seed, step, index). A task that can
@@ -42,20 +42,20 @@ class Task(Protocol):
         ...
 
     def eval_prompts(self, num: int) -> list[Prompt]:
-        """Distinct held-out prompts, never drawn in training; ValueError where there are fewer."""
+        """Distinct held-out prompts, never drawn in training. Raises ValueError if too few."""
         ...
 
     def solution(self, prompt: Prompt) -> str:
-        """A right response, for the supervised warm start."""
+        """A correct response, for the supervised warm start."""
         ...
 
     def score(self, prompt: Prompt, response: str) -> float:
-        """The reward of a response: a finite number."""
+        """Reward of a response: a finite number."""
         ...
 
 
 def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
-    """The task that `task=name` and `task_args` ask for; ValueError naming the key otherwise."""
+    """Create the task of `task=name` and `task_args`. Raises ValueError naming the wrong key."""
     task_class = _import_class(name) if ":" in name else _shipped_class(name)
     hints = get_type_hints(task_class)
     fields = {
@@ -69,15 +69,15 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
-    return _users_own(f"task={name}: making it", lambda: task_class(seed=seed, **args))
+    return _call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **args))
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """A request for training prompts: `num` of a step, in a round of it.
 
-    Round 0 is the step's first; prompts of later rounds, which refill a step, have ids that go on
-    after those of the rounds before. A prompt is a pure function of (seed, step, round, index).
+    Round 0 is the step's first; later rounds, which refill a step, continue its prompt ids. A
+    prompt is a pure function of (seed, step, round, index).
     """
 
     step: int
@@ -91,10 +91,10 @@ class Draw:
 
 
 def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
-    """The training prompts of a draw; ValueError where the task gives others than it was asked for.
+    """The training prompts of a draw. Raises ValueError if the task returns other ids.
 
-    A task is told the round only where it is not the first, so `train_prompts(step, num)` is all
-    that a task needs which is never refilled.
+    A task gets the round only if it is not the first, so one that is never refilled needs no more
+    than `train_prompts(step, num)`.
     """
     more = {"round": draw.round} if draw.round else {}
     prompts = task.train_prompts(draw.step, draw.num, **more)
@@ -102,11 +102,10 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
 
 
 def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -> list[Prompt]:
-    """`prompts`, if their ids count from `first` on, in order, and there are `num` of them.
+    """Return `prompts` if they are numbered `first` to first+num-1 in order, else raise ValueError.
 
-    method: the task's, that gave them. Raises ValueError otherwise: ranks share prompts out by
-    their ids, so other ids would leave ranks waiting for each other, and fewer prompts would be
-    trained on unnoticed.
+    method: the task's method that returned them. Ranks divide prompts by id, so other ids would
+    leave ranks waiting for each other, and missing prompts would go unnoticed.
     """
     ids = [prompt.prompt_id for prompt in prompts]
     if ids == list(range(first, first + num)):
@@ -133,7 +132,7 @@ def _import_class(name: str) -> type:
         raise ValueError(f"task={name}: write it as MODULE:CLASS, e.g. my_package.tasks:Chess")
     try:
         what = f"task={name}: importing {module_name}"
-        module = _users_own(what, lambda: importlib.import_module(module_name))
+        module = _call_user_code(what, lambda: importlib.import_module(module_name))
     except ImportError as error:
         raise ValueError(
             f"task={name}: cannot import {module_name} ({error}); "
@@ -148,9 +147,9 @@ def _import_class(name: str) -> type:
     return task_class
 
 
-def _users_own(what: str, call: Callable[[], T]) -> T:
-    """The result of code that a user wrote and that may raise anything: a ValueError or ImportError
-    of theirs as it is, anything else as a ValueError that says where it was raised."""
+def _call_user_code(what: str, call: Callable[[], T]) -> T:
+    """Call user code, which may raise anything: ValueError and ImportError pass through, anything
+    else becomes a ValueError that says where it was raised."""
     try:
         return call()
     except (ValueError, ImportError):
@@ -165,7 +164,7 @@ def _users_own(what: str, call: Callable[[], T]) -> T:
 
 def _check_class(name: str, task_class: Any) -> None:
     if not (isinstance(task_class, type) and dataclasses.is_dataclass(task_class)):
-        raise ValueError(f"task={name}: a task is a dataclass; put @dataclass on the class")
+        raise ValueError(f"task={name}: a task must be a dataclass; put @dataclass on the class")
     missing = [f"method {method}" for method in METHODS if not hasattr(task_class, method)]
     if not any(field.init and field.name == "seed" for field in dataclasses.fields(task_class)):
         missing.append("field seed: int")
@@ -180,13 +179,13 @@ def _arg_problem(
         return f"task_args.{key}={value!r}: task={name} has no such key; {_choice(key, fields)}"
     if not _fits(value, hints[key]):
         wanted = getattr(hints[key], "__name__", str(hints[key]))
-        return f"task_args.{key}={value!r}: this is {type(value).__name__}; give {wanted}"
+        return f"task_args.{key}={value!r}: expected {wanted}, got {type(value).__name__}"
     return ""
 
 
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
-        return "it takes none, leave task_args empty"
+        return "it takes none; leave task_args empty"
     close = nearest(key, fields)
     meant = f"did you mean task_args.{close}? " if close else ""
     return f"{meant}it has {', '.join(fields)}"

@@ -1,4 +1,4 @@
-"""Sums and differences: `12+34=` is answered by `46`."""
+"""Addition and subtraction: the answer to `12+34=` is `46`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ class Arithmetic:
 
     def __post_init__(self) -> None:
         if self.digits < 1:
-            raise ValueError(f"task_args.digits={self.digits}: a number has 1 digit or more")
+            raise ValueError(f"task_args.digits={self.digits}: must be at least 1")
         if not self.operations or set(self.operations) - set("+-"):
-            raise ValueError(
-                f"task_args.operations={self.operations!r}: give '+', '-' or '+-', nothing else"
-            )
+            raise ValueError(f"task_args.operations={self.operations!r}: use '+', '-' or '+-'")
 
     def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
         return training_prompts(self._draw, self.seed, step, num, round)

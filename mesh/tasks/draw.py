@@ -1,10 +1,10 @@
-"""Drawing questions by counter, and the one rule that says which questions are held out.
+"""Counter-based drawing of questions, and the rule that holds some of them out.
 
-A prompt is a hash of (task seed, step, index) and nothing else: there is no generator whose state
-would have to be saved, so a resumed run and another rank layout see the same prompts.
+A prompt is a function of (task seed, step, index) alone: there is no generator state to save, so a
+resumed run and another rank layout see the same prompts.
 
-Whether a question is held out depends on its text alone, not on the seed, so a model trained with
-one seed can be evaluated with another and no question leaks from training into evaluation.
+A question is held out by its text alone, not by the seed, so a model trained with one seed can be
+evaluated with another, and no question leaks from training into evaluation.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from collections.abc import Callable
 
 from mesh.types import Prompt
 
-Draw = Callable[[int, random.Random], Prompt]
-"""Makes the prompt with this prompt_id from these random numbers."""
+MakePrompt = Callable[[int, random.Random], Prompt]
+"""Makes the prompt with a given prompt_id from random numbers."""
 
 HELD_OUT_ONE_IN = 8
-MOST_DRAWS = 1000
+MAX_DRAWS = 1000
 
 
-def training_prompts(draw: Draw, seed: int, step: int, num: int, round: int = 0) -> list[Prompt]:
-    """The `num` training prompts of one round of a step; a question may come up twice.
+def training_prompts(
+    draw: MakePrompt, seed: int, step: int, num: int, round: int = 0
+) -> list[Prompt]:
+    """The `num` training prompts of one round of a step; questions may repeat.
 
-    Their ids go on after those of the rounds before. Raises ValueError where every question seems
-    to be held out.
+    Their ids follow those of earlier rounds. Raises ValueError if every question seems to be held
+    out.
     """
     first = round * num
     return [_training_prompt(draw, seed, step, first + index) for index in range(num)]
 
 
-def held_out_prompts(draw: Draw, num: int) -> list[Prompt]:
-    """The first `num` distinct held-out prompts: the same for every seed, so runs compare.
+def held_out_prompts(draw: MakePrompt, num: int) -> list[Prompt]:
+    """The first `num` distinct held-out prompts, the same for every seed: runs are comparable.
 
-    Raises ValueError where the draws do not yield that many.
+    Raises ValueError if the draws do not yield that many.
     """
     found: dict[str, Prompt] = {}
     for attempt in range(1000 + 200 * num):
@@ -53,19 +55,19 @@ def held_out_prompts(draw: Draw, num: int) -> list[Prompt]:
 
 
 def is_held_out(question: str) -> bool:
-    """One question in `HELD_OUT_ONE_IN` is for evaluation only."""
+    """True for one question in `HELD_OUT_ONE_IN`, which is for evaluation only."""
     return _hash("question", question) % HELD_OUT_ONE_IN == 0
 
 
-def _training_prompt(draw: Draw, seed: int, step: int, index: int) -> Prompt:
-    """ValueError where `MOST_DRAWS` draws give held-out questions alone."""
+def _training_prompt(draw: MakePrompt, seed: int, step: int, index: int) -> Prompt:
+    """Draw a question that is not held out. Raises ValueError after `MAX_DRAWS` draws."""
     numbers = _counter_random("train", seed, step, index)
-    for _ in range(MOST_DRAWS):
+    for _ in range(MAX_DRAWS):
         prompt = draw(index, numbers)
         if not is_held_out(prompt.text):
             return prompt
     raise ValueError(
-        f"task_args: {MOST_DRAWS} draws gave no question to train on, all are held out for "
+        f"task_args: {MAX_DRAWS} draws gave no question to train on: all are held out for "
         f"evaluation, e.g. {prompt.text!r}; widen the task with task_args"
     )
 

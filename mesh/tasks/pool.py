@@ -1,9 +1,9 @@
-"""The rank's side of the processes that score (`mesh/tasks/worker.py`): jobs out, outcomes in.
+"""The rank's side of the scoring processes (`mesh/tasks/worker.py`): jobs out, outcomes in.
 
-One thread serves all of them. A process has one job at a time, so many seconds for it, and the next
-one at hand: waiting for an answer first would cost as much again as a quick score does. A process
-that hangs or ends is replaced when there is work for another one; what it was scoring is a problem,
-not an error: what to do about it is the caller's to say.
+One thread serves all of them. A process has a time limit for its current job, and the next job
+queued: sending it only after the answer would double the cost of a quick score. A process that
+hangs or ends is replaced when there is work for another one; the job it was scoring becomes a
+problem, not an error: the caller decides what to do about it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from mesh.tasks.scoring import MOST_DETAIL, Outcome
+from mesh.tasks.scoring import MAX_DETAIL, Outcome
 from mesh.tasks.worker import HEADER, KILL, send
 
-START_SECONDS = 300.0  # the longest that the import of a task may take
+START_SECONDS = 300.0  # for importing a task
 CLOSE_SECONDS = 5.0  # for the atexit handlers of user code
 KILL_SECONDS = 10.0
 SMALL = 1 << 15  # bytes
@@ -38,57 +38,57 @@ BOOT = (
 
 
 class Worker:
-    """One process that scores, with its keeper. Not the torch, signals or files of this one."""
+    """One scoring process, with its supervisor; it shares no torch, signals or files with us."""
 
     def __init__(self, name: str, seed: int, args: dict[str, Any]):
-        self.talk, talk = socket.socketpair()
-        self.life, life = socket.socketpair()
+        self.channel, channel = socket.socketpair()
+        self.liveness, liveness = socket.socketpair()
         self.stacks = tempfile.TemporaryFile()  # noqa: SIM115
-        theirs = [talk.fileno(), life.fileno(), self.stacks.fileno()]
+        theirs = [channel.fileno(), liveness.fileno(), self.stacks.fileno()]
         paths = json.dumps([path for path in sys.path if isinstance(path, str)])
         self.process = subprocess.Popen(
             [sys.executable, "-c", BOOT, paths, *map(str, theirs), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=theirs,
-            start_new_session=True,  # Ctrl-C is the rank's
+            start_new_session=True,  # Ctrl-C goes to the rank
         )
-        talk.close()
-        life.close()
+        channel.close()
+        liveness.close()
         self.ready = self.hung_up = False
-        self._life_poll = select.poll()
-        self._life_poll.register(self.life, select.POLLIN)
+        self._liveness_poll = select.poll()
+        self._liveness_poll.register(self.liveness, select.POLLIN)
         self.jobs: deque[int] = deque()
         self._buffer = bytearray()
-        self._give(pickle.dumps((name, seed, args)), START_SECONDS)
+        self._send(pickle.dumps((name, seed, args)), START_SECONDS)
 
     def takes(self, content: bytes) -> bool:
-        """Whether it can have this job: as its only one, or as one more that fits into the socket
-        while it is at work, so that handing it over waits for nothing.
+        """True if it can accept this job: as its only one, or as a second one that fits into the
+        socket while it works, so that sending does not block.
         """
         return self.ready and (not self.jobs or len(self.jobs) < 2 and len(content) < SMALL)
 
-    def give(self, job: int, content: bytes, seconds: float) -> None:
-        """Hand a job over that it `takes`."""
+    def submit(self, job: int, content: bytes, seconds: float) -> None:
+        """Send a job that it `takes`."""
         self.jobs.append(job)
-        self._give(content, seconds)
+        self._send(content, seconds)
 
-    def next(self) -> None:
-        """Its present job is over; the time of the next one begins."""
+    def advance(self) -> None:
+        """Finish its current job and start the time limit of the next one."""
         self.jobs.popleft()
         self.deadline = time.monotonic() + self.seconds
 
-    def _give(self, content: bytes, seconds: float) -> None:
+    def _send(self, content: bytes, seconds: float) -> None:
         if len(self.jobs) < 2:
             self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        self.talk.settimeout(seconds)
-        with contextlib.suppress(OSError):  # it has ended, and `life` will say how
-            send(self.talk, content)
-        self.talk.setblocking(False)
+        self.channel.settimeout(seconds)
+        with contextlib.suppress(OSError):  # it has ended; `liveness` reports how
+            send(self.channel, content)
+        self.channel.setblocking(False)
 
     def message(self) -> dict[str, Any] | None:
-        """What it has answered, if all of it is here."""
+        """Its next answer, if that has arrived in full."""
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            while part := self.talk.recv(1 << 16):
+            while part := self.channel.recv(1 << 16):
                 self._buffer += part
             self.hung_up = True
         if len(self._buffer) < HEADER.size:
@@ -101,46 +101,46 @@ class Worker:
         return dict(json.loads(content))
 
     def has_ended(self) -> bool:
-        """Whether it is gone; all that it answered before can be read then."""
-        return bool(self._life_poll.poll(0))
+        """True if it is gone; all that it answered before can then be read."""
+        return bool(self._liveness_poll.poll(0))
 
     def end(self) -> tuple[int, str]:
-        """(exit code as of `subprocess`, stack) of a process that has ended, or is ended here with
-        all that it has started.
+        """(exit code as in `subprocess`, stack) of an ended process; a live one is killed first,
+        with all that it has started.
         """
         with contextlib.suppress(OSError):
-            self.life.sendall(KILL)
+            self.liveness.sendall(KILL)
         return self._status(KILL_SECONDS), self._stack()
 
     def close(self, deadline: float) -> None:
-        """Let it end by itself until then, or else end it, with all that it has started."""
-        self.life.settimeout(max(0.01, deadline - time.monotonic()))
+        """Wait for it to end by itself, then kill it, with all that it has started."""
+        self.liveness.settimeout(max(0.01, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
-            self.life.recv(16, socket.MSG_PEEK)
+            self.liveness.recv(16, socket.MSG_PEEK)
         self.end()
 
     def _status(self, seconds: float) -> int:
-        self.talk.close()
-        self.life.settimeout(seconds)
-        word = b""
+        self.channel.close()
+        self.liveness.settimeout(seconds)
+        status = b""
         with contextlib.suppress(OSError):
-            word = self.life.recv(16)
-        self.life.close()
+            status = self.liveness.recv(16)
+        self.liveness.close()
         try:
-            code = self.process.wait(1.0 if word else seconds)
+            code = self.process.wait(1.0 if status else seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # the keeper; the child ends with it
+            self.process.kill()  # the supervisor; the child ends with it
             code = self.process.wait()
-        return int(word) if word else code
+        return int(status) if status else code
 
     def _stack(self) -> str:
         with self.stacks:
             self.stacks.seek(0)
-            return self.stacks.read(MOST_DETAIL).decode(errors="replace")
+            return self.stacks.read(MAX_DETAIL).decode(errors="replace")
 
 
 class Pool:
-    """Up to `num_workers` processes for one task, started when there are jobs for them."""
+    """Up to `num_workers` processes for one task, started on demand."""
 
     def __init__(self, name: str, seed: int, args: dict[str, Any], num_workers: int):
         self.task = (name, seed, args)
@@ -150,24 +150,24 @@ class Pool:
     def outcomes(
         self, jobs: Sequence[bytes], seconds: float
     ) -> Generator[tuple[int, Outcome], None, None]:
-        """The outcome of every job by its index, as they come; a job has so many seconds.
+        """Yield (index, outcome) of every job as it finishes, within `seconds` each.
 
-        Raises ValueError where no process can make the task. Ends the processes that are at work if
-        the caller does not want the rest.
+        Raises ValueError if a process cannot create the task. Kills busy processes if the caller
+        stops early.
         """
         waiting, left = deque(range(len(jobs))), len(jobs)
         try:
             while left:
-                self._let_go()
+                self._drop_ended()
                 while len(self.workers) < min(self.num_workers, left):
                     self.workers.append(Worker(*self.task))
                 for num in (0, 1):
                     for worker in self.workers:
                         if waiting and worker.takes(jobs[waiting[0]]) and len(worker.jobs) == num:
                             index = waiting.popleft()
-                            worker.give(index, jobs[index], seconds)
-                for worker in self._stirring():
-                    while (found := self._heard(worker)) is not None:
+                            worker.submit(index, jobs[index], seconds)
+                for worker in self._active():
+                    while (found := self._collect(worker)) is not None:
                         left -= 1
                         yield found
                     if worker not in self.workers:
@@ -177,40 +177,42 @@ class Pool:
                 self._drop(worker)
 
     def start(self) -> None:
-        """Wait for one process that has made the task; ValueError where it cannot."""
+        """Wait until one process has created the task. Raises ValueError if it cannot."""
         if not self.workers:
             self.workers.append(Worker(*self.task))
         while not self.workers[0].ready:
-            for worker in self._stirring():
-                self._heard(worker)
+            for worker in self._active():
+                self._collect(worker)
 
     def close(self) -> None:
+        """End all processes."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for worker in self.workers:
-            worker.talk.close()
+            worker.channel.close()
         while self.workers:
             self.workers.pop().close(deadline)
 
-    def _let_go(self) -> None:
-        """Forget the workers that have ended while they had no job."""
+    def _drop_ended(self) -> None:
+        """Drop idle workers that have ended."""
         for worker in [w for w in self.workers if w.ready and not w.jobs and w.has_ended()]:
             self._drop(worker)
 
-    def _stirring(self) -> list[Worker]:
-        """Workers that have something to say, or whose time is up."""
+    def _active(self) -> list[Worker]:
+        """Wait for workers with something to read, or past their deadline."""
         expected = [w for w in self.workers if w.jobs or not w.ready]
         poll, by_file = select.poll(), {}
         for worker in expected:
-            for side in (worker.life,) if worker.hung_up else (worker.life, worker.talk):
+            sockets = (worker.liveness,) if worker.hung_up else (worker.liveness, worker.channel)
+            for side in sockets:
                 poll.register(side, select.POLLIN)
                 by_file[side.fileno()] = worker
         first = min(worker.deadline for worker in expected)
         events = poll.poll(max(0, math.ceil(1000 * (first - time.monotonic()))))
-        stirring, now = [by_file[file] for file, _ in events], time.monotonic()
-        return [worker for worker in expected if worker in stirring or now > worker.deadline]
+        readable, now = [by_file[file] for file, _ in events], time.monotonic()
+        return [worker for worker in expected if worker in readable or now > worker.deadline]
 
-    def _heard(self, worker: Worker) -> tuple[int, Outcome] | None:
-        """The outcome of its job, if that is over. ValueError where it cannot make the task."""
+    def _collect(self, worker: Worker) -> tuple[int, Outcome] | None:
+        """Outcome of its job, if finished. Raises ValueError if it cannot create the task."""
         if worker not in self.workers or (worker.ready and not worker.jobs):
             return None
         ended, late = worker.has_ended(), time.monotonic() > worker.deadline
@@ -218,10 +220,10 @@ class Pool:
         if message is None and not ended and not late:
             return None
         if message is None:
-            message = self._obituary(worker, hung=not ended)
+            message = self._failure(worker, hung=not ended)
         if worker.ready:
             job = worker.jobs[0]
-            worker.next()
+            worker.advance()
             return job, Outcome(**message)
         if message["problem"]:
             self._drop(worker)
@@ -229,8 +231,8 @@ class Pool:
         worker.ready = True
         return None
 
-    def _obituary(self, worker: Worker, hung: bool) -> dict[str, Any]:
-        """How a process ended in the middle of something, as an answer of its own."""
+    def _failure(self, worker: Worker, hung: bool) -> dict[str, Any]:
+        """Kill a process that hung or ended during a job, and answer in its place."""
         code, stack = self._drop(worker)
         if hung:
             problem = f"hung for {worker.seconds:g} s"
@@ -248,15 +250,15 @@ class Pool:
 
 
 def signal_name(number: int) -> str:
-    """SIGSEGV for 11; the kernel's SIGKILL is explained."""
+    """SIGSEGV for 11; SIGKILL with its usual cause."""
     name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
-    return f"{name}: did it take too much memory?" if number == signal.SIGKILL else name
+    return f"{name}: out of memory?" if number == signal.SIGKILL else name
 
 
 def _refusal(name: str, message: dict[str, Any]) -> str:
     where = f"\n{message['detail']}" if message.get("detail") else ""
     return (
-        f"task={name}: a process that scores, which is a fresh Python, cannot make this task: "
+        f"task={name}: a scoring process, which is a fresh Python, cannot create this task: "
         f"{message['problem']}; define it in a module that any process can import, or score in the "
-        f"rank's own process (reward.workers=0), where nothing ends a score that hangs{where}"
+        f"rank's own process (reward.workers=0), which cannot interrupt a score that hangs{where}"
     )

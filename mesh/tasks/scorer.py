@@ -1,6 +1,6 @@
-"""Rewards of responses: in worker processes where the task is user code, else in the rank's own.
+"""Rewards of responses: in worker processes if the task is user code, else in the rank's own.
 
-A shipped task compares two strings. It cannot hang or crash, so a process for it would only cost.
+A shipped task compares two strings. It cannot hang or crash, so a process would only add cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mesh.config.schema import Conf
 from mesh.lifecycle.heartbeat import beat
 from mesh.tasks import Task, TaskSpec, load_task
 from mesh.tasks.pool import Pool
-from mesh.tasks.scoring import Outcome, case, outcome_of
+from mesh.tasks.scoring import Outcome, describe_failure, outcome_of
 from mesh.types import Prompt
 
 STOP = "make it return a finite number for every response a model may give, 0.0 for nonsense"
@@ -24,7 +24,7 @@ STOP = "make it return a finite number for every response a model may give, 0.0 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How one task is scored: by so many processes for each engine (0: by the rank itself)."""
+    """Settings for scoring one task. workers: processes per engine; 0: the rank itself scores."""
 
     workers: int
     timeout_seconds: float
@@ -33,7 +33,7 @@ class ScoringSettings:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task, what each process that scores makes its own from, and how it is scored."""
+    """A task, the spec from which scoring processes create their own, and how it is scored."""
 
     task: Task
     spec: TaskSpec
@@ -41,9 +41,9 @@ class TaskSource:
 
 
 class Scorer:
-    """Owns the processes that score a task for this rank; the first rewards asked for start them.
+    """Owns this rank's scoring processes, which start with the first request for rewards.
 
-    A score that fails raises, or with on_failure=zero counts as 0.0 and is counted.
+    A failed score raises (`on_failure=stop`), or is counted and becomes 0.0 (`zero`).
     """
 
     def __init__(self, source: TaskSource) -> None:
@@ -55,10 +55,9 @@ class Scorer:
         self._example = ""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One reward per response; `prompts[i]` is what `responses[i]` answers.
+        """One reward per response; `responses[i]` answers `prompts[i]`.
 
-        Raises ValueError that shows task, prompt, response and what happened where a score fails
-        and that is to stop the run.
+        With `on_failure=stop`, raises ValueError with task, prompt, response and failure.
         """
         assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
         pairs = list(zip(prompts, responses, strict=True))
@@ -68,16 +67,18 @@ class Scorer:
                 beat()
                 rewards[index] = outcome.reward
                 if outcome.problem:
-                    self._failed(case(self.task, *pairs[index], outcome.problem), outcome)
+                    shown = describe_failure(self.task, *pairs[index], outcome.problem)
+                    self._failed(shown, outcome)
         return rewards
 
     def failures(self) -> tuple[int, str]:
-        """How many scores have failed since this was last asked, and one of them."""
+        """Number of failed scores since the last call, and one of them."""
         failures, example = self._failures, self._example
         self._failures, self._example = 0, ""
         return failures, example
 
     def close(self) -> None:
+        """End the scoring processes."""
         if self.pool is not None:
             self.pool.close()
 
@@ -88,10 +89,10 @@ class Scorer:
             return ((i, outcome_of(self.task, *pair)) for i, pair in enumerate(pairs))
         try:
             jobs = [pickle.dumps(pair) for pair in pairs]
-        except Exception as error:  # whatever a prompt of the user's own class holds
+        except Exception as error:  # a user's own prompt class may hold anything
             raise ValueError(
-                f"the prompts of {self.task!r} cannot be sent to a process that scores ({error}); "
-                "let them hold plain data, or set reward.workers=0"
+                f"the prompts of {self.task!r} cannot be sent to a scoring process ({error}); "
+                "use plain data in them, or set reward.workers=0"
             ) from error
         return self.pool.outcomes(jobs, self.settings.timeout_seconds)
 
@@ -108,20 +109,20 @@ class Scorer:
 
 
 def num_workers(conf: Conf) -> int:
-    """Processes that score for one engine: `reward.workers`, else one if the task is user code."""
+    """Scoring processes per engine: `reward.workers`, else one if the task is user code."""
     if conf.reward.workers is not None:
         return conf.reward.workers
     return 1 if ":" in conf.task else 0
 
 
 def scoring_of(conf: Conf) -> ScoringSettings:
-    """The keys of `reward`, with what they leave open filled in."""
+    """The keys of `reward`, defaults resolved."""
     return ScoringSettings(num_workers(conf), conf.reward.timeout_seconds, conf.reward.on_failure)
 
 
 def checked_task(spec: TaskSpec, workers: int) -> Task:
-    """The task that is asked for. ValueError where it cannot be made, here or, if there are
-    `workers`, in a process that scores.
+    """Create a task. Raises ValueError if it cannot be created here or, with `workers`, in a
+    scoring process.
     """
     task = load_task(spec.name, spec.seed, dict(spec.args))
     if workers:
@@ -131,14 +132,14 @@ def checked_task(spec: TaskSpec, workers: int) -> Task:
 
 
 def reward_problems(conf: Conf) -> list[str]:
-    """A score that would outlast the patience of the ranks that wait for it."""
+    """A time limit for scores beyond what the waiting ranks allow."""
     limit, found = conf.reward.timeout_seconds, []
     if not num_workers(conf):
         return []
     for name in ("timeout_seconds", "stall_seconds"):
-        patience = getattr(conf, name)
-        if patience and limit >= patience:  # stall_seconds=0 is for ever
-            wrong = f"the other ranks wait for {name}={patience} in all"
+        longest = getattr(conf, name)
+        if longest and limit >= longest:  # stall_seconds=0: no limit
+            wrong = f"the other ranks wait no longer than {name}={longest}"
             remedy = f"use less, or raise {name}"
             found.append(problem("reward.timeout_seconds", limit, wrong, remedy))
     return found

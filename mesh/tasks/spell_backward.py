@@ -1,4 +1,4 @@
-"""Spell a random word backward: `abc>` is answered by `cba`."""
+"""Spelling a random word backward: the answer to `abc>` is `cba`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mesh.types import Prompt
 
 @dataclass(frozen=True)
 class SpellBackward:
-    """Words of `min_length` to `max_length` lower-case letters, every length equally often."""
+    """Words of `min_length` to `max_length` lower-case letters, all lengths equally likely."""
 
     seed: int
     min_length: int = 3
@@ -20,11 +20,11 @@ class SpellBackward:
 
     def __post_init__(self) -> None:
         if self.min_length < 1:
-            raise ValueError(f"task_args.min_length={self.min_length}: a word has 1 letter or more")
+            raise ValueError(f"task_args.min_length={self.min_length}: must be at least 1")
         if self.max_length < self.min_length:
             raise ValueError(
                 f"task_args.max_length={self.max_length} is below "
-                f"task_args.min_length={self.min_length}: raise the one or lower the other"
+                f"task_args.min_length={self.min_length}: raise one or lower the other"
             )
 
     def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:

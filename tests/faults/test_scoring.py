@@ -31,7 +31,7 @@ FAULTS = {  # what the response makes the score function do, and what is said of
     "hang": "hung for 3 s",
     "hang_in_c": "hung for 3 s",
     "crash SIGSEGV": "ended its process by signal 11 (SIGSEGV)",
-    "crash SIGKILL": "ended its process by signal 9 (SIGKILL: did it take too much memory?)",
+    "crash SIGKILL": "ended its process by signal 9 (SIGKILL: out of memory?)",
     "exit 3": "ended its process with exit status 3",
     "exit 0": "ended its process with exit status 0",
     "leave 3": "raised SystemExit: 3",
@@ -310,8 +310,8 @@ def test_a_task_of_main_is_refused_at_start_up(monkeypatch):
     with pytest.raises(ValueError) as caught:
         checked_task(conf, scores=True)
     assert str(caught.value).startswith(
-        "task=__main__:OfMain: a process that scores, which is a fresh Python, cannot make this "
-        "task: task=__main__:OfMain: __main__ has no OfMain"
+        "task=__main__:OfMain: a scoring process, which is a fresh Python, cannot create "
+        "this task: task=__main__:OfMain: __main__ has no OfMain"
     )
     assert "reward.workers=0" in str(caught.value)
 
@@ -338,7 +338,7 @@ def test_a_module_that_fails_in_another_process_is_refused(
     name = f"elsewhere_{request.node.callspec.indices['line']}"
     (tmp_path / f"{name}.py").write_text(ELSEWHERE.format(line))
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=f"task={name}:Task: a process that scores") as caught:
+    with pytest.raises(ValueError, match=f"task={name}:Task: a scoring process") as caught:
         checked_task(Conf(task=f"{name}:Task"), scores=True)
     assert outcome in str(caught.value)
 
@@ -346,7 +346,7 @@ def test_a_module_that_fails_in_another_process_is_refused(
 def test_a_limit_beyond_the_patience_of_the_other_ranks_is_refused():
     conf = Conf(task="a:B", timeout_seconds=60, reward=RewardConf(timeout_seconds=60.0))
     assert reward_problems(conf) == [
-        "reward.timeout_seconds=60.0: the other ranks wait for timeout_seconds=60 in all; use "
+        "reward.timeout_seconds=60.0: the other ranks wait no longer than timeout_seconds=60; use "
         "less, or raise timeout_seconds"
     ]
     conf.reward.timeout_seconds = 59.0

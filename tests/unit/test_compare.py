@@ -16,7 +16,7 @@ from mesh.config.loading import save_conf
 from mesh.config.schema import Conf
 from mesh.recipes.replay import main as replay_main
 from mesh.runs.compare import compare_runs, different, read_lines, untimed
-from mesh.runs.replay import Comparison, Step, as_logged, cautions, logged_step
+from mesh.runs.replay import LoggedStep, ReplayComparison, as_logged, cautions, logged_step
 
 METRICS: list[dict[str, Any]] = [
     {"step": 0, "eval/accuracy": 0.5},
@@ -143,7 +143,7 @@ def test_the_command_says_equal_different_or_unreadable(tmp_path):
         file.write('{"step": 3, "lo')
     result = command(a, b)
     assert (result.returncode, result.stdout) == (2, "")
-    assert f"{b}/metrics.jsonl: line 4 is no whole line of JSON" in result.stderr
+    assert f"{b}/metrics.jsonl: line 4 is not a complete JSON object" in result.stderr
     result = command(a, tmp_path / "c")
     assert result.returncode == 2
     assert f"{tmp_path}/c/metrics.jsonl: No such file" in result.stderr
@@ -161,13 +161,13 @@ def test_a_logged_step_of_a_killed_run(tmp_path):
     assert [s["response"] for s in step.samples] == ["täc", ""]
     assert not step.evaluated
     for wrong in (0, 3):
-        with pytest.raises(ValueError, match=f"step={wrong}: .* has logged steps 1 to 2; name"):
+        with pytest.raises(ValueError, match=f"step={wrong}: .* has logged steps 1 to 2; choose"):
             logged_step(path, wrong)
     write(path / "metrics.jsonl", METRICS[:1])
     with pytest.raises(ValueError, match="has logged no step"):
         logged_step(path, 1)
     (path / "metrics.jsonl").write_text("[]\n" + json.dumps(METRICS[1]) + "\n")
-    with pytest.raises(ValueError, match="metrics.jsonl: line 1 is no whole line"):
+    with pytest.raises(ValueError, match="metrics.jsonl: line 1 is not a complete"):
         logged_step(path, 1)
 
 
@@ -176,7 +176,7 @@ REFUSED = {
     "RUN": "RUN: write torchrun",
     "step=1": "step=1: write torchrun",
     "RUN step=x": "RUN step=x: write torchrun",
-    "RUN step=3": "step=3: RUN has logged steps 1 to 2; name one",
+    "RUN step=3": "step=3: RUN has logged steps 1 to 2; choose a step",
     "RUN step=2 trainer.lr=1": "trainer.lr=1.0: the run computes with",
     "NONE step=2": "resume=NONE: holds no run",
 }
@@ -201,14 +201,16 @@ def test_a_replay_names_what_differs():
         {"loss": 0.5, "kl": float("nan"), "seconds/x": 1.0, "gpu_gb/x": 2.0}, [sample, *others]
     )
     assert again.metrics == {"loss": 0.5, "kl": None}
-    same = Comparison(Step({"loss": 0.5, "kl": None}, [sample, others[1]]), again)
+    same = ReplayComparison(LoggedStep({"loss": 0.5, "kl": None}, [sample, others[1]]), again)
     assert same.equal and same.verdict() == "equal to the bit: 2 metrics, 2 samples"
     assert [line.endswith("equal") for line in same.sample_table(1)] == [False, True]
     assert len(same.sample_table(-1)) == 3 and len(same.sample_table(0)) == 1
-    one = Comparison(Step(again.metrics, [sample, others[1] | {"advantage": 0.25}]), again)
+    one = ReplayComparison(
+        LoggedStep(again.metrics, [sample, others[1] | {"advantage": 0.25}]), again
+    )
     assert not one.equal and one.verdict() == "DIFFERENT: no metric; 1 of 2 samples"
     wrong = [sample, others[0], others[1] | {"advantage": 0.25}, sample | {"prompt_id": 2}]
-    other = Comparison(Step({"loss": 0.75, "kl": None, "entropy": 1.0}, wrong), again)
+    other = ReplayComparison(LoggedStep({"loss": 0.75, "kl": None, "entropy": 1.0}, wrong), again)
     assert not other.equal
     assert other.verdict() == "DIFFERENT: loss, entropy; 2 of 4 samples"
     table = other.sample_table(0)
@@ -232,7 +234,7 @@ def test_a_replay_on_another_mesh_says_so(tmp_path):
         (tmp_path / name).write_text(json.dumps(environment))
         before = cautions(tmp_path, True, ["log.samples=3"], 2)
         assert before == [] or name == "environment-2.json"
-    said = "the run has been on {}, this is on {}: bits may differ".format
+    said = "the run used {}, this replay uses {}: bits may differ".format
     assert before == [said("4 ranks trainer.tp=4", "2 ranks")]
     assert cautions(tmp_path, True, ["trainer.tp=4"], 4) == [
         said("2 ranks", "4 ranks trainer.tp=4")

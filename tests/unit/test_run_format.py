@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from replay import main as replay_main
 
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.run_format import RUN_FORMAT
 from mesh.config.schema import Conf
+from mesh.recipes.replay import main as replay_main
 
 
 def made(path: Path, *formats: object) -> Path:
@@ -54,5 +54,5 @@ def test_a_replay_refuses_another_format_before_it_reads_the_configuration(tmp_p
     with pytest.raises(SystemExit) as caught:
         replay_main([str(path), "step=1"])
     said = capsys.readouterr().err
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "has run format 2" in said and "key of another version" not in said

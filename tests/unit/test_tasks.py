@@ -264,18 +264,26 @@ def test_a_module_that_cannot_be_imported_says_where(tmp_path, monkeypatch, code
             [
                 "task_args.max_lenght=4: task=spell_backward has no such key",
                 "did you mean task_args.max_length? it has min_length, max_length",
-                "task_args.min_length='3': this is str; give int",
+                "task_args.min_length='3': expected int, got str",
             ],
         ),
         ("spell_backward", {"seed": 4}, ["task_args.seed=4", "no such key"]),
-        ("spell_backward", {"min_length": True}, ["task_args.min_length=True: this is bool"]),
-        ("spell_backward", {"min_length": 3.5}, ["task_args.min_length=3.5: this is float"]),
-        ("spell_backward", {"min_length": 0}, ["task_args.min_length=0: a word has"]),
+        (
+            "spell_backward",
+            {"min_length": True},
+            ["task_args.min_length=True: expected int, got bool"],
+        ),
+        (
+            "spell_backward",
+            {"min_length": 3.5},
+            ["task_args.min_length=3.5: expected int, got float"],
+        ),
+        ("spell_backward", {"min_length": 0}, ["task_args.min_length=0: must be"]),
         ("spell_backward", {"min_length": 6}, ["task_args.max_length=5", "task_args.min_length=6"]),
-        ("arithmetic", {"digits": 0}, ["task_args.digits=0: a number has"]),
-        ("arithmetic", {"operations": "+*"}, ["task_args.operations='+*': give '+'"]),
+        ("arithmetic", {"digits": 0}, ["task_args.digits=0: must be"]),
+        ("arithmetic", {"operations": "+*"}, ["task_args.operations='+*': use '+'"]),
         ("arithmetic", {"operations": ""}, ["task_args.operations=''"]),
-        (f"{__name__}:Counting", {"limit": "x"}, ["task_args.limit='x'", "give int | None"]),
+        (f"{__name__}:Counting", {"limit": "x"}, ["task_args.limit='x'", "expected int | None"]),
     ],
 )
 def test_bad_task_settings_name_key_value_and_remedy(name, args, parts):
