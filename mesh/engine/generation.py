@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from collections.abc import Sequence as Seq
 
 from mesh.engine.base import Engine
 from mesh.types import Completion, Request, Sampling
 
 
-def generate(engine: Engine, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) -> list[Completion]:
     """Complete every sample of every request, ordered by (prompt_id, sample_id).
 
     Raises ValueError for what the engine refuses, and while other requests are unfinished.
@@ -28,7 +27,7 @@ def generate(engine: Engine, requests: Seq[Request], sampling: Sampling) -> list
 
 
 def check_requests(
-    requests: Seq[Request],
+    requests: Collection[Request],
     sampling: Sampling,
     version: int,
     limit: int,

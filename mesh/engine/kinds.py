@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.config.keys import problem, value_of
 from mesh.config.schema import Conf
@@ -19,21 +20,27 @@ from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.native.engine import NativeEngine
 from mesh.engine.vllm.checks import own_model_problems, releases_cache, vllm_problems
 from mesh.engine.vllm.environment import prepare
-from mesh.model.policy import Policy
-from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
+from mesh.model.attention import CPU_PAGE, CUDA_PAGE
+from mesh.model.policy import Policy, build_policy
+from mesh.types import ModelShape
 
 
 @dataclass(frozen=True)
 class Replica:
-    """This rank's part of one data-parallel engine: the model's shape, and the engine's tp ranks
-    (a group also where there is one), device and dtype. Collectives end after `timeout_seconds`.
+    """This rank's part of one data-parallel engine: the model's shape, the generator's mesh, device
+    and dtype. Collectives end after `timeout_seconds`.
     """
 
     shape: ModelShape
-    group: dist.ProcessGroup
+    mesh: DeviceMesh
     device: torch.device
     dtype: torch.dtype
     timeout_seconds: int = 1800
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The engine's tp ranks; a group also where there is one."""
+        return self.mesh.get_group("tp")
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,16 @@ REFERENCE = NATIVE
 """The specification: engines that can be exact have its bits."""
 
 
+def build_engine(kind: EngineKind, settings: EngineSettings, replica: Replica) -> Engine:
+    """The engine on this rank, with the policy's weights not yet written. Collective of its tp."""
+    model = None
+    if kind.runs_policy:
+        model = build_policy(
+            replica.shape, settings.max_length, replica.device, replica.dtype, replica.mesh
+        )
+    return kind.build(model, settings, replica)
+
+
 def kind_of(conf: Conf) -> EngineKind:
     """The kind of engine that `conf` chooses."""
     chosen = [
@@ -198,8 +215,3 @@ def page_problems(conf: Conf, kind: EngineKind, device: str) -> list[str]:
     wrong = f"{pages.kernel} wants a multiple of {pages.unit}"
     remedy = f"use {-(-size // pages.unit) * pages.unit}, or 0 for the default"
     return [problem("generator.page_size", size, wrong, remedy)]
-
-
-def without_release(conf: Conf) -> Conf:
-    """`conf` with an engine that keeps its KV cache's memory while the trainer trains."""
-    return replace(conf, vllm=replace(conf.vllm, release=False))

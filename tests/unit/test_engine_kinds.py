@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -22,9 +23,8 @@ from mesh.engine.kinds import (
     exact_problems,
     kind_of,
     page_problems,
-    without_release,
 )
-from mesh.roles.generator import engine_settings
+from mesh.engine.settings import engine_settings
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -60,14 +60,20 @@ def test_captured_graphs_never_have_the_trainers_storage():
     }
 
 
+def test_every_sync_is_verified_unless_the_weights_are_ours_on_a_gpu():
+    assert [NATIVE.verify[device] for device in ("cpu", "cuda")] == ["every", "first"]
+    for kind in (VLLM_TITAN, VLLM_NATIVE):
+        assert [kind.verify[device] for device in ("cpu", "cuda")] == ["every", "every"]
+
+
 def test_memory_is_released_where_the_trainer_shares_the_gpu():
     split = MeshConf(mode="split")
     for model in ("titan", "native"):
         conf = conf_of("vllm", model)
         assert engine_settings(conf, CUDA).releases
         assert not engine_settings(conf, CPU).releases
-        assert not engine_settings(without_release(conf), CUDA).releases
-        assert conf.vllm.release, "the configuration that was given is as it was"
+        kept = replace(conf, vllm=replace(conf.vllm, release=False))
+        assert not engine_settings(kept, CUDA).releases
         assert not engine_settings(conf_of("vllm", model, mesh=split), CUDA).releases
     assert not engine_settings(conf_of("native"), CUDA).releases
 

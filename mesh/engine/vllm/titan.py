@@ -26,8 +26,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from mesh.engine.base import num_pages
 from mesh.engine.choice import tile_logits
-from mesh.engine.native.cache import num_pages
 from mesh.model.attention import AttentionContext, KVCache, packed_context
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
