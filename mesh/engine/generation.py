@@ -45,8 +45,8 @@ def check_requests(
         raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
     if unfinished and sampling != current:
         raise ValueError(
-            f"{len(unfinished)} prompts are unfinished with {current}, and one sampling is in "
-            f"flight at a time: call step() until they are finished, then add with {sampling}"
+            f"requests with {current} are unfinished, and one sampling is in flight at a time: "
+            f"call step() until they are finished, then add those with {sampling}"
         )
     ids = [*unfinished, *(request.prompt_id for request in requests)]
     if len(set(ids)) < len(ids):

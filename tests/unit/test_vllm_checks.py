@@ -98,8 +98,8 @@ def test_what_vllms_own_model_does_not_do_is_listed_together():
 
 
 @pytest.mark.usefixtures("complete")
-def test_a_vocabulary_that_ranks_cut_inside_the_padding_is_refused():
+def test_a_vocabulary_that_ranks_split_inside_the_padding_is_refused():
     shape = ModelShape(192, 128, 2, 4, 4, 32, 384)
     assert conf_problems(conf_of("native", generator=GeneratorConf(tp=1)), "cpu", shape) == []
     (found,) = conf_problems(conf_of("native", generator=GeneratorConf(tp=2)), "cpu", shape)
-    assert "before it cuts it for 2 ranks" in found
+    assert "before it splits it over 2 ranks" in found
