@@ -27,12 +27,6 @@ MAX_TP = 8
 HEAD_DIMS = (32, 64, 128)
 """Head dims of our attention kernels for Hopper GPUs."""
 
-CUDA_PAGE = 256
-"""Tokens of a KV page on CUDA: its attention kernel takes multiples of this alone."""
-
-CPU_PAGE = 16
-"""Tokens of a KV page on the CPU, which takes any number."""
-
 
 @dataclass(frozen=True)
 class Prompt:

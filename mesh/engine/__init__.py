@@ -3,22 +3,22 @@
 - `add(requests, sampling)`: queue every sample of every request, also while others run. One
   sampling is in flight at a time, and one request of a prompt_id. ValueError for another, and for a
   prompt that does not fit the context or the cache; then nothing is added.
-- `step() -> list[Completion]`: run all sequences that fit for one step (one more token each, after
-  their prompts) and return the completions that this finished. Idle, it returns an empty list.
-- `unfinished`: true until a step has nothing left to do.
+- `step() -> list[Completion]`: draw a token for every sequence that fits, after its prompt, and
+  return the completions that this finished. An idle engine returns an empty list.
+- `unfinished`: true until steps have nothing left to do.
 - `generate(requests, sampling) -> list[Completion]`: the loop over these (`generation.generate`),
   one completion for every sample, ordered by (prompt_id, sample_id).
-
-A completion depends on the weights, the prompt and (seed, step, prompt_id, sample_id, position):
-never on what shares the batch, nor on when it was added. Its logprobs are `mesh.model.logprobs`':
-log_softmax(logits / temperature) before truncation.
-
 - `weights() -> dict[str, Tensor]`: the live local shards by torchtitan's names, buffers included;
   the weight bridge writes into them.
-- `reset(version)`: the weights have changed. Cached keys and values are dropped, and what was
-  cached under another version is unusable. RuntimeError while requests are unfinished.
 - `bind(tensors)`: take these tensors, of the same names, shapes and dtypes, in place of its own:
   the trainer's storage, where layouts match.
+- `reset(version)`: the weights have changed. Cached keys and values are dropped, and those cached
+  under another version are unusable. RuntimeError while requests are unfinished.
+- `release()`: free the cache's memory until requests are added, where settings.releases says so.
 - `with_settings(settings)`: another engine of the same weights, with other sizes.
-- `close()`: let go of what keeps process groups alive.
+- `close()`: free everything that keeps process groups alive.
+
+A completion depends on the weights, the prompt and (seed, step, prompt_id, sample_id, position),
+not on its batch nor on when it was added; in batch-invariant mode to the bit. Its logprobs are
+those of `mesh.model.logprobs`: log_softmax(logits / temperature) before truncation.
 """

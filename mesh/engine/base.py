@@ -1,24 +1,27 @@
-"""What an engine is, for those who do not mind which one they have; see `mesh.engine`."""
+"""The engine contract as a type, and the nouns that all engines share; see `mesh.engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
 
-from mesh.engine.native.batches import Row
 from mesh.model.policy import Policy
 from mesh.types import Completion, ModelShape, Request, Sampling
+
+Row = tuple[int, int | None, int]
+"""(prompt_id, sample_id, position) of a row of a forward pass; sample_id None: it serves all."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Sizes of one engine. kv_tokens: the cache; prefill_tokens: the most of a forward pass;
-    releases: the cache's memory is the trainer's between calls of `generate`.
+    """Sizes of one engine, in tokens and sequences.
+
+    kv_tokens: the KV cache; prefill_tokens: the largest prefill of one forward pass; releases: the
+    trainer has the cache's memory after `release`, until tokens are asked for again.
     """
 
     max_length: int
@@ -32,11 +35,10 @@ class EngineSettings:
 
 
 class Engine(Protocol):
-    """The verbs of `mesh.engine`, and what a trace looks at.
+    """The contract of `mesh.engine`, with the attributes that a trace reads.
 
-    model: the policy, whose modules are ours; group: its tp ranks, None: one; version: of the
-    weights; preemptions: sequences that made room, so far. `observer`, where there is one, is told
-    the rows of every forward pass before it.
+    group: the engine's tp ranks, None: one; version: of the weights, negative before the first
+    ones; observer: called with the rows of every forward pass before it.
     """
 
     shape: ModelShape
@@ -54,11 +56,11 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> bool: ...
 
-    def add(self, requests: Seq[Request], sampling: Sampling) -> None: ...
+    def add(self, requests: Collection[Request], sampling: Sampling) -> None: ...
 
     def step(self) -> list[Completion]: ...
 
-    def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]: ...
+    def generate(self, requests: Collection[Request], sampling: Sampling) -> list[Completion]: ...
 
     def weights(self) -> dict[str, torch.Tensor]: ...
 
@@ -71,3 +73,8 @@ class Engine(Protocol):
     def with_settings(self, settings: EngineSettings) -> Self: ...
 
     def close(self) -> None: ...
+
+
+def num_pages(tokens: int, page_size: int) -> int:
+    """Pages that `tokens` tokens fill, the last one perhaps in part."""
+    return -(-tokens // page_size)

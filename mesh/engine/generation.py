@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from collections.abc import Sequence as Seq
 
 from mesh.engine.base import Engine
 from mesh.types import Completion, Request, Sampling
 
 
-def generate(engine: Engine, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) -> list[Completion]:
     """Complete every sample of every request, ordered by (prompt_id, sample_id).
 
     Raises ValueError for what the engine refuses, and while other requests are unfinished.
@@ -28,7 +27,7 @@ def generate(engine: Engine, requests: Seq[Request], sampling: Sampling) -> list
 
 
 def check_requests(
-    requests: Seq[Request],
+    requests: Collection[Request],
     sampling: Sampling,
     version: int,
     limit: int,
@@ -46,8 +45,8 @@ def check_requests(
         raise ValueError(f"max_new_tokens={sampling.max_new_tokens}: ask for at least 1")
     if unfinished and sampling != current:
         raise ValueError(
-            f"{len(unfinished)} prompts are unfinished with {current}, and one sampling is in "
-            f"flight at a time: call step() until they are finished, then add with {sampling}"
+            f"requests with {current} are unfinished, and one sampling is in flight at a time: "
+            f"call step() until they are finished, then add those with {sampling}"
         )
     ids = [*unfinished, *(request.prompt_id for request in requests)]
     if len(set(ids)) < len(ids):

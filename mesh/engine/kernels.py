@@ -1,8 +1,8 @@
 """The draw of `mesh.engine.sampler` as one pass over the logits, and its keys (Triton, CUDA).
 
-The plain function builds a dozen [S, V] temporaries; a vocabulary of 152k makes that cost more than
+The plain function builds a dozen [S, V] temporaries, which for a vocabulary of 152k cost more than
 the model's forward pass. The hash is integer arithmetic and so the same in both; the logarithms
-differ in the last bit, which moves a token only where two perturbed logits all but tie.
+differ in the last bit, which changes a token only where two perturbed logits are nearly equal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from mesh.model.triton_scores import inverse_of
 
 BLOCK = 4096
-KEYS = 256  # of a program
+KEYS = 256  # per program
 
 
 @triton.jit
@@ -89,9 +89,9 @@ def draw_shard(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest perturbed logit fp32 [S], its index in the shard int64 [S]).
 
-    logits_SV: rows contiguous, the vocabulary entries from `first` on, divided by `divisor` in fp32
-    as PyTorch divides on CUDA; keys_S: `token_keys`. Without `noise` the largest logit. Ties go to
-    the lower index.
+    logits_SV: contiguous rows of the vocabulary entries from `first` on, divided by `divisor` in
+    fp32 as PyTorch divides on CUDA; keys_S: `token_keys`. Without `noise` the largest logit. Ties
+    go to the lower index.
     """
     rows, vocab = logits_SV.shape
     num_blocks = triton.cdiv(vocab, BLOCK)

@@ -1,7 +1,7 @@
-"""The engines there are, and what each can do, known before anything is built.
+"""The table of engines: one row for each, with the properties that are known before it is built.
 
 A new engine is a folder in this room, a row here, and a choice in the schema: nothing outside the
-room compares the names of engines. No row imports what its engine needs until `build` is called.
+room compares the names of engines. A row imports the packages of its engine when it is built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.config.keys import problem, value_of
 from mesh.config.schema import Conf
@@ -19,21 +20,27 @@ from mesh.engine.base import Engine, EngineSettings
 from mesh.engine.native.engine import NativeEngine
 from mesh.engine.vllm.checks import own_model_problems, releases_cache, vllm_problems
 from mesh.engine.vllm.environment import prepare
-from mesh.model.policy import Policy
-from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
+from mesh.model.attention import CPU_PAGE, CUDA_PAGE
+from mesh.model.policy import Policy, build_policy
+from mesh.types import ModelShape
 
 
 @dataclass(frozen=True)
 class Replica:
-    """This rank's part of one data-parallel engine: the model's shape, and the engine's tp ranks
-    (a group also where there is one), device and dtype. Collectives end after `timeout_seconds`.
+    """This rank's part of one data-parallel engine: the model's shape, the generator's mesh, device
+    and dtype. Collectives end after `timeout_seconds`.
     """
 
     shape: ModelShape
-    group: dist.ProcessGroup
+    mesh: DeviceMesh
     device: torch.device
     dtype: torch.dtype
     timeout_seconds: int = 1800
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The engine's tp ranks; a group also where there is one."""
+        return self.mesh.get_group("tp")
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,21 @@ class Pages:
     kernel: str
 
 
-@dataclass(frozen=True, eq=False)  # a row is itself, and no other
+@dataclass(frozen=True, eq=False)  # rows are compared by identity
 class EngineKind:
-    """One engine's declaration. Where `device` is a key or an argument it is "cpu" or "cuda".
+    """One engine's declaration. A `device` is "cpu" or "cuda".
 
     keys: the configuration that chooses it;
     runs_policy: it runs the trainer's own modules, which `build` is then given;
     exact: it can be batch-invariant, with the bits of the trainer;
-    own_buffers: its buffers are its own, so that a sync brings it the weights alone;
+    own_buffers: its buffers are its own, so that a sync transfers the weights alone;
     shares_storage: its weights may be the trainer's own tensors; "uncaptured": unless it captures
-    CUDA graphs as it starts, which would replay the first weights for ever, unseen by any digest;
+    CUDA graphs at start-up, which would replay the first weights for ever, unseen by any digest;
     pages: by device; verify: by device, the syncs whose digests are compared by default;
     releases: the trainer has the memory of its KV cache while it trains (conf, device);
     problems: everything that keeps it from starting (conf, shape or None if unknown, device);
-    build: makes the engine on this rank, as a collective of the replica. Its model is None unless
-    `runs_policy`.
+    build: makes the engine on this rank, as a collective of its tp ranks. The policy is None
+    unless `runs_policy`.
     """
 
     keys: Mapping[str, str]
@@ -78,7 +85,7 @@ class EngineKind:
         return " ".join(f"{name}={value}" for name, value in self.keys.items())
 
     def may_alias(self, device: str, cuda_graphs: bool) -> bool:
-        """True if its weights may be the trainer's storage."""
+        """True if its weights may be the trainer's own tensors."""
         captured = device == "cuda" and cuda_graphs
         return self.shares_storage == "always" or (
             self.shares_storage == "uncaptured" and not captured
@@ -93,7 +100,7 @@ def build_native(model: Policy | None, settings: EngineSettings, replica: Replic
 
 def build_vllm(model: Policy | None, settings: EngineSettings, replica: Replica) -> Engine:
     prepare()
-    from mesh.engine.vllm.engine import VllmEngine  # takes seconds, and is not everywhere
+    from mesh.engine.vllm.engine import VllmEngine  # slow to import, and optional
 
     return VllmEngine(
         model,
@@ -149,11 +156,21 @@ VLLM_NATIVE = replace(
 
 KINDS = (NATIVE, VLLM_TITAN, VLLM_NATIVE)
 REFERENCE = NATIVE
-"""The specification: engines that can be exact have its bits."""
+"""The specification: every exact engine has its bits."""
+
+
+def build_engine(kind: EngineKind, settings: EngineSettings, replica: Replica) -> Engine:
+    """Build the engine of this rank, its weights not yet written. Collective of its tp ranks."""
+    model = None
+    if kind.runs_policy:
+        model = build_policy(
+            replica.shape, settings.max_length, replica.device, replica.dtype, replica.mesh
+        )
+    return kind.build(model, settings, replica)
 
 
 def kind_of(conf: Conf) -> EngineKind:
-    """The kind of engine that `conf` chooses."""
+    """The row that `conf` chooses."""
     chosen = [
         kind
         for kind in KINDS
@@ -171,7 +188,7 @@ def reference_of(engine: Engine) -> Engine:
 
 
 def engine_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
-    """Everything that keeps the chosen engine from starting. `shape` None: not known."""
+    """Everything that keeps the chosen engine from starting. `shape` None: unknown."""
     kind = kind_of(conf)
     return [
         *exact_problems(conf, kind),
@@ -181,7 +198,7 @@ def engine_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[s
 
 
 def exact_problems(conf: Conf, kind: EngineKind) -> list[str]:
-    """Exactness asked of an engine that cannot give it."""
+    """batch_invariant=true with an engine that cannot be exact."""
     if kind.exact or not conf.batch_invariant:
         return []
     name, value = list(kind.keys.items())[-1]
@@ -191,15 +208,10 @@ def exact_problems(conf: Conf, kind: EngineKind) -> list[str]:
 
 
 def page_problems(conf: Conf, kind: EngineKind, device: str) -> list[str]:
-    """A page size that the engine's attention does not take."""
+    """A page size that the engine's attention does not support."""
     size, pages = conf.generator.page_size, kind.pages[device]
     if size % pages.unit == 0:
         return []
     wrong = f"{pages.kernel} wants a multiple of {pages.unit}"
     remedy = f"use {-(-size // pages.unit) * pages.unit}, or 0 for the default"
     return [problem("generator.page_size", size, wrong, remedy)]
-
-
-def without_release(conf: Conf) -> Conf:
-    """`conf` with an engine that keeps its KV cache's memory while the trainer trains."""
-    return replace(conf, vllm=replace(conf.vllm, release=False))

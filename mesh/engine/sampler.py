@@ -1,9 +1,9 @@
-"""Counter-based sampling: the random numbers of a token are a hash of what the token is.
+"""Counter-based sampling: random numbers are a hash of seed, step, sample and position alone.
 
-Drawing is the Gumbel-max trick: argmax(logits / temperature + noise), one noise per (token key,
-vocabulary index). A maximum is the same in whatever order it is taken, so the drawn token has no
-rounding of its own: it is the same on any vocabulary sharding, batch, kernel and engine as long as
-the logits have the same bits.
+Tokens are drawn by the Gumbel-max trick: argmax(logits / temperature + noise), one noise per (token
+key, vocabulary index). A maximum does not depend on the order in which it is taken, so the draw
+adds no rounding: from logits of the same bits it gives the same token on any vocabulary sharding,
+batch, kernel and engine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MIX2 = 0x94D049BB133111EB
 
 
 def _bits(x: torch.Tensor) -> np.ndarray:
-    """The bits of an int64 tensor as uint64, on which NumPy shifts and multiplies as C does."""
-    assert x.dtype == torch.int64, "halves of other integers would be taken for whole ones"
+    """The bits of an int64 tensor as uint64, which NumPy shifts and multiplies as C does."""
+    assert x.dtype == torch.int64, "the bits of another dtype would be read as 64-bit integers"
     return x.numpy().view(np.uint64)
 
 
@@ -36,7 +36,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-    """The 64-bit key of each token to draw, int64 [S], on the CPU.
+    """64-bit key of each token to draw, int64 [S], on the CPU.
 
     ids_S2: int64 (prompt_id, sample_id) of every sequence; positions_S: index of the new token in
     its response.
@@ -45,7 +45,7 @@ def token_keys(sampling: Sampling, ids_S2: torch.Tensor, positions_S: torch.Tens
 
 
 def sequence_keys(sampling: Sampling, ids_S2: torch.Tensor) -> torch.Tensor:
-    """The part of `token_keys` that all tokens of a sequence share, int64 [S], on the CPU."""
+    """Part of `token_keys` that all tokens of a sequence share, int64 [S], on the CPU."""
     seed, step = np.array([sampling.seed, sampling.step], np.int64).view(np.uint64)
     prompt_S, sample_S = _bits(ids_S2).T
     key_S = np.full_like(prompt_S, seed)

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mesh.engine.base import Engine, EngineSettings
-from mesh.engine.native.cache import num_pages
+from mesh.engine.base import Engine, EngineSettings, num_pages
 from mesh.exactness.comparison import Rollouts, Tally, compare_rollouts
 from mesh.exactness.naming import NOTHING, Replay, settle
 from mesh.exactness.table import Check

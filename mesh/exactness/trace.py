@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mesh.engine.base import Engine
-from mesh.engine.native.batches import Row
+from mesh.engine.base import Engine, Row
 from mesh.model.tracer import LOGPROBS, ModuleTracer, Rows
 from mesh.rl.packing import pack
 from mesh.rl.step import Pass

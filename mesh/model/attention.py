@@ -20,6 +20,12 @@ from mesh.invariant.cpu_attention import KEYS, attention_by_query
 from mesh.invariant.switch import current
 from mesh.types import HEAD_DIMS
 
+CUDA_PAGE = 256
+"""Tokens of a KV page on CUDA, whose attention kernel takes multiples of this alone."""
+
+CPU_PAGE = 16
+"""Tokens of a KV page on a CPU, where any number will do."""
+
 
 @dataclass(frozen=True)
 class KVCache:

@@ -9,9 +9,16 @@ from collections.abc import Iterator
 import torch
 
 from mesh.invariant.selftest import Comparisons
-from mesh.model.attention import AttentionContext, KVCache, attention, packed_context
+from mesh.model.attention import (
+    CPU_PAGE,
+    CUDA_PAGE,
+    AttentionContext,
+    KVCache,
+    attention,
+    packed_context,
+)
 from mesh.model.layers import rms_norm, rope_table, rotate_both, swiglu
-from mesh.types import CPU_PAGE, CUDA_PAGE, ModelShape
+from mesh.types import ModelShape
 
 LENGTHS = (3, 40, 300)  # of sequences; on CPU more than 256 keys span several blocks
 PARTS = (slice(0, 1), slice(5, 12), slice(100, 133))

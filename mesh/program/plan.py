@@ -16,12 +16,13 @@ import torch
 
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
+from mesh.engine.settings import engine_settings
 from mesh.layout.meshes import Layout, plan_layout
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
 from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
-from mesh.roles.generator import GeneratorSettings, engine_settings
+from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec

@@ -12,20 +12,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mesh.config.schema import Conf
 from mesh.engine.base import Engine, EngineSettings
-from mesh.engine.kinds import EngineKind, Replica, kind_of
-from mesh.engine.native.cache import num_pages
+from mesh.engine.kinds import EngineKind, Replica, build_engine
 from mesh.exchange.rollouts import replica_of
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
-from mesh.model.policy import build_policy
 from mesh.tasks.scorer import Scorer
 from mesh.text.tokenizer import Tokenizer
 from mesh.types import Completion, ModelShape, Prompt, Request, Rollout, Sampling
 
-PROMPT_ROOM = 256  # tokens of a prompt, beside its response, for which a GPU's KV cache has room
 EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
 
 
@@ -74,13 +70,8 @@ class Generator:
         self.group: dist.ProcessGroup | None = None
         if meshes.on_generator:
             self.group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
-            model = None
-            if kind.runs_policy:
-                model = build_policy(shape, sizes.max_length, device, settings.dtype, mesh)
-            replica = Replica(
-                shape, mesh.get_group("tp"), device, settings.dtype, settings.timeout_seconds
-            )
-            self.engine = kind.build(model, sizes, replica)
+            replica = Replica(shape, mesh, device, settings.dtype, settings.timeout_seconds)
+            self.engine = build_engine(kind, sizes, replica)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's live local tensors; empty off the generator."""
@@ -187,22 +178,3 @@ def failed_scores(scorer: Scorer, name: str, cpu_group: dist.ProcessGroup) -> di
         example = next(text for _, text in shares if text)
         print(f"{name}={failed}: counted as 0.0, such as\n{example}", flush=True)
     return {name: float(failed)}
-
-
-def engine_settings(conf: Conf, device: str) -> EngineSettings:
-    """The engine's sizes, with what the configuration leaves open filled in."""
-    kind, generator = kind_of(conf), conf.generator
-    page_size = generator.page_size or kind.pages[device].default
-    prompt = max(page_size, PROMPT_ROOM) if device == "cuda" else page_size
-    full_response = num_pages(generator.max_new_tokens + prompt, page_size) * page_size
-    room = max(generator.max_sequences * full_response, conf.model.max_length)
-    return EngineSettings(
-        max_length=conf.model.max_length,
-        max_sequences=generator.max_sequences,
-        kv_tokens=generator.kv_tokens or room,
-        page_size=page_size,
-        prefill_tokens=generator.prefill_tokens,
-        prefix_cache=generator.prefix_cache,
-        cuda_graphs=generator.cuda_graphs,
-        releases=kind.releases(conf, device),
-    )

@@ -177,7 +177,7 @@ def test_pages_of_other_weights_are_not_found_if_the_cache_is_not_dropped(
     engine.generate(asked, SAMPLED)
     copy_weights(engine, policy(solo_mesh, 6))
     monkeypatch.setattr(engine.core, "reset_prefix_cache", lambda: True)
-    monkeypatch.setattr(engine, "_zero", lambda: None)
+    monkeypatch.setattr(engine, "_zero_cache", lambda: None)
     engine.reset(version=1)
     assert_same(engine.generate(asked, SAMPLED), make("native", 6).generate(asked, SAMPLED))
 

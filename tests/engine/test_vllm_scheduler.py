@@ -157,12 +157,15 @@ def test_every_decision_is_vllms(directory, theirs, underway, pages, prefix_cach
         for version in (0, 1):
             for run in runs:
                 run.ask(version)
+            finished: list = []
             while not runs[0].through:
                 assert not runs[1].through
                 expected, found = (run.step() for run in runs)
                 assert found == expected
                 assert runs[1].state() == runs[0].state()
-            assert runs[1].through
+                finished += runs[1].scheduler.take_finished()
+                assert set(finished) == {r for r in runs[1].requests if r.is_finished()}
+            assert runs[1].through and len(finished) == len(runs[1].requests)
             assert all(run.scheduler.reset_prefix_cache() for run in runs)
         preemptions += sum(r.num_preemptions for r in runs[1].requests)
     assert (preemptions > 0) == (pages < 200)
@@ -170,7 +173,7 @@ def test_every_decision_is_vllms(directory, theirs, underway, pages, prefix_cach
 
 @pytest.mark.parametrize("sequences", [6, 20], ids=["a full house", "with a queue"])
 @pytest.mark.parametrize("spare", [0, 3])
-def test_no_step_of_decodes_takes_the_long_way(directory, monkeypatch, sequences, spare):
+def test_every_step_of_decodes_takes_the_fast_path(directory, monkeypatch, sequences, spare):
     """Six sequences of two pages at a time, in a cache that they fill: vLLM is asked where a prompt
     or a new sequence is in the step, and nowhere else."""
     scheduler = scheduler_of(DecodeScheduler, directory, 1 + 6 * 2 + spare, prefix_cache=False)

@@ -1,4 +1,4 @@
-"""vLLM on real GPUs: the native engine's bits, and a KV cache that gives way to training.
+"""vLLM on real GPUs: the native engine's bits, and a KV cache that is released for training.
 
 Skipped without one; what needs two is skipped with one.
 """
@@ -131,7 +131,40 @@ def test_vllm_has_the_native_engines_bits_with_graphs_and_preemption(pair):
         assert vllm.generate(asked[:4], sampling) == native.generate(asked[:4], sampling)
 
 
-def test_the_cache_gives_way_and_comes_back(pair):
+def test_requests_that_arrive_while_others_run_have_the_bits_of_all_at_once(pair):
+    """With a step in flight, of which a token may belong to a sequence that has ended."""
+    asked = requests([1, 16, 5, 40, 333, 2, 64, 15, 257, 31], 8)
+    expected = pair[0].generate(asked, SAMPLED)
+    for engine in pair:
+        for every in (0, 1, 7):
+            found = []
+            for request in asked[::-1]:
+                engine.add([request], SAMPLED)
+                for _ in range(every):
+                    found += engine.step()
+            while engine.unfinished:
+                found += engine.step()
+            assert sorted(found, key=lambda c: (c.prompt_id, c.sample_id)) == expected
+
+
+def test_a_sample_is_asked_for_again_while_its_last_step_is_in_flight(pair):
+    native, vllm = pair
+    long, short, other = requests([40, 7, 300], 2)
+    sampling = replace(SAMPLED, stop_tokens=tuple(range(256)))  # most end after a token or two
+    other = replace(other, prompt_id=short.prompt_id)
+    expected = [native.generate([request], sampling) for request in (short, other)]
+    vllm.add([long, short], sampling)
+    for wanted, following in zip(expected, ([other], []), strict=True):
+        found = []
+        while len(found) < len(wanted):
+            found += [c for c in vllm.step() if c.prompt_id == short.prompt_id]
+        assert sorted(found, key=lambda c: c.sample_id) == wanted
+        vllm.add(following, sampling)
+    while vllm.unfinished:
+        vllm.step()
+
+
+def test_the_cache_is_released_and_comes_back(pair):
     native, vllm = pair
     asked = requests([40, 7, 300], 3)
     expected = native.generate(asked, SAMPLED)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
 import pytest
-import torch
 
 from mesh.config.keys import conf_keys
 from mesh.config.schema import Conf, GeneratorConf, MeshConf, VllmConf
@@ -22,11 +22,8 @@ from mesh.engine.kinds import (
     exact_problems,
     kind_of,
     page_problems,
-    without_release,
 )
-from mesh.roles.generator import engine_settings
-
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+from mesh.engine.settings import engine_settings
 
 
 def conf_of(engine: str, model: str = "titan", **keys) -> Conf:
@@ -60,16 +57,22 @@ def test_captured_graphs_never_have_the_trainers_storage():
     }
 
 
+def test_every_sync_is_verified_unless_the_weights_are_ours_on_a_gpu():
+    assert [NATIVE.verify[device] for device in ("cpu", "cuda")] == ["every", "first"]
+    for kind in (VLLM_TITAN, VLLM_NATIVE):
+        assert [kind.verify[device] for device in ("cpu", "cuda")] == ["every", "every"]
+
+
 def test_memory_is_released_where_the_trainer_shares_the_gpu():
     split = MeshConf(mode="split")
     for model in ("titan", "native"):
         conf = conf_of("vllm", model)
-        assert engine_settings(conf, CUDA).releases
-        assert not engine_settings(conf, CPU).releases
-        assert not engine_settings(without_release(conf), CUDA).releases
-        assert conf.vllm.release, "the configuration that was given is as it was"
-        assert not engine_settings(conf_of("vllm", model, mesh=split), CUDA).releases
-    assert not engine_settings(conf_of("native"), CUDA).releases
+        assert engine_settings(conf, "cuda").releases
+        assert not engine_settings(conf, "cpu").releases
+        kept = replace(conf, vllm=replace(conf.vllm, release=False))
+        assert not engine_settings(kept, "cuda").releases
+        assert not engine_settings(conf_of("vllm", model, mesh=split), "cuda").releases
+    assert not engine_settings(conf_of("native"), "cuda").releases
 
 
 @pytest.mark.parametrize(
@@ -82,8 +85,8 @@ def test_memory_is_released_where_the_trainer_shares_the_gpu():
     ],
 )
 def test_pages_have_a_default_that_the_engine_takes(conf, cpu, cuda):
-    assert engine_settings(conf, CPU).page_size == cpu
-    assert engine_settings(conf, CUDA).page_size == cuda
+    assert engine_settings(conf, "cpu").page_size == cpu
+    assert engine_settings(conf, "cuda").page_size == cuda
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.engine.native.cache import PagePool, Sequence, num_pages
+from mesh.engine.base import num_pages
+from mesh.engine.native.cache import BlockManager, Sequence
 from mesh.engine.native.scheduler import Scheduler
 from mesh.types import Request
 
@@ -50,10 +51,10 @@ def assert_counted(scheduler: Scheduler, num_pages_: int) -> None:
     holders = [s.pages for s in scheduler.running]
     holders += [prefix.pages for prefix in scheduler.prefixes.values()]
     held = Counter(page for pages in holders for page in pages)
-    free = Counter(scheduler.pool.free)
+    free = Counter(scheduler.blocks.free_pages)
     assert set(held) | set(free) == set(range(1, num_pages_)) and not set(held) & set(free)
     assert max(free.values(), default=1) == 1
-    references = scheduler.pool.references
+    references = scheduler.blocks.references
     assert held == {page: count for page, count in enumerate(references) if count}
 
 
@@ -90,7 +91,7 @@ def test_every_sample_finishes_once_and_no_page_is_lost_or_shared_wrongly(
 ):
     """Prompts arrive at any step, also while others run."""
     pages = 2 + num_pages(max(lengths, default=0) + 7 + slack, page_size)
-    scheduler = Scheduler(PagePool(pages), page_size, max_sequences, share)
+    scheduler = Scheduler(BlockManager(pages), page_size, max_sequences, share)
     asked = [Request(i, tuple(range(100 * i, 100 * i + n)), samples) for i, n in enumerate(lengths)]
     memory, done = Memory(page_size), []
     for now in range(20 * (samples * len(lengths) + 1) * 8):
@@ -107,7 +108,7 @@ def test_every_sample_finishes_once_and_no_page_is_lost_or_shared_wrongly(
 
 def prefilled(share: bool) -> tuple[int, int]:
     """(tokens filled, tokens copied) for 4 samples of a prompt of 11 tokens, pages of 4."""
-    scheduler = Scheduler(PagePool(64), 4, 8, share)
+    scheduler = Scheduler(BlockManager(64), 4, 8, share)
     scheduler.add([Request(0, tuple(range(11)), 4)])
     work = scheduler.schedule()
     filled = sum(len(fill.tokens) for fill in work.fills)
@@ -119,13 +120,14 @@ def test_samples_share_their_prompt_but_for_its_last_token():
     assert prefilled(share=False) == (4 * 10, 0)
 
 
-def test_a_pool_counts_who_shares_a_page():
-    pool = PagePool(5)
-    pages = pool.take(2)
-    pool.share(pages[:1])
-    pool.release(pages)
-    assert len(pool.free) == 3
-    pool.release(pages[:1])
-    assert sorted(pool.take(4)) == [1, 2, 3, 4]
+def test_blocks_are_free_when_all_who_share_them_have_freed_them():
+    blocks = BlockManager(5)
+    pages = blocks.allocate(2)
+    blocks.share(pages[:1])
+    blocks.free(pages)
+    assert len(blocks.free_pages) == 3 and not blocks.all_free
+    blocks.free(pages[:1])
+    assert blocks.all_free and blocks.can_allocate(4) and not blocks.can_allocate(5)
+    assert sorted(blocks.allocate(4)) == [1, 2, 3, 4]
     with pytest.raises(AssertionError, match="1 KV pages wanted, 0 free"):
-        pool.take(1)
+        blocks.allocate(1)

@@ -24,8 +24,8 @@ from statistics import median
 
 import torch
 
+from mesh.model.attention import CUDA_PAGE
 from mesh.runs.directory import cpu_model
-from mesh.types import CUDA_PAGE
 
 KINDS = {
     "native": ["engine=native"],

@@ -11,13 +11,14 @@ import torch
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
 from mesh.engine.base import Engine
+from mesh.engine.kinds import Replica, build_engine, kind_of
+from mesh.engine.settings import engine_settings
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import build_meshes, plan_layout, resolve_device
 from mesh.lifecycle.process import Process, start
 from mesh.model.families import shape_of_flavor
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
-from mesh.roles.generator import build_engine
 from mesh.types import ModelShape, Request, Sampling
 
 
@@ -48,7 +49,8 @@ def ready(conf: Conf, process: Process, shape: ModelShape) -> Engine:
         chunks = conf.invariant.chunks
         process.say(self_test_of(shape, chunks, dtype, process.device, process.cpu_group))
     meshes = build_meshes(plan_layout(conf, process.world_size), process.device.type)
-    engine = build_engine(conf, shape, meshes.generator_mesh, process.device, dtype)
+    replica = Replica(shape, meshes.generator_mesh, process.device, dtype, conf.timeout_seconds)
+    engine = build_engine(kind_of(conf), engine_settings(conf, process.device.type), replica)
     names = weight_names(shape)
     for name, weight in engine.weights().items():
         if name in names:

@@ -15,10 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mesh.model.attention
 from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.lifecycle.process import start
-from mesh.model.attention import AttentionContext, flash_attention_2, packed_context
+from mesh.model.attention import (
+    CUDA_PAGE,
+    AttentionContext,
+    flash_attention_2,
+    packed_context,
+)
 from mesh.model.families import shape_of_flavor
 from mesh.model.policy import Policy, build_policy
-from mesh.types import CUDA_PAGE, ModelShape, Request, Sampling
+from mesh.types import ModelShape, Request, Sampling
 from tools.bench.report import print_row
 from tools.bench.timing import Switch, paired
 

@@ -20,8 +20,8 @@ from vllm import LLM, SamplingParams
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
+from mesh.engine.settings import engine_settings
 from mesh.model.families import config_entries, shape_of_flavor
-from mesh.roles.generator import engine_settings
 
 
 def main(prompt_tokens: int, words: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(prompt_tokens: int, words: list[str]) -> None:
 def plain(conf: Conf) -> LLM:
     """With dummy weights, and as much KV cache as our engines have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, shape = engine_settings(conf, device), shape_of_flavor(conf.model.flavor)
+    settings, shape = engine_settings(conf, device.type), shape_of_flavor(conf.model.flavor)
     itemsize = 2 if device.type == "cuda" else 4
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
     with TemporaryDirectory() as directory:

@@ -1,34 +1,31 @@
-"""What the scheduler decided, as tensors: spans of prefill, and the rows of a decode step."""
+"""The scheduled work as tensors: spans of prefill, and the rows of a decode step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mesh.engine.native.cache import Sequence, num_pages
+from mesh.engine.base import Row, num_pages
+from mesh.engine.native.cache import Sequence
 from mesh.engine.native.scheduler import Fill
 from mesh.engine.sampler import token_keys
 from mesh.model.attention import AttentionContext, KVCache
 from mesh.types import Sampling
 
 Inputs = tuple[torch.Tensor, torch.Tensor, AttentionContext]
-"""(tokens_T, positions_T, context): what the model takes."""
-
-Row = tuple[int, int | None, int]
-"""(prompt_id, sample_id, position) of a row of a forward pass; None: it serves all samples."""
+"""(tokens_T, positions_T, context): the model's arguments."""
 
 KEY, TOKEN, POSITION, TABLE = 0, 1, 2, 3  # columns of a decode row; the page table is the rest
 
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of a fill, `start` of whose tokens are in the cache already."""
+    """Tokens of a fill that one forward pass computes; `start` are in the cache before them."""
 
-    tokens: Seq[int]
+    tokens: tuple[int, ...]
     start: int
     fill: Fill
 
@@ -43,7 +40,7 @@ class Span:
 
 
 def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
-    """Cut fills, in order, into batches of at most `limit` tokens; a long prompt is cut as well."""
+    """Cut fills, in order, into batches of at most `limit` tokens, within a prompt too."""
     batch: list[Span] = []
     room = limit
     for fill in fills:
@@ -60,8 +57,8 @@ def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
         yield batch
 
 
-def prefill_inputs(spans: Seq[Span], cache: KVCache, device: torch.device) -> Inputs:
-    """The inputs of a batch of spans."""
+def prefill_inputs(spans: list[Span], cache: KVCache, device: torch.device) -> Inputs:
+    """The model's inputs for a batch of spans."""
     page_size = cache.page_size
     sizes = np.array([len(span.tokens) for span in spans])
     lengths = sizes + [span.start for span in spans]
@@ -87,7 +84,9 @@ def prefill_inputs(spans: Seq[Span], cache: KVCache, device: torch.device) -> In
     return tensor(tokens, torch.int64), tensor(positions, torch.int64), context
 
 
-def slot_copies(copies: Seq[tuple[int, int, int]], page_size: int) -> tuple[np.ndarray, np.ndarray]:
+def slot_copies(
+    copies: list[tuple[int, int, int]], page_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Flat slots (sources, targets) of page copies (source page, target page, tokens)."""
     pairs = [
         (np.arange(tokens) + source * page_size, np.arange(tokens) + target * page_size)
@@ -97,9 +96,9 @@ def slot_copies(copies: Seq[tuple[int, int, int]], page_size: int) -> tuple[np.n
     return np.concatenate(sources), np.concatenate(targets)
 
 
-def decode_rows(running: Seq[Sequence], sampling: Sampling, page_size: int) -> torch.Tensor:
-    """One row per running sequence, int64 [S, TABLE + pages]: everything a decode step needs, so
-    that it goes to the device in one transfer.
+def decode_rows(running: list[Sequence], sampling: Sampling, page_size: int) -> torch.Tensor:
+    """One row per running sequence, int64 [S, TABLE + pages], with everything that a decode step
+    needs, so that it reaches the device in one transfer.
     """
     positions = np.array([s.length - 1 for s in running])
     width = int(positions.max()) // page_size + 1
@@ -115,7 +114,7 @@ def decode_rows(running: Seq[Sequence], sampling: Sampling, page_size: int) -> t
 
 
 def decode_inputs(rows_SX: torch.Tensor, cache: KVCache) -> Inputs:
-    """The inputs of a decode step, computed on the device of `rows_SX`.
+    """The model's inputs for a decode step, computed on the device of `rows_SX`.
 
     A row of zeros reads and writes page 0 only: it pads a batch.
     """

@@ -1,13 +1,12 @@
-"""The paged KV cache: which pages are free, who shares them, and the sequences that hold them.
+"""The paged KV cache: the manager of its blocks, the sequences that hold them, and the memory.
 
-Pages are counted references: the samples of one prompt share the full pages of its KV, and copy
-the page that the prompt fills only in part. Page 0 is never handed out: rows that only pad a batch
-write there.
+A block is a page of the kernels: `page_size` tokens in every layer. References are counted: the
+samples of one prompt share the full pages of its KV, and copy the page that the prompt fills only
+in part. Page 0 is never allocated: rows that only pad a batch write there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
@@ -16,35 +15,46 @@ from mesh.model.attention import KVCache
 from mesh.types import FinishReason, ModelShape
 
 
-class PagePool:
-    """Free pages and reference counts. Pages 1..num_pages-1 can be taken."""
+class BlockManager:
+    """Owns the free pages and the reference counts of all: 1..num_blocks-1 can be allocated."""
 
-    def __init__(self, num_pages: int) -> None:
-        self.free = list(range(num_pages - 1, 0, -1))
-        self.references = [0] * num_pages
+    def __init__(self, num_blocks: int) -> None:
+        self.free_pages = list(range(num_blocks - 1, 0, -1))
+        self.references = [0] * num_blocks
 
-    def take(self, count: int) -> list[int]:
-        assert len(self.free) >= count, f"{count} KV pages wanted, {len(self.free)} free"
-        pages = [self.free.pop() for _ in range(count)]
+    @property
+    def all_free(self) -> bool:
+        return len(self.free_pages) == len(self.references) - 1
+
+    def can_allocate(self, count: int) -> bool:
+        return len(self.free_pages) >= count
+
+    def allocate(self, count: int) -> list[int]:
+        """Pages with one reference each. Asserts that there are so many."""
+        free = len(self.free_pages)
+        assert self.can_allocate(count), f"{count} KV pages wanted, {free} free"
+        pages = [self.free_pages.pop() for _ in range(count)]
         for page in pages:
             self.references[page] = 1
         return pages
 
-    def share(self, pages: Seq[int]) -> list[int]:
+    def share(self, pages: list[int]) -> list[int]:
+        """The same pages, with one reference more each."""
         for page in pages:
             self.references[page] += 1
         return list(pages)
 
-    def release(self, pages: Seq[int]) -> None:
+    def free(self, pages: list[int]) -> None:
+        """Drop one reference of each page."""
         for page in pages:
             self.references[page] -= 1
             if self.references[page] == 0:
-                self.free.append(page)
+                self.free_pages.append(page)
 
 
 @dataclass
 class Sequence:
-    """One sample on its way. All but the last of its tokens are in the cache while it runs."""
+    """One sample in flight. While it runs, the cache holds all its tokens but the last."""
 
     prompt_id: int
     sample_id: int
@@ -64,19 +74,14 @@ class Sequence:
 
     @property
     def cached(self) -> tuple[int, ...]:
-        """The tokens whose keys and values the cache holds before the next step."""
+        """The tokens whose keys and values the cache holds before the next decode step."""
         return (*self.prompt, *self.tokens)[:-1]
-
-
-def num_pages(tokens: int, page_size: int) -> int:
-    """Pages that `tokens` tokens fill, the last one perhaps in part."""
-    return -(-tokens // page_size)
 
 
 def allocate(
     shape: ModelShape, tp: int, pages: int, page_size: int, device: torch.device, dtype: torch.dtype
 ) -> KVCache:
-    """A cache of `pages` pages for this rank's kv heads."""
+    """A zeroed cache of `pages` pages for this rank's kv heads."""
     size = (pages, page_size, shape.num_kv_heads // tp, shape.head_dim)
     layers = range(shape.num_layers)
     return KVCache(

@@ -1,31 +1,29 @@
 """The native engine: the trainer's own model with a paged KV cache and continuous batching.
 
-A step is schedule, run, postprocess. Prefill computes keys and values of all but a sequence's last
+A step is schedule, run, finish. Prefill computes keys and values of all but a sequence's last
 token; the decode step of that last token draws the next one. So every token, the first one too, is
 drawn in one place, and the samples of a prompt differ only from their first decode step on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings
+from mesh.engine.base import EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, choose, live_weights, tile_logits
 from mesh.engine.generation import check_requests, generate, refuse_unfinished
 from mesh.engine.native.batches import (
     KEY,
-    Row,
     decode_inputs,
     decode_rows,
     prefill_inputs,
     slot_copies,
     spans_of,
 )
-from mesh.engine.native.cache import PagePool, Sequence, allocate, copy_slots, num_pages
+from mesh.engine.native.cache import BlockManager, Sequence, allocate, copy_slots
 from mesh.engine.native.graphs import DecodeGraphs
 from mesh.engine.native.scheduler import Scheduled, Scheduler
 from mesh.lifecycle.heartbeat import beat
@@ -38,8 +36,8 @@ from mesh.types import Completion, ModelShape, Request, Sampling
 class NativeEngine:
     """Owns the KV cache of one generator replica. All its tp ranks make the same calls.
 
-    `observer`, where there is one, is told the rows of every forward pass before it; decode steps
-    then run without CUDA graphs, in whose replays no Python code, hooks included, is called.
+    `observer`, where there is one, is called with the rows of every forward pass before it; decode
+    steps then run without CUDA graphs, whose replays call no Python code and so no hooks.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class NativeEngine:
             pages.zero_()
 
     def release(self) -> None:
-        """Nothing: captured graphs hold the addresses of the cache, so its memory stays."""
+        """Do nothing: captured graphs hold the addresses of the cache, so its memory stays."""
 
     def with_settings(self, settings: EngineSettings) -> NativeEngine:
         """Another engine of the same weights, of the same version."""
@@ -107,10 +105,10 @@ class NativeEngine:
     def preemptions(self) -> int:
         return self.scheduler.preemptions
 
-    def generate(self, requests: Seq[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Collection[Request], sampling: Sampling) -> list[Completion]:
         return generate(self, requests, sampling)
 
-    def add(self, requests: Seq[Request], sampling: Sampling) -> None:
+    def add(self, requests: Collection[Request], sampling: Sampling) -> None:
         """Queue every sample of every request; see the contract in `mesh.engine`."""
         limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
         running = self.scheduler.prompt_ids
@@ -120,9 +118,9 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """One token more for every sequence that runs; the completions that this finished.
+        """Draw a token for every sequence that fits; return the completions that this finished.
 
-        After an error the engine is empty: what was added is lost.
+        After an error the engine is empty, and its unfinished requests are lost.
         """
         if not self.unfinished:
             return []
@@ -132,14 +130,13 @@ class NativeEngine:
             self._prefill(work)
             self._decode(work.running)
         except BaseException:
-            self.scheduler = self._new_scheduler()  # of the old one's cache, a part was not written
+            self.scheduler = self._new_scheduler()  # the old one's cache is only partly written
             raise
         return [_completion(sequence) for sequence in self.scheduler.finish()]
 
     def _new_scheduler(self) -> Scheduler:
-        settings = self.settings
-        pool = PagePool(self.pages)
-        return Scheduler(pool, settings.page_size, settings.max_sequences, settings.prefix_cache)
+        settings, blocks = self.settings, BlockManager(self.pages)
+        return Scheduler(blocks, settings.page_size, settings.max_sequences, settings.prefix_cache)
 
     def _prefill(self, work: Scheduled) -> None:
         """Compute the keys and values of newly admitted prompts, and copy shared part pages."""
@@ -153,27 +150,35 @@ class NativeEngine:
 
     def _decode(self, running: list[Sequence]) -> None:
         """Draw the next token of every running sequence."""
-        sampling = self.sampling
-        assert sampling is not None, "sequences run, and none was added"
-        rows_SX = decode_rows(running, sampling, self.settings.page_size).to(self.device)
-        if self.observer is not None:
-            self.observer([(s.prompt_id, s.sample_id, s.length - 1) for s in running])
-        if self.graphs is not None:
-            run = self.graphs.run if self.observer is None else self.graphs.run_eagerly
-            hidden_SD = run(rows_SX)
-        else:
-            hidden_SD = self.model.hidden(*decode_inputs(rows_SX, self.cache))
+        assert self.sampling is not None, "sequences run, and none was added"
+        rows_SX = decode_rows(running, self.sampling, self.settings.page_size).to(self.device)
+        hidden_SD = self._decode_hidden(running, rows_SX)
         logits_SV = tile_logits(hidden_SD, local(self.model.lm_head.weight), self.group)
-        tokens_S, logprobs_S = choose(logits_SV, rows_SX[:, KEY], sampling, self.group)
+        tokens_S, logprobs_S = choose(logits_SV, rows_SX[:, KEY], self.sampling, self.group)
         # one transfer for both: float64 holds token ids and fp32 logprobs exactly
         tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
-            sequence.tokens.append(int(token))
-            sequence.logprobs.append(logprob)
-            if int(token) in sampling.stop_tokens:
-                sequence.finish_reason = "stop"
-            elif len(sequence.tokens) == sampling.max_new_tokens:
-                sequence.finish_reason = "length"
+            _append(sequence, int(token), logprob, self.sampling)
+
+    def _decode_hidden(self, running: list[Sequence], rows_SX: torch.Tensor) -> torch.Tensor:
+        """Hidden states [S, D] of each sequence's last token."""
+        if self.observer is not None:
+            self.observer([(s.prompt_id, s.sample_id, s.length - 1) for s in running])
+        if self.graphs is None:
+            return self.model.hidden(*decode_inputs(rows_SX, self.cache))
+        if self.observer is not None:
+            return self.graphs.run_eagerly(rows_SX)
+        return self.graphs.run(rows_SX)
+
+
+def _append(sequence: Sequence, token: int, logprob: float, sampling: Sampling) -> None:
+    """Append a drawn token, and finish the sequence if it is its last."""
+    sequence.tokens.append(token)
+    sequence.logprobs.append(logprob)
+    if token in sampling.stop_tokens:
+        sequence.finish_reason = "stop"
+    elif len(sequence.tokens) == sampling.max_new_tokens:
+        sequence.finish_reason = "length"
 
 
 def _completion(sequence: Sequence) -> Completion:

@@ -17,7 +17,7 @@ from mesh.model.policy import Policy
 
 
 def bucket_of(rows: int) -> int:
-    """The batch size to pad to: powers of two up to 8, then multiples of 8 to 64, of 32 above."""
+    """Batch size to pad to: powers of two up to 8, then multiples of 8 to 64, of 32 above."""
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
     step = 8 if rows <= 64 else 32
@@ -56,7 +56,7 @@ class DecodeGraphs:
         return static.hidden[:count]
 
     def run_eagerly(self, rows_SX: torch.Tensor) -> torch.Tensor:
-        """What `run` gives, of the same shapes and so the same kernels, launched one by one."""
+        """The result of `run` by the same shapes, and so the same kernels, launched one by one."""
         rows = rows_SX.new_zeros(bucket_of(len(rows_SX)), self.columns)
         self._fill(rows, rows_SX)
         return self.model.hidden(*decode_inputs(rows, self.cache))[: len(rows_SX)]

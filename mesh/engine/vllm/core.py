@@ -1,9 +1,9 @@
 """vLLM's engine core inside this process, with its groups on one replica's ranks alone.
 
-vLLM builds its groups over the default process group and, at its end, destroys that too. So the
-replica's group is the default one while vLLM starts, and we end what it made ourselves. Besides, it
-is kept from changing the process: random states, torch.set_num_threads, and the NUMA node to which
-all memory of the process would be bound.
+vLLM builds its groups over the default process group and destroys that at its end. So the replica's
+group is the default one while vLLM starts, and its groups are destroyed here instead. vLLM is also
+kept from changing the process: its random states, its threads, and the NUMA node that all its
+memory would be bound to.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ PREFIX = "mesh-vllm"
 
 LOAD_FORMAT = "mesh"
 _users: list[EngineCore] = []
-"""Engines of this process: vLLM's groups are shared by all of them."""
+"""Engine cores of this process, which share vLLM's groups."""
 
 
 @register_model_loader(LOAD_FORMAT)
 class NoWeights(BaseModelLoader):
-    """Builds the model and reads nothing: the weight bridge writes every weight."""
+    """Build the model and read nothing: the weight bridge writes every weight."""
 
     def download_model(self, model_config: Any) -> None:
         pass
@@ -64,12 +64,13 @@ class NoWeights(BaseModelLoader):
 
 
 class InReplica(ExecutorWithExternalLauncher):
-    """vLLM's external launcher, told this rank's place in the replica instead of in the world."""
+    """vLLM's external launcher with this rank's position in the replica instead of in the world."""
 
-    place: tuple[str, int, int] = ("", 0, 0)
+    position: tuple[str, int, int] = ("", 0, 0)
+    """(init method, rank, local rank)"""
 
     def _distributed_args(self) -> tuple[str, int, int]:
-        return self.place
+        return self.position
 
 
 def start_core(
@@ -77,7 +78,7 @@ def start_core(
 ) -> EngineCore:
     """An engine core of a model that `entries` (a config.json) describes. Collective of `group`.
 
-    options: of EngineArgs; group: the replica's tp ranks; device: this rank's, on its host.
+    options: of EngineArgs; group: the replica's tp ranks; device: this rank's index on its host.
     """
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, TitanModel)
@@ -96,16 +97,16 @@ def start_core(
             scheduler_cls=DecodeScheduler,
             **options,
         )
-        place = (f"mesh:{name}", group.rank(), device)
-        executor = type("InReplica", (InReplica,), {"place": place})
+        position = (f"mesh:{name}", group.rank(), device)
+        executor = type("InReplica", (InReplica,), {"position": position})
         core = EngineCore(arguments.create_engine_config(), executor, log_stats=False)
-    remove_segments(name)  # all ranks have mapped them: now nothing stays behind, however we end
+    remove_segments(name)  # all ranks have mapped them, so that no end can leave them behind
     _users.append(core)
     return core
 
 
 def stop_core(core: EngineCore) -> None:
-    """What EngineCore.shutdown does, except for the program's process groups."""
+    """Shut a core down as EngineCore.shutdown does, but keep the program's process groups."""
     core.structured_output_manager.clear_backend()
     core.model_executor.shutdown()
     core.scheduler.shutdown()
@@ -121,10 +122,10 @@ def stop_core(core: EngineCore) -> None:
 
 @contextmanager
 def as_default(group: dist.ProcessGroup) -> Iterator[None]:
-    """Let `group` be the default process group for a block.
+    """Make `group` the default process group for a block.
 
-    Groups that are made in it have names of their own: torch counts groups to name them, and the
-    ranks that are not here do not count along.
+    Groups made in the block get names from a range of their own: torch names groups by a counter,
+    which ranks outside `group` do not advance.
     """
     world, c10d = GroupMember.WORLD, dist.distributed_c10d._world
     count = c10d.group_count
@@ -141,7 +142,7 @@ def as_default(group: dist.ProcessGroup) -> Iterator[None]:
 
 @contextmanager
 def kept_state() -> Iterator[None]:
-    """Random states and threads are afterwards what they were, and no memory is bound."""
+    """Restore random states and threads after a block, and bind no memory to a NUMA node in it."""
     states, set_num_threads = (random.getstate(), np.random.get_state()), torch.set_num_threads
     operators: Any = torch.ops._C
     bind = getattr(operators, "init_cpu_memory_env", None)
@@ -157,16 +158,16 @@ def kept_state() -> Iterator[None]:
 
 
 def segment_name(group: dist.ProcessGroup) -> str:
-    """A name for the replica's shared memory that says whose it is, the same on all its ranks."""
+    """A name for the replica's shared memory, the same on all its ranks, that names its owner."""
     box = [f"{PREFIX}-{_pid_namespace()}-{os.getpid()}-{len(_users)}"]
     dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
     return box[0]
 
 
 def remove_stale_segments(directory: Path = SHM) -> list[str]:
-    """Remove what a killed run has left in shared memory, and return its names.
+    """Remove the shared memory that killed runs have left, and return its names.
 
-    Only segments of ours, of processes of this PID namespace and user that are no more.
+    Only segments of this program whose process, of this PID namespace and user, has ended.
     """
     removed = []
     for file in directory.glob(f"*{PREFIX}-{_pid_namespace()}-*"):
@@ -178,7 +179,7 @@ def remove_stale_segments(directory: Path = SHM) -> list[str]:
 
 
 def remove_segments(name: str, directory: Path = SHM) -> None:
-    """Take away the names of an engine's segments; whoever has mapped them keeps them."""
+    """Unlink an engine's segments; processes that have mapped them keep them."""
     for file in directory.glob(f"*{name}-*"):
         file.unlink(missing_ok=True)  # another rank may have been faster
 

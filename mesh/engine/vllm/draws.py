@@ -1,8 +1,8 @@
 """Drawing the tokens of a batch: logits, keys, draw and score; on CUDA one graph.
 
-A decode step of vLLM takes as long as the host needs to prepare it; these twenty launches were a
-sixth of that. The captured calls are the eager ones on static buffers. In the batch-invariant mode
-they have the bits of the eager ones, as a row does not know how many rows there are.
+Decode steps of vLLM are host-bound, and these twenty launches were a sixth of a step. The captured
+calls are the eager ones on static buffers. In the batch-invariant mode they have the bits of the
+eager ones, because a row's bits do not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mesh.engine.sampler import position_keys
 from mesh.types import Sampling
 
 
-class Rows(NamedTuple):
-    """What is drawn for: static buffers of as many rows as an engine has sequences.
+class DrawBuffers(NamedTuple):
+    """Static buffers with a row for each sequence that an engine can run.
 
-    keys: `sampler.sequence_keys`; lengths: of the whole sequences, with the token that is drawn
-    from, as vLLM keeps them.
+    keys: `sampler.sequence_keys`; lengths: of the sequences up to the token that predicts the drawn
+    one, as vLLM keeps them.
     """
 
     keys: torch.Tensor
@@ -38,9 +38,10 @@ class _Captured(NamedTuple):
 
 
 class Draws:
-    """Owns the captured graphs. `head`: from features [S, X], hidden states or logits, whatever the
-    model gives, to logits [S, V / shards], of which each rank of `group` has a shard; None: they
-    are whole.
+    """Owns the captured graphs.
+
+    head: from the model's output [S, X], hidden states or logits, to logits [S, V / shards], with a
+    shard on each rank of `group`; group None: the logits are whole.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Draws:
         self.pool: Any = None
 
     def __call__(
-        self, features_SX: torch.Tensor, rows: Rows, sampling: Sampling
+        self, features_SX: torch.Tensor, rows: DrawBuffers, sampling: Sampling
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens_S, logprobs_S), new tensors."""
         count = len(features_SX)
@@ -75,13 +76,15 @@ class Draws:
         return static.tokens[:count].clone(), static.logprobs[:count].clone()
 
     def _draw(
-        self, features_SX: torch.Tensor, rows: Rows, sampling: Sampling
+        self, features_SX: torch.Tensor, rows: DrawBuffers, sampling: Sampling
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys_S, prompt_lengths_S, lengths_S = (row[: len(features_SX)] for row in rows)
         keys_S = position_keys(keys_S, lengths_S - prompt_lengths_S)
         return choose(self.head(features_SX), keys_S, sampling, self.group)
 
-    def _capture(self, features_SX: torch.Tensor, rows: Rows, sampling: Sampling) -> _Captured:
+    def _capture(
+        self, features_SX: torch.Tensor, rows: DrawBuffers, sampling: Sampling
+    ) -> _Captured:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

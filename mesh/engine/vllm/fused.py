@@ -1,7 +1,7 @@
 """vllm.model=native: vLLM's own Qwen3, whose linear layers are fused.
 
 The trainer's weights are views of the fused ones, so that the weight bridge writes where vLLM
-reads: a rank's rows of q, k and v lie one behind the other, and so do those of gate and up.
+reads: a rank's rows of q, k and v follow one another, and so do those of gate and up.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ WHOLE = {
     "attention.wo": "self_attn.o_proj",
     "feed_forward.w2": "mlp.down_proj",
 }
-"""vLLM's module by the trainer's, those of a layer without its number."""
+"""vLLM's module for each of the trainer's; names of a layer's modules without its number."""
 
 FUSED = {
     "self_attn.qkv_proj": [f"attention.qkv_linear.{name}" for name in ("wq", "wk", "wv")],
     "mlp.gate_up_proj": ["feed_forward.w1", "feed_forward.w3"],
 }
-"""The trainer's modules of which vLLM's one has the rows, in this order."""
+"""The trainer's modules whose rows a module of vLLM's holds, in this order."""
 
 
 def unfused(
     model: nn.Module, shape: ModelShape, names: set[str], tp: int
 ) -> dict[str, torch.Tensor]:
-    """The live weights of vLLM's model by the trainer's `names`: parameters, or rows of them.
+    """Live weights of vLLM's model by the trainer's `names`: parameters, or rows of them.
 
-    Raises RuntimeError where what a forward pass reads would not be what is written here.
+    Raises RuntimeError if a forward pass would read copies of them.
     """
     refuse_copies(model)
     theirs = dict(model.named_parameters(remove_duplicate=False))
@@ -68,9 +68,9 @@ def _prefixes(shape: ModelShape) -> list[tuple[str, str]]:
 
 @contextmanager
 def unpacked() -> Iterator[None]:
-    """Models that are built in this block multiply by their parameters themselves.
+    """Keep models that are built in this block from packing their weights.
 
-    On a CPU vLLM would pack a copy of every linear layer's weight and read that.
+    On a CPU vLLM would pack a copy of every linear layer's weight and multiply by that.
     """
     packing = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = _multiply_by_parameter
@@ -85,7 +85,7 @@ def _multiply_by_parameter(layer: Any, remove_weight: bool) -> None:
 
 
 def refuse_copies(model: nn.Module) -> None:
-    """Raises RuntimeError that lists layers whose forward pass would not see a sync."""
+    """Raises RuntimeError that lists the layers whose forward pass would miss a sync."""
     wrong = []
     for name, module in model.named_modules():
         packed = getattr(module, "cpu_linear", F.linear) is not F.linear

@@ -1,4 +1,4 @@
-"""Our requests as vLLM's, and what vLLM made of them as completions."""
+"""Our requests as vLLM's, and their results as completions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request as CoreRequest
 
-from mesh.types import Completion, FinishReason, Request, Sampling
-
-Key = tuple[int, int]
-"""(prompt_id, sample_id)"""
+from mesh.types import Completion, FinishReason, Request, RolloutKey, Sampling
 
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
-def key_of(name: str) -> Key:
-    """The sequence that a vLLM request of this name generates."""
+def key_of(name: str) -> RolloutKey:
+    """The sample that a vLLM request of this name generates."""
     prompt_id, sample_id, _ = name.split("/")
     return int(prompt_id), int(sample_id)
 
@@ -27,8 +24,8 @@ def core_requests(
 ) -> list[CoreRequest]:
     """One vLLM request for each sample. Cached pages are found under the weights' version only.
 
-    serial: of the request in its engine. With it a name is never used again, and a step in flight
-    cannot have a token for a later request of the same prompt_id.
+    serial: number of the request in its engine. It keeps names from being reused, so that a token
+    of a step in flight cannot reach a later request of the same prompt_id.
     """
     return [
         CoreRequest(
@@ -49,10 +46,12 @@ def core_requests(
 
 
 def completion_of(request: Any, tokens: list[int], logprobs: list[float]) -> Completion:
-    """A finished request with what our sampler drew for it, which may be a token beyond its end."""
+    """The completion of a finished request. tokens, logprobs: drawn for it by our sampler, perhaps
+    one beyond its end.
+    """
     taken = list(request.output_token_ids)
     assert tokens[: len(taken)] == taken and len(logprobs) - len(taken) in (0, 1), (
-        f"{request.request_id}: vLLM has other tokens than were drawn"
+        f"{request.request_id}: vLLM holds other tokens than were drawn"
     )
     reason = str(request.get_finished_reason())
     assert reason in REASONS, f"{request.request_id}: vLLM ended it with {reason}"

@@ -1,9 +1,9 @@
 """Our sampler in the place of vLLM's: the native engine's draw and the trainer's logprobs.
 
-vLLM asks for a token of every scheduled sequence, also of one that is amid its prompt, and says
+vLLM samples a token for every scheduled sequence, also for one that is amid its prompt, and says
 which of them it discards. On CUDA it schedules a step before the tokens of the last one are known,
-so one token beyond the end of a sequence may be drawn, and one that was preempted may be drawn
-twice: then the later draw counts. vLLM's own logprobs are not asked for.
+so a token beyond the end of a sequence may be drawn, and a token of a preempted sequence twice: the
+later draw counts. vLLM's own logprobs are not computed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 
 from mesh.engine.sampler import sequence_keys
-from mesh.engine.vllm.draws import Draws, Rows
+from mesh.engine.vllm.draws import DrawBuffers, Draws
 from mesh.engine.vllm.requests import key_of
 from mesh.types import Sampling
 
 
 class DrawnTokens(NamedTuple):
-    """The tokens of one step, a row for each name, on the way to the CPU.
+    """The tokens of one step, a row for each request name, on the CPU once `copied` is done.
 
-    indices: of the token in its response; -1: vLLM discards it. copied: recorded after the copies
-    of tokens and logprobs, None where there was nothing to copy.
+    indices: of the tokens in their responses; -1: vLLM discards it; copied: None if there was
+    nothing to copy.
     """
 
     names: list[str]
@@ -40,8 +40,8 @@ class CounterSampler:
     def __init__(self, runner: Any, draws: Draws) -> None:
         self.runner, self.draws = runner, draws
         lengths = runner.seq_lens
-        self.places_2S = lengths.new_zeros(2, len(lengths), dtype=torch.int64)
-        self.rows = Rows(self.places_2S[0], self.places_2S[1], lengths)
+        self.static_2S = lengths.new_zeros(2, len(lengths), dtype=torch.int64)
+        self.rows = DrawBuffers(self.static_2S[0], self.static_2S[1], lengths)
         self.sampling: Sampling | None = None  # of all requests in flight
         self.keys: dict[str, int] = {}
         self.drawn: dict[str, tuple[list[int], list[float]]] = {}
@@ -49,20 +49,20 @@ class CounterSampler:
         self.steps: list[DrawnTokens] = []
 
     def expect(self, names: list[str], sampling: Sampling) -> None:
-        """Announce requests before they run."""
+        """Register requests before they run."""
         self.sampling = sampling
         ids_S2 = torch.tensor([key_of(name) for name in names], dtype=torch.int64).view(-1, 2)
         self.keys.update(zip(names, sequence_keys(sampling, ids_S2).tolist(), strict=True))
         self.drawn.update({name: ([], []) for name in names})
 
     def __call__(self, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
-        """logits: what our `Draws` make of what the model gave, a row for each sequence."""
-        assert self.sampling is not None, "vLLM samples, but nobody asked"
+        """Draw a token for each row of `logits`, which is the model's output for `Draws`."""
+        assert self.sampling is not None, "vLLM samples without a request"
         batch = self.runner.input_batch
         count = batch.num_reqs
         prompt_lengths, names = batch.num_prompt_tokens[:count], batch.req_ids[:count]
         if names != self.names:
-            self._place(names, prompt_lengths)
+            self._set_rows(names, prompt_lengths)
         tokens_S, logprobs_S = self.draws(logits, self.rows, self.sampling)
         lengths = self.runner.optimistic_seq_lens_cpu[:count].numpy()
         discarded = self.runner.discard_request_mask.np[:count]
@@ -70,27 +70,27 @@ class CounterSampler:
         self.steps.append(_copied(self.names, indices, tokens_S, logprobs_S))
         return SamplerOutput(tokens_S.int()[:, None], logprobs_tensors=None)
 
-    def _place(self, names: list[str], prompt_lengths: np.ndarray) -> None:
-        """Write the keys and prompt lengths of a new set of sequences into the rows' buffers, on
-        CUDA without waiting for the device.
+    def _set_rows(self, names: list[str], prompt_lengths: np.ndarray) -> None:
+        """Write the keys and prompt lengths of another set of sequences into the static buffers,
+        asynchronously on CUDA.
         """
         self.names = names
-        places_2S = torch.tensor([[self.keys[name] for name in names], prompt_lengths.tolist()])
-        if self.places_2S.is_cuda:
-            places_2S = places_2S.pin_memory().to(self.places_2S.device, non_blocking=True)
-        self.places_2S[:, : len(names)] = places_2S
+        rows_2S = torch.tensor([[self.keys[name] for name in names], prompt_lengths.tolist()])
+        if self.static_2S.is_cuda:
+            rows_2S = rows_2S.pin_memory().to(self.static_2S.device, non_blocking=True)
+        self.static_2S[:, : len(names)] = rows_2S
 
     def read(self, in_flight: int) -> None:
-        """Sort the tokens of all steps but the last `in_flight` ones by request."""
+        """Move the tokens of all steps but the last `in_flight` ones to their requests."""
         done = len(self.steps) - in_flight
         assert done >= 0, f"{in_flight} steps are in flight, and {len(self.steps)} have drawn"
         for step in self.steps[:done]:
             if step.copied is not None:
                 step.copied.synchronize()
-            self._sort(step)
+            self._distribute(step)
         del self.steps[:done]
 
-    def _sort(self, step: DrawnTokens) -> None:
+    def _distribute(self, step: DrawnTokens) -> None:
         rows = zip(
             step.names,
             step.indices.tolist(),
@@ -106,7 +106,7 @@ class CounterSampler:
             tokens[index:], logprobs[index:] = [token], [logprob]
 
     def take(self, name: str) -> tuple[list[int], list[float]]:
-        """(tokens, logprobs) of a finished request, of which nothing is kept."""
+        """Remove a finished request and return its (tokens, logprobs)."""
         del self.keys[name]
         return self.drawn.pop(name)
 
@@ -114,7 +114,7 @@ class CounterSampler:
 def _copied(
     names: list[str], indices: np.ndarray, tokens_S: torch.Tensor, logprobs_S: torch.Tensor
 ) -> DrawnTokens:
-    """Start the copies to the CPU; on CUDA nobody waits for them here."""
+    """Start the copies to the CPU, on CUDA without waiting for them."""
     if not tokens_S.is_cuda:
         return DrawnTokens(names, indices, tokens_S, logprobs_S, None)
     copies = [x.to("cpu", non_blocking=True) for x in (tokens_S, logprobs_S)]

@@ -1,10 +1,10 @@
-"""vLLM's scheduler, with a short way through steps in which every sequence decodes.
+"""vLLM's scheduler, with a fast path for steps in which every sequence decodes.
 
-Where many sequences of a small model decode, a step takes as long as the host needs to prepare it,
-most of it in vLLM's scheduler: for every sequence and step it asks for what requests of ours never
-have (encoder inputs, drafts, connectors, logprobs), looks for pages where the last one has room,
-and makes an output that nobody reads. Steps with prompts or preemption are scheduled by vLLM; what
-was drawn is taken by ours in all.
+Where many sequences of a small model decode, a step is host-bound, and most of it is vLLM's
+scheduler: for every sequence and step it looks for features that our requests never use (encoder
+inputs, drafts, connectors, logprobs), searches for pages where the last one has room, and makes an
+output that nobody reads. Steps with prompts or preemption are scheduled by vLLM; the tokens of all
+steps are read here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vllm.v1.request import Request, RequestStatus
 
 
 class DecodeScheduler(AsyncScheduler):
-    """Decides what its base class decides; vLLM may step asynchronously (CUDA) or not (CPU).
+    """Makes the decisions of its base class, whether vLLM steps asynchronously (CUDA) or not (CPU).
 
-    `update_from_output` returns nothing: the engine takes the requests that have finished.
+    `update_from_output` returns nothing: the engine calls `take_finished`.
     """
 
     running: list[Request]
@@ -35,9 +35,11 @@ class DecodeScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         others = [self.connector, self.ec_connector, self.aux_output_connector, self.lora_config]
         plain = not any(others) and not self.num_spec_tokens and not self.use_v2_model_runner
-        assert plain, "connectors, adapters, drafts and the second runner are not provided for"
+        assert plain, "connectors, adapters, drafts and the second runner are not supported"
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        assert [type(m) for m in managers] == [FullAttentionManager], "layers differ in their cache"
+        assert [type(m) for m in managers] == [FullAttentionManager], (
+            "layers differ in their KV cache"
+        )
         self.page_size = managers[0].block_size
         self.finished: list[Request] = []
 
@@ -52,36 +54,39 @@ class DecodeScheduler(AsyncScheduler):
         return super().schedule(throttle_prefills)
 
     def _all_decode(self) -> bool:
-        """Nobody can be admitted or is amid its prompt, and there are the pages that are needed."""
-        seats = len(self.running) < self.max_num_active_reqs
-        if (seats and (self.waiting or self.kv_holding_waiting)) or self._inflight_prefills:
+        """True if no request can be admitted or is amid its prompt, and enough pages are free."""
+        room = len(self.running) < self.max_num_active_reqs
+        if (room and (self.waiting or self.kv_holding_waiting)) or self._inflight_prefills:
             return False
         need = sum(request.num_computed_tokens % self.page_size == 0 for request in self.running)
         fits = len(self.running) <= self.max_num_scheduled_tokens
         return fits and need <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _schedule_decodes(self) -> SchedulerOutput:
-        """What `schedule` does where each running sequence computes its newest token. All of them
-        did in the step before: sequences that decode come first, so none was left out for want of
-        room.
+        """Schedule as the base class does where each running sequence computes its newest token.
+
+        All of them were in the step before: sequences that decode come first, so that none was left
+        out for lack of room.
         """
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
         scheduled: dict[str, int] = {}
         data = CachedRequestData.make_empty()
         for request in self.running:
-            computed, underway = request.num_computed_tokens, request.num_output_placeholders
+            computed, in_flight = request.num_computed_tokens, request.num_output_placeholders
             most = request.num_prompt_tokens + request.max_tokens
-            if (underway and computed + 2 - underway >= most) or computed + 1 >= self.max_model_len:
+            if (
+                in_flight and computed + 2 - in_flight >= most
+            ) or computed + 1 >= self.max_model_len:
                 continue  # its last token is being drawn
             name = request.request_id
             scheduled[name] = 1
             data.new_block_ids.append(self._new_page(request))
             data.num_computed_tokens.append(computed)
-            data.num_output_tokens.append(request.num_output_tokens + underway)
+            data.num_output_tokens.append(request.num_output_tokens + in_flight)
             request.num_computed_tokens = computed + 1
             request.num_in_flight_tokens += 1
-            request.num_output_placeholders = underway + 1
+            request.num_output_placeholders = in_flight + 1
         data.req_ids.extend(scheduled)
         self.prev_step_scheduled_req_ids = set(scheduled)
         output = SchedulerOutput(
@@ -100,7 +105,7 @@ class DecodeScheduler(AsyncScheduler):
         return output
 
     def _new_page(self, request: Request) -> tuple[list[int], ...] | None:
-        """The page for its next token, where that is the first of one."""
+        """A page for the next token, if that is the first of one."""
         if request.num_computed_tokens % self.page_size:
             return None
         pages = self.kv_cache_manager.allocate_slots(request, 1)
@@ -110,14 +115,14 @@ class DecodeScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
-        """Take the tokens that were drawn in a step; end the sequences that are through."""
+        """Append the tokens that a step has drawn, and free the requests that they finish."""
         tokens, rows = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
         ended: set[Request] = set()
         ended_waiting: set[Request] = set()
         for name, count in scheduler_output.num_scheduled_tokens.items():
             request = self.requests.get(name)
             if request is None:
-                continue  # it ended in the step before, when this one was already under way
+                continue  # it finished in the step before, when this one was already in flight
             request.num_in_flight_tokens -= count
             stale = request.num_stale_output_tokens > 0  # it was preempted since
             if stale:
@@ -138,7 +143,7 @@ class DecodeScheduler(AsyncScheduler):
         return {}
 
     def _append(self, request: Request, token: int, stale: bool) -> None:
-        """Also keep, for the prefix cache, the page that the token's sequence has now filled."""
+        """Append a token, and cache the page that it has filled for the prefix cache."""
         request.append_output_token_ids(token)
         if not stale:
             request.num_output_placeholders -= 1

@@ -1,8 +1,8 @@
-"""vllm.model=titan: the trainer's own model, registered with vLLM as one from out of tree.
+"""vllm.model=titan: the trainer's own model, registered with vLLM as an out-of-tree model.
 
-vLLM decides which tokens run and which pages hold their keys and values. What it knows of a batch
-becomes an `AttentionContext` here, and the model is called as the native engine calls it, so that
-both have the same bits. Parameters keep their names and stay where they are.
+vLLM schedules tokens and assigns the pages of their keys and values. Its batch metadata becomes an
+`AttentionContext`, and the model is called as the native engine calls it, so that both have the
+same bits. Parameters keep their names and their storage.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from mesh.engine.base import num_pages
 from mesh.engine.choice import tile_logits
-from mesh.engine.native.cache import num_pages
 from mesh.model.attention import AttentionContext, KVCache, packed_context
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
@@ -36,16 +36,16 @@ from mesh.types import ModelShape
 ARCHITECTURE = "MeshPolicy"
 
 Blueprint = tuple[Policy, ModelShape, dist.ProcessGroup | None]
-"""(model, its shape, the tp ranks; None: one) of an engine that is being built."""
+"""(model, its shape, the tp ranks; None: one) of the engine that is being built."""
 
 blueprint: ContextVar[Blueprint] = ContextVar("blueprint")
-"""vLLM makes the model from a configuration of its own, which has no room for these."""
+"""vLLM builds the model from a configuration of its own, which cannot hold these."""
 
 
 class ContextBuilder(AttentionMetadataBuilder[AttentionContext]):
-    """Turns what vLLM knows of a batch into the context that the model takes."""
+    """Build the model's context from vLLM's metadata of a batch."""
 
-    # a captured decode step reads vLLM's persistent buffers: nothing is copied here on CUDA
+    # captured decode steps read vLLM's persistent buffers: nothing is copied here on CUDA
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
@@ -78,7 +78,7 @@ class ContextBuilder(AttentionMetadataBuilder[AttentionContext]):
 
 
 class PagedBackend(AttentionBackend):
-    """Attention over vLLM's pages by the functions that training and the native engine call."""
+    """Attention over vLLM's pages by the functions of training and of the native engine."""
 
     supported_dtypes = [torch.float32, torch.bfloat16]
 
@@ -88,7 +88,9 @@ class PagedBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        raise AssertionError("vLLM wants to call attention, which the model calls itself")
+        raise AssertionError(
+            "vLLM asks for an attention layer, and the model calls attention itself"
+        )
 
     @staticmethod
     def get_builder_cls() -> type[ContextBuilder]:
@@ -111,22 +113,22 @@ class PagedLayer(AttentionLayerBase):
         return self.spec
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Keys in the first half of the layer's memory, values in the second: our kernels want the
-        heads of a token side by side. kv_cache: [num_pages, K, page_size, 2 * H] in some order.
+        """Divide the layer's memory into keys and values, because our kernels read a token's heads
+        side by side. kv_cache: [num_pages, K, page_size, 2 * H] with strides in some order.
         """
         self.kv_cache = kv_cache
         order = sorted(range(kv_cache.ndim), key=kv_cache.stride, reverse=True)
         memory = kv_cache.permute(order)
-        assert memory.is_contiguous(), "vLLM's KV cache of one layer is not one piece of memory"
+        assert memory.is_contiguous(), "vLLM's KV cache of one layer is not contiguous"
         spec = self.spec
         shape = (2, len(kv_cache), spec.block_size, spec.num_kv_heads, spec.head_size)
         self.pages = list(memory.reshape(-1).view(shape).unbind())
 
 
 class TitanModel(nn.Module):
-    """What vLLM calls: the trainer's model behind vLLM's names.
+    """The trainer's model behind vLLM's model interface.
 
-    `observer`, where there is one, is told the context and positions of every forward pass.
+    `observer`, where there is one, is called with context and positions of every forward pass.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -144,8 +146,8 @@ class TitanModel(nn.Module):
         self.cache: KVCache | None = None
         self.names = [f"layers.{layer}.attention" for layer in range(shape.num_layers)]
         self.paged = [PagedLayer(spec, shape.num_heads // tp) for _ in self.names]
-        places = vllm_config.compilation_config.static_forward_context
-        places.update(zip(self.names, self.paged, strict=True))
+        layers = vllm_config.compilation_config.static_forward_context
+        layers.update(zip(self.names, self.paged, strict=True))
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.policy.tok_embeddings(input_ids)
@@ -161,7 +163,7 @@ class TitanModel(nn.Module):
         return self.policy.hidden(input_ids, positions, self._context(positions))
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """The hidden states as they are: the product is a part of our draws."""
+        """The hidden states unchanged: the product is a part of our draws."""
         return hidden_SD
 
     def head(self, hidden_SD: torch.Tensor) -> torch.Tensor:
@@ -170,7 +172,7 @@ class TitanModel(nn.Module):
 
     def _context(self, positions: torch.Tensor) -> AttentionContext:
         metadata = get_forward_context().attn_metadata
-        if not metadata:  # vLLM measures memory before there is a cache
+        if not metadata:  # vLLM profiles memory before it has a cache
             bounds = torch.tensor([0, len(positions)], dtype=torch.int32, device=positions.device)
             return packed_context(bounds, len(positions))
         if self.cache is None:
@@ -180,5 +182,5 @@ class TitanModel(nn.Module):
         if self.observer is not None:
             self.observer(context, positions)
         assert context.slots_T is not None
-        # rows that pad a captured batch have no slot: they write page 0, which vLLM gives to nobody
+        # rows that pad a captured batch have no slot: they write page 0, which vLLM never allocates
         return replace(context, cache=self.cache, slots_T=context.slots_T.clamp(min=0))
