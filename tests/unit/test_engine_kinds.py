@@ -25,6 +25,7 @@ from mesh.engine.kinds import (
 )
 from mesh.roles.generator import engine_settings
 
+
 def conf_of(engine: str, model: str = "titan", **keys) -> Conf:
     return Conf(engine=engine, vllm=VllmConf(model=model), **keys)
 

@@ -105,7 +105,7 @@ def test_a_lost_rollout_is_named():
 
 
 def test_leaves_that_are_not_the_schedule_s_are_refused():
-    """Every rank derives all ranks' passes from the outlines: they must be those of the rollouts."""
+    """All ranks' passes are derived from the outlines: they must be those of the rollouts."""
     wave = wave_of(GROUPS)
     outlines = [replace(one, num_tokens=one.num_tokens + 1) for one in wave.outlines]
     with pytest.raises(AssertionError, match="leaves are not the schedule's"):
