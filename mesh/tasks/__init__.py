@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -92,11 +93,21 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
     """The training prompts of a draw; ValueError where the task gives others than it was asked for.
 
     A task is told the round only where it is not the first, so `train_prompts(step, num)` is all
-    that a task needs which is never refilled.
+    that a task needs which is never refilled; for any other it is ValueError.
     """
+    if draw.round and not _takes_round(task):
+        raise ValueError(
+            f"the task's train_prompts takes no round, so it cannot refill step {draw.step}; give "
+            "it a parameter `round: int = 0`, and let each round draw other prompts"
+        )
     more = {"round": draw.round} if draw.round else {}
     prompts = task.train_prompts(draw.step, draw.num, **more)
     return numbered(prompts, draw.num, "train_prompts", draw.first_id)
+
+
+def _takes_round(task: Task) -> bool:
+    parameters = inspect.signature(task.train_prompts).parameters.values()
+    return any(p.name == "round" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -> list[Prompt]:
