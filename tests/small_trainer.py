@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.families import TINY
-from mesh.rl.losses import policy_loss_T
+from mesh.model.logprobs import TokenScores
+from mesh.program.plan import run_objective, trainer_settings
+from mesh.rl.objective import Objective, load_loss
 from mesh.rl.packing import Leaf, leaves
-from mesh.roles.trainer import Start, Trainer
+from mesh.rl.step import Pass, passes_of
+from mesh.roles.trainer import Start, Trainer, TrainerSettings
 from mesh.types import Rollout
 
 CPU = torch.device("cpu")
@@ -21,12 +28,27 @@ def conf_of(*words: str) -> Conf:
     return load_conf(["conf=qwen3_tiny", "trainer.lr=1e-3", "trainer.warmup_steps=0", *words])[1]
 
 
-def trainer_of(conf: Conf) -> Trainer:
+def objective_for(conf: Conf) -> Objective:
+    """The objective that a configuration asks for."""
+    return run_objective(conf, load_loss(conf.loss))
+
+
+def settings_of(conf: Conf) -> TrainerSettings:
+    """The trainer's part of a plan; the weights are random ones."""
+    settings = trainer_settings(conf, TINY, "cpu", objective_for(conf))
+    return replace(settings, start=Start(None, seed=3))
+
+
+def built(settings: TrainerSettings, conf: Conf, run_dir: Path | None = None) -> Trainer:
     meshes = build_meshes(plan_layout(conf, 1), "cpu")
-    return Trainer(conf, meshes, TINY, CPU, torch.float32, Start(None, seed=3))
+    return Trainer(settings, meshes, CPU, None if run_dir is None else str(run_dir))
 
 
-def some_leaves() -> list[Leaf]:
+def trainer_of(conf: Conf, run_dir: Path | None = None) -> Trainer:
+    return built(settings_of(conf), conf, run_dir)
+
+
+def some_rollouts() -> list[Rollout]:
     """Four rollouts of two prompts, of unequal lengths, as if another policy had drawn them."""
     generator = torch.Generator().manual_seed(1)
 
@@ -40,10 +62,29 @@ def some_leaves() -> list[Leaf]:
             response = tokens(3 + prompt_id + sample_id)
             logprobs = tuple(-4.5 - 0.1 * i for i in range(len(response)))
             rollouts.append(Rollout(prompt_id, sample_id, prompt, response, logprobs, 1.0, "stop"))
-    return leaves(rollouts, torch.tensor(ADVANTAGES), torch.full((4,), 0.5))
+    return rollouts
 
 
-def objective(conf: Conf, batch, logprobs_A):
-    return policy_loss_T(
-        logprobs_A, batch.generator_logprobs_A, batch.advantages_A, conf.clip_low, conf.clip_high
-    )
+def leaves_of(rollouts: Sequence[Rollout]) -> list[Leaf]:
+    """Their leaves; every token weighs 0.5."""
+    advantages_R = torch.tensor(ADVANTAGES[: len(rollouts)])
+    return leaves(rollouts, advantages_R, torch.full((len(rollouts),), 0.5))
+
+
+def some_leaves() -> list[Leaf]:
+    return leaves_of(some_rollouts())
+
+
+def passes_in(share: Sequence[Leaf], max_tokens: int = 4096) -> list[Pass]:
+    """The passes of a world of one rank that has these leaves."""
+    return passes_of(share, [[leaf.num_tokens for leaf in share]], 0, max_tokens)
+
+
+def accumulate(trainer: Trainer, passes: Sequence[Pass], objective: Objective) -> TokenScores:
+    """Both phases of a wave, as the recipe takes them."""
+    return trainer.accumulate(passes, objective, trainer.score(passes, objective.needs))
+
+
+def num_tokens(share: Sequence[Leaf]) -> int:
+    """Loss tokens of these leaves."""
+    return sum(r.length for leaf in share for r in leaf.rollouts)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh.tasks import Task, load_task
+from mesh.tasks import Draw, Task, draw_prompts, load_task
 from mesh.types import Prompt
 
 NAME = "mesh.exactness.uneven:Uneven"
@@ -30,8 +30,8 @@ class Uneven:
     def inner(self) -> Task:
         return load_task(self.name, self.seed, self.args)
 
-    def train_prompts(self, step: int, num: int, **more: int) -> list[Prompt]:
-        return self.inner.train_prompts(step, num, **more)
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        return draw_prompts(self.inner, Draw(step, num, round))
 
     def eval_prompts(self, num: int) -> list[Prompt]:
         return self.inner.eval_prompts(num)

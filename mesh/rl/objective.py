@@ -24,8 +24,8 @@ PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "step_statistics"})
 
 
 class Terms(NamedTuple):
-    """Per loss token: the loss to minimise, bool clipped, and the KL to the reference (None:
-    unweighted, and not computed)."""
+    """Per loss token: the loss to minimise, bool clipped, and the KL to the reference (None: the
+    reference was not scored)."""
 
     loss_T: Tensor
     clipped_T: Tensor
@@ -52,11 +52,13 @@ class Objective:
             with torch.no_grad():
                 tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
-        if self.kl_coef == 0:
+        if tokens.reference_logprobs_T is None:
+            assert self.kl_coef == 0, "the reference was not scored"
             return Terms(loss_T, clipped_T, None)
-        assert tokens.reference_logprobs_T is not None, "the reference was not scored"
         divergence_T = kl_T(tokens.logprobs_T, tokens.reference_logprobs_T)
-        return Terms(loss_T + self.kl_coef * divergence_T, clipped_T, divergence_T)
+        if self.kl_coef > 0:
+            loss_T = loss_T + self.kl_coef * divergence_T
+        return Terms(loss_T, clipped_T, divergence_T)
 
     def advantages(self, rewards_PG: Tensor) -> Tensor:
         """float32 advantages_PG on the CPU."""
@@ -134,20 +136,21 @@ def loss_problems(
 ) -> list[str]:
     """Settings that the loss does not have or whose type is wrong, and needs that cannot be met."""
     settings, found = settings_of(loss), []
-    for key in (key for key, value in bounds.items() if value is not None):
-        if key not in settings:
-            found.append(f"{key}={bounds[key]}: loss={name} does not clip so; leave it out")
+    given = {key for key, value in {**bounds, **args}.items() if value is not None}
+    for key in (key for key in bounds if key in given and key not in settings):
+        found.append(f"{key}={bounds[key]}: loss={name} does not clip so; leave it out")
     for key, value in args.items():
         found += _arg_problems(name, key, value, settings)
-    missing = [
-        key
-        for key, setting in settings.items()
-        if setting.default is setting.empty and key not in {*args, *bounds, *loss.settings}
-    ]
-    found += [f"loss_args.{key} is missing: loss={name} needs it" for key in missing]
+    for key, setting in settings.items():
+        if setting.default is setting.empty and key not in {*given, *loss.settings}:
+            where = key if key in BOUNDS else f"loss_args.{key}"
+            found.append(f"{where} is missing: loss={name} needs it; write {where}=VALUE")
     unmet = sorted(loss.needs - PROVIDED)
     if unmet:
-        found.append(f"loss={name}: needs {', '.join(unmet)}, which this trainer does not compute")
+        found.append(
+            f"loss={name}: needs {', '.join(unmet)}, which this trainer does not compute; use a "
+            f"loss whose needs are among {', '.join(sorted(PROVIDED))}"
+        )
     if "step_statistics" in loss.needs and waves > 1:
         found.append(
             f"waves={waves}: loss={name} needs the rewards of the whole step before the first "

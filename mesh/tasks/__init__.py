@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
@@ -94,11 +95,21 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
     """The training prompts of a draw. Raises ValueError if the task returns other ids.
 
     A task gets the round only if it is not the first, so one that is never refilled needs no more
-    than `train_prompts(step, num)`.
+    than `train_prompts(step, num)`; a later round of such a task is a ValueError too.
     """
+    if draw.round and not _takes_round(task):
+        raise ValueError(
+            f"the task's train_prompts takes no round, so it cannot refill step {draw.step}; give "
+            "it a parameter `round: int = 0`, and let each round draw other prompts"
+        )
     more = {"round": draw.round} if draw.round else {}
     prompts = task.train_prompts(draw.step, draw.num, **more)
     return numbered(prompts, draw.num, "train_prompts", draw.first_id)
+
+
+def _takes_round(task: Task) -> bool:
+    parameters = inspect.signature(task.train_prompts).parameters.values()
+    return any(p.name == "round" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -> list[Prompt]:

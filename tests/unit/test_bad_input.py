@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,24 @@ from safetensors.torch import load_file, save_file
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.config.schema import PACKAGE_DATA
+from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
+Refuse = Callable[..., str]
 
 
-def refusal(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
+@pytest.fixture
+def refusal(process: Process) -> Refuse:
     """The message with which a start on `world_size` ranks is refused."""
-    with pytest.raises(Refusal) as caught:
-        check(load_conf([f"conf={conf}", *words])[1], world_size)
-    return str(caught.value)
+
+    def message(*words: str, world_size: int = 2, conf: str = "qwen3_tiny") -> str:
+        with pytest.raises(Refusal) as caught:
+            of_world = replace(process, world_size=world_size)
+            check(load_conf([f"conf={conf}", *words])[1], of_world)
+        return str(caught.value)
+
+    return message
 
 
 def lines(message: str) -> list[str]:
@@ -129,7 +138,7 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_problem_names_key_value_and_remedy(case):
+def test_one_problem_names_key_value_and_remedy(refusal, case):
     words, world_size, parts = CASES[case]
     message = refusal(*words, world_size=world_size)
     assert message.startswith("1 problem with the configuration:\n- ")
@@ -138,12 +147,12 @@ def test_one_problem_names_key_value_and_remedy(case):
     assert len(lines(message)) == 1
 
 
-def test_unknown_config_names_the_nearest():
+def test_unknown_config_names_the_nearest(refusal):
     (line,) = lines(refusal(conf="qwen3_tny"))
     assert line.startswith("conf=qwen3_tny: no such config; did you mean qwen3_tiny?")
 
 
-def test_unknown_task_and_task_key_name_the_nearest():
+def test_unknown_task_and_task_key_name_the_nearest(refusal):
     assert "did you mean spell_backward?" in refusal("task=spell_backwards")
     assert "did you mean task_args.max_length?" in refusal("task_args.maxlength=4")
     far = refusal("task=chess", "task_args.colour=red")
@@ -151,7 +160,7 @@ def test_unknown_task_and_task_key_name_the_nearest():
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 
 
-def test_several_problems_are_listed_together():
+def test_several_problems_are_listed_together(refusal):
     message = refusal("model.path=/nope", "num_prompts=63", "trainer.clip_norm=inf")
     assert "clip_norm" in message  # a range is refused as soon as it is read
     found = lines(refusal("model.path=/nope", "num_prompts=63", "generator.kv_tokens=16"))
@@ -160,7 +169,7 @@ def test_several_problems_are_listed_together():
     ]  # fmt: skip
 
 
-def test_tokenizer_task_weights_and_layout_are_in_the_same_list(model):
+def test_tokenizer_task_weights_and_layout_are_in_the_same_list(refusal, model):
     (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     rewrite(model, lambda weights: weights.pop("model.norm.weight"))
     words = [f"model.path={model}", "task_args.maxlength=4", "task_args.minlength=2"]
@@ -178,13 +187,13 @@ def test_tokenizer_task_weights_and_layout_are_in_the_same_list(model):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_missing_file_of_a_checkpoint_is_named(model, name):
+def test_missing_file_of_a_checkpoint_is_named(refusal, model, name):
     (model / name).unlink()
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(f"model.path={model}: ") and name in line and "copy it" in line
 
 
-def test_truncated_weights_are_found_before_anything_is_loaded(model):
+def test_truncated_weights_are_found_before_anything_is_loaded(refusal, model):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (line,) = lines(refusal(f"model.path={model}"))
@@ -199,19 +208,19 @@ def test_truncated_weights_are_found_before_anything_is_loaded(model):
         ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
     ],
 )
-def test_config_json_that_describes_no_qwen3(model, content, wrong):
+def test_config_json_that_describes_no_qwen3(refusal, model, content, wrong):
     (model / "config.json").write_text(content)
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(f"model.path={model}: {wrong}")
 
 
-def test_config_json_without_a_size(model):
+def test_config_json_without_a_size(refusal, model):
     edit(model, hidden_size=None, intermediate_size=None)
     (line,) = lines(refusal(f"model.path={model}"))
     assert "config.json lacks hidden_size, intermediate_size; copy it again" in line
 
 
-def test_a_directory_that_wants_its_own_code_is_refused(model):
+def test_a_directory_that_wants_its_own_code_is_refused(refusal, model):
     own = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     edit(model, auto_map=own, model_type="mine")
     (model / "modeling_mine.py").write_text("raise SystemExit('was run')\n")
@@ -223,7 +232,7 @@ def test_a_directory_that_wants_its_own_code_is_refused(model):
     assert config.startswith(f"model.path={model}: config.json asks for custom code (auto_map: ")
     assert "modeling_mine.MineForCausalLM" in config
     assert "tokenizer_config.json asks for custom code" in of_tokenizer and "Mine" in of_tokenizer
-    assert all("no code that comes with a model is run here" in x for x in (config, of_tokenizer))
+    assert all("code that ships with a model is never run" in x for x in (config, of_tokenizer))
     assert any("model_type 'mine' is not supported" in line for line in found)
     of_both = lines(refusal(f"model.tokenizer={model}"))
     assert [line.partition(" asks for custom code")[0] for line in of_both] == [
@@ -231,14 +240,14 @@ def test_a_directory_that_wants_its_own_code_is_refused(model):
     ]
 
 
-def test_vocabulary_of_another_model(model):
+def test_vocabulary_of_another_model(refusal, model):
     edit(model, vocab_size=64)
     (line,) = lines(refusal(f"model.path={model}", "model.init=random"))
     assert "its ids go up to 97, the model's vocabulary up to 63" in line
     assert "use the model's own tokenizer" in line
 
 
-def test_weights_that_are_missing_from_the_file_are_named(model):
+def test_weights_that_are_missing_from_the_file_are_named(refusal, model):
     rewrite(model, lambda weights: weights.pop("model.norm.weight"))
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(
@@ -250,7 +259,7 @@ def test_weights_that_are_missing_from_the_file_are_named(model):
     assert "config.json" not in line
 
 
-def test_weights_of_other_sizes_are_named(model):
+def test_weights_of_other_sizes_are_named(refusal, model):
     edit(model, vocab_size=256)
     (line,) = lines(refusal(f"model.path={model}"))
     assert (

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.rl.losses import loss_sum, policy_loss_T, token_weights
-from mesh.rl.packing import assert_complete, assign, leaves, microbatches, owner, pack, schedule
+from mesh.rl.aggregation import loss_sum, token_weights
+from mesh.rl.cutting import assign, fill, owner, schedule
+from mesh.rl.losses import LossTokens, clipped_surrogate
+from mesh.rl.packing import assert_complete, leaves, pack
 from mesh.types import Rollout
 
 
@@ -46,7 +48,7 @@ def _own_leaves(step_leaves, prompt_ids, num_ranks):
 
 
 def _batches(step_leaves, prompt_ids, num_ranks, max_tokens):
-    """[rank][microbatch] packed batches."""
+    """[rank][pass] packed batches."""
     by_rank = _own_leaves(step_leaves, prompt_ids, num_ranks)
     plan = schedule([[leaf.num_tokens for leaf in own] for own in by_rank], max_tokens)
     return [
@@ -69,13 +71,14 @@ def test_pack_by_hand():
     assert batch.index_A.tolist() == [0, 1, 2, 6, 7, 11]
     assert batch.targets_A.tolist() == [13, 14, 15, 10, 11, 12]
     assert batch.generator_logprobs_A.tolist() == [-0.5, -1.0, -1.5, -0.5, -1.0, -0.5]
+    assert torch.equal(batch.old_logprobs_A, batch.generator_logprobs_A)
     assert batch.advantages_A.tolist() == [3, 3, 3, 1, 1, 2]
     assert batch.weights_A.tolist() == [30, 30, 30, 10, 10, 20]
     assert batch.sequence_A.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_dtypes_with_and_without_tokens():
-    """Shapes aside, an empty microbatch is like any other."""
+    """Shapes aside, an empty pass is like any other."""
     batch, empty = pack(_leaves([_rollout(0, 0, [1], [2])])), pack([])
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.tokens_T.dtype == batch.index_A.dtype == batch.sequence_A.dtype == torch.int64
@@ -84,7 +87,7 @@ def test_dtypes_with_and_without_tokens():
         assert getattr(one, "dtype", int) == getattr(other, "dtype", int)
 
 
-def test_empty_microbatch_is_one_token():
+def test_an_empty_pass_is_one_token():
     empty = pack([])
     assert empty.tokens_T.shape == (1,)
     assert (empty.positions_T.tolist(), empty.cu_seqlens.tolist()) == ([0], [0, 1])
@@ -122,10 +125,10 @@ def test_assign_is_modulo():
     assert [owner(i, 2) for i in (0, 1, 2)] == [0, 1, 0]
 
 
-def test_microbatches_by_hand():
-    assert microbatches([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
-    assert microbatches([3, 1], 0) == [[0], [1]]
-    assert microbatches([], 6) == []
+def test_fill_by_hand():
+    assert fill([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert fill([3, 1], 0) == [[0], [1]]
+    assert fill([], 6) == []
 
 
 def test_schedule_pads_to_the_longest():
@@ -164,7 +167,7 @@ def test_every_token_exactly_once(step, num_ranks, max_tokens, leaf_tokens):
         starts_A = batch.cu_seqlens[batch.sequence_A]
         assert torch.equal(batch.positions_T[batch.index_A], batch.index_A - starts_A)
         assert (batch.index_A + 1 < batch.cu_seqlens[batch.sequence_A + 1]).all()
-    seen = [(r.prompt_id, r.sample_id) for leaf in step_leaves for r in leaf.rollouts]
+    seen = [r.key for leaf in step_leaves for r in leaf.rollouts]
     assert_complete(seen, range(num_prompts), group_size)
 
 
@@ -173,15 +176,19 @@ def _plain_loss(rollouts, table, advantages_R, weights_R):
     total = 0.0
     for r, advantage, weight in zip(rollouts, advantages_R, weights_R, strict=True):
         old_A = torch.tensor(r.logprobs, dtype=torch.float64)
-        loss_A, _ = policy_loss_T(table[list(r.tokens)], old_A, advantage.double(), 0.2, 0.2)
+        mine_A = table[list(r.tokens)]
+        advantages_A = advantage.double().expand_as(mine_A)
+        sequence_A = torch.zeros(len(mine_A), dtype=torch.int64)
+        loss_A, _ = clipped_surrogate(LossTokens(mine_A, old_A, advantages_A, sequence_A))
         total += weight.item() * loss_A.sum().item()
     return total
 
 
 def _batch_loss(batch, table):
-    old_A = batch.generator_logprobs_A.double()
+    old_A = batch.old_logprobs_A.double()
     advantages_A = batch.advantages_A.double()
-    loss_A, _ = policy_loss_T(table[batch.targets_A], old_A, advantages_A, 0.2, 0.2)
+    tokens = LossTokens(table[batch.targets_A], old_A, advantages_A, batch.sequence_A)
+    loss_A, _ = clipped_surrogate(tokens)
     return loss_sum(loss_A, batch.weights_A).item()
 
 
@@ -199,7 +206,7 @@ def test_any_waves_and_ranks_give_the_same_loss(step, num_ranks, waves, limit, k
     generator = torch.Generator().manual_seed(num_prompts)
     table = -torch.rand(2000, generator=generator, dtype=torch.float64)
     advantages_R = torch.randn(len(rollouts), generator=generator)
-    weights_R = token_weights(torch.tensor([len(r.tokens) for r in rollouts]), kind)
+    weights_R = token_weights(torch.tensor([r.length for r in rollouts]), kind)
     step_leaves = leaves(rollouts, advantages_R, weights_R, leaf_tokens)
     total = sum(
         _batch_loss(batch, table)

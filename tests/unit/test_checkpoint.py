@@ -9,11 +9,13 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_trainer import built, settings_of
 
 from mesh.checkpoint.files import (
     Entry,
@@ -25,13 +27,12 @@ from mesh.checkpoint.files import (
     write_tensors,
 )
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.config.changes import changed
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.schema import Conf
-from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.process import Process
-from mesh.model.families import TINY
 from mesh.roles.trainer import Start, Trainer
 
 SHAPES = {"norm": (10,), "w1": (12, 8), "w2": (8, 12), "w3": (7, 4)}
@@ -111,10 +112,9 @@ def conf_of(*words: str) -> Conf:
 
 def trainer_of(conf: Conf) -> Trainer:
     """From the weights in model.path where that is no shipped model, else from random ones."""
-    meshes = build_meshes(plan_layout(conf, 1), "cpu")
     shipped = conf.model.path is None or conf.model.path.startswith("package:")
     start = Start(None if shipped else Path(str(conf.model.path)), seed=3)
-    return Trainer(conf, meshes, TINY, torch.device("cpu"), torch.float32, start)
+    return built(replace(settings_of(conf), start=start), conf)
 
 
 def advance(trainer: Trainer, seed: int) -> dict[str, float]:
@@ -164,7 +164,7 @@ def names_in(path: Path) -> list[str]:
 
 def loaded(process: Process, path: Path, conf: Conf) -> tuple[int, Trainer]:
     trainer = trainer_of(conf)
-    conf.resume = str(path)
+    conf = changed(conf, {"resume": str(path)})
     return Checkpointer(conf, path, process, trainer).load(), trainer
 
 
@@ -232,7 +232,7 @@ def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(proces
 def test_old_ones_that_a_killed_run_left_are_removed_when_it_is_resumed(process, tmp_path):
     """It died between the renaming of the newest and the removal of the oldest."""
     conf, _ = run_with(process, tmp_path / "run", 4, "checkpoint.keep=4")
-    conf.checkpoint.keep = 2
+    conf = changed(conf, {"checkpoint.keep": 2})
     assert loaded(process, tmp_path / "run", conf)[0] == 4
     assert names_in(tmp_path / "run") == ["step-3", "step-4"]
 
@@ -325,7 +325,7 @@ def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path,
     run_with(process, path, 4, "checkpoint.keep=9")
     flip(path / "checkpoints" / "step-3" / RANK_0, 5000)
     (path / "checkpoints" / "step-5.partial").mkdir()
-    before, conf.checkpoint.every = bytes_in(tmp_path), 0
+    before, conf = bytes_in(tmp_path), changed(conf, {"checkpoint.every": 0})
     for limit, step in ((9, 4), (5, 4), (4, 2), (3, 2), (2, 1), (1, 0)):
         trainer = trainer_of(conf)
         new = bits_of(trainer)
@@ -413,10 +413,9 @@ def test_a_resumed_run_has_its_own_keys_but_for_how_it_runs(tmp_path):
     words = [f"resume={tmp_path}", "trainer.tp=2", "mesh.mode=split", "steps=200", "seed=0"]
     words += ["reward.on_failure=zero", "reward.timeout_seconds=5"]
     _, resumed = load_conf(words, resumes=True)
-    conf.trainer.tp, conf.mesh.mode, conf.steps = 2, "split", 200
-    conf.reward.on_failure, conf.reward.timeout_seconds = "zero", 5.0
-    conf.run_dir = conf.resume = str(tmp_path)
-    assert resumed == conf
+    given = {"trainer.tp": 2, "mesh.mode": "split", "steps": 200, "reward.on_failure": "zero"}
+    given |= {"reward.timeout_seconds": 5.0, "run_dir": str(tmp_path), "resume": str(tmp_path)}
+    assert resumed == changed(conf, given)
     wrong = refusal(*words, "trainer.lr=2e-4", "task_args.max_length=4", "run_dir=x", "seed=1")
     keys = ("trainer.lr=0.0002", "task_args=", "run_dir=x", "seed=1")
     assert wrong.startswith("4 problems") and all(f"- {key}" in wrong for key in keys)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mesh.config.changes import changed
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, TrainerConf
-from mesh.program.checks import check_start, conf_problems, sequence_problems
+from mesh.program import checks
+from mesh.program.checks import sequence_problems
 from mesh.types import ModelShape
 
 TINY = ModelShape(128, 128, 2, 4, 4, 32, 384)
@@ -22,6 +24,11 @@ WEIGHTS = f"{SOURCE}, or set model.init=random"
 TOKENIZER = "copy it there, or set model.tokenizer=DIRECTORY"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU")
+
+
+def conf_problems(conf: Conf, *more, **options) -> list[str]:
+    """On the device that is asked for."""
+    return checks.conf_problems(conf, conf.device, *more, **options)
 
 
 def random_conf(**keys) -> Conf:
@@ -186,8 +193,8 @@ def test_cuda_asked_for_without_it():
 
 @without_cuda
 def test_page_size_on_cuda_is_a_multiple_of_256():
-    conf = Conf(device="cuda", model=ModelConf(init="random"))
-    conf.generator.page_size = 300
+    keys = GeneratorConf(page_size=300)
+    conf = Conf(device="cuda", model=ModelConf(init="random"), generator=keys)
     assert conf_problems(conf)[1:] == [
         "generator.page_size=300: the CUDA attention kernel wants a multiple of 256; use 512, or 0 "
         "for the default"
@@ -196,21 +203,20 @@ def test_page_size_on_cuda_is_a_multiple_of_256():
 
 @without_cuda
 def test_fp32_on_cuda_is_not_captured():
-    conf = Conf(device="cuda", model=ModelConf(init="random"))
-    conf.generator.dtype = "float32"
+    keys = GeneratorConf(dtype="float32")
+    conf = Conf(device="cuda", model=ModelConf(init="random"), generator=keys)
     assert conf_problems(conf)[1:] == [
         "generator.dtype=float32: its decode steps cannot be captured as CUDA graphs; use "
         "bfloat16, or set generator.cuda_graphs=false"
     ]
-    conf.generator.cuda_graphs = False
-    assert conf_problems(conf)[1:] == []
+    assert conf_problems(changed(conf, {"generator.cuda_graphs": False}))[1:] == []
 
 
 @needs_cuda
 def test_more_processes_than_gpus(monkeypatch):
     gpus = torch.cuda.device_count()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
-    assert conf_problems(Conf(model=ModelConf(init="random"))) == [
+    assert checks.conf_problems(Conf(model=ModelConf(init="random")), "cuda") == [
         f"device=auto: {gpus + 1} processes on this machine, which has {gpus} GPUs; start at most "
         f"{gpus}, or set device=cpu"
     ]
@@ -231,9 +237,8 @@ def test_token_counts_that_leave_no_room():
         "least 100, or lower model.max_length",
     ]
     assert len(conf_problems(conf, training=False)) == 2  # no row is packed
-    conf.trainer.microbatch_tokens = 100
-    conf.generator = GeneratorConf(max_new_tokens=99, kv_tokens=112)
-    assert conf_problems(conf) == []
+    room = {"trainer.microbatch_tokens": 100, "generator.max_new_tokens": 99}
+    assert conf_problems(changed(conf, room | {"generator.kv_tokens": 112})) == []
 
 
 def test_context_longer_than_the_models_own():
@@ -243,8 +248,7 @@ def test_context_longer_than_the_models_own():
         "model.max_length=4097: the model's own context is 4096 tokens (max_position_embeddings); "
         "use at most 4096"
     ]
-    conf.model.max_length = 4096
-    assert conf_problems(conf, shape) == []
+    assert conf_problems(changed(conf, {"model.max_length": 4096}), shape) == []
 
 
 def test_loggers_that_are_not_installed(monkeypatch):
@@ -277,7 +281,7 @@ def test_check_start_lists_everything_together(tmp_path: Path):
         num_prompts=63,
     )
     with pytest.raises(ValueError) as caught:
-        check_start(conf, 5, TINY)
+        checks.check_start(conf, "cpu", 5, TINY)
     assert str(caught.value).splitlines() == [
         "4 problems with the configuration:",
         "- steps=0: must be >= 1; the default is 100",
@@ -291,14 +295,13 @@ def test_check_start_lists_everything_together(tmp_path: Path):
 
 
 def test_check_start_passes_and_lists_a_range_only_once():
-    check_start(random_conf(), 2, TINY)
+    checks.check_start(random_conf(), "cpu", 2, TINY)
     with pytest.raises(ValueError, match=r"^1 problem with the configuration:\n- group_size=1: "):
-        check_start(random_conf(group_size=1), 2, TINY)
+        checks.check_start(random_conf(group_size=1), "cpu", 2, TINY)
 
 
 def test_sequence_parallelism_without_ranks_to_share_is_refused():
     _, conf = load_conf(["conf=qwen3_tiny", "trainer.sequence_parallel=true"])
     assert "trainer.sequence_parallel=true: " in sequence_problems(conf)[0]
     assert "trainer.tp=2" in sequence_problems(conf)[0]
-    conf.trainer.tp = 2
-    assert sequence_problems(conf) == []
+    assert sequence_problems(changed(conf, {"trainer.tp": 2})) == []

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 from user_tasks import Short
 
 from mesh.config.loading import load_conf
-from mesh.config.schema import Conf, EvalConf
-from mesh.program.assembly import Parts, check, without_training
+from mesh.lifecycle.process import Process
+from mesh.program.assembly import check
+from mesh.program.plan import Plan
 from mesh.roles.evaluation import _sums, held_out_prompts, pass_at_k
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Rollout
 
 
-def generating(*words: str, held_out: bool = True) -> Parts:
+def generating(process: Process, *words: str, held_out: bool = True) -> Plan:
     """A start on 3 ranks of a program that does not train."""
-    conf = without_training(load_conf(["conf=qwen3_tiny", *words])[1])
-    return check(conf, 3, training=False, held_out=held_out)
+    conf = load_conf(["conf=qwen3_tiny", *words])[1]
+    return check(conf, replace(process, world_size=3), training=False, held_out=held_out)
 
 
 @pytest.mark.parametrize("num_samples", range(1, 7))
@@ -49,19 +51,20 @@ def test_sums_by_hand():
 
 
 def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():
-    conf = Conf(eval=EvalConf(num_prompts=5))
-    assert held_out_prompts(conf, SpellBackward(0)) == SpellBackward(0).eval_prompts(5)
+    assert held_out_prompts(SpellBackward(0), 5) == SpellBackward(0).eval_prompts(5)
     with pytest.raises(ValueError, match="eval_prompts was asked for 5 prompts and gave 4"):
-        held_out_prompts(conf, Short(0))
+        held_out_prompts(Short(0), 5)
 
 
-def test_what_only_training_asks_does_not_keep_a_program_from_generating():
+def test_what_only_training_asks_does_not_keep_a_program_from_generating(process):
     long = ["task_args.min_length=30", "task_args.max_length=30"]
-    generating("num_prompts=64", "trainer.microbatch_tokens=1", "task=user_tasks:ShortTraining")
-    generating(*long, "task=user_tasks:Short", held_out=False)
+    words = ["num_prompts=64", "trainer.microbatch_tokens=1", "task=user_tasks:ShortTraining"]
+    plan = generating(process, *words)
+    assert plan.trainer.optimizer is None and not plan.trainer.reference
+    generating(process, *long, "task=user_tasks:Short", held_out=False)
     with pytest.raises(ValueError, match=r"the prompt '[a-z]{30}>' has 31 tokens"):
-        generating(*long)
+        generating(process, *long)
     with pytest.raises(ValueError, match="eval_prompts was asked for 256 prompts and gave 255"):
-        generating("task=user_tasks:Short")
+        generating(process, "task=user_tasks:Short")
     with pytest.raises(ValueError, match="trainer.tp=3"):
-        generating("trainer.tp=3")
+        generating(process, "trainer.tp=3")

@@ -8,17 +8,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs.exchange_program import rollout
 
-from mesh.exchange.rollouts import _merge, _outlines, _payload, _table, _unpack, replica_of
-from mesh.types import Outline, Rollout
+from mesh.exchange.rollouts import (
+    COLUMNS,
+    _merge,
+    _outline,
+    _payload,
+    _payload_length,
+    _table,
+    _unpack,
+    replica_of,
+)
+from mesh.types import FINISH_REASONS, Outline, Rollout, Turn, outline
 
 TOKENS = st.lists(st.integers(0, 2**40), max_size=5).map(tuple)
+TURN = st.builds(Turn, st.integers(0, 3), st.booleans())
 
 
 @st.composite
 def rollouts(draw) -> list[Rollout]:
+    """Some without turns, some with."""
     found = []
     for sample_id in range(draw(st.integers(0, 5))):
+        turns = tuple(draw(st.lists(TURN, max_size=4)))
         tokens = draw(TOKENS)
+        if turns:
+            tokens = tuple(range(sum(turn.num_tokens for turn in turns)))
+        sampled = sum(turn.num_tokens for turn in turns if turn.sampled) if turns else len(tokens)
         logprobs = st.floats(-100, 0, width=32)
         found.append(
             Rollout(
@@ -26,9 +41,10 @@ def rollouts(draw) -> list[Rollout]:
                 sample_id,
                 draw(TOKENS),
                 tokens,
-                tuple(draw(logprobs) for _ in tokens),
+                tuple(draw(logprobs) for _ in range(sampled)),
                 draw(st.floats(-10, 10)),
-                draw(st.sampled_from(["stop", "length"])),
+                draw(st.sampled_from(FINISH_REASONS)),
+                turns,
             )
         )
     return found
@@ -36,22 +52,27 @@ def rollouts(draw) -> list[Rollout]:
 
 @given(rollouts())
 def test_what_is_unpacked_was_packed(sent):
-    outlines = _outlines(_table(sent))
-    assert _unpack(outlines, *_payload(sent)) == sent
+    rows, payload = _table(sent).tolist(), _payload(sent)
+    assert _unpack(rows, *payload) == sent
+    assert [_outline(row) for row in rows] == [outline(r) for r in sent]
+    # what the receiver has room for
+    assert len(payload[0]) == sum(map(_payload_length, rows))
+    assert len(payload[1]) == sum(r.length for r in sent)
 
 
 def test_outline_by_hand():
-    table = _table([rollout(4, 2)])
-    assert table.shape == (1, 6) and table.dtype == torch.float64
-    assert _outlines(table) == [Outline(4, 2, 2, 5, 4 / 3 + 2, "stop")]
+    sent = rollout(4, 2)
+    table = _table([sent])
+    assert table.shape == (1, COLUMNS) and table.dtype == torch.float64
+    assert _outline(table[0].tolist()) == Outline(4, 2, 5, 7, 4 / 3 + 2, "stop") == outline(sent)
 
 
 def test_merged_outlines_are_in_order_and_counted():
     sent = [rollout(p, g) for p in (2, 0) for g in (1, 0)]
-    parts = [(_table(sent[:3]), sent[:3]), (_table(sent[3:]), [])]
+    parts = [([outline(r) for r in sent[:3]], sent[:3]), ([outline(sent[3])], [])]
     wave = _merge(parts, expected=4)
-    assert [(o.prompt_id, o.sample_id) for o in wave.outlines] == [(0, 0), (0, 1), (2, 0), (2, 1)]
-    assert [(r.prompt_id, r.sample_id) for r in wave.rollouts] == [(0, 1), (2, 0), (2, 1)]
+    assert [o.key for o in wave.outlines] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert [r.key for r in wave.rollouts] == [(0, 1), (2, 0), (2, 1)]
     assert wave.rewards(2).tolist() == [[0, 1], [pytest.approx(2 / 3), pytest.approx(5 / 3)]]
     with pytest.raises(AssertionError, match="4 rollouts arrived, 6 were due"):
         _merge(parts, expected=6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ class Small:
         path.mkdir(exist_ok=True)
         self.trainer = trainer_of(self.conf)
         if resume:
-            self.conf.resume = str(path)
+            self.conf = replace(self.conf, resume=str(path))
         self.keeper = Checkpointer(self.conf, path, process, self.trainer)
         self.step = self.keeper.load() if resume else 0
 

@@ -74,17 +74,16 @@ def test_what_cannot_be_exact_is_refused_all_at_once():
     shape = ModelShape(128, 128, 2, 8, 8, 32, 384)
     words = ["trainer.tp=8", "invariant.chunks=4", "trainer.dtype=bfloat16"]
     _, conf = load_conf(["conf=qwen3_tiny", "batch_invariant=true", *words])
-    found = "\n".join(invariant_problems(conf, shape))
+    found = "\n".join(invariant_problems(conf, "cpu", shape))
     assert "trainer.tp=8" in found and "invariant.chunks=8" in found
     assert "generator.dtype" in found
     _, conf = load_conf(["conf=qwen3_tiny", "invariant.chunks=3"])
-    assert "invariant.chunks=3" in "\n".join(invariant_problems(conf, shape))
+    assert "invariant.chunks=3" in "\n".join(invariant_problems(conf, "cpu", shape))
 
 
-def test_what_a_gpu_cannot_do_exactly_is_refused(monkeypatch):
-    monkeypatch.setattr("mesh.program.checks.resolve_device", lambda conf: "cuda")
+def test_what_a_gpu_cannot_do_exactly_is_refused():
     words = ["trainer.dtype=float32", "generator.dtype=float32", "generator.top_p=0.9"]
     _, conf = load_conf(["conf=qwen3_tiny", "batch_invariant=true", *words])
-    found = "\n".join(invariant_problems(conf, ModelShape(128, 128, 2, 8, 8, 48, 384)))
+    found = "\n".join(invariant_problems(conf, "cuda", ModelShape(128, 128, 2, 8, 8, 48, 384)))
     for said in ("trainer.dtype=float32", "generator.dtype=float32", "top_p=0.9", "heads of 48"):
         assert said in found

@@ -8,10 +8,10 @@ import pytest
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
-from mesh.exactness.batch import mixed_requests, part_of
-from mesh.exactness.bits import Place, Tally, compare_rollouts, compare_values
+from mesh.exactness.comparison import Mismatch, Tally, compare_rollouts, compare_values
 from mesh.exactness.layouts import candidates, own_layout
 from mesh.exactness.table import Check, line, passed, verdict, with_control
+from mesh.exactness.walk import mixed_requests, part_of
 from mesh.model.families import TINY
 from mesh.program.assembly import check
 from mesh.types import Rollout
@@ -53,10 +53,10 @@ def test_comparing_counts_every_token_and_finds_the_first_that_differs():
 def test_what_is_not_finite_fails_also_where_both_sides_have_it():
     nan = rollout((7, 8), (-1.0, NAN))
     tally = compared(nan, nan)
-    assert (tally.different, tally.not_finite, tally.passed) == (0, 2, False)
+    assert (tally.different, tally.not_finite, tally.passed) == (1, 2, False)
     assert tally.first is not None and tally.first.position == 3
     both = compare_values({"loss": NAN}, {"loss": NAN})
-    assert (both.different, both.not_finite, both.passed) == (0, 2, False)
+    assert (both.different, both.not_finite, both.passed) == (1, 2, False)
     assert compare_values({"loss": 0.0}, {"loss": -0.0}).different == 1
     assert compare_values({"digest": "ab"}, {"digest": "ab"}).passed
 
@@ -70,9 +70,12 @@ def test_nothing_compared_is_a_failure_unless_it_was_not_run():
     assert verdict([good, nothing, skipped]) == (
         "5 comparisons: no rung of the exactness ladder holds here; L1 FAILED"
     )
-    place = Place("token", ("1", "2"), 0, 3, 1, 9, 0, "layers.0.attention.wo", 7)
+    place = Mismatch(
+        "token", ("1", "2"), step=0, prompt_id=3, sample_id=1, index=7, position=9, token=5, rank=0,
+        module="layers.0.attention.wo", module_position=7,
+    )  # fmt: skip
     bad = Check("L2", "loop", Tally(5, 2, 0, place))
-    named = "first differing module layers.0.attention.wo at position 7, step 0, prompt 3, sample 1"
+    named = "first divergent module layers.0.attention.wo at position 7, step 0, prompt 3, sample 1"
     assert "2 differ" in line(bad) and named in line(bad)
     control = [replace(good, tally=Tally(5, 4, 0, place)), skipped]
     assert [c.differ_without for c in with_control([good, bad, skipped], control)] == [
@@ -83,24 +86,24 @@ def test_nothing_compared_is_a_failure_unless_it_was_not_run():
 
 
 def test_candidates_are_every_layout_that_fits():
-    everything = candidates(conf_of("validate.layouts=all"), 4, TINY)
-    cover = candidates(conf_of(), 4, TINY)
+    everything = candidates(conf_of("validate.layouts=all"), "cpu", 4, TINY)
+    cover = candidates(conf_of(), "cpu", 4, TINY)
     assert len(set(everything)) == len(everything) == 9 * 3 + 1 * 1 + 4 * 2 + 2 * 1
     assert set(cover) < set(everything) and len(cover) == 9 + 1 + 4 + 2
     for role in ("trainer", "generator"):
         roles = [{(c.mode, getattr(c, role)) for c in found} for found in (everything, cover)]
         assert roles[0] == roles[1]
-    fewer = candidates(conf_of("validate.layouts=all"), 4, replace(TINY, num_kv_heads=2))
+    fewer = candidates(conf_of("validate.layouts=all"), "cpu", 4, replace(TINY, num_kv_heads=2))
     assert {c.trainer.tp for c in fewer} == {c.generator.tp for c in fewer} == {1, 2}
     conf = conf_of("validate.layouts=own", "mesh.mode=split", "generator.tp=2")
-    assert candidates(conf, 4, TINY) == [own_layout(conf, 4)]
+    assert candidates(conf, "cpu", 4, TINY) == [own_layout(conf, 4)]
     assert str(own_layout(conf, 4)) == "split 2+2: trainer dp 1x2 tp 1, generator dp 1 tp 2"
     assert own_layout(own_layout(conf, 4).applied(conf_of()), 4) == own_layout(conf, 4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33])
-def test_parts_of_the_batch_have_the_size_that_was_asked_for(size):
-    requests = mixed_requests(conf_of(), check(conf_of(), 1))
+def test_parts_of_the_batch_have_the_size_that_was_asked_for(size, process):
+    requests = mixed_requests(conf_of(), check(conf_of(), process))
     whole = {r.prompt_id: r for r in requests}
     assert sum(r.num_samples for r in requests) == SEQUENCES
     lengths = {len(r.tokens) for r in requests}

@@ -270,6 +270,6 @@ def test_parallelism_counts():
 
 
 def test_device_auto_is_what_torch_finds():
-    assert resolve_device(Conf(device="cpu")) == "cpu"
-    assert resolve_device(Conf(device="cuda")) == "cuda"
-    assert resolve_device(Conf()) == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("cuda") == "cuda"
+    assert resolve_device(Conf().device) == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,16 +5,9 @@ import math
 import pytest
 import torch
 
-from mesh.rl.losses import (
-    kl_T,
-    loss_sum,
-    merge,
-    normaliser,
-    policy_loss_T,
-    stats_metrics,
-    token_stats,
-    token_weights,
-)
+from mesh.rl.aggregation import loss_sum, normaliser, token_weights
+from mesh.rl.losses import LossTokens, TokenLoss, clipped_surrogate, kl_T
+from mesh.rl.statistics import merge, stats_metrics, token_stats
 
 # ratio, advantage -> loss, clipped; clip_low 0.2, clip_high 0.3
 CASES = [
@@ -30,6 +23,13 @@ CASES = [
 ]
 
 
+def clipped(logprobs_T, old_T, advantages_T, clip_low, clip_high) -> TokenLoss:
+    """The surrogate on tokens of one sequence."""
+    sequence_T = torch.zeros(len(logprobs_T), dtype=torch.int64)
+    tokens = LossTokens(logprobs_T, old_T, advantages_T, sequence_T)
+    return clipped_surrogate(tokens, clip_low=clip_low, clip_high=clip_high)
+
+
 def _case_tensors():
     ratio_T, advantages_T, loss_T = torch.tensor(
         [case[:3] for case in CASES], dtype=torch.float64
@@ -41,7 +41,7 @@ def _case_tensors():
 def test_policy_loss_by_hand():
     ratio_T, advantages_T, expected_T, expected_clipped_T = _case_tensors()
     old_T = torch.linspace(-3, -0.1, len(CASES), dtype=torch.float64)
-    loss_T, clipped_T = policy_loss_T(old_T + ratio_T.log(), old_T, advantages_T, 0.2, 0.3)
+    loss_T, clipped_T = clipped(old_T + ratio_T.log(), old_T, advantages_T, 0.2, 0.3)
     torch.testing.assert_close(loss_T, expected_T, rtol=1e-12, atol=1e-12)
     assert torch.equal(clipped_T, expected_clipped_T)
 
@@ -53,7 +53,7 @@ def test_policy_loss_is_the_papers_formula():
     ratio_T = (logprobs_T - old_T).exp()
     bounded_T = ratio_T.clamp(0.8, 1.3)
     expected_T = -torch.minimum(ratio_T * advantages_T, bounded_T * advantages_T)
-    loss_T, clipped_T = policy_loss_T(logprobs_T, old_T, advantages_T, 0.2, 0.3)
+    loss_T, clipped_T = clipped(logprobs_T, old_T, advantages_T, 0.2, 0.3)
     torch.testing.assert_close(loss_T, expected_T)
     assert torch.equal(clipped_T, bounded_T * advantages_T < ratio_T * advantages_T)
 
@@ -63,7 +63,7 @@ def test_policy_gradient_is_closed_form_and_exact():
     ratio_T, advantages_T, _, clipped_T = _case_tensors()
     old_T = torch.full_like(ratio_T, -1.0).requires_grad_()
     logprobs_T = (old_T.detach() + ratio_T.log()).requires_grad_()
-    loss_T, _ = policy_loss_T(logprobs_T, old_T, advantages_T, 0.2, 0.3)
+    loss_T, _ = clipped(logprobs_T, old_T, advantages_T, 0.2, 0.3)
     loss_T.sum().backward()
     expected_T = torch.where(clipped_T, 0.0, -ratio_T * advantages_T)
     torch.testing.assert_close(logprobs_T.grad, expected_T, rtol=1e-12, atol=0)
@@ -76,7 +76,7 @@ def test_equal_bits_give_ratio_one(dtype):
     torch.manual_seed(1)
     logprobs_T = (-10 * torch.rand(1000, dtype=dtype)).requires_grad_()
     advantages_T = torch.randn(1000, dtype=dtype)
-    loss_T, clipped_T = policy_loss_T(logprobs_T, logprobs_T.detach(), advantages_T, 0.0, 0.0)
+    loss_T, clipped_T = clipped(logprobs_T, logprobs_T.detach(), advantages_T, 0.0, 0.0)
     loss_T.sum().backward()
     assert torch.equal(loss_T, -advantages_T)
     assert torch.equal(logprobs_T.grad, -advantages_T)
@@ -91,7 +91,7 @@ def test_whole_loss_by_finite_differences():
     weights_T = torch.linspace(0.1, 1, len(CASES), dtype=torch.float64)
 
     def whole(logprobs_T):
-        loss_T, _ = policy_loss_T(logprobs_T, old_T, advantages_T, 0.2, 0.3)
+        loss_T, _ = clipped(logprobs_T, old_T, advantages_T, 0.2, 0.3)
         return loss_sum(loss_T + 0.1 * kl_T(logprobs_T, ref_T), weights_T)
 
     logprobs_T = (old_T + ratio_T.log()).requires_grad_()
@@ -155,22 +155,24 @@ def test_bad_aggregation_is_named():
 
 
 def test_no_tokens_still_have_a_graph():
-    """A padded microbatch runs forward and backward and leaves gradients of exactly 0."""
+    """A padded pass runs forward and backward and leaves gradients of exactly 0."""
     hidden_TD = torch.ones(1, 3, requires_grad=True)
     empty_A = torch.zeros(0)
     logprobs_A = hidden_TD[torch.zeros(0, dtype=torch.int64)].sum(-1)
-    loss_A, clipped_A = policy_loss_T(logprobs_A, empty_A, empty_A, 0.2, 0.2)
+    loss_A, clipped_A = clipped(logprobs_A, empty_A, empty_A, 0.2, 0.2)
     total = loss_sum(loss_A + kl_T(logprobs_A, empty_A), empty_A)
     total.backward()
     assert total.item() == 0
     assert torch.equal(hidden_TD.grad, torch.zeros(1, 3))
-    assert set(stats_metrics(token_stats(logprobs_A, empty_A, clipped_A)).values()) == {0.0}
+    stats = token_stats(logprobs_A, empty_A, empty_A, clipped_A)
+    assert set(stats_metrics(stats).values()) == {0.0}
 
 
 def test_stats_by_hand():
     old_T = torch.zeros(4, dtype=torch.float64)
     logprobs_T = torch.tensor([2.0, 1.0, 0.5, 0.5], dtype=torch.float64).log()
-    metrics = stats_metrics(token_stats(logprobs_T, old_T, torch.tensor([True, 0, 0, 0])))
+    clipped_T = torch.tensor([True, 0, 0, 0])
+    metrics = stats_metrics(token_stats(logprobs_T, old_T, old_T, clipped_T))
     assert metrics == pytest.approx(
         {
             "logprob_diff/max": math.log(2),
@@ -184,12 +186,11 @@ def test_stats_by_hand():
 
 def test_stats_of_parts_merge_to_the_whole():
     torch.manual_seed(2)
-    logprobs_T, old_T = torch.randn(2, 100)
-    clipped_T = torch.rand(100) < 0.3
+    tokens = (*torch.randn(3, 100), torch.rand(100) < 0.3)
     cuts = [slice(0, 7), slice(7, 7), slice(7, 90), slice(90, 100)]
-    merged = token_stats(*(x[:0] for x in (logprobs_T, old_T, clipped_T)))
+    merged = token_stats(*(x_T[:0] for x_T in tokens))
     for cut in cuts:
-        merged = merge(merged, token_stats(logprobs_T[cut], old_T[cut], clipped_T[cut]))
-    whole = token_stats(logprobs_T, old_T, clipped_T)
+        merged = merge(merged, token_stats(*(x_T[cut] for x_T in tokens)))
+    whole = token_stats(*tokens)
     torch.testing.assert_close(merged.sums, whole.sums, rtol=1e-12, atol=0)
     assert torch.equal(merged.maxima, whole.maxima)

@@ -122,7 +122,7 @@ def test_tiles_of_shards_are_the_tiles_of_the_whole(vocab_size, shards):
     assert all(0 < last - first <= MAX_TILE for first, last in whole)
     assert all(a[1] == b[0] for a, b in zip(whole, whole[1:], strict=False))
     if vocab_size % shards:
-        with pytest.raises(ValueError, match=f"{vocab_size} cannot be cut into {shards}"):
+        with pytest.raises(ValueError, match=f"{vocab_size} cannot be split into {shards}"):
             vocab_tiles(vocab_size, shards)
         return
     width, local = vocab_size // shards, vocab_tiles(vocab_size, shards)

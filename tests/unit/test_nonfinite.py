@@ -8,44 +8,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from small_trainer import CPU, conf_of, objective, some_leaves
+from small_trainer import accumulate, conf_of, num_tokens, passes_in, some_leaves
+from small_trainer import trainer_of as trainer_for
 from test_checkpoint import bits_of
 
-from mesh.config.schema import Conf
-from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.layout.reshard import Block, ParamLayout
-from mesh.model.families import TINY
-from mesh.rl.packing import Leaf, PackedBatch
+from mesh.rl.losses import Loss, LossTokens, TokenLoss, clipped_surrogate
+from mesh.rl.objective import Objective
+from mesh.rl.packing import Leaf
 from mesh.roles.nonfinite import BadParameter, BadSequence, Findings, merged, message, to_json
-from mesh.roles.trainer import Start, Trainer
+from mesh.roles.trainer import Trainer
 
 GRADIENT = "gradient by the trainer logprob"
-Objective = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+CLIPPED = Objective(Loss(clipped_surrogate))
 pytestmark = pytest.mark.usefixtures("solo_mesh")
 
 
 def trainer_of(*words: str, run_dir: Path | None = None) -> Trainer:
-    conf = conf_of("trainer.warmup_steps=9", *words)
-    meshes = build_meshes(plan_layout(conf, 1), "cpu")
-    where = None if run_dir is None else str(run_dir)
-    return Trainer(
-        conf, meshes, TINY, CPU, torch.float32, Start(None, 3), run_dir=where,
-    )  # fmt: skip
+    return trainer_for(conf_of("trainer.warmup_steps=9", *words), run_dir)
 
 
 def with_logprob(share: Sequence[Leaf], prompt_id: int, sample_id: int, at: int, value: float):
     """The leaves with another generator logprob of one token."""
 
     def changed(rollout):
-        if (rollout.prompt_id, rollout.sample_id) != (prompt_id, sample_id):
+        if rollout.key != (prompt_id, sample_id):
             return rollout
         return replace(
             rollout, logprobs=(*rollout.logprobs[:at], value, *rollout.logprobs[at + 1 :])
@@ -54,19 +48,21 @@ def with_logprob(share: Sequence[Leaf], prompt_id: int, sample_id: int, at: int,
     return [replace(leaf, rollouts=tuple(map(changed, leaf.rollouts))) for leaf in share]
 
 
-def step(trainer: Trainer, share: Sequence[Leaf], wanted: Objective | None = None, waves: int = 1):
+def step(
+    trainer: Trainer, share: Sequence[Leaf], objective: Objective = CLIPPED, waves: int = 1
+) -> dict[str, float]:
     """One step over the leaves, all at once or a call for each of them."""
-    wanted = wanted or partial(objective, trainer.conf)
+    kl_coef = 0.1 if trainer.reference is not None else 0.0
     for wave in [share] if waves == 1 else [[leaf] for leaf in share]:
-        trainer.accumulate(wave, [[leaf.num_tokens for leaf in wave]], wanted)
-    return trainer.update(2.0, sum(len(r.tokens) for leaf in share for r in leaf.rollouts))
+        accumulate(trainer, passes_in(wave), replace(objective, kl_coef=kl_coef))
+    return trainer.update(2.0, num_tokens(share))
 
 
-def report_of(trainer: Trainer, share: Sequence[Leaf], wanted: Objective | None = None):
+def report_of(trainer: Trainer, share: Sequence[Leaf], objective: Objective = CLIPPED):
     """(error, line of nonfinite.jsonl) of a step that must end the run and leave all as it was."""
     before = bits_of(trainer)
     with pytest.raises(RuntimeError) as caught:
-        step(trainer, share, wanted)
+        step(trainer, share, objective)
     assert_equal_bits(bits_of(trainer), before)
     assert (trainer.steps, trainer.updates) == (0, 0)
     (line,) = Path(str(trainer.run_dir), "nonfinite.jsonl").read_text().splitlines()
@@ -153,16 +149,19 @@ def test_a_generator_logprob_is_named(tmp_path, value):
     assert f"response: generator logprob {float(value)} (1 of 4 tokens)" in text
 
 
-def bad_loss(conf: Conf, batch: PackedBatch, logprobs_A: torch.Tensor):
+def bad_surrogate(tokens: LossTokens) -> TokenLoss:
     """The policy's loss, NaN in the last two tokens of the third sequence."""
-    loss_A, clipped_A = objective(conf, batch, logprobs_A)
-    rows = (batch.sequence_A == 2).nonzero()[-2:, 0]
-    return loss_A.index_put((rows,), torch.tensor(torch.nan)), clipped_A
+    loss_T, clipped_T = clipped_surrogate(tokens)
+    rows = (tokens.sequence_T == 2).nonzero()[-2:, 0]
+    return TokenLoss(loss_T.index_put((rows,), torch.tensor(torch.nan)), clipped_T)
+
+
+BAD_LOSS = Objective(Loss(bad_surrogate))
 
 
 def test_a_loss_is_named_where_it_alone_is_not_finite(tmp_path):
     trainer = trainer_of(run_dir=tmp_path)
-    text, line = report_of(trainer, some_leaves(), partial(bad_loss, trainer.conf))
+    text, line = report_of(trainer, some_leaves(), BAD_LOSS)
     found = sequence(1, 0, 2, "loss", "nan", 2, 4)
     assert line["sequences"] == {"count": 1, "first": [found]}
     assert "response: loss nan (2 of 4 tokens)" in text
@@ -186,7 +185,7 @@ def faulty_step(trainer: Trainer, fault: str, waves: int) -> dict[str, float]:
         with broken_gradient(trainer, "norm.weight"):
             return step(trainer, share, waves=waves)
     if fault == "loss":
-        return step(trainer, share, partial(bad_loss, trainer.conf))
+        return step(trainer, share, BAD_LOSS)
     if fault == "generator logprob":
         return step(trainer, with_logprob(share, 0, 1, 0, torch.inf), waves=waves)
     weight = trainer.parameters()["layers.0.attention_norm.weight"].to_local()

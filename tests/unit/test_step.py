@@ -11,13 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.rl.advantages import group_advantages
-from mesh.rl.packing import owner
-from mesh.rl.step import Rules, rollout_metrics, samples_of, share_of, waves_of
-from mesh.types import Outline, Prompt, Rollout, Wave
+from mesh.rl.cutting import owner
+from mesh.rl.losses import Loss, clipped_surrogate
+from mesh.rl.objective import Objective
+from mesh.rl.packing import Leaf
+from mesh.rl.statistics import rollout_metrics
+from mesh.rl.step import Share, StepSettings, samples_of, share_of, waves_of
+from mesh.types import Prompt, Rollout, Wave, outline
 
-RULES = Rules(
-    group_size=2, advantage="centred", aggregation="token", drop_equal_groups=False, leaf_tokens=99
-)
+STEP = StepSettings(num_prompts=3, group_size=2, waves=1, drop_equal_groups=False, pass_tokens=99)
+DROPPING = replace(STEP, drop_equal_groups=True)
+CENTRED = Objective(Loss(clipped_surrogate, "centred", "token"))
 
 
 def rollout(prompt_id: int, sample_id: int, length: int, reward: float, finish: Any = "stop"):
@@ -34,12 +38,12 @@ def rollout(prompt_id: int, sample_id: int, length: int, reward: float, finish: 
 
 def wave_of(rollouts: list[Rollout], rank: int = 0, num_ranks: int = 1) -> Wave:
     """What the trainer's data-parallel rank sees of them."""
-    outlines = [
-        Outline(r.prompt_id, r.sample_id, len(r.prompt_tokens), len(r.tokens), r.reward,
-                r.finish_reason)
-        for r in rollouts
-    ]  # fmt: skip
-    return Wave(outlines, [r for r in rollouts if owner(r.prompt_id, num_ranks) == rank])
+    mine = [r for r in rollouts if owner(r.prompt_id, num_ranks) == rank]
+    return Wave([outline(r) for r in rollouts], mine)
+
+
+def leaves_in(share: Share) -> list[Leaf]:
+    return [leaf for one in share.passes for leaf in one]
 
 
 # prompts 4, 5 and 6: rewards mixed, equal, mixed
@@ -51,47 +55,66 @@ GROUPS = [
 
 
 def test_share_by_hand():
-    share = share_of(wave_of(GROUPS), RULES, num_ranks=1)
-    assert [leaf.prompt_id for leaf in share.leaves] == [4, 5, 6]
-    assert [leaf.advantages for leaf in share.leaves] == [(0.5, -0.5), (0.0, 0.0), (-2.0, 2.0)]
+    share = share_of(wave_of(GROUPS), CENTRED, STEP, 1, 0)
+    mine = leaves_in(share)
+    assert [leaf.prompt_id for leaf in mine] == [4, 5, 6]
+    assert [leaf.advantages for leaf in mine] == [(0.5, -0.5), (0.0, 0.0), (-2.0, 2.0)]
     # prompts of 5, 6 and 7 tokens, twice each, and the responses
-    assert share.token_counts == [[10 + 4, 12 + 4, 14 + 9]]
+    assert [leaf.num_tokens for leaf in mine] == [10 + 4, 12 + 4, 14 + 9]
     assert (share.tokens, share.sequences) == (17, 6)
+    assert share.rollouts == GROUPS
+
+
+def test_passes_are_full_and_as_many_on_every_rank():
+    """Prompts of 14, 16 and 23 tokens: 4 and 6 are rank 0's, 5 is rank 1's."""
+    for pass_tokens, cuts in ((37, [[4, 6]]), (36, [[4], [6]])):
+        step = replace(STEP, pass_tokens=pass_tokens)
+        shares = [share_of(wave_of(GROUPS, r, 2), CENTRED, step, 2, r) for r in range(2)]
+        found = [[[leaf.prompt_id for leaf in one] for one in share.passes] for share in shares]
+        assert found == [cuts, [[5], []][: len(cuts)]]
 
 
 def test_equal_groups_are_dropped_everywhere():
-    share = share_of(wave_of(GROUPS), replace(RULES, drop_equal_groups=True), num_ranks=1)
-    assert [leaf.prompt_id for leaf in share.leaves] == [4, 6]
-    assert share.token_counts == [[14, 23]]
+    share = share_of(wave_of(GROUPS), CENTRED, DROPPING, 1, 0)
+    assert [leaf.prompt_id for leaf in leaves_in(share)] == [4, 6]
+    assert [leaf.num_tokens for leaf in leaves_in(share)] == [14, 23]
     assert (share.tokens, share.sequences) == (13, 4)
 
 
-def test_nothing_left_is_no_leaf():
-    rules = replace(RULES, drop_equal_groups=True)
-    share = share_of(wave_of(GROUPS[2:4]), rules, num_ranks=2)
-    assert share == type(share)([], [[], []], 0, 0)
+def test_nothing_left_is_no_pass():
+    for rank in range(2):
+        wave = wave_of(GROUPS[2:4], rank, 2)
+        assert share_of(wave, CENTRED, DROPPING, 2, rank) == Share([], 0, 0)
 
 
 def test_off_the_trainer_nothing_is_due():
-    share = share_of(Wave([], []), RULES, num_ranks=3)
-    assert share == type(share)([], [[], [], []], 0, 0)
+    assert share_of(Wave([], []), CENTRED, STEP, 3, None) == Share([], 0, 0)
 
 
 def test_weights_follow_the_aggregation():
-    share = share_of(wave_of(GROUPS), replace(RULES, aggregation="sequence"), num_ranks=1)
+    sequence = Objective(Loss(clipped_surrogate, "centred", "sequence"))
+    share = share_of(wave_of(GROUPS), sequence, STEP, 1, 0)
     thirds = torch.tensor(1 / 3, dtype=torch.float32).item()
-    assert share.leaves[0].weights == (thirds, 1.0)
+    assert leaves_in(share)[0].weights == (thirds, 1.0)
 
 
 def test_a_lost_rollout_is_named():
     wave = wave_of(GROUPS)
     with pytest.raises(AssertionError, match=r"lost: \[\(5, 1\)\]"):
-        share_of(Wave(wave.outlines, [*GROUPS[:3], *GROUPS[4:]]), RULES, num_ranks=1)
+        share_of(Wave(wave.outlines, [*GROUPS[:3], *GROUPS[4:]]), CENTRED, STEP, 1, 0)
+
+
+def test_leaves_that_are_not_the_schedule_s_are_refused():
+    """All ranks' passes are derived from the outlines: they must be those of the rollouts."""
+    wave = wave_of(GROUPS)
+    outlines = [replace(one, num_tokens=one.num_tokens + 1) for one in wave.outlines]
+    with pytest.raises(AssertionError, match="leaves are not the schedule's"):
+        share_of(Wave(outlines, wave.rollouts), CENTRED, STEP, 1, 0)
 
 
 @st.composite
 def steps(draw):
-    """Rollouts of P prompts, the rules, and the number of trainer ranks."""
+    """Rollouts of P prompts, the objective, the step, and the number of trainer ranks."""
     group_size = draw(st.integers(2, 4))
     lengths = st.integers(0, 6)
     rewards = st.sampled_from([0.0, 0.5, 1.0])
@@ -100,32 +123,42 @@ def steps(draw):
         for prompt_id in range(draw(st.integers(1, 7)))
         for sample_id in range(group_size)
     ]
-    advantage = draw(st.sampled_from(["std", "centred"]))
-    rules = Rules(group_size, advantage, "token", draw(st.booleans()), draw(st.integers(1, 40)))
-    return rollouts, rules, draw(st.integers(1, 4))
+    loss = Loss(clipped_surrogate, draw(st.sampled_from(["std", "centred"])))
+    keys = StepSettings(
+        num_prompts=len(rollouts) // group_size,
+        group_size=group_size,
+        waves=1,
+        drop_equal_groups=draw(st.booleans()),
+        pass_tokens=draw(st.integers(1, 40)),
+    )
+    return rollouts, Objective(loss), keys, draw(st.integers(1, 4))
 
 
 @settings(deadline=None, max_examples=200)
 @given(steps())
 def test_ranks_agree_and_share_every_kept_rollout_once(step):
-    rollouts, rules, num_ranks = step
-    shares = [share_of(wave_of(rollouts, r, num_ranks), rules, num_ranks) for r in range(num_ranks)]
-    counts = [[leaf.num_tokens for leaf in share.leaves] for share in shares]
-    rewards_PG = torch.tensor([r.reward for r in rollouts]).view(-1, rules.group_size)
-    advantages_PG = group_advantages(rewards_PG, rules.advantage)
-    mixed = [len(set(row)) > 1 or not rules.drop_equal_groups for row in rewards_PG.tolist()]
+    rollouts, objective, keys, num_ranks = step
+    shares = [
+        share_of(wave_of(rollouts, r, num_ranks), objective, keys, num_ranks, r)
+        for r in range(num_ranks)
+    ]
+    rewards_PG = torch.tensor([r.reward for r in rollouts]).view(-1, keys.group_size)
+    advantages_PG = group_advantages(rewards_PG, objective.loss.advantage)
+    mixed = [len(set(row)) > 1 or not keys.drop_equal_groups for row in rewards_PG.tolist()]
     kept = [r for r in rollouts if mixed[r.prompt_id]]
     trained = {}
+    assert len({len(share.passes) for share in shares}) == 1
     for rank, share in enumerate(shares):
-        assert share.token_counts == counts
         assert (share.tokens, share.sequences) == (sum(len(r.tokens) for r in kept), len(kept))
-        for leaf in share.leaves:
+        filled = [[leaf.num_tokens for leaf in one] for one in share.passes]
+        assert all(sum(one) <= keys.pass_tokens or len(one) == 1 for one in filled)
+        for leaf in leaves_in(share):
             assert owner(leaf.prompt_id, num_ranks) == rank
             for r, advantage in zip(leaf.rollouts, leaf.advantages, strict=True):
-                assert (r.prompt_id, r.sample_id) not in trained
-                trained[r.prompt_id, r.sample_id] = r
+                assert r.key not in trained
+                trained[r.key] = r
                 assert advantage == advantages_PG[r.prompt_id, r.sample_id].item()
-    assert trained == {(r.prompt_id, r.sample_id): r for r in kept}
+    assert trained == {r.key: r for r in kept}
 
 
 def test_waves_keep_every_prompt_in_order():
@@ -157,13 +190,12 @@ def test_samples_carry_the_advantages_of_whole_groups():
     gives nothing."""
     prompts = [Prompt(i, f"{i}>", f"a{i}") for i in (4, 5, 6)]
     waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
-    rules = replace(RULES, drop_equal_groups=True)
-    samples = samples_of(prompts, waves, rules, lambda tokens: "x" * len(tokens))
+    samples = samples_of(prompts, waves, CENTRED, 2, lambda tokens: "x" * len(tokens))
     found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
     assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
     assert samples[3] == {
         "prompt_id": 6, "sample_id": 1, "prompt": "6>", "response": "xxxxx", "answer": "a6",
         "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
     }  # fmt: skip
-    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], rules, str)
+    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], CENTRED, 2, str)
     assert (equal["prompt_id"], equal["advantage"]) == (5, 0.0)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.config.schema import Conf
-from mesh.tasks import Task, drawn, load_task
+from mesh.tasks import Task, TaskSpec, load_task, numbered
 from mesh.tasks.draw import is_held_out, training_prompts
-from mesh.tasks.scorer import Scorer
+from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
 from mesh.types import Prompt
 
 NAMES = ("spell_backward", "arithmetic")
@@ -137,15 +137,17 @@ def test_a_task_whose_every_question_is_held_out_is_refused():
 
 def score_all(task: Task, prompts: list[Prompt], responses: list[str]) -> list[float]:
     """The rewards as a rank gets them that scores in its own process."""
-    return Scorer(Conf()).score(task, prompts, responses)
+    unused = TaskSpec("spell_backward", 0)  # a process that scores would make its own from it
+    return Scorer(TaskSource(task, unused, scoring_of(Conf()))).score(prompts, responses)
 
 
-def numbered(*ids: int) -> list[Prompt]:
+def prompts_with(*ids: int) -> list[Prompt]:
     return [Prompt(i, f"{i}?", "") for i in ids]
 
 
 def test_prompts_numbered_from_zero_pass_as_they_are():
-    assert drawn(numbered(0, 1, 2), 3, "train_prompts") == numbered(0, 1, 2)
+    prompts = prompts_with(0, 1, 2)
+    assert numbered(prompts, 3, "train_prompts") == prompts
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_prompts_numbered_from_zero_pass_as_they_are():
 )
 def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
     with pytest.raises(ValueError) as caught:
-        drawn(numbered(*ids), 3, "train_prompts")
+        numbered(prompts_with(*ids), 3, "train_prompts")
     assert str(caught.value) == (
         f"the task's train_prompts was asked for 3 prompts and {got} whose prompt_id counts "
         "0, 1, 2, ... in order"

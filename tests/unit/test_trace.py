@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_trainer import conf_of
+from small_trainer import built, conf_of, passes_in, settings_of
 from tiny_qwen3 import CPU, random_sequences
 
 from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.engine.native.graphs import DecodeGraphs, bucket_of
 from mesh.exactness.trace import (
-    Difference,
+    ModuleDifference,
     Trace,
     first_difference,
     first_not_finite,
@@ -18,13 +20,12 @@ from mesh.exactness.trace import (
     trace_training,
 )
 from mesh.invariant.switch import batch_invariant
-from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model import layers
 from mesh.model.families import TINY
 from mesh.model.parallel import local
 from mesh.model.policy import build_policy
 from mesh.rl.packing import Leaf, leaves
-from mesh.roles.trainer import Start, Trainer
+from mesh.roles.trainer import Trainer
 from mesh.types import Completion, Request, Rollout, Sampling
 
 SAMPLED = Sampling(temperature=0.8, max_new_tokens=12, seed=5, step=2, stop_tokens=(3, 11))
@@ -54,8 +55,7 @@ def make(solo_mesh):
 
     def both(dtype: torch.dtype, *words: str) -> tuple[Trainer, NativeEngine]:
         conf = conf_of("generator.temperature=0.8", "model.max_length=64", *words)
-        meshes = build_meshes(plan_layout(conf, 1), "cpu")
-        trainer = Trainer(conf, meshes, TINY, CPU, dtype, Start(None, seed=3))
+        trainer = built(replace(settings_of(conf), dtype=dtype), conf)
         model = build_policy(TINY, 64, CPU, dtype, solo_mesh)
         engine = NativeEngine(model, TINY, CRAMPED, None)
         for name, weight in engine.weights().items():
@@ -76,24 +76,24 @@ def leaves_of(completions: list[Completion]) -> list[Leaf]:
 
 
 def traced(trainer: Trainer, share: list[Leaf], key: tuple[int, int]) -> Trace:
-    return trace_training(trainer, share, [[leaf.num_tokens for leaf in share]], key)
+    """In passes of at most 100 tokens."""
+    return trace_training(trainer, passes_in(share, 100), key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_sides_make_the_same_of_a_sequence(make, dtype):
     compared = repeated = 0
     with batch_invariant(True, "cpu"):
-        words = ["trainer.microbatch_tokens=100", "trainer.activation_checkpointing=full"]
-        trainer, engine = make(dtype, *words)
+        trainer, engine = make(dtype, "trainer.activation_checkpointing=full")
         share = leaves_of(engine.generate(REQUESTS, SAMPLED))
-        rollouts = {(r.prompt_id, r.sample_id): r for leaf in share for r in leaf.rollouts}
+        rollouts = {r.key: r for leaf in share for r in leaf.rollouts}
         for key in ((10, 0), (13, 1), (15, 2)):
             mine, theirs = (
                 traced(trainer, share, key),
                 trace_generation(engine, REQUESTS, SAMPLED, key),
             )
             rollout = rollouts[key]
-            length = len(rollout.prompt_tokens) + len(rollout.tokens)
+            length = rollout.num_tokens
             assert list(mine.outputs) == list(theirs.outputs) == NAMES
             response = list(range(len(rollout.prompt_tokens) - 1, length - 1))
             assert mine.positions["lm_head"] == theirs.positions["lm_head"] == response
@@ -157,9 +157,9 @@ def test_the_first_difference_is_the_earliest_position_then_the_earliest_module(
     right = hand_made()
     assert first_difference(right, hand_made()) is None
     found = first_difference(right, hand_made(first_1_0=9.0, second_2_1=7.0))
-    assert found == Difference("second", 1, 1, (5.0, 7.0), 1, 2)
+    assert found == ModuleDifference("second", 1, 1, (5.0, 7.0), 1, 2)
     found = first_difference(right, hand_made(second_1_1=9.0, first_1_0=7.0, first_1_1=8.0))
-    assert found == Difference("first", 2, 0, (2.0, 7.0), 2, 2)
+    assert found == ModuleDifference("first", 2, 0, (2.0, 7.0), 2, 2)
     found = first_difference(right, hand_made(first_0_0=-0.0))
     assert found is not None and found.count == 1, "0.0 and -0.0 have different bits"
     nan = hand_made(second_0_1=torch.nan)

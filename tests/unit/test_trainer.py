@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import chain
-
 import pytest
 import torch
-from small_trainer import conf_of, objective, some_leaves, trainer_of
+from small_trainer import (
+    accumulate,
+    conf_of,
+    num_tokens,
+    objective_for,
+    passes_in,
+    some_leaves,
+    trainer_of,
+)
 
 from mesh.config.schema import Conf
 from mesh.model.attention import packed_context
@@ -25,10 +30,8 @@ def plain_logprobs(model: Policy, batch) -> torch.Tensor:
 
 
 def step(trainer: Trainer, conf: Conf, share: list[Leaf], normaliser: float) -> dict[str, float]:
-    tokens = sum(len(r.tokens) for leaf in share for r in leaf.rollouts)
-    counts = [[leaf.num_tokens for leaf in share]]
-    trainer.accumulate(share, counts, partial(objective, conf))
-    return trainer.update(normaliser, tokens)
+    accumulate(trainer, passes_in(share), objective_for(conf))
+    return trainer.update(normaliser, num_tokens(share))
 
 
 def test_kl_is_measured_against_the_weights_of_the_start(solo_mesh):
@@ -62,19 +65,15 @@ def test_kl_enters_the_loss_with_its_weight(solo_mesh):
     assert added == pytest.approx(with_second["kl"] * tokens * 0.3 * 0.5 / 2, rel=1e-3)
 
 
-def test_microbatches_and_calls_add_up_to_one_gradient(solo_mesh):
-    """One call with everything packed, and a call per leaf with a microbatch each."""
-    share, found = some_leaves(), []
-    for words, parts in ((["trainer.microbatch_tokens=4096"], 1), (["model.max_length=32"], 2)):
-        conf = conf_of(*words)
-        conf.trainer.microbatch_tokens = 4096 if parts == 1 else 1
+def test_passes_and_calls_add_up_to_one_gradient(solo_mesh):
+    """One call with everything packed, and a call per leaf with a pass each."""
+    share, found, conf = some_leaves(), [], conf_of()
+    for waves in ([passes_in(share, 4096)], [passes_in([leaf], 1) for leaf in share]):
         trainer = trainer_of(conf)
-        groups = [share] if parts == 1 else [[leaf] for leaf in share]
-        for group in groups:
-            counts = [[leaf.num_tokens for leaf in group]]
-            trainer.accumulate(group, counts, partial(objective, conf))
-        tokens = sum(len(r.tokens) for leaf in share for r in leaf.rollouts)
-        found.append(trainer.update(4.0, tokens))
+        for passes in waves:
+            assert len(passes) == 1
+            accumulate(trainer, passes, objective_for(conf))
+        found.append(trainer.update(4.0, num_tokens(share)))
     for key in ("loss", "grad_norm", "entropy", "clip_fraction", "logprob_diff/max"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-5), key
 
@@ -89,19 +88,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(solo_mesh):
         step(trainer, conf, share, 1.0)
 
 
-def test_leaves_that_are_not_the_schedule_s_are_refused(solo_mesh):
-    conf = conf_of()
-    trainer, share = trainer_of(conf), some_leaves()
-    with pytest.raises(AssertionError, match="not the leaves"):
-        trainer.accumulate(share, [[1] * len(share)], partial(objective, conf))
-
-
 def test_every_group_dropped_leaves_the_weights_alone(solo_mesh):
     conf = conf_of()
     trainer = trainer_of(conf)
     before = {name: w.to_local().clone() for name, w in trainer.parameters().items()}
-    trainer.accumulate([], [[]], partial(objective, conf))
+    scores = accumulate(trainer, [], objective_for(conf))
+    assert scores.logprobs_A.shape == scores.entropy_A.shape == (0,)
     assert trainer.update(1.0, 0)["grad_norm"] == 0
     after = trainer.parameters()
     assert all(torch.equal(before[name], after[name].to_local()) for name in before)
-    assert len(list(chain(before))) > 20
+    assert len(before) > 20
