@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from mesh.config.help import first_comment
-from mesh.config.keys import HOW_IT_RUNS, Key, conf_keys, expected, range_text, shown
+from mesh.config.keys import HOW_IT_RUNS, ConfKey, conf_keys, expected, range_text, shown
 from mesh.config.schema import CONF_DIR
 
 HEAD = """\
@@ -51,7 +51,7 @@ def configs() -> Iterator[str]:
         yield f"| `{path.stem}` | {first_comment(path)} |"
 
 
-def section(group: str, keys: list[Key]) -> str:
+def section(group: str, keys: list[ConfKey]) -> str:
     """The table of one group of keys; the first one has those without a dot."""
     rows = [row(key) for key in keys]
     head = "| key | default | values | meaning |\n| --- | --- | --- | --- |"
@@ -59,14 +59,14 @@ def section(group: str, keys: list[Key]) -> str:
     return "\n".join([f"## {title}", "", head, *rows, ""])
 
 
-def row(key: Key) -> str:
+def row(key: ConfKey) -> str:
     """One key as a row of a table."""
     mark = " ↻" if key.name.startswith(HOW_IT_RUNS) else ""
     cells = [f"`{key.name}`{mark}", f"`{shown(key.default)}`", values(key), key.meaning]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def values(key: Key) -> str:
+def values(key: ConfKey) -> str:
     """What a key takes: its type, and its range."""
     kind = expected(key.annotation)
     return f"{kind}, {range_text(key.bounds)}" if key.bounds else kind

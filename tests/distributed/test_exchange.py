@@ -7,9 +7,9 @@ import torch
 from launching import launch
 from programs.exchange_program import CASES, GROUP_SIZE, NUM_WAVES, prompt_ids, rollout
 
-from mesh.exchange.rollouts import _outlines, _table
 from mesh.layout.meshes import plan_layout
-from mesh.rl.packing import owner
+from mesh.rl.cutting import owner
+from mesh.types import outline
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_every_trainer_rank_knows_the_outline_of_all(waves, case):
     for wave in range(NUM_WAVES):
         sent = [rollout(p, g) for p in prompt_ids(CASES[case], wave) for g in range(GROUP_SIZE)]
         for rank in layout.trainer_ranks:
-            assert waves[rank][case][wave].outlines == _outlines(_table(sent))
+            assert waves[rank][case][wave].outlines == list(map(outline, sent))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("split")])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs.parallel_program import (
+    BETAS,
     CLIP,
     DTYPES,
     ENGINES,
@@ -25,7 +26,6 @@ from programs.parallel_program import (
     TEMPERATURE,
     TRAINERS,
     all_leaves,
-    objective,
 )
 from safetensors.torch import load_file
 from tiny_qwen3 import Variant, load_role, packed, save_checkpoint
@@ -34,7 +34,6 @@ from mesh.layout.reshard import Block
 from mesh.model.attention import packed_context
 from mesh.model.init import STD, random_weights
 from mesh.model.policy import named_weights
-from mesh.rl.losses import loss_sum
 from mesh.rl.packing import pack
 
 TESTS = Path(__file__).parents[1]
@@ -76,12 +75,10 @@ def step_alone(model) -> dict:
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     inputs = (batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A)
     logprobs_A, entropy_A = model(*inputs, TEMPERATURE)
-    loss = loss_sum(objective(batch, logprobs_A)[0], batch.weights_A)
+    loss = -(logprobs_A * batch.advantages_A * batch.weights_A).sum()
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in named_weights(model).items()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad /= NORMALISER
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

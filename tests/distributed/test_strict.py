@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from mesh.model import layers, qwen3
+from mesh.model import layers, policy
 from mesh.tasks.spell_backward import SpellBackward
 
 POSITION = {POSITION}
@@ -65,8 +65,8 @@ def gated(gate, up):
     return round_rows(out) if MODULE == "swiglu" and now["layer"] == "1" else out
 
 
-build, whole, swiglu = qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu
-qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu = init, hidden, gated
+build, whole, swiglu = policy.Policy.__init__, policy.Policy.hidden, layers.swiglu
+policy.Policy.__init__, policy.Policy.hidden, layers.swiglu = init, hidden, gated
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def check_report(output: str, report: dict, key: tuple[int, int], step: int) -> 
         f"{mine!r} ({mine.hex()})",
         f"{theirs!r} ({theirs.hex()})",
         f"differing: {report['differing']} of {report['tokens']} tokens",
-        f"first differing module: {replay['module']} at position {POSITION} of the sequence",
+        f"first divergent module: {replay['module']} at position {POSITION} of the sequence",
     ):
         assert words in output
 

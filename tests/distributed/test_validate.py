@@ -9,7 +9,8 @@ from launching import launch
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
-from mesh.exactness.batch import mixed_requests, part_of
+from mesh.exactness.walk import mixed_requests, part_of
+from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 
 SMALL = [
@@ -86,7 +87,7 @@ def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(tmp_path: Path):
 BROKEN = """
 from dataclasses import dataclass
 
-from mesh.model import layers, qwen3
+from mesh.model import layers, policy
 from mesh.tasks.spell_backward import SpellBackward
 
 now = {"few": False, "layer": None}
@@ -111,8 +112,8 @@ def gated(gate, up):
     return out * (1 + 2**-10) if now["few"] and now["layer"] == "1" else out
 
 
-build, whole, swiglu = qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu
-qwen3.Qwen3.__init__, qwen3.Qwen3.hidden, layers.swiglu = init, hidden, gated
+build, whole, swiglu = policy.Policy.__init__, policy.Policy.hidden, layers.swiglu
+policy.Policy.__init__, policy.Policy.hidden, layers.swiglu = init, hidden, gated
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ class Task(SpellBackward):
 """
 
 
-def test_broken_kernels_are_caught_and_named(tmp_path: Path):
+def test_broken_kernels_are_caught_and_named(tmp_path: Path, process: Process):
     (tmp_path / "broken.py").write_text(BROKEN)
     output, report = validated(tmp_path, 2, "task=broken:Task", status=1)
     assert report["passed"] is False
     assert {row["result"] for row in rows(report, "L0").values()} == {"pass"}, output
 
-    requests = mixed_requests(conf_of(), check(conf_of(), 1))
+    requests = mixed_requests(conf_of(), check(conf_of(), process))
     (alone,) = part_of(requests, 1)
     batches = rows(report, "L1")[BATCHES]
     assert batches["result"] == "FAIL"
@@ -154,4 +155,4 @@ def test_broken_kernels_are_caught_and_named(tmp_path: Path):
         assert row["tally"]["first"]["module"] == "layers.0.attention.wo"
         assert row["tally"]["first"]["module_position"] == 0
     assert "L1, L2, L3 FAILED" in output
-    assert "first differing module layers.0.attention.wo at position 0" in output
+    assert "first divergent module layers.0.attention.wo at position 0" in output

@@ -1,4 +1,4 @@
-"""A round of tools/chaos.py on real runs. Its schedule and its checks: unit/test_chaos.py."""
+"""A round of tools/chaos.py on real runs. Its plan and its checks: unit/test_chaos_checks.py."""
 
 from __future__ import annotations
 

@@ -18,10 +18,19 @@ import pytest
 from launching import REPOSITORY, Run, launch, run
 from user_tasks import Noted
 
+from mesh.config.changes import changed
 from mesh.config.schema import Conf, RewardConf
 from mesh.lifecycle.ending import alive
-from mesh.tasks import load_task
-from mesh.tasks.scorer import Scorer, checked_task, num_workers, reward_problems
+from mesh.program.plan import task_spec
+from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.scorer import (
+    Scorer,
+    TaskSource,
+    checked_task,
+    num_workers,
+    reward_problems,
+    scoring_of,
+)
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt
 
@@ -45,12 +54,12 @@ class Scoring:
     """A scorer with its task, in this process as a rank has it."""
 
     def __init__(self, name: str, args: dict, **reward):
-        self.conf = Conf(task=f"user_tasks:{name}", task_args=args, reward=RewardConf(**reward))
-        self.task = load_task(self.conf.task, 0, args)
-        self.scorer = Scorer(self.conf)
+        conf = Conf(task=f"user_tasks:{name}", task_args=args, reward=RewardConf(**reward))
+        self.task = load_task(conf.task, 0, args)
+        self.scorer = Scorer(TaskSource(self.task, task_spec(conf), scoring_of(conf)))
 
     def __call__(self, *responses: str, prompt: Prompt = PROMPT) -> list[float]:
-        return self.scorer.score(self.task, [prompt] * len(responses), responses)
+        return self.scorer.score([prompt] * len(responses), responses)
 
 
 @pytest.fixture
@@ -181,16 +190,15 @@ def test_close_leaves_no_process(scoring, tmp_path):
 
 RANK = """
 import signal, sys
-from mesh.config.schema import Conf, RewardConf
-from mesh.tasks import load_task
-from mesh.tasks.scorer import Scorer
+from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.scorer import Scorer, ScoringSettings, TaskSource
 from mesh.types import Prompt
 signal.signal(signal.SIGINT, lambda *_: None)
-conf = Conf(task="user_tasks:Obedient", task_args={"notes": sys.argv[1]},
-            reward=RewardConf(workers=len(sys.argv) - 2, on_failure="zero"))
-task = load_task(conf.task, 0, conf.task_args)
-scorer, responses = Scorer(conf), sys.argv[2:]
-print(scorer.score(task, [Prompt(0, "", "")] * len(responses), responses), flush=True)
+spec = TaskSpec("user_tasks:Obedient", 0, {"notes": sys.argv[1]})
+task = load_task(spec.name, spec.seed, spec.args)
+scoring = ScoringSettings(workers=len(sys.argv) - 2, timeout_seconds=60.0, on_failure="zero")
+scorer, responses = Scorer(TaskSource(task, spec, scoring)), sys.argv[2:]
+print(scorer.score([Prompt(0, "", "")] * len(responses), responses), flush=True)
 input()
 """
 
@@ -285,9 +293,9 @@ def test_processes_are_for_user_code_and_start_when_they_are_needed(scoring):
     ask = scoring()
     assert ask() == [] and ask.scorer.pool.workers == []
     conf = Conf(reward=RewardConf(workers=1))
-    scorer = Scorer(conf)
-    assert scorer.score(SpellBackward(0), [PROMPT] * 2, ["cba", "abc"]) == [1.0, 0.0]
-    assert len(scorer.pool.workers) == 1
+    scorer = Scorer(TaskSource(SpellBackward(0), task_spec(conf), scoring_of(conf)))
+    assert scorer.score([PROMPT] * 2, ["cba", "abc"]) == [1.0, 0.0]
+    assert scorer.pool is not None and len(scorer.pool.workers) == 1
     scorer.close()
 
 
@@ -305,10 +313,10 @@ class OfMain(SpellBackward):
 
 def test_a_task_of_main_is_refused_at_start_up(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "OfMain", OfMain, raising=False)
-    conf = Conf(task="__main__:OfMain")
-    assert checked_task(conf, scores=False) == OfMain(0)
+    spec = TaskSpec("__main__:OfMain", seed=0)
+    assert checked_task(spec, workers=0) == OfMain(0)
     with pytest.raises(ValueError) as caught:
-        checked_task(conf, scores=True)
+        checked_task(spec, workers=1)
     assert str(caught.value).startswith(
         "task=__main__:OfMain: a scoring process, which is a fresh Python, cannot create "
         "this task: task=__main__:OfMain: __main__ has no OfMain"
@@ -339,7 +347,7 @@ def test_a_module_that_fails_in_another_process_is_refused(
     (tmp_path / f"{name}.py").write_text(ELSEWHERE.format(line))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=f"task={name}:Task: a scoring process") as caught:
-        checked_task(Conf(task=f"{name}:Task"), scores=True)
+        checked_task(TaskSpec(f"{name}:Task", seed=0), workers=1)
     assert outcome in str(caught.value)
 
 
@@ -349,8 +357,7 @@ def test_a_limit_beyond_the_patience_of_the_other_ranks_is_refused():
         "reward.timeout_seconds=60.0: the other ranks wait no longer than timeout_seconds=60; use "
         "less, or raise timeout_seconds"
     ]
-    conf.reward.timeout_seconds = 59.0
-    assert reward_problems(conf) == []
+    assert reward_problems(changed(conf, {"reward.timeout_seconds": 59.0})) == []
 
 
 SMALL = [

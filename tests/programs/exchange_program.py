@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mesh.config.schema import Conf, GeneratorConf, MeshConf, TrainerConf
 from mesh.exchange.rollouts import Exchange, replica_of
 from mesh.layout.meshes import Layout, plan_layout
-from mesh.types import Rollout, Wave
+from mesh.types import FinishReason, Rollout, Turn, Wave
 
 GROUP_SIZE = 3
 NUM_WAVES = 3
@@ -41,14 +41,20 @@ def prompt_ids(conf: Conf, wave: int) -> list[int]:
 
 
 def rollout(prompt_id: int, sample_id: int) -> Rollout:
-    """A rollout that tells which it is; some are empty, as a dropped or cut one may be."""
+    """A rollout that tells which it is; some are empty, as a dropped or cut one may be, and some
+    have tokens of an environment, which have no logprobs.
+    """
     length = (prompt_id * 5 + sample_id * 3) % 7
     prompt = tuple(range(prompt_id + 1, prompt_id + 2 + prompt_id % 3))
     tokens = tuple(1000 * prompt_id + 10 * sample_id + i for i in range(length))
-    logprobs = tuple(-(1 + prompt_id + i / 64) for i in range(length))
-    finish = "length" if length == 6 else "stop"
+    turns: tuple[Turn, ...] = ()
+    if length > 3 and prompt_id % 2:
+        turns = (Turn(1, True), Turn(2, False), Turn(length - 3, True))
+    sampled = length - 2 if turns else length
+    logprobs = tuple(-(1 + prompt_id + i / 64) for i in range(sampled))
+    finish: FinishReason = "length" if length == 6 else "turns" if turns else "stop"
     return Rollout(
-        prompt_id, sample_id, prompt, tokens, logprobs, prompt_id / 3 + sample_id, finish
+        prompt_id, sample_id, prompt, tokens, logprobs, prompt_id / 3 + sample_id, finish, turns
     )
 
 

@@ -17,12 +17,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mesh.config.schema import Conf
+from mesh.config.schema import Conf, TrainerConf
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.families import TINY
-from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
-from mesh.roles.trainer import Start, Trainer
+from mesh.rl.cutting import owner
+from mesh.rl.losses import Loss, LossTokens, TokenLoss
+from mesh.rl.objective import Objective
+from mesh.rl.packing import Leaf, leaves
+from mesh.rl.step import Pass, passes_of
+from mesh.roles.optimizer import OptimizerSettings
+from mesh.roles.trainer import Start, Trainer, TrainerSettings
 from mesh.types import Rollout
 
 LAYOUTS = {"shard": (1, 2, 1), "replicate": (2, 1, 1), "tp": (1, 1, 2)}
@@ -31,8 +36,23 @@ FAULTS = ("rollout", "gradient", "weight")
 PARAMETER = "layers.1.attention_norm.weight"
 
 
-def objective(batch: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return -logprobs_A * batch.advantages_A, torch.zeros_like(logprobs_A, dtype=torch.bool)
+CPU = torch.device("cpu")
+SETTINGS = TrainerSettings(
+    shape=TINY,
+    max_length=64,
+    dtype=torch.float32,
+    start=Start(None, 3),
+    temperature=1.0,
+    optimizer=OptimizerSettings(1e-3, (0.9, 0.95), 1e-8, 0.0, warmup_steps=0, clip_norm=1.0),
+    on_nonfinite="skip",
+)
+PASS_TOKENS = 16384
+
+
+def reinforce(tokens: LossTokens) -> TokenLoss:
+    """-advantage * logprob, which nothing clips."""
+    clipped_T = torch.zeros_like(tokens.logprobs_T, dtype=torch.bool)
+    return TokenLoss(-tokens.logprobs_T * tokens.advantages_T, clipped_T)
 
 
 def rollouts() -> list[Rollout]:
@@ -50,8 +70,8 @@ def with_infinity(rollout: Rollout) -> Rollout:
     return replace(rollout, logprobs=(*rollout.logprobs[:4], torch.inf, *rollout.logprobs[5:]))
 
 
-def share_of(trainer: Trainer, broken: bool) -> tuple[list[Leaf], list[list[int]], int]:
-    """This rank's leaves, all ranks' token counts, and the tokens of the step."""
+def share_of(trainer: Trainer, broken: bool) -> tuple[list[Pass], int]:
+    """This rank's passes, and the loss tokens of the step."""
     made = [with_infinity(r) if broken else r for r in rollouts()]
     advantages_R, weights_R = torch.linspace(-1, 1, len(made)), torch.full((len(made),), 0.25)
     by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]
@@ -59,7 +79,8 @@ def share_of(trainer: Trainer, broken: bool) -> tuple[list[Leaf], list[list[int]
         by_rank[owner(leaf.prompt_id, trainer.dp)].append(leaf)
     counts = [[leaf.num_tokens for leaf in mine] for mine in by_rank]
     assert trainer.dp_rank is not None
-    return by_rank[trainer.dp_rank], counts, sum(len(r.tokens) for r in made)
+    passes = passes_of(by_rank[trainer.dp_rank], counts, trainer.dp_rank, PASS_TOKENS)
+    return passes, sum(r.length for r in made)
 
 
 @contextmanager
@@ -89,10 +110,11 @@ def broken_weight(trainer: Trainer) -> Iterator[None]:
 
 
 def step(trainer: Trainer, fault: str | None) -> dict[str, float]:
-    share, counts, tokens = share_of(trainer, fault == "rollout")
+    passes, tokens = share_of(trainer, fault == "rollout")
+    objective = Objective(Loss(reinforce))
     broken = {"gradient": broken_gradient, "weight": broken_weight}.get(fault or "")
     with broken(trainer) if broken else nullcontext(), torch.enable_grad():
-        trainer.accumulate(share, counts, objective)
+        trainer.accumulate(passes, objective, trainer.score(passes, objective.needs))
         return trainer.update(3.0, tokens)
 
 
@@ -109,13 +131,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def train(path: Path, layout: str) -> dict:
-    conf = Conf(on_nonfinite="skip")
-    conf.model.max_length, conf.trainer.lr = 64, 1e-3
-    conf.trainer.dp_replicate, conf.trainer.dp_shard, conf.trainer.tp = LAYOUTS[layout]
+    replicate, shard, tp = LAYOUTS[layout]
+    conf = Conf(trainer=TrainerConf(dp_replicate=replicate, dp_shard=shard, tp=tp))
     meshes = build_meshes(plan_layout(conf, 2), "cpu")
     (path / layout).mkdir(exist_ok=True)
-    device, run_dir = torch.device("cpu"), str(path / layout)
-    trainer = Trainer(conf, meshes, TINY, device, torch.float32, Start(None, 3), True, run_dir)
+    trainer = Trainer(SETTINGS, meshes, CPU, str(path / layout))
     step(trainer, None)
     seen: dict = {}
     for fault in FAULTS:
@@ -124,7 +144,7 @@ def train(path: Path, layout: str) -> dict:
         seen[fault] = metrics["skipped"], same(before, bits_of(trainer))
     seen["sound"] = step(trainer, None)["skipped"], same(before, bits_of(trainer))
     seen["counts"] = trainer.steps, trainer.updates
-    conf.on_nonfinite, before = "stop", bits_of(trainer)
+    trainer.settings, before = replace(SETTINGS, on_nonfinite="stop"), bits_of(trainer)
     try:
         step(trainer, "gradient")
     except RuntimeError as error:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tiny_qwen3 import CPU, MAX_LENGTH, Packed, load_role, packed, random_sequences
 
-from mesh.config.schema import Conf
+from mesh.config.schema import Conf, GeneratorConf, TrainerConf
 from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.holdings import local_tensors
@@ -25,8 +25,13 @@ from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layers import RMSNorm
 from mesh.model.policy import Policy
-from mesh.rl.packing import Leaf, PackedBatch, leaves, owner
-from mesh.roles.trainer import Start, Trainer
+from mesh.rl.cutting import owner
+from mesh.rl.losses import Loss, LossTokens, TokenLoss
+from mesh.rl.objective import Objective
+from mesh.rl.packing import Leaf, leaves
+from mesh.rl.step import Pass, passes_of
+from mesh.roles.optimizer import OptimizerSettings
+from mesh.roles.trainer import Start, Trainer, TrainerSettings
 from mesh.types import Request, Rollout, Sampling
 
 TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel)
@@ -54,6 +59,7 @@ SAMPLINGS = {
 }  # fmt: skip
 SEQUENCES = random_sequences([21, 2, 13, 30], seed=1)
 TEMPERATURE, NORMALISER, CLIP, LR, EPS, SEED = 0.8, 17.0, 0.05, 1e-2, 1e-2, 12
+BETAS, PASS_TOKENS = (0.9, 0.95), 40
 
 
 def rollouts() -> list[Rollout]:
@@ -76,8 +82,10 @@ def all_leaves() -> list[Leaf]:
     return leaves(made, advantages_R, weights_R)
 
 
-def objective(batch: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return -logprobs_A * batch.advantages_A, torch.zeros_like(logprobs_A, dtype=torch.bool)
+def reinforce(tokens: LossTokens) -> TokenLoss:
+    """-advantage * logprob, which nothing clips."""
+    clipped_T = torch.zeros_like(tokens.logprobs_T, dtype=torch.bool)
+    return TokenLoss(-tokens.logprobs_T * tokens.advantages_T, clipped_T)
 
 
 def requests() -> list[Request]:
@@ -85,17 +93,31 @@ def requests() -> list[Request]:
     return [Request(i, tuple(prompt), 2) for i, prompt in enumerate(prompts)]
 
 
-def meshes_of(
-    replicate: int, shard: int, tp: int, sequence_parallel: bool = False
-) -> tuple[Conf, Meshes]:
-    conf = Conf()
-    conf.model.max_length = MAX_LENGTH
-    conf.generator.temperature, conf.generator.tp = TEMPERATURE, tp
-    conf.trainer.dp_replicate, conf.trainer.dp_shard, conf.trainer.tp = replicate, shard, tp
-    conf.trainer.sequence_parallel = sequence_parallel
-    conf.trainer.microbatch_tokens, conf.trainer.clip_norm = 40, CLIP
-    conf.trainer.lr, conf.trainer.eps = LR, EPS
-    return conf, build_meshes(plan_layout(conf, 4), "cpu")
+def meshes_of(replicate: int, shard: int, tp: int) -> Meshes:
+    trainer = TrainerConf(dp_replicate=replicate, dp_shard=shard, tp=tp)
+    conf = Conf(trainer=trainer, generator=GeneratorConf(tp=tp))
+    return build_meshes(plan_layout(conf, 4), "cpu")
+
+
+def settings_of(path: Path, start: Path | None = None) -> TrainerSettings:
+    """A trainer of the checkpoint in `path`; start: whose weights it has, random ones if None."""
+    return TrainerSettings(
+        shape=shape_of_directory(path),
+        max_length=MAX_LENGTH,
+        dtype=torch.float32,
+        start=Start(start, SEED),
+        temperature=TEMPERATURE,
+    )
+
+
+def my_passes(trainer: Trainer) -> list[Pass]:
+    """This rank's forward passes over its leaves."""
+    by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]
+    for leaf in all_leaves():
+        by_rank[owner(leaf.prompt_id, trainer.dp)].append(leaf)
+    counts = [[leaf.num_tokens for leaf in mine] for mine in by_rank]
+    assert trainer.dp_rank is not None
+    return passes_of(by_rank[trainer.dp_rank], counts, trainer.dp_rank, PASS_TOKENS)
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,34 +126,29 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def train(root: Path, case: str) -> dict:
     """Everything a trainer says of one layout. All ranks call it alike."""
-    checkpoint, *degrees = TRAINERS[case]
-    conf, meshes = meshes_of(*degrees)
-    path = root / checkpoint
-    shape = shape_of_directory(path)
-    build = (conf, meshes, shape, CPU, torch.float32)
-    trainer = Trainer(*build, Start(path, 0))
-    seen = {"loaded": whole(trainer.parameters())}
+    checkpoint, replicate, shard, tp, *sequence_parallel = TRAINERS[case]
+    meshes, path = meshes_of(replicate, shard, tp), root / checkpoint
+    random = replace(settings_of(path), sequence_parallel=bool(sequence_parallel))
+    adamw = OptimizerSettings(LR, BETAS, EPS, weight_decay=0.0, warmup_steps=0, clip_norm=CLIP)
+    trainer = Trainer(replace(random, start=Start(path, 0), optimizer=adamw), meshes, CPU)
+    seen: dict = {"loaded": whole(trainer.parameters())}
     write = dist.get_rank() == 0
     tokenizer = root  # has no tokenizer files
+    shape = random.shape
     export(root / "exports" / case, trainer.parameters(), shape, tokenizer, (1,), write)
     with torch.no_grad():
         seen["scores"] = tuple(packed(SEQUENCES).scores(trainer.model, TEMPERATURE))
-    by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]
-    for leaf in all_leaves():
-        by_rank[owner(leaf.prompt_id, trainer.dp)].append(leaf)
-    counts = [[leaf.num_tokens for leaf in mine] for mine in by_rank]
-    trainer.accumulate(by_rank[trainer.dp_rank], counts, objective)
+    passes, objective = my_passes(trainer), Objective(Loss(reinforce))
+    trainer.accumulate(passes, objective, trainer.score(passes, objective.needs))
     seen["gradients"] = whole({n: p.grad for n, p in trainer.parameters().items()})
     seen["metrics"] = trainer.update(NORMALISER, sum(len(r.tokens) for r in rollouts()))
     seen["updated"] = whole(trainer.parameters())
-    random = Trainer(*build, Start(None, SEED), with_optimizer=False)
-    return seen | {"random": whole(random.parameters())}
+    return seen | {"random": whole(Trainer(random, meshes, CPU).parameters())}
 
 
 def generate(root: Path, tp: int) -> dict:
     """Completions of every sampling, and this rank's elements of the weights."""
-    _, meshes = meshes_of(1, 4, 1) if tp == 1 else meshes_of(1, 4 // tp, tp)
-    mesh = meshes.generator_mesh
+    mesh = meshes_of(1, 4 // tp, tp).generator_mesh
     model, shape = load_role(root / "tied", mesh, dist.get_rank())
     settings = EngineSettings(MAX_LENGTH, 6, 68, 4, 16, prefix_cache=True, cuda_graphs=False)
     engine = NativeEngine(model, shape, settings, mesh.get_group("tp") if tp > 1 else None)
@@ -175,14 +192,13 @@ def sharded_rows(root: Path, tp: int, recomputed: tuple[str, ...] = ()) -> dict:
     logprobs by (enabled, dtype, tokens), batch-invariant or not; batch-invariant fp32 gradients by
     tokens, and those of the longest row by the kind of recomputation; rows that norms see.
     """
-    conf, meshes = meshes_of(1, 4 // tp, tp, tp > 1)
-    path = root / "even"
+    meshes, path = meshes_of(1, 4 // tp, tp), root / "even"
+    settings = replace(settings_of(path, path), sequence_parallel=tp > 1)
     logprobs, gradients = {}, {}
 
     def trainer_of(dtype: torch.dtype, recompute: str = "none") -> Trainer:
-        conf.trainer.activation_checkpointing = recompute
-        build = (conf, meshes, shape_of_directory(path), CPU, dtype, Start(path, 0))
-        return Trainer(*build, with_optimizer=False)
+        changed = replace(settings, dtype=dtype, activation_checkpointing=recompute)
+        return Trainer(changed, meshes, CPU)
 
     for enabled, dtype in product((True, False), DTYPES):
         with batch_invariant(enabled, "cpu"):

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from mesh.config.changes import changed
 from mesh.config.schema import Conf
 from mesh.exactness.layouts import built
 from mesh.invariant.switch import batch_invariant
 from mesh.lifecycle.process import Process, start
 from mesh.lifecycle.timers import Phases
-from mesh.program.assembly import Parts, Program, check, read_command
+from mesh.program.assembly import Program, check, read_command
+from mesh.program.plan import Plan
 from mesh.recipes.grpo import train_step
 
 STEPS = 3
@@ -33,14 +34,17 @@ LAYOUTS = {
 
 
 def laid_out(conf: Conf, engine: str, layout: str) -> Conf:
-    conf = deepcopy(conf)
-    conf.engine = engine
-    conf.mesh.mode, conf.generator.dp, conf.generator.tp = LAYOUTS[layout]
-    return conf
+    mode, dp, tp = LAYOUTS[layout]
+    keys = {"engine": engine, "mesh.mode": mode, "generator.dp": dp, "generator.tp": tp}
+    return changed(conf, keys)
 
 
-def steps(conf: Conf, process: Process, parts: Parts) -> dict[str, Any]:
-    with built(conf, process, parts) as program:
+def planned(conf: Conf, process: Process) -> Plan:
+    return check(conf, process, held_out=False)
+
+
+def steps(plan: Plan, process: Process) -> dict[str, Any]:
+    with built(plan, process) as program:
         generated: list[dict[str, Any]] = []
         if program.generator.engine is not None:
             engine, generate = program.generator.engine, program.generator.engine.generate
@@ -51,9 +55,7 @@ def steps(conf: Conf, process: Process, parts: Parts) -> dict[str, Any]:
                 return completions
 
             engine.generate = watched
-        metrics = [
-            train_step(conf, program, process, Phases(process.device), n)[0] for n in range(STEPS)
-        ]
+        metrics = [train_step(program, process, Phases(process.device), n)[0] for n in range(STEPS)]
         return {"generated": generated, "metrics": metrics, "name": name_of(program)}
 
 
@@ -67,29 +69,25 @@ def main(directory: Path, words: list[str]) -> None:
     with ExitStack() as switch:
         switch.enter_context(batch_invariant(True, "cpu", conf.invariant.chunks))
         with start("cpu", conf.timeout_seconds) as process:
-            parts = check(conf, process.world_size, held_out=False)
             for layout in LAYOUTS:
                 for engine in ("native", "vllm"):
-                    found[f"{engine} {layout}"] = steps(
-                        laid_out(conf, engine, layout), process, parts
-                    )
+                    plan = planned(laid_out(conf, engine, layout), process)
+                    found[f"{engine} {layout}"] = steps(plan, process)
             switch.close()
-            plain = laid_out(conf, "vllm", "split_2_2_tp")
-            plain.batch_invariant, plain.vllm.model = False, "native"
-            found["own"] = steps(plain, process, parts)
+            keys = {"batch_invariant": False, "vllm.model": "native"}
+            plain = changed(laid_out(conf, "vllm", "split_2_2_tp"), keys)
+            found["own"] = steps(planned(plain, process), process)
             (directory / f"{process.rank}.json").write_text(json.dumps(found))
-            with built(laid_out(conf, "vllm", "colocated_tp"), process, parts) as program:
+            with built(
+                planned(laid_out(conf, "vllm", "colocated_tp"), process), process
+            ) as program:
                 if process.rank == 2:
                     program.generator.engine.core.step_fn = fail
-                steps_of(conf, program, process)
+                train_step(program, process, Phases(process.device), 0)
 
 
 def fail():
     raise RuntimeError(FAILURE)
-
-
-def steps_of(conf: Conf, program: Program, process: Process) -> None:
-    train_step(conf, program, process, Phases(process.device), 0)
 
 
 if __name__ == "__main__":

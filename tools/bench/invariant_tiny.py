@@ -10,11 +10,9 @@ import torch
 
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
-from mesh.program.assembly import Program, assemble, check, rules_of, sync
-from mesh.rl.losses import policy_loss_T
-from mesh.rl.packing import PackedBatch
-from mesh.rl.step import Share, share_of
-from mesh.tasks import drawn
+from mesh.program.assembly import Program, assemble, check, sync
+from mesh.rl.step import Share, credited, share_of
+from mesh.tasks import Draw, draw_prompts
 from tools.bench.report import print_row
 from tools.bench.timing import Switch, paired
 
@@ -28,18 +26,20 @@ def bench_tiny() -> list[str]:
     torch.set_num_threads(1)
     _, conf = load_conf(["conf=qwen3_tiny", "device=cpu"])
     with start("cpu", 600) as process:
-        program = assemble(conf, process, check(conf, process.world_size))
+        plan = check(conf, process)
+        program = assemble(plan, process)
         sync(program)
-        prompts = drawn(program.parts.task.train_prompts(0, 64), 64, "train_prompts")
-        generator = program.generator
-        asked = (program.parts.task, prompts, conf.group_size, generator.sampling(0))
+        prompts = draw_prompts(plan.task, Draw(0, plan.step.num_prompts))
+        generator, trainer = program.generator, program.trainer
+        asked = (program.scorer, prompts, plan.step.group_size, generator.sampling(0))
         wave = program.exchange([p.prompt_id for p in prompts], generator.rollout(*asked))
-        share = share_of(wave, rules_of(conf), program.trainer.dp)
+        share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank)
+        share = credited(share, wave, plan.objective, plan.step)
         parts: dict[str, Callable[[], object]] = {
             "generation": partial(generator.rollout, *asked),
             "training": partial(backpropagate, program, share),
         }
-        switch = Switch(program.parts.shape, torch.float32, process.device)
+        switch = Switch(plan.shape, torch.float32, process.device)
         return [line for name, part in parts.items() for line in compare(switch, name, part)]
 
 
@@ -55,11 +55,6 @@ def compare(switch: Switch, name: str, part: Callable[[], object]) -> list[str]:
 
 
 def backpropagate(program: Program, share: Share) -> None:
-    """Forward and backward of a step's leaves."""
-    program.trainer.accumulate(share.leaves, share.token_counts, objective)
-
-
-def objective(batch: PackedBatch, logprobs_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return policy_loss_T(
-        logprobs_A, batch.generator_logprobs_A, batch.advantages_A, clip_low=0.2, clip_high=0.2
-    )
+    """Forward and backward of a step's passes."""
+    trainer, objective = program.trainer, program.plan.objective
+    trainer.accumulate(share.passes, objective, trainer.score(share.passes, objective.needs))

@@ -133,7 +133,7 @@ def bench_engine() -> list[str]:
     sizes = [f"generator.max_new_tokens={NEW_TOKENS}", f"generator.max_sequences={BATCH}"]
     _, conf = load_conf(["conf=qwen3_tiny", "device=cpu", "model.max_length=256", *sizes])
     with start("cpu", 600) as process:
-        program = assemble(conf, process, check(conf, process.world_size), with_optimizer=False)
+        program = assemble(check(conf, process, training=False), process)
         sync(program)
         rates = [tokens_per_second(program) for _ in range(REPEATS + 1)][1:]
     print(
@@ -148,9 +148,9 @@ def bench_engine() -> list[str]:
 
 def tokens_per_second(program: Program) -> float:
     """Prefill and decode of a full batch. No stop token: the batch stays full to the end."""
-    engine, encode = program.generator.engine, program.parts.tokenizer.encode
+    engine, encode = program.generator.engine, program.plan.tokenizer.encode
     assert engine is not None, "a world of one process is both trainer and generator"
-    prompts = program.parts.task.train_prompts(0, BATCH)
+    prompts = program.plan.task.train_prompts(0, BATCH)
     requests = [Request(p.prompt_id, tuple(encode(p.text)), num_samples=1) for p in prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0, step=0)
     began = time.perf_counter()

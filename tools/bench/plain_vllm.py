@@ -38,9 +38,9 @@ def main(prompt_tokens: int, words: list[str]) -> None:
 
 def plain(conf: Conf) -> LLM:
     """With dummy weights, and as much KV cache as our engines have."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, shape = engine_settings(conf, device.type), shape_of_flavor(conf.model.flavor)
-    itemsize = 2 if device.type == "cuda" else 4
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings, shape = engine_settings(conf, device), shape_of_flavor(conf.model.flavor)
+    itemsize = 2 if device == "cuda" else 4
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
     with TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config_entries(shape, (0,))))
@@ -48,13 +48,13 @@ def plain(conf: Conf) -> LLM:
             model=directory,
             skip_tokenizer_init=True,
             load_format="dummy",
-            dtype="bfloat16" if device.type == "cuda" else "float32",
+            dtype="bfloat16" if device == "cuda" else "float32",
             max_model_len=settings.max_length,
             max_num_seqs=settings.max_sequences,
             enable_prefix_caching=settings.prefix_cache,
             kv_cache_memory_bytes=settings.kv_tokens * token,
             gpu_memory_utilization=0.01,  # nothing is asked for beyond that
-            enforce_eager=device.type == "cpu",
+            enforce_eager=device == "cpu",
         )
 
 
