@@ -57,12 +57,17 @@ def stats_metrics(stats: TokenStats) -> dict[str, float]:
     }
 
 
+def rewards_of(wave: Wave, group_size: int) -> Tensor:
+    """rewards_PG of a wave, fp32, in the order of its outlines."""
+    return torch.tensor([o.reward for o in wave.outlines]).view(-1, group_size)
+
+
 def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
     """Rewards, lengths and truncation of a whole step's rollouts; empty off the trainer."""
     outlines = [o for wave in waves for o in wave.outlines]
     if not outlines:
         return {}
-    rewards_PG = torch.cat([wave.rewards(group_size) for wave in waves]).double()
+    rewards_PG = torch.cat([rewards_of(wave, group_size) for wave in waves]).double()
     lengths = [o.length for o in outlines]
     truncated = sum(o.finish_reason != "stop" for o in outlines)
     return {
