@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, `samples.jsonl`, TensorBoard, W&B, the progress display.
+"""The log of a run: `metrics.jsonl`, `samples.jsonl`, TensorBoard, W&B, the progress display.
 
 Only rank 0 writes, yet every rank calls: off rank 0 the verbs do nothing, so a recipe needs no
 branch. Numbers that are the same on all ranks, or reduced to rank 0, are the recipe's to give.
@@ -32,8 +32,8 @@ class MetricsLogger:
         config: dict[str, Any] | None = None,
         first: int = 0,
     ):
-        """`config` is shown by W&B. `first`: a run goes on after so many steps, with which
-        its files end: its checkpoint has put them back.
+        """`config` is shown by W&B. `first`: steps that a resumed run has taken, with which its
+        files end: its checkpoint has restored them.
 
         Raises Refusal where `log.tensorboard` or `log.wandb` asks for a missing package.
         """
@@ -50,10 +50,10 @@ class MetricsLogger:
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
         self._pace = Pace(steps, step=first)
-        self._progress = open_progress(self._pace, conf.progress)
+        self._progress = open_progress(self._pace, run_dir, conf.progress)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write down one step, once: one line of `metrics.jsonl`, flushed.
+        """Log one step, once: one line of `metrics.jsonl`, flushed.
 
         `step` counts finished optimizer steps. NaN and infinities, which JSON lacks, become null
         there; the display and TensorBoard show them as they are.
@@ -81,7 +81,7 @@ class MetricsLogger:
             _write_line(self._samples_file, {"step": step} | sample)
 
     def close(self) -> None:
-        """Flush everything and say where the run lies."""
+        """Flush everything and print the run's directory."""
         if not self._active or self._closed:
             return
         self._end()
@@ -97,7 +97,7 @@ class MetricsLogger:
             self.close()
         elif self._active and not self._closed:
             with contextlib.suppress(OSError):  # a full disk may be why the run ends
-                self._end()  # not W&B: its upload may last, and the other ranks wait to be told
+                self._end()  # not W&B: its upload may take long, and the other ranks wait
 
     def _end(self) -> None:
         self._closed = True
@@ -158,7 +158,7 @@ def _write_line(file: TextIO, record: dict[str, Any]) -> None:
         file.flush()
     except OSError as error:
         wrong = f"{file.name}: cannot be written ({error.strerror})"
-        raise RuntimeError(f"{wrong}; mend that, then resume from the last checkpoint") from error
+        raise RuntimeError(f"{wrong}; fix that, then resume from the last checkpoint") from error
 
 
 def _open_tensorboard(run_dir: Path, first: int) -> Any:
@@ -167,13 +167,13 @@ def _open_tensorboard(run_dir: Path, first: int) -> Any:
     except ImportError as error:
         remedy = "pip install tensorboard, or set log.tensorboard=false"
         raise Refusal(f"log.tensorboard=true: tensorboard is not installed; {remedy}") from error
-    purge = first + 1 if first else None  # what was drawn of later steps
+    purge = first + 1 if first else None  # the events of later steps
     return SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10, purge_step=purge)
 
 
 def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """The W&B run of this run directory, the same one in every start that goes on with it. Its API
-    key stays where W&B keeps it: in its own files or WANDB_API_KEY."""
+    """The W&B run of this run directory, the same one whenever it is resumed. The API key stays
+    where W&B keeps it: in its own files or WANDB_API_KEY."""
     try:
         import wandb
     except ImportError as error:
@@ -187,6 +187,6 @@ def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
         allow_val_change=True,  # a resumed run may have other `steps`
         id=path.read_text().strip(), resume="allow",
     )  # fmt: skip
-    # W&B ignores what comes for a step of its own counting that it has: ours may come again
+    # W&B ignores values for a step of its own counter that it has: ours may be logged again
     run.define_metric("*", step_metric="step")
     return run

@@ -1,14 +1,15 @@
-"""What a person sees while a run trains: a live table on a terminal, else one line per step."""
+"""Progress of a run on stdout: a live table on a terminal, else one line per step."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,11 +18,12 @@ Metrics = dict[str, Any]
 RATE = "tokens_per_second/"
 SHORT = {"generate": "gen"}
 LAST_STEPS = 20  # the pace is the mean of so many steps
+BAR_WIDTH = 16
 
 
 @dataclass
 class Pace:
-    """How fast steps pass. `now` is the clock, in seconds."""
+    """Seconds per step and time to go. `now` is the clock [s]."""
 
     steps: int
     now: Callable[[], float] = time.monotonic
@@ -60,7 +62,7 @@ def thousands(number: float) -> str:
 
 
 def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
-    """What is shown of a step, by its label; what was not measured is left out."""
+    """The values shown of a step, by label; a metric that was not measured is left out."""
     shown = {}
     for label, key, form in (
         ("reward", "reward/mean", "{:.3f}"),
@@ -79,18 +81,36 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     return shown
 
 
+def units(metrics: Metrics, pace: Pace) -> list[str]:
+    """The same as texts that are not broken: `step   12/150`, `reward 0.531`, `0.82 s/step`."""
+    shown = columns(metrics, pace)
+    texts = [text if label == "pace" else f"{label} {text}" for label, text in shown.items()]
+    return [f"step {pace.step:4}/{pace.steps}", *texts]
+
+
 def plain_line(metrics: Metrics, pace: Pace) -> str:
     """`step   12/150  reward 0.531  eval 0.480  ...  train 45.6k tok/s  0.82 s/step  ETA 1:53`."""
-    shown = columns(metrics, pace)
-    words = [text if label == "pace" else f"{label} {text}" for label, text in shown.items()]
-    return "  ".join([f"step {pace.step:4}/{pace.steps}", *words])
+    return "  ".join(units(metrics, pace))
+
+
+def packed(widths: Sequence[int], limit: int) -> list[range]:
+    """Consecutive items as rows that fit into `limit` columns, two spaces between items; an item
+    that is wider has a row of its own."""
+    rows, first = [], 0
+    for end in range(1, len(widths) + 1):
+        together = range(first, end + 1)
+        if end == len(widths) or sum(widths[i] + 2 for i in together) - 2 > limit:
+            rows.append(range(first, end))
+            first = end
+    return rows
 
 
 class PlainProgress:
-    """One line per step, for files and pipes."""
+    """One line per step, for files and pipes, after one that names the run directory."""
 
-    def __init__(self, pace: Pace):
+    def __init__(self, pace: Pace, run_dir: Path):
         self._pace = pace
+        print(f"run {run_dir}", flush=True)
 
     def update(self, metrics: Metrics, evaluated: bool) -> None:
         print(plain_line(metrics, self._pace), flush=True)
@@ -100,37 +120,54 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A table that is redrawn in place; steps with an evaluation leave their line above it."""
+    """A table that is redrawn in place; the run directory and steps with an evaluation stay above
+    it."""
 
-    def __init__(self, pace: Pace, console: Console):
-        self._pace = pace
+    def __init__(self, pace: Pace, run_dir: Path, console: Console):
+        self._pace, self._console = pace, console
         self._metrics: Metrics = {}
         self._live = Live(
             console=console, get_renderable=self._table, refresh_per_second=2, transient=True
         )
+        console.print(f"run {run_dir}", highlight=False, soft_wrap=True)
         self._live.start()
 
     def update(self, metrics: Metrics, evaluated: bool) -> None:
         if evaluated:
-            self._live.console.print(plain_line(metrics, self._pace), highlight=False)
+            texts = units(metrics, self._pace)
+            rows = packed([len(text) for text in texts], self._console.width - 2)
+            lines = ("  ".join(texts[i] for i in row) for row in rows)
+            self._console.print("\n  ".join(lines), highlight=False)
         self._metrics = metrics
 
     def close(self) -> None:
         self._live.stop()
 
-    def _table(self) -> Table:
-        pace = self._pace
-        table = Table("step", *columns(self._metrics, pace), "elapsed", "")
-        elapsed = clock(pace.now() - pace.began)
-        bar = ProgressBar(total=max(pace.steps, 1), completed=pace.step, width=20)
-        step = f"{pace.step}/{pace.steps}"
-        table.add_row(step, *columns(self._metrics, pace).values(), elapsed, bar)
-        return table
+    def _table(self) -> Group:
+        """As many tables, one below another, as the terminal's width asks for."""
+        cells: list[tuple[str, str | ProgressBar]] = [
+            ("step", f"{self._pace.step}/{self._pace.steps}"),
+            *columns(self._metrics, self._pace).items(),
+            ("elapsed", clock(self._pace.now() - self._pace.began)),
+            ("", ProgressBar(max(self._pace.steps, 1), self._pace.step, width=BAR_WIDTH)),
+        ]
+        sizes = [max(len(k), len(v) if isinstance(v, str) else BAR_WIDTH) for k, v in cells]
+        rows = packed(sizes, self._console.width)
+        return Group(*(one_row([cells[i] for i in row]) for row in rows))
 
 
-def open_progress(pace: Pace, wanted: bool) -> PlainProgress | LiveProgress:
+def one_row(cells: Sequence[tuple[str, str | ProgressBar]]) -> Table:
+    """A table of one row: each cell under its label, at its full width."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for label, _ in cells:
+        table.add_column(label, no_wrap=True)
+    table.add_row(*(value for _, value in cells))
+    return table
+
+
+def open_progress(pace: Pace, run_dir: Path, wanted: bool) -> PlainProgress | LiveProgress:
     """The live table where it is wanted and stdout is a terminal that can redraw."""
     console = Console()
     if wanted and console.is_terminal and not console.is_dumb_terminal:
-        return LiveProgress(pace, console)
-    return PlainProgress(pace)
+        return LiveProgress(pace, run_dir, console)
+    return PlainProgress(pace, run_dir)

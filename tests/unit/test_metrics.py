@@ -1,8 +1,10 @@
-"""What a run writes down and shows, value by value."""
+"""The log of a run and its progress display, value by value."""
 
 import io
 import json
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mesh.config.schema import LogConf
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.runs.metrics import MetricsLogger
-from mesh.runs.progress import LiveProgress, Pace, clock, plain_line, thousands
+from mesh.runs.progress import LiveProgress, Pace, clock, packed, plain_line, thousands
 
 QUIET = LogConf(tensorboard=False)
 
@@ -133,7 +135,8 @@ def test_lines_and_summary_where_stdout_is_no_terminal(tmp_path, capsys):
     with MetricsLogger(tmp_path, QUIET, rank=0, steps=3) as metrics:
         metrics.log(1, METRICS)
         metrics.log(2, {"reward/mean": 0.6})
-    first, second, summary = capsys.readouterr().out.splitlines()
+    named, first, second, summary = capsys.readouterr().out.splitlines()
+    assert named == f"run {tmp_path}"
     assert first.startswith("step    1/3  reward 0.531  eval 0.480")
     assert second.startswith("step    2/3  reward 0.600  eval 0.480")  # the last one measured
     assert "tok/s" not in second
@@ -144,23 +147,55 @@ def test_lines_and_summary_where_stdout_is_no_terminal(tmp_path, capsys):
 def test_no_summary_after_an_error(tmp_path, capsys):
     with pytest.raises(KeyError), MetricsLogger(tmp_path, QUIET, rank=0, steps=1):
         raise KeyError
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"run {tmp_path}\n"
+
+
+RUN_DIR = Path("runs/qwen3_tiny-20260101-000000")
+
+
+def live(width: int) -> str:
+    """What a terminal of this width gets of an evaluated step and of one without."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    progress = LiveProgress(fake_pace(150, 0.82, 12), RUN_DIR, console)
+    progress.update(METRICS, evaluated=True)
+    progress.update(METRICS | {"reward/mean": 0.75}, evaluated=False)
+    progress.close()
+    return screen.getvalue()
 
 
 def test_live_table():
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
-    progress = LiveProgress(fake_pace(150, 0.82, 12), console)
-    progress.update(METRICS, evaluated=True)
-    progress.update(METRICS | {"reward/mean": 0.75}, evaluated=False)
-    time.sleep(0.8)
-    progress.close()
-    text = screen.getvalue()
+    text = live(140)
     assert text.count("step   12/150  reward 0.531  eval 0.480") == 1
-    assert "12/150" in text
     assert "0.750" in text
     assert "step   12/150  reward 0.750" not in text
-    assert text.rstrip().endswith("\x1b[2K")  # the table is taken away
+    assert text.rstrip().endswith("\x1b[2K")  # the table is erased
+
+
+@pytest.mark.parametrize("width", [140, 80, 60, 37])
+def test_nothing_is_cut_or_broken_at_any_width(width):
+    moved = re.sub(r"\r|\x1b\[\d*A", "\n", live(width))
+    lines = [line for line in re.sub(r"\x1b\[[0-9?]*\w", "", moved).splitlines() if line]
+    assert lines[0] == f"run {RUN_DIR}"
+    assert all(len(line) <= width and "…" not in line for line in lines)
+    printed = next(i for i, line in enumerate(lines) if line.startswith("step   12/150"))
+    above = " ".join(lines[printed : printed + 4])
+    for text in ("reward 0.531", "gen 12.3k tok/s", "train 45.6k tok/s", "0.82 s/step", "ETA 1:53"):
+        assert text in above
+    last = max(i for i, line in enumerate(lines) if re.match("step +reward", line))
+    table = "\n".join(lines[last:])
+    for text in ("0.750", "0.480", "0.0e+00", "12.3k tok/s", "45.6k tok/s", "0.82 s/step", "1:53"):
+        assert re.search(rf"(^| ){re.escape(text)}( |$)", table, re.MULTILINE), table
+    for label in ("step", "reward", "eval", "logprob_diff", "gen", "train", "pace", "elapsed"):
+        assert re.search(rf"(^| ){label}( |$)", table, re.MULTILINE), table
+    assert len(lines[last:]) == {140: 2, 80: 4, 60: 4, 37: 6}[width]
+
+
+def test_a_row_is_as_full_as_it_can_be_and_a_wide_item_has_its_own():
+    assert packed([4, 4, 4], 16) == [range(3)]
+    assert packed([4, 4, 4], 15) == [range(2), range(2, 3)]
+    assert packed([4, 40, 4, 4], 10) == [range(1), range(1, 2), range(2, 4)]
+    assert packed([], 10) == []
 
 
 def test_phases_accumulate_and_start_over():
