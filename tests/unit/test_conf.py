@@ -360,3 +360,24 @@ def test_a_list_of_texts_keeps_every_text_as_it_stands(tmp_path, word, texts):
     assert conf.generate.prompts == texts
     save_conf(conf, tmp_path / "config.yaml")
     assert read_conf(tmp_path / "config.yaml") == conf
+
+
+def test_a_changed_configuration_is_a_copy():
+    conf = Conf()
+    values = {"steps": 7, "trainer.tp": 2, "trainer.lr": 0.5, "mesh.mode": "split"}
+    other = changed(conf, values)
+    assert {name: value_of(other, name) for name in values} == values
+    assert conf == Conf(), "what was given stays as it was"
+    rest = conf_keys().keys() - values
+    assert [name for name in rest if value_of(other, name) != value_of(conf, name)] == []
+    assert changed(conf, {}) == conf
+    for name in ("stepps", "trainer.lrr", "trainr.lr", "trainer.lr.x"):
+        with pytest.raises((AttributeError, TypeError)):
+            changed(conf, {name: 1})
+
+
+def test_a_configuration_cannot_be_assigned_to():
+    for part in (Conf(), Conf().trainer, Conf().log):
+        name = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, None)

@@ -4,12 +4,14 @@ promises of a real run. Single operators: test_invariant_operators.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mesh.config.loading import load_conf
-from mesh.invariant.switch import batch_invariant, current
+from mesh.invariant.switch import batch_invariant, current, ordinary_kernels
 from mesh.program.checks import invariant_problems
 from mesh.types import ModelShape
 
@@ -34,6 +36,31 @@ def test_the_switch_cannot_be_nested():
         pytest.raises(AssertionError, match="already on"),
         batch_invariant(True, "cpu"),
     ):
+        pass
+
+
+def test_ordinary_kernels_run_inside_the_block_and_invariant_ones_after_it():
+    """Also after an error, and as often as it is entered; the switch is the one that was on."""
+    x, weight = torch.randn(7, 1024), torch.randn(64, 1024)
+    before = F.linear(x, weight)
+    with batch_invariant(True, "cpu", chunks=2):
+        switch, invariant = current(), F.linear(x, weight)
+        assert not torch.equal(invariant, before), "control: the kernels differ at this shape"
+        for fails in (False, True, False):
+            expected = pytest.raises(RuntimeError, match="inside") if fails else nullcontext()
+            with expected, ordinary_kernels():
+                assert current() is None
+                assert torch.equal(F.linear(x, weight), before)
+                if fails:
+                    raise RuntimeError("inside")
+            assert current() is switch is not None
+            assert torch.equal(F.linear(x, weight), invariant)
+    assert current() is None
+    assert torch.equal(F.linear(x, weight), before)
+
+
+def test_ordinary_kernels_suspend_a_switch_that_is_on_and_no_other():
+    with pytest.raises(AssertionError, match="batch invariance is off"), ordinary_kernels():
         pass
 
 

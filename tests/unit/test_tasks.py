@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.config.schema import Conf
-from mesh.tasks import Task, TaskSpec, load_task, numbered
+from mesh.exactness.uneven import uneven_keys
+from mesh.tasks import Draw, Task, TaskSpec, draw_prompts, load_task, numbered
 from mesh.tasks.draw import is_held_out, training_prompts
 from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
 from mesh.types import Prompt
@@ -50,6 +51,23 @@ class Unmakeable(Counting):
 
     def __post_init__(self) -> None:
         raise KeyError("nowhere")
+
+
+@dataclass(frozen=True)
+class Refilling(Counting):
+    """A user's task that can refill a step. offset: added to its ids of later rounds."""
+
+    offset: int = 0
+
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        first = round * num + self.offset * (round > 0)
+        return [Prompt(i, f"{step}.{round}.{i}?", str(i)) for i in range(first, first + num)]
+
+
+@dataclass(frozen=True)
+class Failing(Refilling):
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        raise TypeError("no such question")
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,60 @@ def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
         f"the task's train_prompts was asked for 3 prompts and {got} whose prompt_id counts "
         "0, 1, 2, ... in order"
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_round_is_the_step_s_prompts_and_later_ones_go_on_from_them(name):
+    task = load_task(name, 3, {})
+    assert draw_prompts(task, Draw(5, 8)) == task.train_prompts(5, 8)
+    rounds = [draw_prompts(task, Draw(5, 8, round)) for round in range(3)]
+    assert [p.prompt_id for prompts in rounds for p in prompts] == list(range(24))
+    assert rounds == [draw_prompts(load_task(name, 3, {}), Draw(5, 8, r)) for r in range(3)]
+    texts = [tuple(prompt.text for prompt in prompts) for prompts in rounds]
+    assert len(set(texts)) == 3
+    assert [Draw(5, 8, round).first_id for round in range(3)] == [0, 8, 16]
+
+
+def test_a_task_without_rounds_draws_the_first_and_says_why_it_cannot_refill():
+    task = Counting(seed=0)
+    assert draw_prompts(task, Draw(2, 3)) == task.train_prompts(2, 3)
+    with pytest.raises(ValueError) as caught:
+        draw_prompts(task, Draw(2, 3, round=1))
+    assert str(caught.value) == (
+        "the task's train_prompts takes no round, so it cannot refill step 2; give it a parameter "
+        "`round: int = 0`, and let each round draw other prompts"
+    )
+
+
+def test_ids_of_a_later_round_count_on_and_what_a_task_raises_is_its_own():
+    prompts = draw_prompts(Refilling(seed=0), Draw(2, 3, round=2))
+    assert [(p.prompt_id, p.text) for p in prompts] == [(i, f"2.2.{i}?") for i in (6, 7, 8)]
+    with pytest.raises(ValueError, match="from index 0 on with prompt_id 4, 5, 6; return 3 whose "
+                       "prompt_id counts 3, 4, 5, ... in order"):  # fmt: skip
+        draw_prompts(Refilling(seed=0, offset=1), Draw(2, 3, round=1))
+    with pytest.raises(TypeError, match="no such question"):
+        draw_prompts(Failing(seed=0), Draw(2, 3, round=1))
+
+
+@pytest.mark.parametrize("name", ["spell_backward", f"{__name__}:Counting"])
+def test_uneven_rewards_are_a_wrapper_of_a_task(name):
+    """Its prompts and solutions; rewards differ by the response, by less than one answer."""
+    keys = uneven_keys(name, {}, workers=0)
+    wrapper = load_task(keys["task"], 3, keys["task_args"])
+    inner = load_task(name, 3, {})
+    assert draw_prompts(wrapper, Draw(1, 4)) == draw_prompts(inner, Draw(1, 4))
+    assert wrapper.eval_prompts(4) == inner.eval_prompts(4)
+    (prompt,) = wrapper.train_prompts(0, 1)
+    assert wrapper.solution(prompt) == inner.solution(prompt)
+    responses = [inner.solution(prompt), "a", "b", ""]
+    more = [wrapper.score(prompt, r) - inner.score(prompt, r) for r in responses]
+    assert all(0 <= x < 0.25 for x in more) and len(set(more)) == 4
+    assert more == [wrapper.score(prompt, r) - inner.score(prompt, r) for r in responses]
+    if name in NAMES:
+        assert draw_prompts(wrapper, Draw(1, 4, 1)) == draw_prompts(inner, Draw(1, 4, 1))
+    else:
+        with pytest.raises(ValueError, match="takes no round"):
+            draw_prompts(wrapper, Draw(1, 4, 1))
 
 
 def test_spell_backward_asks_for_the_reversed_word():

@@ -1,0 +1,184 @@
+"""The plan: a configuration resolved once, and the evaluation sets that it can hold."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from mesh.config.loading import load_conf
+from mesh.config.schema import Conf
+from mesh.engine.kinds import NATIVE, VLLM_NATIVE, VLLM_TITAN
+from mesh.lifecycle.process import Process
+from mesh.model.families import TINY
+from mesh.program.assembly import assemble, check, sync
+from mesh.program.plan import Device, Found, Plan, resolve
+from mesh.recipes.grpo import held_out
+from mesh.rl.objective import load_loss
+from mesh.roles.evaluation import EvaluationSet
+from mesh.roles.optimizer import OptimizerSettings
+from mesh.roles.trainer import Start
+from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.scorer import ScoringSettings, TaskSource
+from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.tokenizer import CHARACTERS, load_tokenizer
+from mesh.types import Prompt
+
+ENGINES = {
+    NATIVE: ["engine=native"],
+    VLLM_TITAN: ["engine=vllm"],
+    VLLM_NATIVE: ["engine=vllm", "vllm.model=native"],
+}
+
+
+@dataclass(frozen=True)
+class AllRight(SpellBackward):
+    """Every response to its own questions is right."""
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        return [Prompt(i, "abc>", "mine") for i in range(num)]
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        assert prompt.answer == "mine", "a prompt of another set"
+        return 1.0
+
+
+def conf_of(*words: str) -> Conf:
+    return load_conf(["conf=qwen3_tiny", "log.tensorboard=false", *words])[1]
+
+
+def planned(
+    *words: str, world_size: int = 1, device: Device = "cpu", training: bool = True
+) -> Plan:
+    """The plan of a configuration, whatever is installed on this machine."""
+    conf = conf_of(*words)
+    task = load_task(conf.task, conf.seed, conf.task_args)
+    found = Found(TINY, load_tokenizer(CHARACTERS), task, load_loss(conf.loss))
+    return resolve(conf, found, world_size, device, training)
+
+
+@pytest.mark.parametrize("kind", ENGINES, ids=str)
+def test_an_engine_has_its_pages_and_digests(kind):
+    """Compared after every sync, unless the weights are the trainer's own on a GPU."""
+    pages = {NATIVE: (16, 256), VLLM_TITAN: (16, 256), VLLM_NATIVE: (32, 16)}
+    every = {NATIVE: ("every", "first"), VLLM_TITAN: ("every",) * 2, VLLM_NATIVE: ("every",) * 2}
+    plans = [planned(*ENGINES[kind], device=device) for device in ("cpu", "cuda")]
+    assert [plan.generator.kind for plan in plans] == [kind, kind]
+    assert tuple(plan.generator.engine.page_size for plan in plans) == pages[kind]
+    assert tuple(plan.verify for plan in plans) == every[kind]
+    assert [plan.generator.engine.releases for plan in plans] == [False, kind is not NATIVE]
+    for word in ("off", "first"):
+        assert planned(*ENGINES[kind], f"sync.verify={word}").verify == word
+
+
+def test_dtypes_that_are_left_open_are_the_device_s():
+    words = ["trainer.dtype=float32", "generator.dtype=bfloat16"]
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        plan = planned(device=device)
+        assert (plan.device, plan.trainer.dtype, plan.generator.dtype) == (device, dtype, dtype)
+        plan = planned(*words, device=device)
+        assert plan.trainer.dtype == torch.float32 and plan.generator.dtype == torch.bfloat16
+
+
+def test_every_part_has_the_keys_that_it_uses():
+    words = [
+        "mesh.mode=split", "trainer.tp=2", "trainer.lr=1e-4", "trainer.warmup_steps=3", "seed=7",
+        "trainer.clip_norm=0.5", "trainer.sequence_parallel=true", "on_nonfinite=skip",
+        "trainer.activation_checkpointing=full", "trainer.microbatch_tokens=99", "num_prompts=12",
+        "group_size=4", "waves=3", "drop_equal_groups=true", "generator.temperature=0.5",
+        "generator.top_k=5", "generator.top_p=0.9", "model.max_length=30", "loss=dr_grpo",
+        "generator.max_new_tokens=6", "clip_high=0.3", "kl_coef=0.1", "eval.num_prompts=5",
+        "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
+        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4",
+    ]  # fmt: skip
+    plan = planned(*words, world_size=4)
+    assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
+    trainer, generator, step = plan.trainer, plan.generator, plan.step
+    assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5)
+    assert trainer.reference and trainer.sequence_parallel
+    assert (trainer.activation_checkpointing, trainer.on_nonfinite) == ("full", "skip")
+    assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, TINY)
+    assert (generator.temperature, generator.top_k, generator.top_p) == (0.5, 5, 0.9)
+    assert (generator.seed, generator.max_new_tokens, generator.timeout_seconds) == (7, 6, 60)
+    assert generator.stop_tokens == plan.tokenizer.eos_ids and generator.engine.max_length == 30
+    assert (step.num_prompts, step.group_size, step.waves) == (12, 4, 3)
+    assert (step.pass_tokens, step.drop_equal_groups) == (99, True)
+    assert plan.objective.settings == {"clip_high": 0.3} and plan.objective.kl_coef == 0.1
+    assert (plan.objective.loss, plan.objective.longest_response) == (load_loss("dr_grpo"), 6)
+    assert (plan.bucket_bytes, plan.timeout_seconds) == (3 << 20, 60)
+    assert (plan.chunks, plan.strict) == (2, True)
+    assert plan.training == TaskSource(
+        load_task("spell_backward", 7, {"max_length": 4}),
+        TaskSpec("spell_backward", 7, {"max_length": 4}),
+        ScoringSettings(0, 60.0, "stop"),
+    )
+    assert plan.evaluations == {"": EvaluationSet(plan.training, 5, 2)}
+
+
+def test_the_defaults_leave_out_what_is_not_asked_for():
+    plan = planned()
+    assert (plan.chunks, plan.strict, plan.trainer.reference) == (None, False, False)
+    assert plan.trainer.start.path is not None and plan.trainer.start.path.name == "qwen3_tiny"
+    random = planned("model.init=random", "seed=5")
+    assert random.trainer.start == Start(None, 5)
+    assert random.tokenizer_directory == plan.tokenizer_directory == plan.trainer.start.path
+    assert planned("model.path=null", "model.init=random").tokenizer_directory == CHARACTERS
+
+
+def test_a_program_that_only_generates_has_neither_optimizer_nor_reference():
+    plan = planned("kl_coef=0.1", training=False)
+    assert plan.trainer.optimizer is None and not plan.trainer.reference
+    assert planned("kl_coef=0.1").trainer.reference
+
+
+def parts_of(value: Any) -> list[Any]:
+    """A dataclass and all dataclasses below it."""
+    parts = [getattr(value, field.name) for field in fields(value)]
+    return [value, *(p for part in parts if is_dataclass(part) for p in parts_of(part))]
+
+
+def test_a_plan_is_frozen_and_holds_no_configuration():
+    plan = planned()
+    assert len(parts_of(plan)) > 10
+    for part in parts_of(plan):
+        assert type(part).__module__ != Conf.__module__, type(part)
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, fields(part)[0].name, None)
+
+
+def test_a_checked_plan_is_the_resolved_one(process: Process):
+    """`check` reads the model, the task and the loss that a configuration names."""
+    plan = check(conf_of("loss=dr_grpo"), process)
+    expected = planned("loss=dr_grpo")
+    assert replace(plan, tokenizer=expected.tokenizer) == expected
+
+
+def test_evaluation_sets_are_measured_by_name(process: Process):
+    """Two beside the task's own: one of another task, one of the same with its own scorer."""
+    words = ["eval.num_prompts=4", "eval.num_samples=2", "generator.max_new_tokens=4"]
+    plan = check(conf_of(*words), process)
+    right = TaskSource(
+        AllRight(0), TaskSpec(f"{__name__}:AllRight", 0), ScoringSettings(0, 1.0, "zero")
+    )
+    own = plan.evaluations[""]
+    sets = {"": own, "right": EvaluationSet(right, 3, 3), "same": replace(own, num_samples=1)}
+    program = assemble(replace(plan, evaluations=sets), process)
+    assert program.evaluation_scorers[""] is program.scorer
+    assert program.evaluation_scorers["same"] is program.scorer
+    assert program.evaluation_scorers["right"] is not program.scorer
+    sync(program)
+    metrics = held_out(program, process)
+    assert list(metrics) == [
+        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy",
+        "eval/right/accuracy", "eval/right/pass@1", "eval/right/pass@3",
+        "eval/right/accuracy_greedy", "eval/right/failed",
+        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy",
+    ]  # fmt: skip
+    assert [metrics[f"eval/right/{x}"] for x in ("accuracy", "accuracy_greedy")] == [1.0, 1.0]
+    assert metrics["eval/right/failed"] == 0.0
+    assert metrics["eval/same/accuracy_greedy"] == metrics["eval/accuracy_greedy"] < 1.0
+    alone = assemble(plan, process)
+    sync(alone)
+    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:4]}
