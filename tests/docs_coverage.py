@@ -13,7 +13,7 @@ RESUME = "tests/faults/test_resume.py"
 COVERED = {
     # the README's block under "Tests" is what .ci/run executes
     "ruff format --check . && ruff check .": CI,
-    "mypy && mypy recipes/*.py tools/*.py": CI,
+    "mypy && mypy recipes tools": CI,
     "mypy": CI,
     "OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile": CI,
     "OMP_NUM_THREADS=1 pytest -q tests/unit": CI,
