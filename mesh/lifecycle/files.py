@@ -1,5 +1,4 @@
-"""Which directories a run may write to - its own alone, never where a link leads - and how what it
-wrote is known to be on the disk."""
+"""Directories that a run may write to (its own alone, no symbolic links), and durable writes."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from mesh.config.keys import problem
 from mesh.config.schema import Conf, resolve_path
 
 MARKS = ("config.yaml", "metrics.jsonl")
-"""Files by which a directory is known to hold a run."""
+"""Files that mark a directory as holding a run."""
 
 
 def run_dir_problems(conf: Conf) -> list[str]:
@@ -30,16 +29,16 @@ def run_dir_problems(conf: Conf) -> list[str]:
 
 
 def link_problems(key: str, name: str, path: Path) -> list[str]:
-    """Symbolic links in a directory that a run would write to: it would write where they lead."""
+    """Symbolic links in a run's directory, through which it would write elsewhere."""
     links = (
         sorted(item.name for item in path.iterdir() if item.is_symlink()) if path.exists() else []
     )
     wrong = f"holds symbolic links ({', '.join(links)}), which are not followed"
-    return [problem(key, name, wrong, "put the files themselves there")] if links else []
+    return [problem(key, name, wrong, "replace them by the files themselves")] if links else []
 
 
 def sync_path(path: Path) -> None:
-    """Have a directory's names, or a file's bytes, on the disk."""
+    """Flush a directory's names, or a file's bytes, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(descriptor)
@@ -48,6 +47,6 @@ def sync_path(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Have a directory of files on the disk."""
+    """Flush a directory of files to the disk."""
     for item in (*path.iterdir(), path):
         sync_path(item)

@@ -1,19 +1,19 @@
-"""How an SPMD program ends: all ranks together, soon, and with the first error as the last words.
+"""The end of an SPMD program: all ranks together, within seconds, and the first error printed last.
 
 A rank blocked in a collective cannot notice that a peer failed, and Python runs no signal handler
 while C code holds the main thread. So each process has one daemon thread that never touches a
-process group: it polls the rendezvous store through a client of its own, looks whether the local
-peers and the launcher still live, and receives signals through a wake-up pipe. It ends the
+process group: it polls the rendezvous store through a client of its own, checks that the local
+peers and the launcher are alive, and receives signals through a wake-up pipe. It ends the
 process with `os._exit`, because tearing down NCCL or gloo after a failure can hang.
 
-A first Ctrl-C is a request where the program asks for it (`Process.should_stop`), and has the
-patience of one step: a step that lasts longer is given up before torchrun kills it. Once all ranks
-know that they stop there is no limit of ours; torchrun still kills what it has signalled after
+A first Ctrl-C is a request where the program asks for it (`Process.should_stop`), and waits for the
+present step; a step that takes too long is abandoned before torchrun kills it. Once all ranks have
+agreed to stop there is no limit of ours; torchrun still kills what it has signalled after
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds. A program that never asked ends at once.
 
-The first failure is recorded by an atomic `compare_set`. The other ranks print what they have to
-say, go mute and acknowledge it; then the rank that recorded it prints it and leaves first, so
-that torchrun's own summary names it too.
+The first failure is recorded by an atomic `compare_set`. The other ranks print their own errors, go
+mute and acknowledge it; then the rank that recorded it prints it and leaves first, so that
+torchrun's own summary names it too.
 
 A refusal (`mesh/config/keys.py`) is no crash: its message alone is printed, once, also where the
 launcher tries again, and the rank that tells the launcher of it leaves last.
@@ -50,20 +50,20 @@ from mesh.lifecycle.watchdog import Watchdog
 
 POLL_SECONDS = 0.25
 SETTLE_SECONDS = 0.5  # a killed peer breaks our collectives before it can be seen to be dead
-MUTE_SECONDS = 6.0  # the longest wait for other ranks before the first error is printed
+MUTE_SECONDS = 6.0  # the longest wait for the other ranks before the first error is printed
 ECHO_SECONDS = 1.0  # launchers repeat a signal; a person presses Ctrl-C again later than this
 LEAVE_SECONDS = 20.0  # the longest a clean teardown may take
 REFUSED = 2  # exit status of a start that its user has to change
 REFUSED_SECONDS = 5.0  # the longest wait for the other ranks of a machine to leave after a refusal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPING = "stopping at the end of this step; Ctrl-C again ends at once"
-LIMIT = "; torchrun kills what then still runs after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s if unset)"
+LIMIT = "; torchrun kills what still runs after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s if unset)"
 
 
 class Guard:
-    """Watches over one process. `local_ranks`: those of this machine. `run_dir` is where the last
-    words say that the run lies; `stall_seconds`: the longest time without a heartbeat of any rank,
-    0: no limit."""
+    """Owns the signals and the end of one process. `local_ranks`: those of this machine. `run_dir`
+    is named in the last message; `stall_seconds`: the longest time without a heartbeat of any rank
+    [s], 0: no limit."""
 
     def __init__(self, rank: int, world_size: int, local_ranks: range, stall_seconds: float):
         self.rank = rank
@@ -74,7 +74,7 @@ class Guard:
         self._lasting = dist.PrefixStore("mesh/all", store)
         self._peers = Peers(rank, world_size, local_ranks, self._store)
         self._parent = os.getppid()
-        # Whoever ends the process holds the lock for ever; it also keeps the store to one thread.
+        # The thread that ends the process keeps the lock; it also keeps the store to one thread.
         self._lock = threading.Lock()
         self._patience = patience_seconds()
         self._polled = False
@@ -105,8 +105,8 @@ class Guard:
         with self._lock:
             return self._lasting.get(name).decode() if self._lasting.check([name]) else None
 
-    def told(self, stop: bool) -> None:
-        """All ranks have asked whether to stop, and were told this."""
+    def agreed(self, stop: bool) -> None:
+        """Note that all ranks have asked whether to stop, and the answer."""
         self._polled, self._obeyed = True, self._obeyed or stop
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -129,7 +129,7 @@ class Guard:
         return self._last_words(first)
 
     def leave(self, exit_code: int = 0) -> None:
-        """A clean end begins: from now on a hanging teardown is cut short with `exit_code`."""
+        """Begin a clean end: from now on a teardown that hangs is cut short with `exit_code`."""
         with self._lock:
             self._leave_at, self._exit_code = time.monotonic(), exit_code
             self._watchdog.close()
@@ -138,7 +138,7 @@ class Guard:
             self._peers.wait(LEAVE_SECONDS / 2)  # this process hosts the store
 
     def close(self) -> None:
-        """Stop watching and give the signals back."""
+        """Stop the thread and restore the signal handlers."""
         self._gone.set()
         os.write(self._wake_write, b"\0")
         self._thread.join()
@@ -152,15 +152,15 @@ class Guard:
 
     def _listen(self) -> None:
         while not self._gone.is_set():
-            signalled = self._hear(POLL_SECONDS)
+            signalled = self._signalled_within(POLL_SECONDS)
             with self._lock:
                 again = signalled and self._stop_at is not None
-                if again:  # torchrun and peers end of it too, and are not to be taken for the cause
+                if again:  # it ends torchrun and peers too, which must not be taken for the cause
                     self._on_signal()
                 try:
                     self._check()
                 except dist.DistError:
-                    self._vanish("the rendezvous store is gone")
+                    self._end_orphaned("the rendezvous store is gone")
                 if signalled and not again:  # torchrun signals when a peer has failed, too
                     self._on_signal()
 
@@ -172,7 +172,7 @@ class Guard:
                 self._die(self._exit_code)
             return
         if under_torchrun() and os.getppid() != self._parent:
-            self._vanish("torchrun is gone")
+            self._end_orphaned("torchrun is gone")
         if self._stop_at is not None and not self._obeyed and now > self._stop_at + self._patience:
             self._abandon("the step did not end in time")
         if self._store.check(["first"]):
@@ -182,8 +182,8 @@ class Guard:
         if stall := self._watchdog.look(now):
             self._end_after(self._record(Failure(self.rank, self.rank, stall, stall, True)))
 
-    def _hear(self, seconds: float) -> bool:
-        """Whether a request to stop comes within so many seconds."""
+    def _signalled_within(self, seconds: float) -> bool:
+        """True where a request to stop arrives within so many seconds."""
         heard, _, _ = select.select([self._wake], [], [], seconds)
         return bool(heard) and bool(set(os.read(self._wake, 64)) & set(SIGNALS))
 
@@ -254,17 +254,20 @@ class Guard:
         return REFUSED
 
     def _abandon(self, why: str) -> NoReturn:
-        """Every rank was signalled and does this by itself, so give the slower ones a moment."""
+        """End after a signal, which every rank gets and handles by itself: wait for the slower ones
+        a moment."""
         last_words = mute()
         self._peers.announce("stopped")
         if self.rank == 0:
-            where = f"; the run lies in {self.run_dir}" if self.run_dir else ""
+            where = f"; run directory: {self.run_dir}" if self.run_dir else ""
             write_and_close(last_words, f"\nstopped: {why}{where}\n")
         time.sleep(2 * POLL_SECONDS)
         self._die(130)
 
-    def _vanish(self, why: str) -> NoReturn:
-        if self._hear(SETTLE_SECONDS) or self._stop_at is not None:  # it goes at a second Ctrl-C
+    def _end_orphaned(self, why: str) -> NoReturn:
+        if (
+            self._signalled_within(SETTLE_SECONDS) or self._stop_at is not None
+        ):  # a second Ctrl-C ended it
             self._abandon("ended at once")
         write_and_close(mute(), f"\nrank {self.rank} ends: {why}\n")
         self._die(1)
@@ -275,7 +278,7 @@ class Guard:
         os._exit(exit_code)
 
     def _take_signals(self) -> tuple[int, dict[int, Any]]:
-        """Have C code write each signal into the pipe, whatever Python does at that time."""
+        """Have C code write each signal into the pipe, whatever Python is doing."""
         if threading.current_thread() is not threading.main_thread():
             return -1, {}  # an actor framework owns the main thread and its signals
         os.set_blocking(self._wake_write, False)

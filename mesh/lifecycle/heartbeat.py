@@ -10,11 +10,11 @@ _count = 0
 
 
 def beat() -> None:
-    """This process has got on. Cheap enough for every decode step."""
+    """Record a heartbeat: this process makes progress. Cheap enough for every decode step."""
     global _count
     _count += 1
 
 
 def beats() -> int:
-    """How often it has."""
+    """Number of heartbeats recorded by this process."""
     return _count

@@ -6,7 +6,7 @@
             if process.should_stop():
                 break
 
-How it ends when something goes wrong is `mesh/lifecycle/guard.py`.
+The end after a failure is `mesh/lifecycle/guard.py`.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Process:
         """
         flag = torch.tensor(int(self.guard.stop_requested))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        self.guard.told(stop=bool(flag))
+        self.guard.agreed(stop=bool(flag))
         return bool(flag)
 
     def listen(self) -> None:
-        """From now on a first request to stop is obeyed at the next `should_stop`."""
-        self.guard.told(stop=False)
+        """Have a first request to stop obeyed at the next `should_stop` from now on."""
+        self.guard.agreed(stop=False)
 
     def from_rank0(self, value: Any) -> Any:
         """Rank 0's value of a small picklable object, on every rank. Collective."""
@@ -145,26 +145,24 @@ def start(
 def refuse_to_start(refusal: Refusal) -> NoReturn:
     """End this process over a command line that cannot run, before there is a process group.
 
-    Every rank reads the same words and comes here, so that one of them prints the message. Under
-    torchrun one rank of each machine ends with `REFUSED`, the others with 0: torchrun fails all the
-    same, and has nothing to say of them.
+    Every rank reads the same command line and comes here, so that one of them prints the message.
+    Under torchrun one rank of each machine exits with `REFUSED` and the others with 0: torchrun
+    still fails, and its summary has one rank instead of all.
     """
-    _be_a_world_of_one_without_launcher()
-    place = Place.of_environment()
-    if place.world_size == 1 and not under_torchrun():
+    alone = "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1"
+    if alone and not under_torchrun():
         say(str(refusal))
         sys.exit(REFUSED)
+    place = Place.of_environment()
     timeout = timedelta(seconds=MEET_SECONDS)
-    store = next(dist.rendezvous("env://", timeout=timeout))  # where torchrun has none, rank 0's
+    _store = next(dist.rendezvous("env://", timeout=timeout))  # where the launcher has none, ours
     guard = Guard(place.rank, place.world_size, place.local_ranks, stall_seconds=0)
-    status = guard.settle(refusal)
-    del store
-    sys.exit(status)
+    sys.exit(guard.settle(refusal))
 
 
 @dataclass(frozen=True)
 class Place:
-    """This rank and its machine's, as the launcher has them in the environment."""
+    """This rank, the world and the ranks of this machine, from the launcher's environment."""
 
     rank: int
     world_size: int

@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step, and the GPU memory that is in use at its end."""
+"""Seconds of each phase of a step, and the GPU memory in use at its end."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Whether the world still gets on, as each rank's guard sees it.
+"""Stall detection: the heartbeats of all ranks, as each rank's guard sees them.
 
-In lockstep one rank that stalls stops all others in their next collective, where they look no less
-alive than it does: so a run has stalled when no rank has had a beat for `seconds`, and the rank
-that fell silent first is the one to look at. Every rank writes its count of beats into the
-rendezvous store and reads the others'.
+In lockstep one rank that stalls blocks all others in their next collective, where they look no less
+alive than it does: so a run has stalled when no rank has recorded a heartbeat for `seconds`, and
+the rank that went silent first is the one to look at. Every rank writes its count of heartbeats
+into the rendezvous store and reads the others'.
 
 A thread that holds the GIL for ever silences its own guard. The timer of `faulthandler` needs no
-GIL: it is set anew at every look, and where it runs out it prints the stacks. It does not end the
-process, as it runs out, too, when a process was suspended; the launcher does after the others.
+GIL: it is reset at every check, and prints the stacks when it expires. It does not end the process,
+because it also expires when the process was suspended; the launcher ends it after the others.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-MOST_SECONDS_BETWEEN_LOOKS = 10.0
-GIL_SECONDS = 5.0  # how much later than a stall a silenced guard's process shows its stacks
-ABSENT = 5  # intervals without a look after which this process was suspended itself
+MAX_INTERVAL = 10.0  # seconds between two checks
+GIL_SECONDS = 5.0  # from a stall to the stacks of a process whose guard is silenced
+ABSENT = 5  # intervals without a check, after which this process must have been suspended itself
 STDERR = 2
 SHOWN = 8
 
 
 @dataclass
 class Sight:
-    """The beats that a rank was last seen to have, and since when."""
+    """The last heartbeat count seen of a rank, and since when it stands."""
 
     beats: int
     since: float
 
 
 class Watchdog:
-    """One rank's view of the world. `seconds` 0: it never sees a stall."""
+    """One rank's view of the world. `seconds` 0: no stall is ever reported."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Watchdog:
     ):
         self._rank, self._store, self._seconds, self._beats = rank, store, seconds, beats
         self._sights = {r: Sight(-1, now) for r in range(world_size)}
-        self._interval = min(seconds / 10, MOST_SECONDS_BETWEEN_LOOKS)
+        self._interval = min(seconds / 10, MAX_INTERVAL)
         self._last, self._next = now, now
 
     def look(self, now: float) -> str | None:
-        """What to say where the world has stalled. Called often; looks when it is time to."""
+        """The message for a world that has stalled. Call it often: it checks once per interval."""
         if not self._seconds or now < self._next:
             return None
         if now > self._last + ABSENT * self._interval:
@@ -68,7 +68,7 @@ class Watchdog:
         return self._describe(quiet) if min(quiet.values()) > self._seconds else None
 
     def close(self) -> None:
-        """Take the timer back."""
+        """Cancel the timer."""
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
@@ -77,6 +77,6 @@ class Watchdog:
         listed = ", ".join(f"rank {rank} for {quiet[rank]:.0f} s" for rank in longest[:SHOWN])
         more = f" and {len(quiet) - SHOWN} more" if len(quiet) > SHOWN else ""
         return (
-            f"the run stalls: no rank has got on for stall_seconds={self._seconds:g}. "
-            f"Silent, the longest first: {listed}{more}. Above are the ranks' stacks"
+            f"the run stalled: no rank recorded a heartbeat for stall_seconds={self._seconds:g}. "
+            f"Silent, the longest first: {listed}{more}. The stacks of the ranks are above"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mesh.config.keys import Refusal
+from mesh.config.keys import Refusal, problem
 from mesh.config.run_format import RUN_FORMAT
 from mesh.lifecycle.files import MARKS
 from mesh.lifecycle.process import Process
@@ -48,9 +48,9 @@ def create_run_dir(
     """Make the run directory with `config.yaml` and `environment.json`; every rank gets its path.
 
     Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
-    words of a run that ends early say where it lies. `resume`: it is there, its config.yaml stays,
-    and this start's environment goes to `environment-2.json` and so on. Raises Refusal on every
-    rank where the directory already holds a run or cannot be made.
+    message of a run that ends early names the directory. `resume`: it exists, its config.yaml is
+    kept, and this start's environment goes to `environment-2.json` and so on. Raises Refusal on
+    every rank where the directory already holds a run or cannot be made.
     """
     ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
     dist.all_gather_object(ranks, describe_rank(process), group=process.cpu_group)
@@ -75,23 +75,24 @@ def _new_environment(path: Path) -> Path:
 
 
 def _make(path: Path, config_text: str) -> str | None:
-    """Make the directory, under the user's umask; what is wrong where it cannot be."""
+    """Make the directory, under the user's umask. Returns the problem where it cannot be made."""
     held = [name for name in MARKS if (path / name).exists()]
     if held:
         remedy = "name another directory, or move that run away"
-        return f"run_dir={path}: already holds a run ({', '.join(held)}); {remedy}"
+        return problem("run_dir", path, f"already holds a run ({', '.join(held)})", remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / "config.yaml", "x") as file:  # of two starts at once, one is refused
             file.write(config_text)
     except OSError as error:
         remedy = "name a directory that you can write"
-        return f"run_dir={path}: cannot be made ({error.strerror}: {error.filename}); {remedy}"
+        wrong = f"cannot be made ({error.strerror}: {error.filename})"
+        return problem("run_dir", path, wrong, remedy)
     return None
 
 
 def describe_rank(process: Process) -> dict[str, Any]:
-    """Where one rank runs, and on what."""
+    """Host and device of one rank."""
     cuda = process.device.type == "cuda"
     return {
         "rank": process.rank,
@@ -102,7 +103,7 @@ def describe_rank(process: Process) -> dict[str, Any]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What a person needs to run this again: versions, machine, command. No secrets."""
+    """Versions, machine and command, from which the run can be repeated. No secrets."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.orig_argv),
@@ -130,7 +131,7 @@ def package_versions() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The CPU's name as Linux tells it, else what the platform module knows."""
+    """The CPU's name from /proc/cpuinfo, else from the platform module."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -128,7 +128,7 @@ def assert_stalled(launch: Launch, directory: Path, where: str) -> None:
     assert f"in {where}\n" in err
     assert "in in_collective\n" in err
     last = before_summary(err).splitlines()[-1]
-    assert "no rank has got on for stall_seconds=3." in last
+    assert "no rank recorded a heartbeat for stall_seconds=3." in last
     assert re.search(r"Silent, the longest first: rank 1 for \d+ s, rank 0 for", last)
     stack = (directory / "runs" / "example" / "stack-rank0.txt").read_text()
     assert "in in_collective\n" in stack
@@ -216,7 +216,7 @@ def test_second_ctrl_c_ends_at_once_and_says_where_the_run_lies(tmp_path):
     launch.press_ctrl_c()
     status, _, err, seconds = launch.finish(2)
     assert status != 0
-    assert err.count("stopped: ended at once; the run lies in runs/example") == 1
+    assert err.count("stopped: ended at once; run directory: runs/example") == 1
     assert err.index(STOPPING) < err.index("stopped: ended at once")
     assert seconds < 30
 
@@ -226,7 +226,7 @@ def test_step_is_abandoned_before_torchrun_kills(tmp_path):
     launch.wait_until_running()
     launch.press_ctrl_c()
     _, _, err, seconds = launch.finish(2)
-    assert "stopped: the step did not end in time; the run lies in runs/example" in err
+    assert "stopped: the step did not end in time; run directory: runs/example" in err
     assert "SIGKILL" not in err
     assert 5 < seconds < 12
 
@@ -238,7 +238,7 @@ def test_program_that_never_asks_ends_at_the_first_ctrl_c(tmp_path, num_ranks):
     launch.press_ctrl_c()
     status, _, err, seconds = launch.finish(max(num_ranks, 1))
     assert status != 0
-    assert err.count("stopped: ended at once; the run lies in runs/example") == 1
+    assert err.count("stopped: ended at once; run directory: runs/example") == 1
     assert STOPPING not in err
     assert seconds < 30
 
@@ -250,7 +250,7 @@ def test_what_follows_the_stop_has_the_time_that_torchrun_gives(tmp_path):
     launch.press_ctrl_c()
     _, out, err, _ = launch.finish(2)
     assert sorted(out.splitlines()) == ["rank 0 saved", "rank 1 saved"]
-    assert f"{STOPPING}; torchrun kills what then still runs after TORCH_ELASTIC" in err
+    assert f"{STOPPING}; torchrun kills what still runs after TORCH_ELASTIC" in err
     assert "stopped:" not in err
 
 

@@ -1,4 +1,4 @@
-"""When the watchdog sees a stall, on a clock of the test's own."""
+"""Stall detection by the watchdog, on a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh.lifecycle.watchdog import Watchdog
 
 
 class World:
-    """Ranks that look at each other through one store; `beats[rank]` is how often each got on."""
+    """Ranks that see each other through one store; `beats[rank]` counts each one's heartbeats."""
 
     def __init__(self, num_ranks: int, seconds: float):
         store = dist.HashStore()
@@ -31,7 +31,7 @@ def timer():
     faulthandler.cancel_dump_traceback_later()
 
 
-def test_a_world_in_which_one_rank_gets_on_has_not_stalled():
+def test_a_world_in_which_one_rank_makes_progress_has_not_stalled():
     world = World(3, seconds=900)
     for now in range(0, 5000, 5):
         world.beats[1] += now % 800 == 0
@@ -48,7 +48,7 @@ def test_a_stall_is_seen_by_all_soon_after_its_time_and_names_who_fell_silent_fi
             break
     assert all(1200 <= now <= 1225 for now, _ in found.values())
     said = found[0][1]
-    assert "no rank has got on for stall_seconds=900" in said
+    assert "no rank recorded a heartbeat for stall_seconds=900" in said
     assert said.index("rank 1 for 10") < said.index("rank 0 for 9")
 
 
