@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-
 FinishReason = Literal["stop", "length", "turns", "context"]
 """Reasons for which a rollout ends: a stop token, its longest response, its most turns, or no room
 in the context for another turn."""
@@ -167,10 +165,6 @@ class Wave:
 
     outlines: list[Outline]
     rollouts: list[Rollout]
-
-    def rewards(self, group_size: int) -> torch.Tensor:
-        """rewards_PG, fp32, in the order of the outlines."""
-        return torch.tensor([o.reward for o in self.outlines]).view(-1, group_size)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mesh.rl.advantages import equal_groups
+from mesh.rl.advantages import equal_groups, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
@@ -76,7 +76,7 @@ def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -
     """
     if not wave.outlines or rank is None:
         return Share([], 0, 0)
-    dropped_P = equal_groups(wave.rewards(step.group_size)) & step.drop_equal_groups
+    dropped_P = equal_groups(rewards_of(wave, step.group_size)) & step.drop_equal_groups
     pairs = zip(prompt_ids_of(wave, step.group_size), dropped_P.tolist(), strict=True)
     kept = {prompt_id for prompt_id, drop in pairs if not drop}
     outlines = [o for o in wave.outlines if o.prompt_id in kept]
@@ -121,7 +121,7 @@ def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int
     """The advantages of each prompt's samples, by prompt_id; none off the trainer."""
     if not wave.outlines:
         return {}
-    advantages_PG = objective.advantages(wave.rewards(group_size))
+    advantages_PG = objective.advantages(rewards_of(wave, group_size))
     return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 
