@@ -1,6 +1,4 @@
-"""Sequence parallelism in a real run, and where it is refused; test_parallel_model.py has its bits
-layout by layout.
-"""
+"""Sequence parallelism in a real run; test_parallel_model.py has its bits, layout by layout."""
 
 from __future__ import annotations
 
