@@ -13,7 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mesh.types import Wave
+
 Advantage = Literal["std", "centred"]
+
+
+def rewards_of(wave: Wave, group_size: int) -> Tensor:
+    """float32 rewards_PG of a wave, in the order of its outlines."""
+    return torch.tensor([o.reward for o in wave.outlines]).view(-1, group_size)
 
 
 def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import equal_groups
+from mesh.rl.advantages import equal_groups, rewards_of
 from mesh.types import Wave
 
 
@@ -55,11 +55,6 @@ def stats_metrics(stats: TokenStats) -> dict[str, float]:
         "ratio/mean": ratio / count,
         "clip_fraction": num_clipped / count,
     }
-
-
-def rewards_of(wave: Wave, group_size: int) -> Tensor:
-    """rewards_PG of a wave, fp32, in the order of its outlines."""
-    return torch.tensor([o.reward for o in wave.outlines]).view(-1, group_size)
 
 
 def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from mesh.rl.advantages import equal_groups
+from mesh.rl.advantages import equal_groups, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
-from mesh.rl.statistics import rewards_of
 from mesh.types import Prompt, Rollout, Wave
 
 Pass = list[Leaf]

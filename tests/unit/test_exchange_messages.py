@@ -18,7 +18,7 @@ from mesh.exchange.rollouts import (
     _unpack,
     replica_of,
 )
-from mesh.rl.statistics import rewards_of
+from mesh.rl.advantages import rewards_of
 from mesh.types import FINISH_REASONS, Outline, Rollout, Turn, outline
 
 TOKENS = st.lists(st.integers(0, 2**40), max_size=5).map(tuple)
@@ -74,7 +74,8 @@ def test_merged_outlines_are_in_order_and_counted():
     wave = _merge(parts, expected=4)
     assert [o.key for o in wave.outlines] == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert [r.key for r in wave.rollouts] == [(0, 1), (2, 0), (2, 1)]
-    assert rewards_of(wave, 2).tolist() == [[0, 1], [pytest.approx(2 / 3), pytest.approx(5 / 3)]]
+    rewards_PG = rewards_of(wave, group_size=2)
+    assert rewards_PG.tolist() == [[0, 1], [pytest.approx(2 / 3), pytest.approx(5 / 3)]]
     with pytest.raises(AssertionError, match="4 rollouts arrived, 6 were due"):
         _merge(parts, expected=6)
 
