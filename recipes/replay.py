@@ -6,8 +6,9 @@ From the newest whole checkpoint before the step - from the run's start, where t
 steps in between are run again, by `train_step` of recipes/grpo.py itself. Then prompts, answers,
 rewards and advantages, the loss, the digest of the weights and all else that `metrics.jsonl` and
 `samples.jsonl` have of the step are compared to the bit, but for timings. The status is 0 if all is
-equal, 1 if anything differs. Nothing is written into RUN_DIR. Other words are those that
-resume=RUN_DIR takes; equal bits are promised for batch_invariant=true, on the mesh of the run.
+equal, 1 if anything differs, 2 if the step cannot be replayed. Nothing is written into RUN_DIR.
+Other words are those that resume=RUN_DIR takes; equal bits are promised for batch_invariant=true,
+on the mesh of the run.
 
 Left out: samples that were not logged (`log.samples`); tokens and gradients, which are not logged.
 """
