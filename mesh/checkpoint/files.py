@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 
 FORMAT = 3  # of the index and the files; raise it with every incompatible change
 INDEX = "index.json"
@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
-            beat()
+            heartbeat()
         flush(file)
     return length, digest.hexdigest()
 
@@ -156,7 +156,7 @@ def file_problem(path: Path, entry: Entry) -> str | None:
         with open(path, "rb", opener=no_link) as file:
             while piece := file.read(READ_BYTES):
                 digest.update(piece)
-                beat()
+                heartbeat()
                 length += len(piece)
     except OSError as error:
         _reraise_unless_damage(error)
@@ -192,7 +192,7 @@ def read_blocks(
         with safe_open(path / names[number], framework="pt") as handle:
             for kind, tensors in state.items():
                 for copy in copies:
-                    beat()
+                    heartbeat()
                     stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
                     tensors[copy.name][copy.destination.slices].copy_(stored)
 

@@ -18,7 +18,7 @@ from typing import Any
 from mesh.checkpoint.files import READ_BYTES, Entry, flush, no_link
 from mesh.checkpoint.folder import PARTIAL
 from mesh.lifecycle.files import sync_path
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.roles.nonfinite import REPORT
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -63,7 +63,7 @@ def _copy_bytes(reader: Any, writer: Any, digest: Any, length: int) -> int:
     while piece := reader.read(min(READ_BYTES, length - done)):
         writer.write(piece)
         digest.update(piece)
-        beat()
+        heartbeat()
         done += len(piece)
     return done
 

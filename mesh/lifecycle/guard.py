@@ -44,7 +44,7 @@ from mesh.lifecycle.ending import (
     write_and_close,
     write_error_files,
 )
-from mesh.lifecycle.heartbeat import beats
+from mesh.lifecycle.heartbeat import heartbeats
 from mesh.lifecycle.peers import Peers, open_store, wait_while
 from mesh.lifecycle.watchdog import Watchdog
 
@@ -87,7 +87,7 @@ class Guard:
         self._old_wakeup, self._old_signals = self._take_signals()
         self._guarded = threading.get_ident()
         now = time.monotonic()
-        self._watchdog = Watchdog(rank, world_size, self._store, stall_seconds, beats, now)
+        self._watchdog = Watchdog(rank, world_size, self._store, stall_seconds, heartbeats, now)
         self._thread = threading.Thread(target=self._listen, name="mesh-guard", daemon=True)
         self._thread.start()
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 _count = 0
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Record a heartbeat: this process makes progress. Cheap enough for every decode step."""
     global _count
     _count += 1
 
 
-def beats() -> int:
+def heartbeats() -> int:
     """Number of heartbeats recorded by this process."""
     return _count

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 
 
 class Phases:
@@ -27,7 +27,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         began = self._now()
-        beat()
+        heartbeat()
         try:
             yield
         finally:
@@ -35,7 +35,7 @@ class Phases:
             if self._cuda:
                 free, total = torch.cuda.mem_get_info()
                 self._gpu_bytes[name] = total - free
-            beat()
+            heartbeat()
 
     def seconds(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Seconds by phase since the last call. With a group: the slowest rank's (collective;

@@ -29,7 +29,7 @@ SHOWN = 8
 class Sight:
     """The last heartbeat count seen of a rank, and since when it stands."""
 
-    beats: int
+    heartbeats: int
     since: float
 
 
@@ -42,10 +42,10 @@ class Watchdog:
         world_size: int,
         store: dist.Store,
         seconds: float,
-        beats: Callable[[], int],
+        heartbeats: Callable[[], int],
         now: float,
     ):
-        self._rank, self._store, self._seconds, self._beats = rank, store, seconds, beats
+        self._rank, self._store, self._seconds, self._heartbeats = rank, store, seconds, heartbeats
         self._sights = {r: Sight(-1, now) for r in range(world_size)}
         self._interval = min(seconds / 10, MAX_INTERVAL)
         self._last, self._next = now, now
@@ -58,11 +58,11 @@ class Watchdog:
             self._sights = {rank: Sight(-1, now) for rank in self._sights}
         self._last, self._next = now, now + self._interval
         faulthandler.dump_traceback_later(self._seconds + GIL_SECONDS, file=STDERR)
-        self._store.set(f"beats/{self._rank}", str(self._beats()))
+        self._store.set(f"heartbeats/{self._rank}", str(self._heartbeats()))
         for rank, sight in self._sights.items():
-            if self._store.check([f"beats/{rank}"]):
-                count = int(self._store.get(f"beats/{rank}"))
-                if count != sight.beats:
+            if self._store.check([f"heartbeats/{rank}"]):
+                count = int(self._store.get(f"heartbeats/{rank}"))
+                if count != sight.heartbeats:
                     self._sights[rank] = Sight(count, now)
         quiet = {rank: now - sight.since for rank, sight in self._sights.items()}
         return self._describe(quiet) if min(quiet.values()) > self._seconds else None

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mesh.layout.reshard import Block
 from mesh.lifecycle.files import sync_directory
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.families import adapter, config_entries
 from mesh.model.policy import Policy, model_config, named_weights
 from mesh.types import ModelShape
@@ -159,7 +159,7 @@ def load_weights(
         with safe_open(file, framework="pt") as handle:
             held = set(handle.keys())
             for name in tensors:
-                beat()
+                heartbeat()
                 block = blocks[name]
                 if theirs[name] in held and block is not None and tensors[name].numel():
                     tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])

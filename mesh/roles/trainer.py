@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import Block
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.attention import packed_context
 from mesh.model.hf import load_weights
 from mesh.model.init import random_weights
@@ -185,7 +185,7 @@ class Trainer:
 
         temperature: unset, that of training.
         """
-        beat()
+        heartbeat()
         context = packed_context(batch.cu_seqlens, batch.max_seqlen)
         temperature = self.settings.temperature if temperature is None else temperature
         return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.tasks import Task, TaskSpec, load_task
 from mesh.tasks.pool import Pool
 from mesh.tasks.scoring import Outcome, describe_failure, outcome_of
@@ -64,7 +64,7 @@ class Scorer:
         rewards = [0.0] * len(pairs)
         with closing(self._outcomes(pairs)) as outcomes:
             for index, outcome in outcomes:
-                beat()
+                heartbeat()
                 rewards[index] = outcome.reward
                 if outcome.problem:
                     shown = describe_failure(self.task, *pairs[index], outcome.problem)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.config.keys import Refusal
-from mesh.lifecycle.heartbeat import beat
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.lifecycle.process import Process, refuse_to_start, start
 from mesh.lifecycle.timers import Phases
 from mesh.runs.directory import create_run_dir
@@ -51,12 +51,12 @@ def stall(process: Process, how) -> None:
     process.guard.run_dir = "runs/example"
     Path("runs/example").mkdir(parents=True, exist_ok=True)
     for _ in range(10):
-        beat()
+        heartbeat()
         time.sleep(0.1)
     if process.rank == 1:
         how(process)
     for _ in range(10):
-        beat()
+        heartbeat()
         time.sleep(0.1)
     in_collective(process)
 

@@ -11,13 +11,13 @@ from mesh.lifecycle.watchdog import Watchdog
 
 
 class World:
-    """Ranks that see each other through one store; `beats[rank]` counts each one's heartbeats."""
+    """Ranks that see each other through one store, and how many `heartbeats` each has recorded."""
 
     def __init__(self, num_ranks: int, seconds: float):
         store = dist.HashStore()
-        self.beats = [0] * num_ranks
+        self.heartbeats = [0] * num_ranks
         self.dogs = [
-            Watchdog(rank, num_ranks, store, seconds, lambda rank=rank: self.beats[rank], 0.0)
+            Watchdog(rank, num_ranks, store, seconds, lambda rank=rank: self.heartbeats[rank], 0.0)
             for rank in range(num_ranks)
         ]
 
@@ -34,15 +34,15 @@ def timer():
 def test_a_world_in_which_one_rank_makes_progress_has_not_stalled():
     world = World(3, seconds=900)
     for now in range(0, 5000, 5):
-        world.beats[1] += now % 800 == 0
+        world.heartbeats[1] += now % 800 == 0
         assert world.verdicts(now) == [None] * 3
 
 
 def test_a_stall_is_seen_by_all_soon_after_its_time_and_names_who_fell_silent_first():
     world, found = World(2, seconds=900), {}
     for now in range(0, 2000):
-        world.beats[0] += now < 300
-        world.beats[1] += now < 200
+        world.heartbeats[0] += now < 300
+        world.heartbeats[1] += now < 200
         found |= {r: (now, said) for r, said in enumerate(world.verdicts(now)) if said}
         if len(found) == 2:
             break
@@ -55,7 +55,7 @@ def test_a_stall_is_seen_by_all_soon_after_its_time_and_names_who_fell_silent_fi
 def test_a_process_that_was_suspended_does_not_take_its_own_absence_for_silence():
     world = World(2, seconds=60)
     for now in range(30):
-        world.beats = [now, now]
+        world.heartbeats = [now, now]
         assert world.verdicts(now) == [None, None]
     for now in range(10_000, 10_050):
         assert world.verdicts(now) == [None, None]
