@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WITH_A_RUN_DIR = ("grpo", "sft")
 TWO_RANK_LAYOUTS = {
     "trainer tp 2": ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
     "generator tp 2": ["mesh.mode=colocated", "trainer.dp_shard=2", "generator.tp=2"],
@@ -80,23 +80,27 @@ def run(recipe: str, path: Path, num_ranks: int, *words: str) -> Run:
     return Run(path, launch(recipe, num_ranks, *words, f"run_dir={path}").stdout)
 
 
+def runs(
+    root: Path, num_ranks: int, asked: Mapping[str, tuple[str, Sequence[str]]]
+) -> dict[str, Run]:
+    """Launch recipes one after another in the same ranks: what each wrote, by name.
+
+    `asked`: recipe (`grpo`) and words by name. The working directory is `root/NAME`, and the run
+    directory of a recipe that has one `root/NAME/run`.
+    """
+    jobs = []
+    for name, (recipe, words) in asked.items():
+        directory = root / name
+        directory.mkdir()
+        own = [f"run_dir={directory / 'run'}"] if recipe in WITH_A_RUN_DIR else []
+        jobs.append([recipe, [*words, *own], str(directory)])
+    (root / f"jobs-{num_ranks}.json").write_text(json.dumps(jobs))
+    program = "tests/programs/recipes_program.py"
+    launch(program, num_ranks, str(root / f"jobs-{num_ranks}.json"), seconds=600)
+    return {
+        name: Run(root / name / "run", (root / name / "output.txt").read_text()) for name in asked
+    }
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def greedy(path, texts: list[str], max_new_tokens: int = 8) -> list[str]:
-    """What `transformers` answers, a prompt at a time."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
-    answers = []
-    for text in texts:
-        prompt = tokenizer(text, return_tensors="pt")
-        output = model.generate(
-            **prompt, max_new_tokens=max_new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        new = output[0, prompt["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True))
-    return answers
