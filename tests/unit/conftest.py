@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_launches() -> Iterator[None]:
     """A launch fails the test: it belongs to another tier."""
     popen = subprocess.Popen.__init__
