@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WITH_A_RUN_DIR = ("grpo", "sft")
+OF_A_LAUNCH = {f"{name}{rank}.txt" for name in ("output", "status") for rank in ("", "-1")}
+"""What `runs` leaves in the working directory of a run on one or two ranks."""
 TWO_RANK_LAYOUTS = {
     "trainer tp 2": ["mesh.mode=colocated", "trainer.tp=2", "trainer.dp_shard=1", "generator.tp=1"],
     "generator tp 2": ["mesh.mode=colocated", "trainer.dp_shard=2", "generator.tp=2"],
@@ -80,23 +82,36 @@ def run(recipe: str, path: Path, num_ranks: int, *words: str) -> Run:
     return Run(path, launch(recipe, num_ranks, *words, f"run_dir={path}").stdout)
 
 
+def runs(
+    root: Path,
+    num_ranks: int,
+    asked: Mapping[str, tuple[str, Sequence[str]]],
+    statuses: Mapping[str, int] | None = None,
+) -> dict[str, Run]:
+    """Launch recipes one after another in the same ranks: what each wrote, by name.
+
+    `asked`: recipe (`grpo`) and words by name; `statuses`: the status of those that do not end with
+    0. The working directory is `root/NAME`, and the run directory of a new run `root/NAME/run`.
+    """
+    jobs = []
+    for name, (recipe, words) in asked.items():
+        directory = root / name
+        directory.mkdir()
+        jobs.append([recipe, [*words, *_own_run_dir(recipe, words, directory)], str(directory)])
+    file = root / f"jobs-{num_ranks}.json"
+    file.write_text(json.dumps(jobs))
+    output = launch("tests/programs/recipes_program.py", num_ranks, str(file), seconds=600)
+    ended = {name: int((root / name / "status.txt").read_text()) for name in asked}
+    assert ended == dict.fromkeys(asked, 0) | dict(statuses or {}), output.stderr
+    return {
+        name: Run(root / name / "run", (root / name / "output.txt").read_text()) for name in asked
+    }
+
+
+def _own_run_dir(recipe: str, words: Sequence[str], directory: Path) -> list[str]:
+    makes_one = recipe in WITH_A_RUN_DIR and not any(word.startswith("resume=") for word in words)
+    return [f"run_dir={directory / 'run'}"] if makes_one else []
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def greedy(path, texts: list[str], max_new_tokens: int = 8) -> list[str]:
-    """What `transformers` answers, a prompt at a time."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
-    answers = []
-    for text in texts:
-        prompt = tokenizer(text, return_tensors="pt")
-        output = model.generate(
-            **prompt, max_new_tokens=max_new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        new = output[0, prompt["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True))
-    return answers

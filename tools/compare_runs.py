@@ -1,10 +1,10 @@
-"""Whether two runs were the same: metrics (timings left out), samples, final and best models.
+"""Compare two runs to the bit: metrics except timings, samples, final and best models.
 
     python tools/compare_runs.py A B
 
 A and B are run directories. Prints the first difference: file, step, key and both values. Exit
 status 0: equal to the bit, 1: different, 2: one of them cannot be read. Left out: configurations,
-environments and checkpoints, and best models where one of the two keeps none.
+environments, checkpoints, and best models if one of the two runs keeps none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes seen from outside (Linux): children, ranks, memory, states, signals."""
+"""Observe processes from outside (Linux): children, ranks, memory, states; send signals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def children(parent: int) -> list[int]:
-    """Process ids of the direct children of a process (Linux)."""
+    """Process ids of the direct children of a process."""
     tasks = Path(f"/proc/{parent}/task").glob("*/children")
     try:
         return [int(pid) for task in tasks for pid in task.read_text().split()]
@@ -26,7 +26,7 @@ def rank_of(pid: int) -> int | None:
 
 
 def peak_rss(pid: int) -> int:
-    """Most resident memory that a process ever had [bytes]; 0 for one that has just ended."""
+    """Peak resident memory of a process [bytes]; 0 if it has just ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -34,16 +34,16 @@ def peak_rss(pid: int) -> int:
 
 
 def states_of(pid: int) -> dict[int, str]:
-    """The states of a process's threads by their ids, as in proc(5); the first has the id `pid`.
-    None where the process is not there."""
+    """States of a process's threads by thread id, as in proc(5); the main thread has the id `pid`.
+    Empty if the process is gone."""
     states = {}
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # that thread has just ended
+        with contextlib.suppress(OSError):  # the thread has just ended
             states[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()[0]
     return states
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A signal to a process, which may have ended by now."""
+    """Send a signal to a process, which may have ended by now."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

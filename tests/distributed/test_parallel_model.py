@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from programs.parallel_program import (
     BETAS,
     CLIP,
@@ -36,8 +33,6 @@ from mesh.model.init import STD, random_weights
 from mesh.model.policy import named_weights
 from mesh.rl.packing import pack
 
-TESTS = Path(__file__).parents[1]
-PROGRAM = TESTS / "programs" / "parallel_program.py"
 RANKS = range(4)
 # a width that four ranks do not share evenly, and heads that they do
 TIED = Variant(0, tied=True, kv_heads=4, dim=66)
@@ -52,14 +47,7 @@ def root(tmp_path_factory):
     save_checkpoint(directory / "tied", TIED)
     save_checkpoint(directory / "untied", replace(TIED, seed=1, tied=False))
     save_checkpoint(directory / "even", EVEN)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*launcher, "--nproc-per-node=4", str(PROGRAM), str(directory)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
+    launch("tests/programs/parallel_program.py", 1, str(directory))
     return directory
 
 

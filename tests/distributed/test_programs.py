@@ -1,4 +1,7 @@
-"""The recipes beside `test_recipes`: generate, sft, learning, the large configurations."""
+"""The recipes beside `test_recipes`: generate, sft, learning, the large configurations.
+
+Runs on equally many ranks share a launch and are looked at in several tests.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import re
 
 import pytest
 import torch
-from launching import greedy, launch, run
+from launching import OF_A_LAUNCH, Run, launch, runs
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model.families import TINY
@@ -18,15 +21,69 @@ EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 
 
-def test_generate_answers_as_transformers_does(tmp_path):
-    texts = ["abc>", "hello>", "xyz>", "1e3>", "tomat>"]
-    words = ["conf=qwen3_tiny_split", f"generate.prompts=[{','.join(texts)}]"]
-    result = launch("recipes/generate.py", 2, *words, cwd=tmp_path)
-    answers = greedy(SHIPPED, texts)
-    lines = [line.removesuffix(" ...") for line in result.stdout.splitlines()]
-    assert lines == [f"{text} -> {answer}" for text, answer in zip(texts, answers, strict=True)]
+TEXTS = ["abc>", "hello>", "xyz>", "1e3>", "tomat>"]
+ONE_STEP = ["conf=qwen3_tiny", "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+SHORTEST = [
+    *ONE_STEP, "generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5",
+    "model.max_length=12",
+]  # fmt: skip
+LARGE = [
+    "model.init=random", "model.flavor=tiny", "device=cpu", "steps=1", "num_prompts=8",
+    "group_size=2", "generator.max_new_tokens=8", "eval.num_prompts=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Run]:
+    """Runs on one rank, by name."""
+    asked = {
+        "shortest": ("sft", SHORTEST),
+        "path": ("sft", ONE_STEP),
+        "flavor": ("sft", [*ONE_STEP, "model.path=null"]),
+        "shipped": ("sft", ["conf=qwen3_tiny", "log.tensorboard=false"]),
+        "qwen3": ("grpo", ["conf=qwen3", *LARGE]),
+    }
+    return runs(tmp_path_factory.mktemp("alone"), 1, asked)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> dict[str, Run]:
+    """Runs on two ranks, by name."""
+    texts = f"generate.prompts=[{','.join(TEXTS)}]"
+    supervised = ["sft.steps=12", "sft.batch_size=32", "eval.num_prompts=16"]
+    thirty = ["steps=30", "eval.every=0", "log.tensorboard=false"]
+    asked = {
+        "generate": ("generate", ["conf=qwen3_tiny_split", texts]),
+        "sft": ("sft", ["conf=qwen3_tiny", *supervised]),
+        "thirty": ("grpo", ["conf=qwen3_tiny", *thirty]),
+        "qwen3_split": ("grpo", ["conf=qwen3_split", *LARGE]),
+    }
+    return runs(tmp_path_factory.mktemp("on_two"), 2, asked)
+
+
+def greedy(texts: list[str], max_new_tokens: int = 8) -> list[str]:
+    """What `transformers` answers with the shipped model, a prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    answers = []
+    for text in texts:
+        prompt = tokenizer(text, return_tensors="pt")
+        output = model.generate(
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = output[0, prompt["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
+
+
+def test_generate_answers_as_transformers_does(on_two):
+    made, answers = on_two["generate"], greedy(TEXTS)
+    lines = [line.removesuffix(" ...") for line in made.output.splitlines()]
+    assert lines == [f"{text} -> {answer}" for text, answer in zip(TEXTS, answers, strict=True)]
     assert "cba" in answers
-    assert list(tmp_path.iterdir()) == []
+    written = {item.name for item in made.path.parent.iterdir()}
+    assert written - OF_A_LAUNCH == set()
 
 
 def test_generate_reads_stdin_and_samples(tmp_path):
@@ -37,9 +94,8 @@ def test_generate_reads_stdin_and_samples(tmp_path):
     assert len({line.split(" -> ")[1] for line in result.stdout.splitlines()}) > 2
 
 
-def test_supervised_steps_lower_the_cross_entropy(tmp_path):
-    words = ["conf=qwen3_tiny", "sft.steps=12", "sft.batch_size=32", "eval.num_prompts=16"]
-    made = run("recipes/sft.py", tmp_path / "sft", 2, *words)
+def test_supervised_steps_lower_the_cross_entropy(on_two):
+    made = on_two["sft"]
     losses = [line["loss"] for line in made.metrics]
     assert [line["step"] for line in made.metrics] == list(range(1, 13))
     assert losses[0] == pytest.approx(torch.tensor(128.0).log().item(), abs=0.3)
@@ -72,32 +128,26 @@ def test_supervised_refuses_words_that_it_does_not_obey(tmp_path):
     assert line.startswith("- model.path=/nope: no such directory")
 
 
-def test_supervised_example_longer_than_the_context_is_refused(tmp_path):
-    words = ["generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5"]
-    (line,) = sft_refusal(tmp_path, *words, "model.max_length=11")
+def test_supervised_example_longer_than_the_context_is_refused(alone, tmp_path):
+    (line,) = sft_refusal(tmp_path, *SHORTEST, "model.max_length=11")
     assert re.fullmatch(
         r"- model.max_length=11: the prompt '[a-z]{5}>' has 12 tokens with its solution and the "
         "end of sequence; use at least 12, or shorter ones",
         line,
     )
-    words += ["model.max_length=12", "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
-    made = run("recipes/sft.py", tmp_path / "fits", 1, "conf=qwen3_tiny", *words)
-    assert made.metrics[0]["tokens/trained"] == 4 * 6
+    assert alone["shortest"].metrics[0]["tokens/trained"] == 4 * 6
 
 
-def test_supervised_needs_no_directory_for_shape_and_tokenizer(tmp_path):
+def test_supervised_needs_no_directory_for_shape_and_tokenizer(alone):
     """As when the shipped checkpoint is made for the first time: from its flavor, the same bits."""
-    words = ["sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
-    path = tmp_path / "sft"
-    shipped = run("recipes/sft.py", path / "path", 1, "conf=qwen3_tiny", *words)
-    flavor = run("recipes/sft.py", path / "flavor", 1, "conf=qwen3_tiny", "model.path=null", *words)
-    for item in (shipped.path / "model").iterdir():
-        assert item.read_bytes() == (flavor.path / "model" / item.name).read_bytes()
+    shipped, flavor = (alone[name].path / "model" for name in ("path", "flavor"))
+    for item in shipped.iterdir():
+        assert item.read_bytes() == (flavor / item.name).read_bytes()
 
 
-def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):
+def test_shipped_checkpoint_is_what_its_recipe_makes(alone):
     """On one kind of CPU to the bit, on others to what the steps make of a rounding difference."""
-    made = run("recipes/sft.py", tmp_path / "sft", 1, "conf=qwen3_tiny", "log.tensorboard=false")
+    made = alone["shipped"]
     ours, shipped = (load_file(p / "model.safetensors") for p in (made.path / "model", SHIPPED))
     assert ours.keys() == shipped.keys()
     difference = torch.cat([(ours[name] - shipped[name]).flatten() for name in shipped])
@@ -112,9 +162,8 @@ def test_shipped_checkpoint_is_what_its_recipe_makes(tmp_path):
         assert (made.path / "model" / name).read_text() == (SHIPPED / name).read_text()
 
 
-def test_thirty_steps_teach(tmp_path):
-    words = ["conf=qwen3_tiny", "steps=30", "eval.every=0", "log.tensorboard=false"]
-    made = run("recipes/grpo.py", tmp_path / "run", 2, *words)
+def test_thirty_steps_teach(on_two):
+    made = on_two["thirty"]
     accuracies = [line["eval/accuracy"] for line in made.metrics if "eval/accuracy" in line]
     assert len(accuracies) == 2
     before, after = accuracies
@@ -124,13 +173,9 @@ def test_thirty_steps_teach(tmp_path):
     assert len(made.samples) == 30 * 4
 
 
-@pytest.mark.parametrize(("conf", "num_ranks"), [("qwen3", 1), ("qwen3_split", 2)])
-def test_the_large_configuration_runs_with_a_small_model(conf, num_ranks, tmp_path):
-    words = [
-        f"conf={conf}", "model.init=random", "model.flavor=tiny", "device=cpu", "steps=1",
-        "num_prompts=8", "group_size=2", "generator.max_new_tokens=8", "eval.num_prompts=4",
-    ]  # fmt: skip
-    made = run("recipes/grpo.py", tmp_path / "run", num_ranks, *words)
+@pytest.mark.parametrize(("conf", "launched"), [("qwen3", "alone"), ("qwen3_split", "on_two")])
+def test_the_large_configuration_runs_with_a_small_model(conf, launched, request):
+    made = request.getfixturevalue(launched)[conf]
     first, last = made.metrics
     assert (first["step"], last["step"]) == (0, 1)
     assert last["tokens/trained"] == last["tokens/generated"] > 8

@@ -1,14 +1,17 @@
-"""The real recipes, launched as a user launches them: split, colocated, alone.
+"""Real runs of grpo and evaluate: split, colocated, alone; exact to the bit where they should be.
 
-Each launch costs seconds, so a run is made once and looked at by several tests.
+A run is made once, in one launch with all others on as many ranks, and looked at by several tests.
 """
 
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
 
 import pytest
-from launching import Run, launch, run
+from launching import OF_A_LAUNCH, Run
+from launching import runs as run_all
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,21 +26,32 @@ SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 SMALL = ["conf=qwen3_tiny", "group_size=4", "eval.num_prompts=32", "eval.every=0", "log.samples=-1"]
 # by token, the loss of a step is not 0 where all ratios are 1
 COMPARED = [*SMALL, "num_prompts=16", "aggregation=token", "steps=2"]
-RUNS = {
-    "colocated": (2, [*COMPARED, "steps=3", "eval.every=2"]),
-    "alone": (1, [*COMPARED, "waves=4"]),
-    "split": (2, [*COMPARED, "mesh.mode=split", "trainer.activation_checkpointing=full"]),
-    "split_tp": (
-        4,
-        [*COMPARED, "mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2", "waves=2",
-         "kl_coef=0.01", "drop_equal_groups=true"],
-    ),
-    "split_3_1": (
-        4,
-        [*SMALL, "mesh.mode=split", "trainer.dp_shard=3", "num_prompts=63", "group_size=2",
-         "steps=2"],
-    ),
+EXACT = [
+    "conf=qwen3_tiny", "steps=2", "eval.every=0", "eval.num_prompts=8", "log.tensorboard=false",
+    "batch_invariant=true",
+]  # fmt: skip
+RUNS = {  # of grpo by the number of ranks, which share a launch
+    1: {"alone": [*COMPARED, "waves=4"]},
+    2: {
+        "colocated": [*COMPARED, "steps=3", "eval.every=2"],
+        "split": [*COMPARED, "mesh.mode=split", "trainer.activation_checkpointing=full"],
+    },
+    4: {
+        "split_tp": [*COMPARED, "mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2",
+                     "waves=2", "kl_coef=0.01", "drop_equal_groups=true"],
+        "split_3_1": [*SMALL, "mesh.mode=split", "trainer.dp_shard=3", "num_prompts=63",
+                      "group_size=2", "steps=2"],
+        "exact_1_3": [*EXACT, "mesh.mode=split", "trainer.dp_shard=1", "generator.dp=3",
+                      "num_prompts=18"],
+        # without the switch: the control `split_tp`
+        "exact_tp": [*EXACT, "mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2",
+                     "num_prompts=16"],
+        # the generator is without tensor parallelism
+        "exact_sp": [*EXACT, "trainer.tp=2", "trainer.dp_shard=2", "kl_coef=0.1",
+                     "trainer.sequence_parallel=true", "num_prompts=16"],
+    },
 }  # fmt: skip
+NUM_RANKS = {name: num_ranks for num_ranks, named in RUNS.items() for name in named}
 METRICS = {
     "reward/mean", "logprob_diff/max", "logprob_diff/mean", "loss", "grad_norm", "entropy",
     "response_length/mean", "clip_fraction", "digest/weights", "equal_groups",
@@ -47,19 +61,33 @@ METRICS = {
 EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
 
 
+def evaluations(num_ranks: int, root: Path) -> dict[str, tuple[str, list[str]]]:
+    """Of one prompt, and on two ranks of what the run `colocated` has made by then."""
+    words = ["conf=qwen3_tiny", "eval.output=eval.json"]
+    asked = {f"one prompt on {num_ranks}": ("evaluate", [*words, "eval.num_prompts=1"])}
+    if num_ranks == 2:
+        made = [f"model.path={root / 'colocated' / 'run' / 'model'}", "eval.num_prompts=32"]
+        asked["evaluated"] = ("evaluate", [*words, *made])
+    return asked if num_ranks < 4 else {}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """runs(name): the run of that name, launched at the first call."""
-    made: dict[str, Run] = {}
+def launched(tmp_path_factory):
+    """launched(num_ranks): all runs on so many ranks, launched at the first call."""
 
-    def run_of(name: str) -> Run:
-        if name not in made:
-            num_ranks, words = RUNS[name]
-            path = tmp_path_factory.mktemp("runs") / name
-            made[name] = run("recipes/grpo.py", path, num_ranks, *words)
-        return made[name]
+    @cache
+    def launched_on(num_ranks: int) -> dict[str, Run]:
+        root = tmp_path_factory.mktemp(f"on_{num_ranks}")
+        asked = {name: ("grpo", words) for name, words in RUNS[num_ranks].items()}
+        return run_all(root, num_ranks, asked | evaluations(num_ranks, root))
 
-    return run_of
+    return launched_on
+
+
+@pytest.fixture(scope="module")
+def runs(launched):
+    """runs(name): the run of grpo of that name."""
+    return lambda name: launched(NUM_RANKS[name])[name]
 
 
 def digest_of_directory(path) -> str:
@@ -145,9 +173,24 @@ def test_first_update_is_the_same_to_rounding_on_any_layout_and_number_of_waves(
     assert other[2]["entropy"] == pytest.approx(alone[2]["entropy"], rel=1e-3)
 
 
-def test_control_without_the_invariant_switch_logprobs_differ(runs):
-    """The layout of `test_invariant`'s run whose tensor parallelism differs, there exactly 0."""
+@pytest.mark.parametrize("name", ["exact_1_3", "exact_tp", "exact_sp"])
+def test_trainer_and_generator_agree_to_the_bit(runs, name):
+    steps = runs(name).metrics[1:]
+    assert len(steps) == 2
+    for metrics in steps:
+        assert metrics["tokens/trained"] > 200
+        assert metrics["logprob_diff/max"] == 0
+        assert metrics["ratio/max"] == metrics["ratio/mean"] == 1
+
+
+def test_control_without_the_switch_logprobs_differ(runs):
+    """The layout of `exact_tp`."""
     assert all(line["logprob_diff/max"] > 0 for line in runs("split_tp").metrics[1:])
+
+
+def test_a_policy_starts_exactly_as_its_reference_and_moves(runs):
+    first, second = runs("exact_sp").metrics[1:]
+    assert first["kl"] == 0 < second["kl"]
 
 
 def test_dropped_groups_are_not_trained_on_and_the_kl_starts_at_zero(runs):
@@ -170,11 +213,20 @@ def test_unequal_submeshes_train_on_every_prompt(runs):
     assert digest_of_directory(made.path / "model") == made.metrics[-1]["digest/weights"]
 
 
-def test_evaluate_alone_gives_the_numbers_of_the_run(runs, tmp_path):
-    made, output = runs("colocated"), tmp_path / "eval.json"
-    words = ["conf=qwen3_tiny", f"model.path={made.path / 'model'}", "eval.num_prompts=32"]
-    result = launch("recipes/evaluate.py", 2, *words, f"eval.output={output}", cwd=tmp_path)
-    metrics = json.loads(output.read_text())
+def test_evaluate_alone_gives_the_numbers_of_the_run(launched):
+    made, evaluated = launched(2)["colocated"], launched(2)["evaluated"]
+    metrics = evaluation_of(evaluated)
     assert metrics == {key: made.metrics[-1][key] for key in EVAL}
-    assert f"eval/accuracy         {metrics['eval/accuracy']:.4f}" in result.stdout
-    assert [item.name for item in tmp_path.iterdir()] == ["eval.json"]
+    assert f"eval/accuracy         {metrics['eval/accuracy']:.4f}" in evaluated.output
+    written = {item.name for item in evaluated.path.parent.iterdir()}
+    assert written - OF_A_LAUNCH == {"eval.json"}
+
+
+def test_fewer_prompts_than_replicas_leave_one_an_empty_share(launched):
+    """A replica without prompts joins in the reduction: the numbers are those of one rank."""
+    one, two = (evaluation_of(launched(n)[f"one prompt on {n}"]) for n in (1, 2))
+    assert one == two
+
+
+def evaluation_of(evaluated: Run) -> dict[str, float]:
+    return json.loads((evaluated.path.parent / "eval.json").read_text())

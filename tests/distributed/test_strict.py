@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import Run, launch
+from launching import Run, launch, runs
 
 SMALL = [
     "conf=qwen3_tiny", "num_prompts=16", "group_size=4", "steps=2", "waves=2",
@@ -78,10 +78,15 @@ class Task(SpellBackward):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Run:
-    """The run without the check."""
-    path = tmp_path_factory.mktemp("plain") / "run"
-    return Run(path, launch("recipes/grpo.py", 1, *SMALL, f"run_dir={path}").stdout)
+def both(tmp_path_factory) -> dict[str, Run]:
+    """The run without the check and with it."""
+    asked = {"plain": ("grpo", SMALL), "strict": ("grpo", [*SMALL, "check=strict"])}
+    return runs(tmp_path_factory.mktemp("both"), 1, asked)
+
+
+@pytest.fixture
+def plain(both) -> Run:
+    return both["plain"]
 
 
 def broken(path: Path, num_ranks: int, where: tuple[int, str], *words: str) -> tuple[str, dict]:
@@ -105,9 +110,8 @@ def first_of(run: Run, step: int) -> tuple[int, int]:
     return min(reaching)
 
 
-def test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics(plain, tmp_path):
-    words = [*SMALL, "check=strict", f"run_dir={tmp_path / 'run'}"]
-    run = Run(tmp_path / "run", launch("recipes/grpo.py", 1, *words).stdout)
+def test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics(both):
+    run, plain = both["strict"], both["plain"]
     assert len(run.metrics) == len(plain.metrics) == 3
     for mine, theirs in zip(run.metrics, plain.metrics, strict=True):
         for name in mine.keys() | theirs.keys():
@@ -115,7 +119,7 @@ def test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics(plain, tmp
                 assert mine[name] == theirs[name], name
         assert mine.get("logprob_diff/max", 0) == 0
     assert run.samples == plain.samples
-    assert not (tmp_path / "run" / "strict.json").exists()
+    assert not (run.path / "strict.json").exists()
 
 
 def check_report(output: str, report: dict, key: tuple[int, int], step: int) -> None:

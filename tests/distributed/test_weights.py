@@ -1,15 +1,9 @@
 """The weight bridge on four real ranks: one launch of `weights_program.py`, judged case by case."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from launching import launch
 
-REPOSITORY = Path(__file__).parents[2]
-PROGRAM = REPOSITORY / "tests" / "programs" / "weights_program.py"
 RANKS = range(4)
 # elements of one copy of the parameters and of the fp32 buffer; `out` is written as `tok`
 PARAMETERS, BUFFER = 60 + 48 + 48 + 2, 20
@@ -19,13 +13,7 @@ PARAMETERS, BUFFER = 60 + 48 + 48 + 2, 20
 def results(tmp_path_factory):
     """What each rank saw in each case: results[rank][case]."""
     directory = tmp_path_factory.mktemp("weights")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*launcher, "--nproc-per-node=4", str(PROGRAM), str(directory)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=120,
-    )
+    launch("tests/programs/weights_program.py", 1, str(directory))
     return [torch.load(directory / f"{rank}.pt") for rank in RANKS]
 
 

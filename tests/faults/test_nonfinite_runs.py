@@ -132,7 +132,7 @@ def test_keys_of_wandb_reach_no_file_and_no_output(stopped):
 def two_ranks(tmp_path_factory) -> tuple[list[dict], dict[str, list[dict]]]:
     """What two ranks saw by layout, and the lines that were written there."""
     path = tmp_path_factory.mktemp("two_ranks")
-    launch("tests/programs/nonfinite_program.py", 2, str(path))
+    launch("tests/programs/nonfinite_program.py", 1, str(path))
     seen = [torch.load(path / f"{rank}.pt") for rank in range(2)]
     return seen, {name: lines_of(path / name / "nonfinite.jsonl") for name in seen[0]}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -17,8 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, Run, launch, run
-from test_stopping import Foreground, lines_of
+from foreground import Foreground, lines_of, steps_of
+from launching import REPOSITORY, Run, launch, runs
 
 from mesh.checkpoint.logs import LOGS
 from mesh.runs.compare import compare_runs, untimed
@@ -51,25 +52,32 @@ def killed(path: Path) -> int:
     return steps_of(path)[-1]
 
 
-def steps_of(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in lines_of(path / "metrics.jsonl")]
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[Run, Run]:
+    """A run on two ranks that was killed, and resumed to take two steps more than it had; and the
+    same run, never killed, which writes no checkpoints."""
+    root = tmp_path_factory.mktemp("runs")
+    path = root / "killed"
+    steps = f"steps={killed(path) + 2}"
+    made = runs(
+        root,
+        2,
+        {"again": ("grpo", [f"resume={path}", steps]), "straight": ("grpo", [*WORDS, steps])},
+    )
+    return Run(path, made["again"].output), made["straight"]
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> Run:
-    """A run on two ranks that was killed, and resumed to take two steps more than it had."""
-    path = tmp_path_factory.mktemp("runs") / "killed"
-    steps = killed(path) + 2
-    made = Run(path, launch("recipes/grpo.py", 2, f"resume={path}", f"steps={steps}").stdout)
+def resumed(both) -> Run:
+    made = both[0]
+    steps = made.metrics[-1]["step"]
     assert [line["step"] for line in made.metrics] == list(range(steps + 1))
     return made
 
 
 @pytest.fixture(scope="module")
-def straight(resumed, tmp_path_factory) -> Run:
-    """The same run, never killed. It writes no checkpoints."""
-    path = tmp_path_factory.mktemp("runs") / "straight"
-    return run("recipes/grpo.py", path, 2, *WORDS, f"steps={resumed.metrics[-1]['step']}")
+def straight(both) -> Run:
+    return both[1]
 
 
 def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, straight):
@@ -112,23 +120,44 @@ def test_torchrun_restarts_it_by_itself(straight, tmp_path):
     ]
 
 
-def replay(path: Path, step: int, status: int) -> list[str]:
-    """What recipes/replay.py prints; nothing in the run's directory may change by it."""
-    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    words = [str(path), f"step={step}", "log.samples=3"]
-    out = launch("recipes/replay.py", 2, *words, status=status).stdout
-    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    assert set(path.rglob("*")) == before.keys() | {p for p in path.rglob("*") if p.is_dir()}
-    return out.splitlines()
+@pytest.fixture(scope="module")
+def replayed(resumed, tmp_path_factory) -> dict[str, list[str]]:
+    """What recipes/replay.py prints of the last step of the run, and of a copy in which a metric
+    and a sample are changed and the newest earlier checkpoint is damaged. It may change no file."""
+    root, steps = tmp_path_factory.mktemp("replays"), resumed.metrics[-1]["step"]
+    paths = {"same": resumed.path, "changed": root / "copy"}
+    change(Path(shutil.copytree(resumed.path, paths["changed"])), steps)
+    before = [contents(path) for path in paths.values()]
+    words = [f"step={steps}", "log.samples=3"]
+    asked = {name: ("replay", [str(path), *words]) for name, path in paths.items()}
+    made = runs(root, 2, asked, statuses={"changed": 1})
+    assert [contents(path) for path in paths.values()] == before
+    return {name: run.output.splitlines() for name, run in made.items()}
 
 
-def test_a_step_that_is_run_again_is_the_one_that_was_logged(resumed):
+def change(path: Path, steps: int) -> None:
+    for file, number, key in (("metrics.jsonl", -1, "grad_norm"), ("samples.jsonl", -2, "reward")):
+        lines = [json.loads(line) for line in lines_of(path / file)]
+        lines[number][key] += 1e-9
+        (path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (checkpoint_before(path, steps) / "rank-1.safetensors").write_bytes(b"")
+
+
+def contents(path: Path) -> dict[Path, bytes | None]:
+    return {item: item.read_bytes() if item.is_file() else None for item in path.rglob("*")}
+
+
+def checkpoint_before(path: Path, step: int) -> Path:
+    """The newest checkpoint of fewer steps."""
+    held = {int(item.name[5:]): item for item in (path / "checkpoints").glob("step-*")}
+    return held[max(number for number in held if number < step)]
+
+
+def test_a_step_that_is_run_again_is_the_one_that_was_logged(resumed, replayed):
     """The last step, from the checkpoint before it; it was evaluated too."""
-    steps = resumed.metrics[-1]["step"]
-    held = [int(path.name[5:]) for path in (resumed.path / "checkpoints").glob("step-*")]
-    before = max(step for step in held if step < steps)
-    lines = replay(resumed.path, steps, status=0)
-    origin = f"step {steps} of {resumed.path}, run again from checkpoints/step-{before}"
+    lines, steps = replayed["same"], resumed.metrics[-1]["step"]
+    before = checkpoint_before(resumed.path, steps).name
+    origin = f"step {steps} of {resumed.path}, run again from checkpoints/{before}"
     assert origin in lines
     logged = untimed(resumed.metrics[-1])
     assert lines[-1] == f"equal to the bit: {len(logged) - 1} metrics, 32 samples"
@@ -142,23 +171,10 @@ def test_a_step_that_is_run_again_is_the_one_that_was_logged(resumed):
     assert not any("bits may differ" in line for line in lines)
 
 
-def test_a_replay_names_what_was_logged_otherwise(resumed, tmp_path):
-    """A metric and a sample are changed in a copy, whose newest earlier checkpoint is damaged."""
-    path = tmp_path / "copy"
-    shutil.copytree(resumed.path, path)
-    steps = resumed.metrics[-1]["step"]
-    for file, number, key in (("metrics.jsonl", -1, "grad_norm"), ("samples.jsonl", -2, "reward")):
-        lines = [json.loads(line) for line in lines_of(path / file)]
-        lines[number][key] += 1e-9
-        (path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    newest = max(
-        (int(item.name[5:]), item) for item in (path / "checkpoints").glob("step-*")
-        if item.name != f"step-{steps}"
-    )[1]  # fmt: skip
-    (newest / "rank-1.safetensors").write_bytes(b"")
-    lines = replay(path, steps, status=1)
-    said = f"skipping {newest}: rank-1.safetensors has 0 bytes"
-    assert any(line.startswith(said) for line in lines)
+def test_a_replay_names_what_was_logged_otherwise(resumed, replayed):
+    lines = replayed["changed"]
+    damaged = rf"skipping .*/{checkpoint_before(resumed.path, resumed.metrics[-1]['step']).name}: "
+    assert any(re.match(damaged + "rank-1.safetensors has 0 bytes", line) for line in lines)
     assert lines[-1] == "DIFFERENT: grad_norm; 1 of 32 samples"
     (row,) = [line for line in lines if line.startswith("grad_norm")]
     assert row.split()[1] != row.split()[2] == str(resumed.metrics[-1]["grad_norm"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 
 from mesh.config.schema import Conf, GeneratorConf, MeshConf, TrainerConf
 from mesh.exchange.rollouts import Exchange, replica_of
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(4, main)

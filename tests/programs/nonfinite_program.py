@@ -1,6 +1,6 @@
 """Two gloo ranks that train in one layout after another while one of them has a fault.
 
-`torchrun nonfinite_program.py DIR`: DIR/LAYOUT/nonfinite.jsonl is what the trainer wrote,
+`nonfinite_program.py DIR`: DIR/LAYOUT/nonfinite.jsonl is what the trainer wrote,
 DIR/RANK.pt what this rank saw, by layout: of every fault whether the step was skipped and changed
 no bit, then that of a sound step, and the error of a last faulty step under on_nonfinite=stop.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 
 from mesh.config.schema import Conf, TrainerConf
 from mesh.layout.holdings import local_tensors
@@ -162,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(2, main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from tiny_qwen3 import CPU, MAX_LENGTH, Packed, load_role, packed, random_sequences
 
 from mesh.config.schema import Conf, GeneratorConf, TrainerConf
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(4, main)

@@ -19,12 +19,12 @@ from tools.chaos.plan import FIRST, MESHES, plan
 def test_fifty_rounds_meet_every_phase_five_times_and_change_the_mesh(seed):
     rounds = plan(50, seed, 4)
     assert rounds == plan(50, seed, 4) != plan(50, seed + 1, 4)
-    kills = Counter(aim.phase for planned in rounds for aim in planned.aims)
+    kills = Counter(point.phase for planned in rounds for point in planned.kill_points)
     assert kills.keys() == {*FIRST, "load"} and min(kills.values()) >= 5
     changing = [planned for planned in rounds if len(set(planned.meshes)) > 1]
     assert len(changing) >= 15
     for planned in rounds:
-        phases = [aim.phase for aim in planned.aims]
+        phases = [point.phase for point in planned.kill_points]
         assert len(planned.meshes) == len(phases) + 1
         assert phases[0] != "load" and (len(phases) == 1 or phases[0] not in ("startup",))
     small = plan(20, seed, 2)
@@ -109,16 +109,16 @@ def test_what_is_wrong_with_a_finished_run_is_seen(said, tmp_path):
 
 
 def test_lines_before_the_checkpoint_must_stay(tmp_path):
-    straight, path = finished(tmp_path / "straight"), finished(tmp_path / "run")
+    reference, path = finished(tmp_path / "reference"), finished(tmp_path / "run")
     assert newest(path) == 3 and newest(tmp_path) is None
     with (path / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "prom')  # torn
     kept = kept_text(path, 2)
     assert [text.count(b"\n") for text in kept.values()] == [3, 4]
-    assert kept_problems(kept, straight, 2) == [] == text_problems(path, [kept])
+    assert kept_problems(kept, reference, 2) == [] == text_problems(path, [kept])
     edit("metrics.jsonl", lambda x: [x[0], x[1].replace('"1"', '"8"'), *x[2:]])(path)
     assert text_problems(path, [kept]) == [
         "metrics.jsonl: lines before the checkpoint have changed"
     ]
-    (problem,) = kept_problems(kept_text(path, 2), straight, 2)
+    (problem,) = kept_problems(kept_text(path, 2), reference, 2)
     assert problem.endswith('metrics.jsonl step 1: digest/weights differs: "8" and "1"')

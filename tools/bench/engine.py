@@ -2,13 +2,13 @@
 
     python -m tools.bench.engine [conf=NAME] [batches=32] [prompt=16] [new=64] [repeats=5] ...
 
-Every engine is a process of its own (`engine_worker.py`, `plain_vllm.py`) that starts
-without anything compiled; they take turns, so that whatever else the machine does disturbs all
-alike. Without a GPU: the tiny model, and CPU time of the process, which others do not lengthen.
+Every engine is a process of its own (`engine_worker.py`, `plain_vllm.py`) that starts with empty
+compile caches. Engines take turns, so that other load on the machine affects all of them alike.
+Without a GPU: the tiny model, and CPU time of the process, which other processes do not lengthen.
 With one: the shape of Qwen3-0.6B, 256 and 8 prompts of 128 tokens, 256 new tokens each, in two
-groups that fit into 80 GB, plain vLLM in both. `engines=native,plain vLLM` is another group.
-Weights are random, and no response ends early. Other words are keys. Ratios are over the rate of
-plain vLLM. Exit status 1 if a target is missed. Left out: several GPUs.
+groups that fit into 80 GB, plain vLLM in both; `engines=native,plain vLLM` selects engines. Weights
+are random, and no response ends early. Other arguments are configuration keys. Ratios are to the
+rate of plain vLLM. Exit status 1 if a target is missed. Left out: several GPUs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ EXACT_AT_MOST, START_AT_MOST = 1.15, 1.10
 
 @dataclass
 class Worker:
-    """An engine's process; `start`: seconds to its first token."""
+    """The process of an engine; `start`: seconds to its first token."""
 
     process: subprocess.Popen[str]
     start: float
@@ -64,7 +64,7 @@ class Worker:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    """The next line of the worker that is for us."""
+    """The next line with which the worker answers."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("bench: "):
@@ -73,7 +73,7 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 
 def start_worker(kind: str, options: dict[str, str], words: list[str], caches: str) -> Worker:
-    """Start one engine, with empty caches below this directory, and wait for its first token."""
+    """Start one engine, with empty caches in a directory, and wait for its first token."""
     most = max(int(batch) for batch in options["batches"].split(","))
     length = int(options["prompt"]) + int(options["new"])
     sizes = [f"conf={options['conf']}", "model.path=null", "model.init=random",
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 
 def bench(kinds: list[str], options: dict[str, str], words: list[str], on_gpu: bool) -> list[str]:
-    """Measure and show these engines side by side; the targets that they missed."""
+    """Measure and print these engines side by side; returns the targets missed."""
     missed = []
     with tempfile.TemporaryDirectory() as caches:
         workers = {kind: start_worker(kind, options, words, caches) for kind in kinds}
@@ -131,7 +131,7 @@ def bench(kinds: list[str], options: dict[str, str], words: list[str], on_gpu: b
 
 
 def measure(workers: dict[str, Worker], batch: int, repeats: int) -> dict[str, float]:
-    """The median rate of each engine over turns of all; a first turn is not counted."""
+    """Median rate of each engine over all turns but the first [tokens/s]."""
     turns = [{kind: w.ask(batch) for kind, w in workers.items()} for _ in range(repeats + 1)]
     return {kind: median(turn[kind] for turn in turns[1:]) for kind in workers}
 
@@ -148,7 +148,7 @@ def show(
 
 
 def misses(rates: dict[str, float], workers: dict[str, Worker], on_gpu: bool) -> list[str]:
-    """Which targets were missed, each as a line of text."""
+    """The targets missed, each as a line of text."""
     if not on_gpu:
         ours = [kind for kind in ("vllm titan", "vllm native") if kind in rates]
         slow = [kind for kind in ours if rates[kind] < LEAST_ON_CPU]

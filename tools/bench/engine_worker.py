@@ -1,4 +1,4 @@
-"""One of our engines for `engine.py`: answers batch sizes on stdin with rates."""
+"""One of our engines for `engine.py`: reads batch sizes from stdin, prints tokens per second."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ready(conf: Conf, process: Process, shape: ModelShape) -> Engine:
 
 
 def seconds(engine: Engine, shape: ModelShape, prompt: int, batch: int, new: int) -> float:
-    """To answer a batch: of the clock on a GPU, else of this process's CPU."""
+    """Time to generate a batch: wall time on a GPU, else CPU time of this process."""
     tokens = torch.randint(shape.vocab_size, (batch, prompt)).tolist()
     requests = [Request(i, tuple(row), 1) for i, row in enumerate(tokens)]
     sampling = Sampling(temperature=1.0, max_new_tokens=new, seed=0, step=0)

@@ -1,12 +1,12 @@
-"""What the batch-invariant switch costs: both modes paired in one run, ratios on/off.
+"""Cost of the batch-invariant switch: both modes paired in one run, ratios on/off.
 
     python -m tools.bench.invariant [linears] [model] [decode] [cpu] [flavor=0.6B]
 
 With a GPU: every linear layer of Qwen3-0.6B and 8B over the library's default; a whole forward and
 forward+backward of `flavor`, against the fastest attention torch has; decoding through the native
-engine. Without one (or with `cpu`): generation and training of the tiny model. Words name the parts
-to run; none: all that this machine can. Exit status 1 if a target is missed. Left out: tensor
-parallelism, whose cost is its collectives'.
+engine. Without one (or with `cpu`): generation and training of the tiny model. Arguments name the
+parts to run; default: all that this machine can run. Exit status 1 if a target is missed. Left out:
+tensor parallelism, whose cost is that of its collectives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools.bench.report import hardware, print_row
 from tools.bench.timing import captured, paired
 
 ROWS = (1, 8, 64, 512, 8192)
-FLUSH_BYTES = 160 << 20  # weights of a timing, together: three times an H100's L2 cache
+FLUSH_BYTES = 160 << 20  # weights of one timing in all: three times an H100's L2 cache
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The switch's cost on a GPU: a whole forward, forward+backward and decoding, modes in turn."""
+"""Cost of the switch on a GPU: a whole forward, forward+backward, and decoding."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def one_pass(
     on: bool,
     attention: Attention | None = None,
 ) -> None:
-    """Logprobs of all tokens, and their gradients if `backward`, by another attention if given."""
+    """Compute logprobs of all tokens, and gradients if `backward`; `attention` replaces ours."""
     tokens_T, positions_T, bounds = tokens
     context = packed_context(bounds, int(positions_T[-1]) + 1)
     index_A = torch.arange(len(tokens_T), device="cuda")
@@ -112,7 +112,7 @@ def one_pass(
 def cudnn(
     q_TNH: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: AttentionContext, scale: float
 ) -> torch.Tensor:
-    """cuDNN's attention, which takes sequences of one length as a batch."""
+    """cuDNN's attention on sequences of equal length, as a batch."""
     q_SNLH, k_SKLH, v_SKLH = (
         x.unflatten(0, (-1, ctx.max_query)).transpose(1, 2) for x in (q_TNH, k, v)
     )
@@ -171,6 +171,6 @@ def prompts_of(shape: ModelShape, batch: int) -> list[Request]:
 
 
 def answer(engine: NativeEngine, switch: Switch, requests: Sequence[Request], on: int) -> None:
-    """Generate for all requests; an engine's graphs are captured in the mode it is used in."""
+    """Generate for all requests; each engine captures its graphs in the mode it is used in."""
     with switch(bool(on)):
         engine.generate(requests, Sampling(1.0, NEW_TOKENS, seed=0, step=0))

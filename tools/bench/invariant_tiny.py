@@ -1,4 +1,4 @@
-"""The switch's cost on a CPU: generation and training of the tiny model, both modes in turn."""
+"""Cost of the switch on a CPU: generation and training of the tiny model."""
 
 from __future__ import annotations
 

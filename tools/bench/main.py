@@ -1,11 +1,11 @@
-"""The figures of the main job, measured on real runs and held against their targets.
+"""Measure the main job on real runs and compare the figures with their targets.
 
     python -m tools.bench.main [seeds=3] [modes=colocated,split] [gpu=true|false] [key=value ...]
 
 Without a GPU: `conf=qwen3_tiny` on 2 ranks, for each mode and seed, then the native engine by
-itself. With one (`gpu=false` to leave it alone): `conf=qwen3 model.init=random`, 10 steps of 64
-prompts x 8 samples x 256 tokens. Other words go to the recipe. Exit status 1 if a target is missed.
-Left out: several GPUs, other engines.
+itself. With one (`gpu=false`: do not use it): `conf=qwen3 model.init=random`, 10 steps of 64
+prompts x 8 samples x 256 tokens. Other arguments go to the recipe. Exit status 1 if a target is
+missed. Left out: several GPUs, other engines.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Our own options, and the words that are the recipe's."""
+    """Our own options, and the recipe's arguments."""
     gpu = "true" if torch.cuda.is_available() else "false"
     options = {"seeds": "3", "modes": "colocated,split", "gpu": gpu}
     given = dict(word.split("=", 1) for word in argv if word.partition("=")[0] in options)
@@ -115,7 +115,7 @@ def step_median(run: MeasuredRun, key: str) -> float:
 
 
 def targets_missed(run: MeasuredRun) -> list[str]:
-    """What the run should have reached and did not."""
+    """The targets that the run has missed, each as text."""
     curve, peak = accuracies(run), max(run.peak_rss.values())
     checks = [
         (curve[0][1] < START_BELOW, f"starts at {curve[0][1]:.3f}, not below {START_BELOW}"),
@@ -147,7 +147,7 @@ def bench_engine() -> list[str]:
 
 
 def tokens_per_second(program: Program) -> float:
-    """Prefill and decode of a full batch. No stop token: the batch stays full to the end."""
+    """Rate of prefill and decode of a full batch; without a stop token it stays full."""
     engine, encode = program.generator.engine, program.plan.tokenizer.encode
     assert engine is not None, "a world of one process is both trainer and generator"
     prompts = program.plan.task.train_prompts(0, BATCH)
@@ -159,7 +159,7 @@ def tokens_per_second(program: Program) -> float:
 
 
 def bench_gpu(words: list[str], runs: Path) -> None:
-    """Qwen3-0.6B from random weights on one GPU; written down, no target."""
+    """Qwen3-0.6B from random weights on one GPU; figures without targets."""
     sizes = ["steps=10", "generator.max_sequences=512", "num_prompts=64", "group_size=8"]
     given = ["conf=qwen3", "model.init=random", "generator.max_new_tokens=256", *sizes, *words]
     run = run_recipe("grpo", 1, given, runs / "gpu")

@@ -1,4 +1,4 @@
-"""Runs a recipe under torchrun, as a user would, and measures it from outside."""
+"""Run a recipe under torchrun, as a user would, and measure it from outside."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ POLL_SECONDS = 0.1
 
 @dataclass
 class MeasuredRun:
-    """One finished run. Both times are the whole command's, from start to exit.
+    """One finished run. Both times cover the whole command, from start to exit.
 
-    cpu_seconds: of all ranks together; far below ranks x wall where the machine was busy elsewhere.
-    peak_rss: bytes by rank, the kernel's own high-water mark, shared libraries included.
-    peak_gpu: bytes in use by everything on the first GPU, less what was in use before.
+    cpu_seconds: all ranks together; far below ranks x wall if the machine was busy.
+    peak_rss: bytes by rank, the kernel's high-water mark, shared libraries included.
+    peak_gpu: bytes in use by everything on the first GPU, minus those in use before.
     """
 
     run_dir: Path
@@ -37,9 +37,9 @@ class MeasuredRun:
 
 
 def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> MeasuredRun:
-    """Run `recipes/RECIPE.py` with `key=value` words; SystemExit with its last lines if it fails.
+    """Run `recipes/RECIPE.py` with `key=value` arguments; its output goes to `RUN_DIR.log`.
 
-    Its output goes to `RUN_DIR.log`, beside the run directory.
+    Raises SystemExit with its last lines if it fails.
     """
     log = run_dir.with_suffix(".log")
     command = [
@@ -62,26 +62,26 @@ def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> 
     if launcher.returncode:
         last = "\n".join(log.read_text().splitlines()[-40:])
         failed = f"exit status {launcher.returncode} of {' '.join(command)}"
-        raise SystemExit(f"{last}\n\n{failed}\nall it printed: {log}")
+        raise SystemExit(f"{last}\n\n{failed}\nits whole output: {log}")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     measured.metrics = [json.loads(line) for line in lines]
     return measured
 
 
 def observe(launcher: int, measured: MeasuredRun, gpu_before: int) -> None:
-    """Note what the launcher's ranks use at this moment."""
+    """Record what the launcher's ranks use at this moment."""
     for pid in children(launcher):
         try:
             rank, peak = rank_of(pid), peak_rss(pid)
         except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended between the two looks
+            continue  # it has just ended
         if rank is not None:
             measured.peak_rss[rank] = max(measured.peak_rss.get(rank, 0), peak)
     measured.peak_gpu = max(measured.peak_gpu, gpu_bytes() - gpu_before)
 
 
 def children_cpu_seconds() -> float:
-    """CPU time of this process's finished children and theirs."""
+    """CPU time of this process's finished children and their children."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,6 +1,6 @@
-"""vLLM as its users have it, for `engine.py`: its own LLM class, model and settings.
+"""Plain vLLM for `engine.py`: its own LLM class, model and settings, as a baseline.
 
-Not an engine of this program: what ours are measured against. Without logprobs, which ours give.
+It returns no logprobs; our engines do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(prompt_tokens: int, words: list[str]) -> None:
 
 
 def plain(conf: Conf) -> LLM:
-    """With dummy weights, and as much KV cache as our engines have."""
+    """vLLM's LLM with dummy weights and as much KV cache as our engines have."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings, shape = engine_settings(conf, device), shape_of_flavor(conf.model.flavor)
     itemsize = 2 if device == "cuda" else 4
@@ -53,13 +53,13 @@ def plain(conf: Conf) -> LLM:
             max_num_seqs=settings.max_sequences,
             enable_prefix_caching=settings.prefix_cache,
             kv_cache_memory_bytes=settings.kv_tokens * token,
-            gpu_memory_utilization=0.01,  # nothing is asked for beyond that
+            gpu_memory_utilization=0.01,  # nothing beyond the cache above
             enforce_eager=device == "cpu",
         )
 
 
 def seconds(llm: LLM, vocabulary: int, prompt: int, batch: int, new: int) -> float:
-    """To answer a batch: of the clock on a GPU, else of this process's CPU."""
+    """Time to generate a batch: wall time on a GPU, else CPU time of this process."""
     tokens = torch.randint(vocabulary, (batch, prompt)).tolist()
     params = SamplingParams(temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time

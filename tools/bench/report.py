@@ -10,7 +10,7 @@ from mesh.runs.directory import cpu_model
 
 
 def hardware() -> str:
-    """The machine in one line; how busy it was belongs to a timing."""
+    """The machine in one line, with its load, which affects timings."""
     words = [f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}"]
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name(0))

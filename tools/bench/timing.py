@@ -1,4 +1,4 @@
-"""Functions timed in turn, so that whatever else a machine does disturbs all of them alike."""
+"""Time functions in turn, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def paired(*functions: Callable[[], object], repeats: int) -> list[float]:
-    """Median seconds of each function over `repeats` turns, after one that is not counted."""
+    """Median seconds of each function over `repeats` turns, after a warm-up turn."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
@@ -44,8 +44,8 @@ def paired(*functions: Callable[[], object], repeats: int) -> list[float]:
 
 @contextmanager
 def stopwatch(taken: list[float]) -> Iterator[None]:
-    """Adds the seconds of a block to `taken`: of its work on a GPU, else this process's CPU time,
-    which others do not lengthen.
+    """Append the seconds of a block to `taken`: GPU time, or without a GPU this process's CPU time,
+    which other processes do not lengthen.
     """
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -61,7 +61,7 @@ def stopwatch(taken: list[float]) -> Iterator[None]:
 
 
 class Switch:
-    """Turns batch invariance on as a run does: with what one self-test chose for the model."""
+    """Turns batch invariance on as a run does, with the kernels that one self-test chose."""
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
         self.device_type = device.type

@@ -1,4 +1,4 @@
-"""What must be true of a run that was killed and resumed; each function lists what is not."""
+"""Checks of a run that was killed and resumed; each function lists the problems it finds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def newest(run_dir: Path) -> int | None:
 
 
 def kept_text(run_dir: Path, step: int) -> Texts:
-    """The logs' whole lines up to a step."""
+    """The complete lines of the logs up to a step."""
     texts = {}
     for name in LOGS:
         lines = (run_dir / name).read_bytes().splitlines(keepends=True)
@@ -34,12 +34,12 @@ def kept_text(run_dir: Path, step: int) -> Texts:
     return texts
 
 
-def kept_problems(kept: Texts, straight: Path, step: int) -> list[str]:
-    """What differs between the lines up to a checkpoint and those of the run that nobody killed."""
+def kept_problems(kept: Texts, reference: Path, step: int) -> list[str]:
+    """First difference between the lines before a checkpoint and the uninterrupted run's."""
     found = []
     for name, text in kept.items():
         mine = [json.loads(line) for line in text.splitlines()]
-        theirs = [line for line in read_lines(straight / name) if line["step"] <= step]
+        theirs = [line for line in read_lines(reference / name) if line["step"] <= step]
         found += [f"before it was killed: {one}" for one in line_differences(name, mine, theirs)][
             :1
         ]
@@ -47,14 +47,14 @@ def kept_problems(kept: Texts, straight: Path, step: int) -> list[str]:
 
 
 def refusal_problems(log: str, status: int) -> list[str]:
-    """Resuming without a checkpoint must be refused in these words."""
+    """Resuming without a checkpoint must be refused with one of these messages."""
     if status != 0 and ("no intact checkpoint in" in log or "holds no run" in log):
         return []
     return [f"resuming without a checkpoint was not refused (status {status})"]
 
 
 def resumed_problems(log: str, run_dir: Path, step: int) -> list[str]:
-    """It must have resumed from this step, with digests compared, passing nothing over."""
+    """It must have resumed from this step, compared digests, and skipped no checkpoint."""
     path = run_dir / "checkpoints" / f"step-{step}"
     said = f"resumed from {path}: the digests of weights and moments match"
     found = [] if said in log else [f"it did not say: {said}"]
@@ -62,7 +62,7 @@ def resumed_problems(log: str, run_dir: Path, step: int) -> list[str]:
 
 
 def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[str]:
-    """A finished run: logs without gap or duplicate, all of its files, and nothing left over."""
+    """A finished run must have logs without gap or duplicate, all files, and no leftovers."""
     metrics, samples = (read_lines(run_dir / name) for name in LOGS)
     found = []
     logged = [line["step"] for line in metrics]
@@ -79,7 +79,7 @@ def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[st
 
 
 def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
-    """Checkpoints, and what must not be there."""
+    """Checkpoints must be complete, and nothing partial may be left."""
     path = run_dir / "checkpoints"
     names = sorted(item.name for item in path.iterdir())
     found = [f"{name} was left" for name in names if name.endswith((PARTIAL, DAMAGED))]
@@ -96,14 +96,14 @@ def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """What was being written when a run was killed, beside the checkpoints and the final model."""
+    """Partial files of the logs and the best models."""
     places = (run_dir.glob(f"*.jsonl{PARTIAL}"), (run_dir / "best").glob(f"*{PARTIAL}"))
     return sorted(item.relative_to(run_dir) for place in places for item in place)
 
 
 def best_problems(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The newest checkpoint must name the first of the best evaluations that were logged; that
-    model must be there, and no other but those that the checkpoints name."""
+    """The newest checkpoint must name the first of the best logged evaluations; exactly the models
+    that checkpoints name must be kept."""
     logged = [line for line in metrics if METRIC in line]
     best = max(logged, key=lambda line: line[METRIC])  # of equal ones the first
     expected = {"step": best["step"], "value": best[METRIC]}
@@ -124,7 +124,7 @@ def best_problems(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def text_problems(run_dir: Path, kept: Sequence[Texts]) -> list[str]:
-    """Lines up to the checkpoints from which it was resumed must stand as they were."""
+    """Lines before the checkpoints that the run resumed from must not change."""
     return [
         f"{name}: lines before the checkpoint have changed"
         for texts in kept
@@ -133,7 +133,7 @@ def text_problems(run_dir: Path, kept: Sequence[Texts]) -> list[str]:
     ]
 
 
-def exact_problems(run_dir: Path, straight: Path) -> list[str]:
-    """It must be, to the bit, the run that nobody killed."""
-    first = compare_runs(run_dir, straight).first
-    return [f"not the run that nobody killed: {first}"] if first else []
+def exact_problems(run_dir: Path, reference: Path) -> list[str]:
+    """The run must equal the uninterrupted one to the bit."""
+    first = compare_runs(run_dir, reference).first
+    return [f"not the uninterrupted run: {first}"] if first else []

@@ -1,8 +1,8 @@
-"""A recipe under torchrun that is watched from outside and killed with kill -9 in a chosen phase.
+"""A recipe under torchrun that is killed with kill -9 in a chosen phase.
 
-The rank that is aimed at stands still (SIGSTOP, see phase_reporter.py) when it is looked at: so it
-is in its phase for certain when it dies. Where the phase was over already it goes on, and the next
-time is tried, earlier in the phase.
+The rank to kill is stopped first (SIGSTOP, see phase_reporter.py), so it is certain to be in its
+phase when it dies. If the phase was already over it continues, and the next occurrence is tried,
+earlier in the phase.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from tools.chaos.phase_reporter import (
 )
 from tools.processes import children, rank_of, send, states_of
 
-MARK = "MESH_CHAOS_JOB"  # an environment variable that all processes of a job inherit
-GONE_SECONDS = 60.0  # by then all processes have ended after a kill; 30 on a machine of one's own
-RUN_SECONDS = 900.0  # the longest that a small run may take on a busy machine
-IDLE_SECONDS = 0.01  # between looks
+MARK = "MESH_CHAOS_JOB"  # environment variable that all processes of a job inherit
+GONE_SECONDS = 60.0  # limit for all processes to end after a kill; 30 suffice on an idle machine
+RUN_SECONDS = 900.0  # limit for a small run on a busy machine
+IDLE_SECONDS = 0.01  # between two polls
 
 
 @dataclass(frozen=True)
-class Aim:
-    """Where to kill: the phase, after how many steps of this start and how many times of coming
-    into it then, at which part of its usual duration. `victims`: "one rank", "all ranks" or
-    "torchrun and all"; draw: of the ranks that do something there, which one, from 0 to 1."""
+class KillPoint:
+    """When and whom to kill: in `phase`, not before `after` steps of this start, at occurrence
+    `skip` + 1 after those, at `fraction` of the phase's typical duration. `victims`: "one rank",
+    "all ranks" or "torchrun and all". `draw`: from 0 to 1, chooses among the ranks that do
+    something in the phase."""
 
     phase: str
     victims: str
@@ -51,9 +52,9 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Struck:
-    """What was killed: the rank that was aimed at, its phase as it stood still, its finished steps
-    of this start, and the seconds until no process was left."""
+class Kill:
+    """A kill: the rank, its phase when it was stopped, its finished steps of this start, and the
+    seconds until no process was left."""
 
     rank: int
     phase: str
@@ -62,8 +63,8 @@ class Struck:
 
 
 class Job:
-    """One start of a recipe. `log`: the file that takes what it prints. As a context manager it
-    leaves no process behind."""
+    """One start of a recipe; its output goes to the file `log`. As a context manager it leaves no
+    process behind."""
 
     def __init__(self, recipe: str, num_ranks: int, words: list[str], log: Path):
         self.log, self.num_ranks, self.token = log, num_ranks, uuid.uuid4().hex
@@ -96,49 +97,49 @@ class Job:
 
     @property
     def output(self) -> str:
-        """All that it has printed."""
+        """Everything it has printed."""
         return self.log.read_text(errors="replace")
 
     def wait(self) -> int:
-        """Its exit status, when no process of it is left."""
+        """Wait until none of its processes is left; its exit status."""
         self.popen.wait(timeout=RUN_SECONDS)
         self.wait_until_gone()
         return self.popen.returncode
 
-    def strike(self, aim: Aim, usual: Mapping[str, float], rank: int) -> Struck | None:
-        """Kill as `aim` says, where `rank` is; None where the run ended before it could be hit."""
-        pids, fraction = self._pids(), aim.fraction
+    def kill_at(self, point: KillPoint, durations: Mapping[str, float], rank: int) -> Kill | None:
+        """Kill `rank` at `point`; None where the run ended before that."""
+        pids, fraction = self._pids(), point.fraction
         while self.popen.poll() is None and len(pids) == self.num_ranks:
-            delay = fraction * usual[aim.phase]
-            if aim.phase == STARTUP:
+            delay = fraction * durations[point.phase]
+            if point.phase == STARTUP:
                 time.sleep(max(0.0, self.began + delay - time.monotonic()))
                 send(pids[rank], signal.SIGSTOP)
             else:
-                self._ask_to_stop(rank, aim, delay)
-            if not self._stands_still(pids[rank]):
+                self._ask_to_stop(rank, point, delay)
+            if not self._is_stopped(pids[rank]):
                 return None
-            if self._phase(rank, aim) == aim.phase:
-                return self._kill(rank, aim, pids)
+            if self._phase(rank, point) == point.phase:
+                return self._kill(rank, point, pids)
             send(pids[rank], signal.SIGCONT)
-            fraction = fraction / 3 if fraction == aim.fraction else 0.0  # 0 is met for certain
-            if aim.phase == STARTUP:
+            fraction = fraction / 3 if fraction == point.fraction else 0.0  # 0 cannot be missed
+            if point.phase == STARTUP:
                 return None
         return None
 
     def started_seconds(self) -> float:
-        """Wait until every rank has left its start-up; how long that took."""
+        """Wait until every rank has finished its start-up; the seconds since the launch."""
         while self.popen.poll() is None and not self.records["phase"].all():
             time.sleep(IDLE_SECONDS)
         return time.monotonic() - self.began
 
-    def usual(self) -> dict[str, float]:
-        """Seconds that each phase took, the slowest rank's mean."""
+    def durations(self) -> dict[str, float]:
+        """Mean seconds of each phase on the slowest rank."""
         counts, seconds = self.records["count"], self.records["seconds"]
         means = (seconds / np.maximum(counts, 1)).max(axis=0)
         return dict(zip(ALL_OF, means.tolist(), strict=True))
 
     def survivors(self) -> list[int]:
-        """Processes of this job that still run, whoever is their parent by now."""
+        """Running processes of this job, whoever their parent is by now."""
         mark = f"{MARK}={self.token}".encode()
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -148,7 +149,8 @@ class Job:
         return found
 
     def wait_until_gone(self) -> float:
-        """Seconds until no process is left; RuntimeError, after killing them, where some stay."""
+        """Seconds until no process is left. Raises RuntimeError, after killing them, where some
+        survive GONE_SECONDS."""
         began = time.monotonic()
         while self.popen.poll() is None or self.survivors():
             if time.monotonic() > began + GONE_SECONDS:
@@ -159,13 +161,13 @@ class Job:
         return time.monotonic() - began
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill the processes that are left."""
         for pid in self.survivors():
             send(pid, signal.SIGKILL)
         self.popen.wait()
 
     def _pids(self) -> list[int]:
-        """Process ids of the ranks, when torchrun has started all of them."""
+        """Process ids of the ranks, once torchrun has started all of them."""
         by_rank: dict[int, int] = {}
         while len(by_rank) < self.num_ranks and self.popen.poll() is None:
             time.sleep(IDLE_SECONDS)
@@ -174,14 +176,14 @@ class Job:
                 by_rank = {rank: pid for pid, rank in ranks.items() if rank is not None}
         return [by_rank[rank] for rank in sorted(by_rank)]
 
-    def _ask_to_stop(self, rank: int, aim: Aim, delay: float) -> None:
+    def _ask_to_stop(self, rank: int, point: KillPoint, delay: float) -> None:
         record = self.records[rank]
-        record["stop_delay"], record["stop_after"] = delay, aim.after
-        record["stop_skip"] = aim.skip
-        record["stop_in"] = 1 + ALL_OF.index(aim.phase)  # last: from here on it obeys
+        record["stop_delay"], record["stop_after"] = delay, point.after
+        record["stop_skip"] = point.skip
+        record["stop_in"] = 1 + ALL_OF.index(point.phase)  # last: this one arms the stop
 
-    def _stands_still(self, pid: int) -> bool:
-        """Wait until all threads of a process are stopped; False where it ended."""
+    def _is_stopped(self, pid: int) -> bool:
+        """Wait until all threads of a process are stopped; False if it ended instead."""
         while self.popen.poll() is None:
             states = states_of(pid)
             if states.get(pid, "X") in "ZX":
@@ -191,16 +193,16 @@ class Job:
             time.sleep(IDLE_SECONDS)
         return False
 
-    def _phase(self, rank: int, aim: Aim) -> str:
-        """Where a rank is; its writing thread counts where that is aimed at."""
+    def _phase(self, rank: int, point: KillPoint) -> str:
+        """The phase of a rank; its writing thread counts if that is to be killed."""
         record = self.records[rank]
-        return WRITING if aim.phase == WRITING and record[WRITING] else ALL_OF[record["phase"]]
+        return WRITING if point.phase == WRITING and record[WRITING] else ALL_OF[record["phase"]]
 
-    def _kill(self, rank: int, aim: Aim, pids: list[int]) -> Struck:
+    def _kill(self, rank: int, point: KillPoint, pids: list[int]) -> Kill:
         victims = {"one rank": [pids[rank]], "all ranks": pids}.get(
-            aim.victims, [self.popen.pid, *pids]
+            point.victims, [self.popen.pid, *pids]
         )
         for pid in victims:
             send(pid, signal.SIGKILL)
         steps = finished_steps(self.records[rank])
-        return Struck(rank, self._phase(rank, aim), steps, self.wait_until_gone())
+        return Kill(rank, self._phase(rank, point), steps, self.wait_until_gone())

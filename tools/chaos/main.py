@@ -1,18 +1,18 @@
-"""Kills real runs with kill -9 and resumes them, in a loop: rung L5 of the exactness ladder.
+"""Kill real runs with kill -9 and resume them, in a loop: rung L5 of the exactness ladder.
 
     python tools/chaos.py conf=qwen3_tiny rounds=50 [seed=0] [ranks=4] [first=0 | only=N] [dir=DIR]
 
-A round starts a small run, kills it in a phase that the schedule names - one rank, all of them, or
-torchrun as well - and resumes it; every third round kills the resumed run again. On the same mesh
-the finished run must equal, bit for bit, one that was never killed; on another mesh its weights and
-moments must be those that were saved, the lines up to the checkpoint stay as they were, and it ends
-without a gap or a duplicate. Nothing may be left: no process, no partial directory. Where a kill
-comes before the first checkpoint, resuming must be refused, and the run starts anew.
+A round starts a small run, kills it in the phase that the schedule names (one rank, all ranks, or
+torchrun as well) and resumes it; every third round kills the resumed run again. On the same mesh
+the finished run must equal an uninterrupted run bit for bit. On another mesh its weights and
+moments must be those that were saved, log lines before the checkpoint must not change, and the logs
+must have no gap and no duplicate. No process and no partial directory may be left. Where a kill
+comes before the first checkpoint, resuming must be refused, and the run starts over.
 
-A line per round, then a table per phase. Exit status 1 if a round fails; its directory is kept,
-and `only=N` with the same `rounds`, `seed` and `ranks` plans it again (where in the phase it dies
-is up to the machine). `ranks`: the most that a mesh may have. Other words go to the recipe. Left
-out: GPUs, several hosts, loss of power (nothing here tests fsync).
+Prints a line per round, then a table per phase. Exit status 1 if a round fails; its directory is
+kept, and `only=N` with the same `rounds`, `seed` and `ranks` plans it again (the moment within the
+phase depends on the machine). `ranks`: largest number of ranks of a mesh. Other arguments go to the
+recipe. Left out: GPUs, several hosts, loss of power (nothing here tests fsync).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPTIONS = {"rounds": "50", "seed": "0", "ranks": "4", "first": "0", "only": "", 
 
 def main(argv: list[str]) -> int:
     options, words = read_options(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # jobs end with it
     rounds = plan(int(options["rounds"]), int(options["seed"]), int(options["ranks"]))
     first, last = int(options["first"]), len(rounds)
     if options["only"]:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         last = first + 1
     folder = Path(options["dir"] or tempfile.mkdtemp(prefix="mesh-chaos-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"runs and what they print: {folder}", flush=True)
+    print(f"runs and their output: {folder}", flush=True)
     chaos = Chaos(words, folder)
     done: list[tuple[Round, Outcome]] = []
     for planned in rounds[first:last]:
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
     failed = [planned.number for planned, outcome in done if outcome.problems]
     for number in failed:
         same = " ".join(f"{name}={options[name]}" for name in ("rounds", "seed", "ranks"))
-        print(f"round {number} failed: {chaos.folder_of(number)}; again: only={number} {same}")
+        print(f"round {number} failed: {chaos.folder_of(number)}; repeat: only={number} {same}")
     return 1 if failed or not done else 0
 
 
 def read_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Our own options, and the words that are the recipe's; conf= must be among these."""
+    """Our own options, and the recipe's arguments, which must include conf=."""
     given = dict(word.split("=", 1) for word in argv if word.partition("=")[0] in OPTIONS)
     words = [word for word in argv if word.partition("=")[0] not in OPTIONS]
     options = OPTIONS | given
@@ -70,15 +70,13 @@ def read_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def line(planned: Round, outcome: Outcome, seconds: float) -> str:
-    """What happened in a round."""
+    """One line on a round."""
     words = [f"round {planned.number:2}", " -> ".join(planned.meshes)]
-    steps = [*outcome.resumed, *([None] * len(planned.aims))]
-    for aim, struck, step in zip(planned.aims, outcome.struck, steps, strict=False):
-        went_on = "no checkpoint yet, started anew" if step is None else f"resumed on step {step}"
-        where = f"in {struck.phase} of rank {struck.rank} after {struck.steps} steps"
-        words.append(
-            f"{aim.victims} killed {where}, gone in {struck.gone_seconds:.1f} s; {went_on}"
-        )
+    steps = [*outcome.resumed, *([None] * len(planned.kill_points))]
+    for point, kill, step in zip(planned.kill_points, outcome.kills, steps, strict=False):
+        then = "no checkpoint yet, started over" if step is None else f"resumed from step {step}"
+        where = f"in {kill.phase} of rank {kill.rank} after {kill.steps} steps"
+        words.append(f"{point.victims} killed {where}, gone in {kill.gone_seconds:.1f} s; {then}")
     if outcome.missed:
         words.append(f"missed {outcome.missed} times")
     result = "FAILED: " + "; ".join(outcome.problems) if outcome.problems else outcome.result
@@ -86,11 +84,11 @@ def line(planned: Round, outcome: Outcome, seconds: float) -> str:
 
 
 def table(done: list[tuple[Round, Outcome]]) -> str:
-    """Kills by the phase that the victim stood in, and how many were in rounds that failed."""
+    """Kills by the phase of the victim, and how many of them were in failed rounds."""
     kills: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     for _, outcome in done:
-        phases = [struck.phase for struck in outcome.struck]
+        phases = [kill.phase for kill in outcome.kills]
         kills.update(phases)
         bad.update(phases if outcome.problems else [])
     rows = [f"{phase:<12}{kills[phase]:>6}{bad[phase]:>18}" for phase in ALL_OF]
@@ -98,14 +96,14 @@ def table(done: list[tuple[Round, Outcome]]) -> str:
 
 
 def verdict(done: list[tuple[Round, Outcome]]) -> str:
-    """The last line."""
+    """Counts over all rounds."""
     outcomes = [outcome for _, outcome in done]
-    kills = sum(len(outcome.struck) for outcome in outcomes)
+    kills = sum(len(outcome.kills) for outcome in outcomes)
     changes = sum(outcome.changes for outcome in outcomes)
-    anew = sum(outcome.resumed.count(None) for outcome in outcomes)
+    restarted = sum(outcome.resumed.count(None) for outcome in outcomes)
     exact = sum(outcome.exact and not outcome.problems for outcome in outcomes)
     failed = sum(bool(outcome.problems) for outcome in outcomes)
     return (
-        f"{len(done)} rounds, {kills} kills, {changes} resumed on another mesh, {anew} started "
-        f"anew, {exact} equal to the bit to a run that nobody killed, {failed} failed"
+        f"{len(done)} rounds, {kills} kills, {changes} resumed on another mesh, {restarted} "
+        f"started over, {exact} equal to the bit to an uninterrupted run, {failed} failed"
     )

@@ -1,14 +1,13 @@
-"""Runs a recipe unchanged, lets another process see in which phase each rank is, and stops there.
+"""Run a recipe unchanged, publish the phase each rank is in, and stop a rank on request.
 
     PHASE_FILE=FILE torchrun ... tools/chaos/phase_reporter.py recipes/grpo.py conf=qwen3_tiny ...
 
-Every rank notes its present phase in its record of FILE, which is mapped into memory: what it says
-is true at any moment, also after a kill -9. Where the record asks for it, the rank stops itself
-(SIGSTOP) so many seconds after it has come into a phase, and stands still until the other process
-kills it or lets it go on: phases of a millisecond cannot be met from outside on a busy machine.
+Every rank writes its current phase into its record of FILE, which is memory-mapped, so the record
+stays true after a kill -9. If the record asks for it, the rank stops itself (SIGSTOP) a number of
+seconds after it has entered a phase, until the other process kills or continues it: a phase of a
+millisecond cannot be caught from outside on a busy machine.
 
-The phases that a recipe times, and some that it does not, are noted by wrapping the library's
-functions from here; the library knows nothing of this.
+Phases are recorded by wrapping the library's functions from here; the library does not know of it.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ import numpy as np
 STARTUP, BETWEEN = "startup", "between"
 PHASES = (
     STARTUP,  # imports, rendezvous, self-test, building both roles
-    BETWEEN,  # what no other name covers: gathering samples, asking whether to stop
+    BETWEEN,  # everything else: gathering samples, asking whether to stop
     *("load", "generate", "exchange", "train", "sync", "eval", "log"),
     "checkpoint",  # the best model, waiting for the last one, digests, the copy to host memory
     "rename",  # within a checkpoint, rank 0: index, rename, removal of old ones
     "save",  # the final model
 )
-WRITING = "writing"  # a thread of its own, beside the phases: a rank's file of a checkpoint
+WRITING = "writing"  # of a rank's checkpoint file, by a thread that runs beside the phases
 ALL_OF = (*PHASES, WRITING)
 RECORD = np.dtype(
     [
@@ -44,17 +43,17 @@ RECORD = np.dtype(
         ("writing", "u1"),
         ("count", "u4", (len(ALL_OF),)),  # times that each phase has ended
         ("seconds", "f8", (len(ALL_OF),)),  # spent in each
-        # where to stop; 0: nowhere, else 1 + the phase's number
+        # phase in which to stop: 1 + its number; 0: none
         ("stop_in", "u1"),
-        ("stop_after", "u4"),  # not before so many steps
-        ("stop_skip", "u4"),  # not the next so many times that it comes into the phase
-        ("stop_delay", "f8"),  # seconds after it has come into the phase; 0: at once
+        ("stop_after", "u4"),  # steps that must be finished first
+        ("stop_skip", "u4"),  # occurrences of the phase to skip after those
+        ("stop_delay", "f8"),  # seconds after the phase has begun; 0: at once
     ]
 )
 
 
 def open_records(path: Path, num_ranks: int, new: bool = False) -> np.ndarray:
-    """A record per rank; `new` ones are all zero, which is the start of `startup`."""
+    """One record per rank; `new` ones are all zero, which means `startup`."""
     return np.memmap(path, RECORD, "w+" if new else "r+", shape=(num_ranks,))
 
 
@@ -62,7 +61,7 @@ class Reporter:
     """Writes one rank's record."""
 
     def __init__(self, records: np.ndarray, rank: int):
-        self.record = records[rank : rank + 1]  # a view: what is set here is seen outside
+        self.record = records[rank : rank + 1]  # a view of the shared memory
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -114,12 +113,12 @@ class Reporter:
 
 
 def finished_steps(record: Any) -> int:
-    """Steps that a rank has taken in this start."""
+    """Steps that a rank has finished in this start."""
     return int(record["count"][ALL_OF.index("sync")])
 
 
 def within(phase: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, each call of it noted as a phase."""
+    """`function`, with each call recorded as a phase."""
 
     @functools.wraps(function)
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +129,7 @@ def within(phase: Callable[[], Any], function: Callable[..., Any]) -> Callable[.
 
 
 def watch(report: Reporter) -> None:
-    """Wrap what the recipe will import."""
+    """Wrap the functions whose calls are phases; the recipe imports them later."""
     import mesh.program.assembly
     import mesh.roles.evaluation
     from mesh.checkpoint.keeper import Checkpointer

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Job:
-    """A script with its words, and where and in what environment it runs."""
+    """A script with its arguments, working directory and environment variables."""
 
     argv: list[str]
     directory: str
@@ -22,8 +22,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: `status` where its script came to an end, else the process's `death`.
-    `killed`: it did not end by itself."""
+    """How a rank ended: the `status` of its script, or the `death` of its process.
+
+    `killed`: the process did not end by itself.
+    """
 
     rank: int
     status: int | None = None

@@ -1,17 +1,17 @@
-"""Starts a recipe, unchanged, on a Monarch proc mesh, and supervises it.
+"""Run a recipe, unchanged, on a Monarch proc mesh, and restart it when a process dies.
 
     python tools/monarch.py recipes/grpo.py procs=4 conf=qwen3_tiny checkpoint.every=10
 
 `procs=` processes run the recipe with the variables that torchrun would set. When one dies, the
-others are ended, a new mesh is spawned, and the run goes on from its newest checkpoint, or from the
-beginning where it has none: at most `restarts=` times (default 3). What fails before the run
-directory is made, such as a configuration that is refused, is not tried again.
+others are ended, a new mesh is spawned, and the run continues from its newest checkpoint, or from
+the beginning if it has none: at most `restarts=` times (default 3). A failure before the run
+directory is made, such as a refused configuration, is not retried.
 
 Several machines: `serve=HOST:PORT` on each, then `hosts=HOST:PORT,HOST:PORT` on one that reaches
 them; `procs=` is then per host. Paths and environments must be the same on all. Whoever reaches
-such a port can run code on the machine: only in a network that you trust.
+such a port can run code on the machine: use it only in a network that you trust.
 
-Ctrl-C or SIGTERM goes to every process: the first asks the run to stop after its present step, a
+Ctrl-C or SIGTERM goes to every process: the first asks the run to stop after its current step, a
 second one ends it at once.
 """
 
@@ -34,14 +34,14 @@ from tools.monarch.jobs import Ended, Job
 from tools.monarch.procs import Hosts, NoMeshError, Procs, serve
 
 OWN = ("procs", "restarts", "hosts", "serve")
-ENDING_SECONDS = 15.0  # from the first death to giving the other ranks up; they end by themselves
+ENDING_SECONDS = 15.0  # for the other ranks to end by themselves after a first death
 HURRY_SECONDS = 5.0  # the same after a second Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the launcher is asked for; `words` are the recipe's."""
+    """The launcher's own arguments; `words` are the recipe's."""
 
     recipe: str
     words: list[str]
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
 
 
 def read_command(argv: list[str]) -> Command:
-    """Raises ValueError that lists all that is wrong with the launcher's own words."""
+    """Parse the command line. Raises ValueError that lists all problems of the launcher's own
+    arguments."""
     recipe, given = argv[0], [word for word in argv[1:] if word.partition("=")[0] in OWN]
     own = {"procs": "1", "restarts": "3", "hosts": ""}
     own |= {name: value for name, _, value in (word.partition("=") for word in given)}
@@ -90,7 +91,7 @@ def read_command(argv: list[str]) -> Command:
 
 
 class Supervisor:
-    """Keeps one run going until it has come to its end."""
+    """Runs a recipe and restarts it until it ends."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
@@ -100,7 +101,7 @@ class Supervisor:
         self.hurry = asyncio.Event()
 
     async def supervise(self) -> int:
-        """The exit status: 0, the recipe's own, or 1 where a death was one too many."""
+        """Run to the end. The exit status: 0, the recipe's own, or 1 if restarts are used up."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         hosts = Hosts(self.command.hosts)
@@ -125,15 +126,15 @@ class Supervisor:
         return say(f"{cause}; restarts={self.command.restarts} are used up, run {self.run_dir}")
 
     async def _attempt(self, hosts: Hosts, attempt: int) -> list[Ended]:
-        """Run the recipe once on a mesh of its own; how the ranks ended, the first one first.
+        """Run the recipe once on a mesh of its own; how the ranks ended, the first to end first.
 
-        The words are the same at each start: the recipe knows from TORCHELASTIC_RESTART_COUNT that
-        it is to go on. The store is a new one: the old one holds addresses of dead processes.
+        The arguments are the same at each start: the recipe knows from TORCHELASTIC_RESTART_COUNT
+        that it continues. The store is a new one: the old one holds addresses of dead processes.
         """
         store = dist.TCPStore(hosts.address, 0, is_master=True, wait_for_workers=False)
         master = {"MASTER_ADDR": hosts.address, "MASTER_PORT": str(store.port)}
         async with Procs(hosts, self.command.procs, threads(self.command.procs)) as self.procs:
-            if self.signals:  # while the mesh was made
+            if self.signals:  # while the mesh was being made
                 return []
             ranks = [
                 asyncio.create_task(self.procs.run(rank, self._job(rank, attempt, master)))
@@ -153,7 +154,7 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": per_host,
             "GROUP_RANK": rank // per_host,
             "GROUP_WORLD_SIZE": world_size // per_host,
-            "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher's, which outlives every rank
+            "TORCHELASTIC_USE_AGENT_STORE": True,  # the store lives in the launcher
             "TORCHELASTIC_RESTART_COUNT": attempt,
             "TORCHELASTIC_MAX_RESTARTS": self.command.restarts,
         }
@@ -161,7 +162,7 @@ class Supervisor:
         return Job([os.path.abspath(self.command.recipe), *self.words], os.getcwd(), variables)
 
     async def _wait_for(self, ranks: list[asyncio.Task[Ended]]) -> list[Ended]:
-        """Until all have ended, or have had time to do so after one has failed."""
+        """Wait until all have ended, or ENDING_SECONDS after one has failed."""
         ended: list[Ended] = []
         pending = set(ranks)
         hurry = asyncio.create_task(self.hurry.wait())
@@ -193,9 +194,9 @@ class Supervisor:
 
 
 def with_run_dir(words: list[str]) -> tuple[list[str], Path | None]:
-    """The words with a run directory, so that a restart finds it, and that directory.
+    """The arguments with a run directory, so that a restart finds it, and that directory.
 
-    None where the words name no configuration that can be read: the recipe will say so.
+    None if the configuration cannot be read: the recipe will say so.
     """
     if not any(word.startswith(("conf=", "resume=")) for word in words) or "conf=" in words:
         return words, None
@@ -210,24 +211,24 @@ def with_run_dir(words: list[str]) -> tuple[list[str], Path | None]:
 
 
 def newest_checkpoint(run_dir: Path | None) -> Path | None:
-    """The last `checkpoints/step-N`: what has that name is whole (`mesh/checkpoint/keeper.py`)."""
+    """The newest `checkpoints/step-N`; a checkpoint gets that name when it is complete."""
     found = sorted((run_dir / "checkpoints").glob("step-*")) if run_dir is not None else []
     whole = [path for path in found if re.fullmatch(r"step-\d+", path.name)]
     return max(whole, key=lambda path: int(path.name[5:]), default=None)
 
 
 def starts(run_dir: Path | None) -> int:
-    """How often the run was started: each start leaves an environment file."""
+    """How often the run was started: each start writes an environment file."""
     return 0 if run_dir is None else len(list(run_dir.glob("environment*.json")))
 
 
 def threads(procs: int) -> dict[str, str]:
-    """One OpenMP thread where a host has several processes, unless set: torchrun does the same."""
+    """As torchrun: one OpenMP thread where a host has several processes, unless it is set."""
     given = os.environ.get("OMP_NUM_THREADS")
     return {"OMP_NUM_THREADS": given or "1"} if given or procs > 1 else {}
 
 
 def say(text: str) -> int:
-    """A line of the launcher's own; the status of a run that it ends."""
+    """Print a line of the launcher; returns the exit status 1."""
     print(f"monarch: {text}", file=sys.stderr, flush=True)
     return 1

@@ -1,10 +1,10 @@
 """A connection that a process holds to its launcher for as long as it lives.
 
-Where it breaks, or the parent has gone, the process kills itself with all its children: nothing
-outlives a launcher that was killed. And the launcher sees by it, at once, that a process has gone:
-Monarch asks each second, tells of one death in a mesh and not of the next, and takes 30 s where a
-process dies with a question unanswered. From other hosts output comes the same way, as Monarch's
-own log forwarding loses the last words of a process that ends by os._exit.
+If it breaks, or the parent is gone, the process kills itself and all its children: nothing outlives
+a launcher that was killed. And the launcher sees at once that a process is gone: Monarch polls each
+second, reports one death in a mesh but not the next, and takes 30 s if a process dies with a call
+unanswered. Output from other hosts uses the same connections, as Monarch's log forwarding loses the
+last lines of a process that ends by os._exit.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WATCH_SECONDS = 1.0
 
 
 class Lifelines:
-    """The launcher's end of the connections: prints what comes, and breaks when it dies."""
+    """The launcher's end of the connections: prints output, and breaks when the launcher dies."""
 
     def __init__(self) -> None:
         self._writers: set[asyncio.StreamWriter] = set()
         self._gone: dict[int, asyncio.Future[int | None]] = {}
 
     def gone(self, rank: int) -> asyncio.Future[int | None]:
-        """Done once a rank's process has gone: the status it left with; None: it was killed."""
+        """Done once a rank's process is gone: its exit status, or None if it was killed."""
         return self._gone.setdefault(rank, asyncio.get_running_loop().create_future())
 
     async def open(self, address: str) -> int:
@@ -40,7 +40,7 @@ class Lifelines:
         return self._server.sockets[0].getsockname()[1]
 
     async def cut(self) -> None:
-        """Have a moment for what is still on its way, then end what still holds on."""
+        """Wait briefly for output that is still coming, then close every connection."""
         self._server.close()
         deadline = time.monotonic() + WATCH_SECONDS
         while self._writers and time.monotonic() < deadline:
@@ -50,7 +50,7 @@ class Lifelines:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
-        with contextlib.suppress(ConnectionError):  # of a process that was killed
+        with contextlib.suppress(ConnectionError):  # the process was killed
             name = await reader.readline()
             if name == b"lifeline\n":
                 await self._attend(reader)
@@ -62,7 +62,7 @@ class Lifelines:
         writer.close()
 
     async def _attend(self, reader: asyncio.StreamReader) -> None:
-        """Note what a process says of itself, `rank N` and `exit STATUS`, until it has gone."""
+        """Read what a process reports, `rank N` and `exit STATUS`, until it is gone."""
         said: dict[bytes, int] = {}
         with contextlib.suppress(ConnectionError):
             async for line in reader:
@@ -73,7 +73,7 @@ class Lifelines:
 
 
 def hold(lifeline: str) -> socket.socket:
-    """The process's end: connect to ADDRESS:PORT:OUTPUT, and die when that breaks.
+    """The process's end: connect to ADDRESS:PORT:OUTPUT, and die when the connection breaks.
 
     OUTPUT `remote`: stdout and stderr go there too.
     """
@@ -83,18 +83,18 @@ def hold(lifeline: str) -> socket.socket:
             with connected(address, int(port), name) as stream:
                 os.dup2(stream.fileno(), descriptor)
     line = connected(address, int(port), "lifeline")
-    os.register_at_fork(after_in_child=line.close)  # a child does not keep it whole
+    os.register_at_fork(after_in_child=line.close)  # or a child would keep it open
     announce_exit(line)
     threading.Thread(target=watch, args=(line, os.getppid()), daemon=True).start()
     return line
 
 
 def announce_exit(line: socket.socket) -> None:
-    """Have os._exit say its status first, so that who goes without a word was killed."""
+    """Make os._exit report its status first: a process that reports nothing was killed."""
     pid, leave = os.getpid(), os._exit
 
     def say_and_leave(status: int) -> NoReturn:
-        if os.getpid() == pid:  # and not a fork of it
+        if os.getpid() == pid:  # not in a fork of it
             with contextlib.suppress(OSError):
                 line.sendall(f"exit {status}\n".encode())
         leave(status)
@@ -111,7 +111,7 @@ def connected(address: str, port: int, name: str) -> socket.socket:
 
 
 def watch(line: socket.socket, parent: int) -> None:
-    """Kill this process and its children once the launcher or the parent has gone."""
+    """Kill this process and its children once the launcher or the parent is gone."""
     while os.getppid() == parent and not select.select([line], [], [], WATCH_SECONDS)[0]:
         pass
     if os.getpgid(0) == os.getpid():  # Monarch makes each process the leader of a group

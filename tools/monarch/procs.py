@@ -35,24 +35,24 @@ from tools.monarch.jobs import Ended, Job, execute, jobs, running
 from tools.monarch.lifeline import Lifelines, hold
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "process.py")
-LIFELINE = "MESH_MONARCH_LIFELINE"  # what `hold` connects to
-# Else the kernel kills a process whose parent died before it can kill its children. Each process
-# then says "(bootstrap) PDEATHSIG disabled via config".
+LIFELINE = "MESH_MONARCH_LIFELINE"  # where `hold` connects to
+# With it the kernel kills a process whose parent died before it can kill its children. Without it
+# each process prints "(bootstrap) PDEATHSIG disabled via config".
 NO_PDEATHSIG = "HYPERACTOR_MESH_BOOTSTRAP_ENABLE_PDEATHSIG"
-LINE_SECONDS = 2.0  # from Monarch's word of a death to its own; the line to a lost host holds
-STOP_SECONDS = 20.0  # the longest wait for Monarch to stop a mesh; then the lifelines are cut
+LINE_SECONDS = 2.0  # for a lifeline to confirm a death; the line to a lost host stays open
+STOP_SECONDS = 20.0  # for Monarch to stop a mesh; then the lifelines are cut
 
 
 class NoMeshError(Exception):
-    """Monarch could not reach a host, or not start a process there."""
+    """Monarch could not reach a host or could not start a process there."""
 
 
 class Rank(Actor):
-    """One process of the mesh. Two of these live in each, as calls queue one behind another."""
+    """One process of the mesh. Each has two of these: calls of one actor run one after another."""
 
     @endpoint
     def run(self, job: Job) -> int:
-        """The exit status of a script that the main thread runs."""
+        """Have the main thread run a script; returns its exit status."""
         done: queue.Queue[int] = queue.Queue()
         jobs.put((job, done))
         return done.get()
@@ -67,7 +67,7 @@ class Hosts:
     """This host, or those at `addresses` (HOST:PORT) where `serve` runs."""
 
     def __init__(self, addresses: list[str]) -> None:
-        monarch.actor.unhandled_fault_hook = lambda failure: None  # its callers see the error
+        monarch.actor.unhandled_fault_hook = lambda failure: None  # the caller gets the error
         self.address = local_address(addresses)
         self.addresses = addresses
         if addresses:
@@ -86,7 +86,7 @@ class Hosts:
 
 
 class Procs:
-    """`per_host` processes on each host. As a context manager, none is left afterwards."""
+    """`per_host` processes on each host. As a context manager it leaves none behind."""
 
     def __init__(self, hosts: Hosts, per_host: int, environment: dict[str, str]) -> None:
         self.hosts, self.per_host, self.environment = hosts, per_host, environment
@@ -116,12 +116,12 @@ class Procs:
     async def __aexit__(self, *error: object) -> None:
         if self._busy:
             await self._lifelines.cut()
-        with contextlib.suppress(TimeoutError, RuntimeError, ValueError):  # it may be no more
+        with contextlib.suppress(TimeoutError, RuntimeError, ValueError):  # it may be gone
             await asyncio.wait_for(self._mesh.stop(), STOP_SECONDS)
         await self._lifelines.cut()
 
     async def run(self, rank: int, job: Job) -> Ended:
-        """Have a rank run a script to its end."""
+        """Run a script on a rank, to its end."""
         self._busy.add(rank)
         gone = self._lifelines.gone(rank)
         call = asyncio.create_task(self._call(rank, job))
@@ -146,13 +146,13 @@ class Procs:
             return Ended(rank, death=death, killed=True)
 
     async def kill(self, rank: int, number: int) -> None:
-        """Send a rank a signal; one that has died needs none."""
+        """Send a signal to a rank, which may have died."""
         with contextlib.suppress(SupervisionError):
             await self._signallers.slice(**self.points[rank]).kill.call_one(number)
 
 
 def left(rank: int, status: int | None) -> Ended:
-    """How the process of a rank went, by its own account."""
+    """How the process of a rank ended, by its own report."""
     if status is None:
         return Ended(rank, death="killed, or crashed outside Python", killed=True)
     if status == 0:
@@ -161,7 +161,7 @@ def left(rank: int, status: int | None) -> Ended:
 
 
 def local_address(addresses: list[str]) -> str:
-    """The address by which the given hosts reach this machine; 127.0.0.1 where there are none."""
+    """The address under which the given hosts reach this machine; 127.0.0.1 if there are none."""
     found = {"127.0.0.1"}
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -174,8 +174,8 @@ def local_address(addresses: list[str]) -> str:
 def serve(address: str) -> int:
     """Offer this machine as a host at HOST:PORT, until it is killed. No authentication.
 
-    Monarch's loop ends by itself, with status 0, some time after a launcher has left that had lost
-    a process here; it is started again.
+    Monarch's loop ends with status 0 some time after the end of a launcher that had lost a process
+    here; it is started again.
     """
     status = 0
     while status == 0:
@@ -185,7 +185,7 @@ def serve(address: str) -> int:
 
 
 def host(address: str) -> None:
-    """The process of `serve`: Monarch's loop, which ends with its parent."""
+    """The process of `serve`: Monarch's loop; it ends with its parent."""
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     run_worker_loop_forever(ca="trust_all_connections", address=f"tcp://{address}")
 
