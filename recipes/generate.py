@@ -15,14 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mesh.config.keys import refuse
+from mesh.config.keys import refuse, refusing
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
 from mesh.program.checks import prompt_problems
 from mesh.program.plan import Plan
-from mesh.roles.evaluation import held_out_prompts
 from mesh.roles.generator import EVAL_STEP
+from mesh.tasks import draw_held_out
 from mesh.types import Completion, Prompt
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
@@ -46,7 +46,8 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[Prompt]:
     texts = conf.generate.prompts
     if not texts:
         shown = min(NUM_SHOWN, conf.eval.num_prompts)
-        return held_out_prompts(plan.task, shown)
+        with refusing():
+            return draw_held_out(plan.task, shown)
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]

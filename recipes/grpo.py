@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny
 
-prompts -> rollouts -> rewards -> exchange -> advantages -> pack -> forward, loss, backward ->
+prompts -> rollouts -> rewards -> exchange -> score -> advantages -> forward, loss, backward ->
 optimizer -> reshard into the generator -> next step. Off its submesh a verb returns an empty shard;
 data crosses submeshes in two places, `exchange` and `sync`.
 
@@ -35,7 +35,7 @@ from mesh.program.assembly import (
     weights_digest,
 )
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import ScoredWave, credited, samples_of, share_of, waves_of
+from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
 from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
@@ -97,7 +97,7 @@ def train_step(
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
     prompts = draw_prompts(plan.task, Draw(step, keys.num_prompts))
-    waves, tokens, sequences = [], 0, 0
+    waves, advantages, tokens, sequences = [], {}, 0, 0
     for part in waves_of(prompts, keys.waves):
         with phases("generate"):
             sampling = generator.sampling(step)
@@ -108,7 +108,8 @@ def train_step(
         with phases("train"):
             generator.release()
             known = trainer.score(share.passes, objective.needs)
-            share = credited(share, wave, objective, keys)
+            advantages |= advantages_of(wave, objective, keys.group_size)
+            share = credited(share, advantages, objective)
             scores = trainer.accumulate(share.passes, objective, known)
         if inspect is not None:
             inspect(program, process, ScoredWave(step, part, rollouts, wave, share, *scores))
@@ -122,7 +123,7 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, keys.group_size) | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, objective, keys.group_size, plan.tokenizer.decode)
+    samples = samples_of(prompts, waves, advantages, plan.tokenizer.decode)
     return metrics, samples
 
 
@@ -130,7 +131,8 @@ def held_out(program: Program, process: Process) -> Metrics:
     """Accuracy on prompts that training never draws, of every evaluation set."""
     metrics: Metrics = {}
     for name, held in program.plan.evaluations.items():
-        prefix, scorer = f"eval/{name}".rstrip("/"), program.evaluation_scorers[name]
+        prefix = f"eval/{name}" if name else "eval"
+        scorer = program.evaluation_scorers[name]
         metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
     return metrics
 

@@ -24,6 +24,7 @@ from mesh.checkpoint.keeper import Checkpointer
 from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.config.schema import Conf
+from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
@@ -56,9 +57,10 @@ def main(argv: list[str]) -> None:
 def run_again(program: Program, process: Process, steps: range, evaluates: bool) -> LoggedStep:
     """Take these steps; the last one as rank 0 would log it, on every rank."""
     phases = Phases(process.device)
+    inspect = stop_at_difference if program.plan.strict else None
     sync(program)
     for step in steps:
-        metrics, samples = train_step(program, process, phases, step)
+        metrics, samples = train_step(program, process, phases, step, inspect)
     if evaluates:
         metrics |= held_out(program, process)
     return as_logged(process.from_rank0(metrics), chosen(-1, process, samples))

@@ -1,4 +1,4 @@
-"""Supervised warm start: a policy that is right now and then, so that GRPO has something to find.
+"""Supervised warm start: train a random model until it answers some prompts correctly.
 
     torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny
 
@@ -27,9 +27,10 @@ from dataclasses import asdict, replace
 import torch
 
 from mesh.config.changes import changed
-from mesh.config.keys import problem, refuse, value_of
+from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
+from mesh.config.user_code import call_user_code
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
     Program,
@@ -49,7 +50,7 @@ from mesh.rl.packing import leaves
 from mesh.rl.step import passes_of
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw, Task, draw_prompts
 from mesh.types import Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
@@ -71,7 +72,8 @@ def main(argv: list[str]) -> None:
         plan = check(conf, process)
         trainer = replace(plan.trainer, reference=False)
         plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY))
-        examples(conf, plan, step=0)  # what does not fit is refused before anything is built
+        with refusing():  # what does not fit is refused before anything is built
+            examples(conf, plan, step=0)
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(plan, process)
         phases = Phases(process.device)
@@ -140,10 +142,18 @@ def examples(conf: Conf, plan: Plan, step: int) -> list[Rollout]:
 def example(plan: Plan, prompt: Prompt) -> Rollout:
     """The rollout of a generator that knows the solution."""
     question = tuple(plan.tokenizer.encode(prompt.text))
-    answer = tuple(plan.tokenizer.encode(plan.task.solution(prompt)))
+    answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt)))
     tokens = (*answer, plan.tokenizer.eos_ids[0])
     unknown = (0.0,) * len(tokens)
     return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
+
+
+def solution_of(task: Task, prompt: Prompt) -> str:
+    """The task's solution; ValueError where it raises or is no text."""
+    text = call_user_code(f"solution of {task!r}", lambda: task.solution(prompt))
+    if not isinstance(text, str):
+        raise ValueError(f"the task's solution returned {text!r}; return a text")
+    return text
 
 
 def length_problems(

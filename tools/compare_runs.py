@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mesh.config.keys import refuse
+from mesh.config.run_format import run_format_problems
 from mesh.runs.compare import compare_runs
 
 
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
+        refuse([line for run in argv for line in run_format_problems(run)])
         compared = compare_runs(Path(argv[0]), Path(argv[1]))
     except (ValueError, OSError) as error:
         print(f"unreadable: {error}", file=sys.stderr)

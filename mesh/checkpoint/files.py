@@ -102,6 +102,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int,
     return length, digest.hexdigest()
 
 
+class OtherFormat(RuntimeError):
+    """A checkpoint of another version: intact, and not to be set aside."""
+
+
 def write_index(path: Path, index: Index) -> None:
     """Write `path/index.json`, which completes the directory."""
     with open(path / INDEX, "x") as file:
@@ -111,7 +115,7 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def read_index(path: Path) -> Index:
-    """Read the index of a checkpoint's directory. Raises ValueError if it is damaged, RuntimeError
+    """Read the index of a checkpoint's directory. Raises ValueError if it is damaged, OtherFormat
     or OSError if it may be intact but cannot be read here."""
     if path.is_symlink():
         raise ValueError("is a symbolic link, which is not followed")
@@ -121,7 +125,7 @@ def read_index(path: Path) -> Index:
         if (version := content.get("format", 1)) != FORMAT:
             wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
             remedy = "resume with the version that wrote it, or start a new run"
-            raise RuntimeError(f"{wrong}; {remedy}")
+            raise OtherFormat(f"{wrong}; {remedy}")
         if stored["sha256"] != _sha256_of(content):
             raise ValueError(f"the checksum of {INDEX} is wrong")
         return _index_of(content)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mesh.checkpoint.files import Index, read_index
+from mesh.checkpoint.files import Index, OtherFormat, read_index
+from mesh.config.keys import Refusal
 from mesh.lifecycle.process import Process
 
 T = TypeVar("T")
@@ -71,14 +72,19 @@ def remove(path: Path) -> None:
 
 
 def on_rank0(process: Process, path: Path, act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and return its result on every rank; an OSError is raised on all."""
-    value, error = None, None
+    """Run `act` on rank 0 and return its result on every rank; an OSError is raised on all, and a
+    checkpoint of another format is refused by all."""
+    value: T | None = None
+    error: Exception | None = None
     if process.rank == 0:
         try:
             value = act()
+        except OtherFormat as caught:
+            error = Refusal(str(caught))
         except OSError as caught:
-            error = f"{caught.filename or path}: {caught.strerror or caught}"
+            place = f"{caught.filename or path}: {caught.strerror or caught}"
+            error = RuntimeError(f"cannot access checkpoints: {place}")
     value, error = process.from_rank0((value, error))
     if error is not None:
-        raise RuntimeError(f"cannot access checkpoints: {error}")
+        raise error
     return value  # type: ignore[return-value]

@@ -6,6 +6,8 @@ configuration should see all that is wrong with it at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -103,6 +105,17 @@ def unset(name: str, wrong: str, remedy: str) -> str:
 class Refusal(ValueError):
     """A start that the user has to change. Its message says what is wrong and what to do: it is
     printed once, by one rank, without a traceback (`mesh/lifecycle/process.py`)."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn a ValueError that is raised in the block, at start-up, into a Refusal."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 def refuse(problems: list[str]) -> None:

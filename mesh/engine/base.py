@@ -78,3 +78,11 @@ class Engine(Protocol):
 def num_pages(tokens: int, page_size: int) -> int:
     """Pages that `tokens` tokens fill, the last one perhaps in part."""
     return -(-tokens // page_size)
+
+
+def bucket_of(rows: int) -> int:
+    """Batch size to pad to: powers of two up to 8, then multiples of 8 to 64, of 32 above."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from mesh.engine.base import Engine
+from mesh.lifecycle.heartbeat import heartbeat
 from mesh.types import Completion, Request, Sampling
 
 
@@ -21,6 +22,7 @@ def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) 
     engine.add(requests, sampling)
     completions: list[Completion] = []
     while engine.unfinished:
+        heartbeat()
         completions += engine.step()
     assert len(completions) == sum(request.num_samples for request in requests), "samples were lost"
     return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))

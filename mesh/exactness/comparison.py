@@ -72,7 +72,7 @@ class Tally:
 
     @property
     def passed(self) -> bool:
-        """Nothing compared is no pass."""
+        """False if nothing was compared."""
         return self.compared > 0 and self.different == 0
 
     def __add__(self, other: Tally) -> Tally:

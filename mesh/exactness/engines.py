@@ -25,7 +25,8 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
     """The rows of L6, where the generator is not the native engine. Collective; `engine` None off
     the generator. To be walked after weights have changed.
     """
-    if walk.plan.generator.kind is REFERENCE:
+    kind = walk.plan.generator.kind
+    if kind is REFERENCE:
         return
     native = reference_of(engine) if engine is not None else None
     base = generate(native, walk.requests, sampling) if native is not None else {}
@@ -33,9 +34,9 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
     few = part_of(walk.requests, min(FEW, sum(r.num_samples for r in walk.requests)))
     settings = walk.plan.generator.engine
     variants = {
-        "vLLM, the whole batch": whole,
-        f"vLLM, prefill {PREFILL} tokens at a time": Variant(few, {"prefill_tokens": PREFILL}),
-        "vLLM, sequences preempted": Variant(
+        "the whole batch": whole,
+        f"prefill {PREFILL} tokens at a time": Variant(few, {"prefill_tokens": PREFILL}),
+        "sequences preempted": Variant(
             few, {"kv_tokens": tight(settings, few), "prefix_cache": False}
         ),
     }
@@ -46,6 +47,6 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
         idle = (
             "kv_tokens" in variant.settings and tally.passed and not any(walk.process.gather(count))
         )
-        yield Check("L6", what, tally, NOT_PREEMPTED if idle else None)
+        yield Check("L6", f"{kind}, {what}", tally, NOT_PREEMPTED if idle else None)
     if native is not None:
         native.close()

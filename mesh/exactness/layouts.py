@@ -160,7 +160,7 @@ def built(plan: Plan, process: Process) -> Iterator[Program]:
     """The program of `plan` for a block; afterwards its process groups are gone. Collective.
 
     Its memory goes with the last reference to it, before the next one is built. There is no
-    self-test: whoever walks the ladder has had one. No cache is released, which vLLM allows one
+    self-test: validate has run it. No cache is released, which vLLM allows one
     engine of a process.
     """
     engine = replace(plan.generator.engine, releases=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mesh.exactness.comparison import (
@@ -179,7 +179,9 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     sampling = generator.sampling(step, temperature)
     rollouts = generator.rollout(program.scorer, prompts, plan.step.group_size, sampling)
     wave = program.exchange([p.prompt_id for p in prompts], rollouts)
-    share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank)
+    # greedy samples of a prompt are equal, and so are their rewards
+    whole = replace(plan.step, drop_equal_groups=False)
+    share = share_of(wave, whole, trainer.dp, trainer.dp_rank)
     at = temperature or 1.0
     found = score(trainer, share.passes, at)
     program.exchange.flush()

@@ -31,7 +31,7 @@ REPORT = "strict.json"
 
 def stop_at_difference(program: Program, process: Process, wave: ScoredWave) -> None:
     """Raise RuntimeError, on every rank alike, where a logprob of this wave differs in any bit
-    between the sides or is not finite; first it is looked into. A collective of the world.
+    between the sides or is not finite, after replaying its sequence. A collective of the world.
     """
     rollouts = wave.share.rollouts
     mine = compare_rollouts(scored(rollouts, wave.logprobs_A), by_key(rollouts))
@@ -47,10 +47,10 @@ def stop_at_difference(program: Program, process: Process, wave: ScoredWave) -> 
 
 
 def merge(parts: Sequence[tuple[Tally, int]], layout: Layout) -> Tally:
-    """The tallies of all ranks: tensor-parallel ranks count once, each is heard.
+    """The tallies of all ranks: tensor-parallel ranks count once, and any rank's mismatch counts.
 
-    parts: by rank, with the tokens of the whole wave as the trainer's ranks know them. All of them
-    must have been compared: a wave that was not looked at is no exact one.
+    parts: by rank, with the tokens of the whole wave as the trainer's ranks know them. Every one of
+    them must have been compared.
     """
     counted = add([parts[rank][0] for rank in layout.trainer_ranks[:: layout.trainer.tp]])
     due = max(tokens for _, tokens in parts)
@@ -139,7 +139,7 @@ def message(step: int, tally: Tally, verdict: Verdict) -> str:
 
 
 def to_json(facts: dict[str, Any]) -> str:
-    """JSON with floats as their shortest texts, which say inf and nan as well, and exact bits."""
+    """JSON with floats as repr and hex: JSON has no inf or nan."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -25,10 +25,10 @@ class Uneven:
     seed: int
     name: str
     args: dict[str, Any] = field(default_factory=dict)
+    inner: Task = field(init=False, compare=False, repr=False)
 
-    @property
-    def inner(self) -> Task:
-        return load_task(self.name, self.seed, self.args)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", load_task(self.name, self.seed, self.args))
 
     def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
         return draw_prompts(self.inner, Draw(step, num, round))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mesh.exactness.trace import ModuleDifference, Trace, first_difference, first_not_finite
 from mesh.model.tracer import LOGPROBS
 
-AGREED = "none: run again, both sides agree"
+AGREED = "not reproduced: both sides agree when run again"
 NOT_REPRODUCED = (
     "the replay agrees on both sides: the difference does not reproduce, so some kernel is not "
     "deterministic, or not the same in forward passes alone (the replay computes no gradients and "

@@ -34,8 +34,8 @@ TakeStep = Callable[[Program, Process, Phases, int, Inspect], tuple[dict[str, An
 @dataclass(frozen=True)
 class Walk:
     """One walk of the ladder. conf: the layouts that are asked for, and how much is compared;
-    requests: the batch; seek: name the module where something differs (a control differs
-    everywhere, and nobody asks where).
+    requests: the batch; seek: name the module where something differs (off in the control, where
+    everything does).
     """
 
     conf: Conf
@@ -63,7 +63,7 @@ def mixed_requests(conf: Conf, plan: Plan) -> list[Request]:
 
 
 def _tokens(texts: Sequence[tuple[int, ...]], first: int, length: int) -> tuple[int, ...]:
-    """Tokens of the texts from the `first` on, round and round, as many as asked for."""
+    """Tokens of the texts from the `first` on, cyclically, as many as asked for."""
     endless = (token for text in cycle([*texts[first:], *texts[:first]]) for token in text)
     return tuple(islice(endless, length))
 

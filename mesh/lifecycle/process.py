@@ -224,8 +224,10 @@ def _choose_device(device: str, place: Place) -> torch.device:
     processes = max(len(place.local_ranks), place.local_rank + 1)
     gpus = torch.cuda.device_count()
     if processes > gpus:
-        wrong = f"{processes} processes on this machine, which has {gpus} GPUs"
-        raise Refusal(problem("device", device, wrong, f"start at most {gpus}, or set device=cpu"))
+        raise Refusal(
+            f"{processes} processes on this machine, which has {gpus} GPUs; "
+            f"start at most {gpus}, or set device=cpu"
+        )
     chosen = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(chosen)
     return chosen

@@ -239,6 +239,43 @@ class Rotary(TitanRoPE):
         return rotate_both(query, key, positions)
 
 
+def lookup(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of `weight` by token. With batch invariance on CUDA the gradient has one order of sums,
+    which PyTorch's has not from some 4,000 tokens on.
+    """
+    if current() is None or not weight.is_cuda:
+        return F.embedding(tokens, weight)
+    return OrderedLookup.apply(tokens, weight)
+
+
+class OrderedLookup(torch.autograd.Function):
+    """F.embedding, whose gradient sums the rows of each token in fp32 in the order of a stable sort
+    (`index_put_` with accumulate on CUDA).
+    """
+
+    COLUMNS = 1024  # summed at once: bounds the fp32 copy of a large vocabulary's gradient
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.num_rows = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+        (tokens,) = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        found = grad.new_empty(ctx.num_rows, grad.shape[-1])
+        for part, into in zip(
+            rows.split(OrderedLookup.COLUMNS, -1),
+            found.split(OrderedLookup.COLUMNS, -1),
+            strict=True,
+        ):
+            sums = torch.zeros(into.shape, dtype=torch.float32, device=grad.device)
+            into.copy_(sums.index_put_((tokens.flatten(),), part.float(), accumulate=True))
+        return None, found
+
+
 class Embedding(TitanEmbedding):
     """Vocabulary-parallel token embedding: zeros for tokens of other ranks' shards."""
 
@@ -255,10 +292,10 @@ class Embedding(TitanEmbedding):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = local(self.weight)
         if self.tp_group is None:
-            return F.embedding(tokens, weight)
+            return lookup(tokens, weight)
         first = dist.get_rank(self.tp_group) * weight.shape[0]
         mine = (tokens >= first) & (tokens < first + weight.shape[0])
-        rows = F.embedding((tokens - first).clamp(0, weight.shape[0] - 1), weight)
+        rows = lookup((tokens - first).clamp(0, weight.shape[0] - 1), weight)
         rows = rows * mine.unsqueeze(-1).to(rows.dtype)
         return leave(rows, self.tp_group, self.token_group)
 

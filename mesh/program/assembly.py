@@ -27,13 +27,19 @@ from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, prompt_problems, readable_json
 from mesh.program.connect import connect
-from mesh.program.plan import Found, Plan, resolve, task_spec, tokenizer_directory
-from mesh.rl.losses import Loss
-from mesh.rl.objective import load_loss, loss_problems
-from mesh.roles.evaluation import held_out_prompts
+from mesh.program.plan import (
+    Found,
+    Plan,
+    resolve,
+    run_objective,
+    task_spec,
+    tokenizer_directory,
+)
+from mesh.rl.losses import CROSS_ENTROPY, Loss
+from mesh.rl.objective import Objective, load_loss, loss_problems, trial
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw, draw_held_out, draw_prompts
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -69,21 +75,20 @@ def read_command(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
 
 
 @contextmanager
-def launch(conf: Conf, invariant: bool | None = None) -> Iterator[Process]:
+def launch(conf: Conf) -> Iterator[Process]:
     """This rank's process for the length of a run, with batch-invariant kernels if `conf` asks for
-    them. invariant: overrides `batch_invariant`.
+    them.
     """
     device = resolve_device(conf.device)
-    on = conf.batch_invariant if invariant is None else invariant
     with (
-        batch_invariant(on, device, conf.invariant.chunks),
+        batch_invariant(conf.batch_invariant, device, conf.invariant.chunks),
         start(device, conf.timeout_seconds, conf.stall_seconds) as process,
     ):
         yield process
 
 
 def check(conf: Conf, process: Process, training: bool = True, held_out: bool = True) -> Plan:
-    """The plan of `conf`. Raises one ValueError that lists everything that cannot run.
+    """The plan of `conf`. Raises one Refusal that lists everything that cannot run.
 
     `training` False leaves out what only training asks, `held_out` False the task's held-out
     prompts: for a program that asks others.
@@ -94,12 +99,12 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     tokenizer = attempt(wrong, read_tokenizer, conf)
     workers = num_workers(conf) if training or held_out else 0
     task = attempt(wrong, checked_task, task_spec(conf), workers)
-    loss = attempt(wrong, read_loss, conf)
+    loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     prompts: list[Prompt] = []
     if task is not None and training:
         prompts += attempt(wrong, draw_prompts, task, Draw(0, conf.num_prompts)) or []
     if task is not None and held_out:
-        prompts += attempt(wrong, held_out_prompts, task, conf.eval.num_prompts) or []
+        prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
     if tokenizer is not None:
         wrong += attempt(wrong, prompt_problems, conf, tokenizer, prompts) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size) if shape is not None else []
@@ -151,9 +156,18 @@ def read_loss(conf: Conf) -> Loss:
     loss = load_loss(conf.loss)
     bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
     wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
+    if not wrong:
+        wrong += [f"loss={conf.loss}: {line}" for line in trial_problems(run_objective(conf, loss))]
     if wrong:
         raise ValueError("\n".join(wrong))
     return loss
+
+
+def trial_problems(objective: Objective) -> list[str]:
+    """The fault of a loss that fails on a few made-up tokens."""
+    wrong: list[str] = []
+    attempt(wrong, trial, objective)
+    return wrong
 
 
 def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
@@ -179,7 +193,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
 def evaluation_scorer(plan: Plan, name: str, training: Scorer) -> Scorer:
     """The scorer of an evaluation set: that of training, where it is the same task."""
     source = plan.evaluations[name].source
-    return training if source == plan.training else Scorer(source)
+    return training if source is plan.training else Scorer(source)
 
 
 def run_self_test(plan: Plan, process: Process) -> str:

@@ -116,7 +116,7 @@ def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
         remedy = "use generator.top_k, or device=cpu"
         found.append(problem("generator.top_p", conf.generator.top_p, wrong, remedy))
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
-        wrong = f"{torch.cuda.get_device_name()} is no Hopper GPU, for which the exact kernels are"
+        wrong = f"{torch.cuda.get_device_name()} is not a Hopper GPU, which the exact kernels need"
         found.append(
             problem("batch_invariant", "true", wrong, "use an H100 or H200, or device=cpu")
         )

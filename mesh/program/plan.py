@@ -1,4 +1,4 @@
-"""The plan: a configuration with every open question answered, from which the program is built.
+"""The plan: a resolved configuration, from which the program is built.
 
 `resolve` is called once, after everything that could be wrong has been refused. What it decides -
 device, dtypes, layout, engine sizes, loss, which syncs are verified - is decided nowhere else, and
@@ -81,7 +81,7 @@ class Plan:
 def resolve(
     conf: Conf, found: Found, world_size: int, device: Device, training: bool = True
 ) -> Plan:
-    """The plan of a configuration in which nothing is wrong. training: False for programs that
+    """The plan of a validated configuration. training: False for programs that
     only generate: there is neither optimizer nor reference."""
     kind, layout = kind_of(conf), plan_layout(conf, world_size)
     objective = run_objective(conf, found.loss)

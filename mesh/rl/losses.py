@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,16 @@ from torch import Tensor
 from mesh.rl.advantages import Advantage
 from mesh.rl.aggregation import Aggregation
 
-Need = Literal["reference_logprobs", "teacher_logprobs", "entropy_gradient", "step_statistics"]
+Need = Literal[
+    "reference_logprobs",
+    "teacher_logprobs",
+    "sequence_ratio",
+    "entropy_gradient",
+    "step_statistics",
+]
 """Inputs of a loss beyond its own tokens: logprobs of another model, scored before the advantages;
-an entropy that can be differentiated; all groups of the step in one call of `advantage`."""
+all tokens of a sequence in one call; an entropy that can be differentiated; all groups of the step
+in one call of `advantage`."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,19 @@ class LossTokens:
     """T loss tokens, sequence by sequence; the gradient goes through `logprobs_T`.
 
     old_logprobs_T: of the policy that the ratio is taken against; advantages_T: one per token;
-    sequence_T: int64, the sequence that each token belongs to, ascending; entropy_T: of each
-    token's distribution; reference_logprobs_T: of the frozen starting model, where it is needed.
+    sequence_T: int64, the sequence that each token belongs to, ascending; generator_logprobs_T: as
+    the tokens were sampled. None unless they are needed: entropy_T, of each token's distribution,
+    reference_logprobs_T, of the frozen starting model, and teacher_logprobs_T.
     """
 
     logprobs_T: Tensor
     old_logprobs_T: Tensor
     advantages_T: Tensor
     sequence_T: Tensor
+    generator_logprobs_T: Tensor | None = None
     entropy_T: Tensor | None = None
     reference_logprobs_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
 
     @property
     def ratio_T(self) -> Tensor:
@@ -73,6 +83,15 @@ class Loss:
     needs: frozenset[Need] = frozenset()
     credit: Callable[[LossTokens], Tensor] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """ValueError for an advantage or aggregation that does not exist."""
+        if isinstance(self.advantage, str) and self.advantage not in get_args(Advantage):
+            choices = ", ".join(get_args(Advantage))
+            raise ValueError(f"advantage={self.advantage!r}: give a function, or one of {choices}")
+        if self.aggregation not in get_args(Aggregation):
+            choices = ", ".join(get_args(Aggregation))
+            raise ValueError(f"aggregation={self.aggregation!r}: give one of {choices}")
 
 
 def clipped_surrogate(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mesh.config.spelling import nearest
+from mesh.config.user_code import call_user_code, import_named
 from mesh.rl.advantages import Advantage, group_advantages
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
 from mesh.rl.losses import LOSSES, Loss, LossTokens, Need, kl_T
@@ -19,7 +19,7 @@ from mesh.rl.losses import LOSSES, Loss, LossTokens, Need, kl_T
 BOUNDS = ("clip_low", "clip_high")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
 
-PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "step_statistics"})
+PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "sequence_ratio", "step_statistics"})
 """Needs of a loss that the trainer can meet."""
 
 
@@ -52,6 +52,7 @@ class Objective:
             with torch.no_grad():
                 tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
+        check_shapes(loss_T, clipped_T, tokens)
         if tokens.reference_logprobs_T is None:
             assert self.kl_coef == 0, "the reference was not scored"
             return Terms(loss_T, clipped_T, None)
@@ -75,6 +76,37 @@ class Objective:
         return normaliser(num_tokens, num_sequences, self.loss.aggregation, self.longest_response)
 
 
+def check_shapes(loss_T: Tensor, clipped_T: Tensor, tokens: LossTokens) -> None:
+    """Raise ValueError for a surrogate that does not give one loss and one bool per token: a mean
+    would be broadcast over the tokens' weights, and train on something else unnoticed.
+    """
+    wanted = tokens.logprobs_T.shape
+    if loss_T.shape != wanted or clipped_T.shape != wanted or clipped_T.dtype != torch.bool:
+        raise ValueError(
+            f"the loss gave loss_T of shape {tuple(loss_T.shape)} and clipped_T of shape "
+            f"{tuple(clipped_T.shape)} and {clipped_T.dtype} for {wanted[0]} tokens; return one "
+            "loss and one bool per token"
+        )
+
+
+def trial(objective: Objective) -> None:
+    """Run an objective on four made-up tokens, and its advantages on two groups of two.
+
+    Raises ValueError where user code raises, or gives shapes that cannot be trained on.
+    """
+    logprobs_T = torch.full((4,), -1.0, requires_grad=True)
+    tokens = LossTokens(
+        logprobs_T, torch.full((4,), -1.1), torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        torch.tensor([0, 0, 1, 1]), reference_logprobs_T=torch.full((4,), -1.2),
+    )  # fmt: skip
+    call_user_code("its surrogate", lambda: objective(tokens))
+    rewards_PG = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    advantages_PG = call_user_code("its advantage", lambda: objective.advantages(rewards_PG))
+    if advantages_PG.shape != rewards_PG.shape:
+        shapes = f"{tuple(advantages_PG.shape)} for rewards of {tuple(rewards_PG.shape)}"
+        raise ValueError(f"its advantage gave shape {shapes}; return one advantage per reward")
+
+
 def objective_of(
     loss: Loss,
     *,
@@ -96,31 +128,20 @@ def objective_of(
 
 def load_loss(name: str) -> Loss:
     """The loss that `loss=name` asks for: a row of LOSSES, or MODULE:NAME. ValueError otherwise."""
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in LOSSES:
-            near = get_close_matches(name, LOSSES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(
-                f"loss={name}: no such loss; {hint}give one of {', '.join(LOSSES)}, or MODULE:NAME "
-                "for a loss of your own"
-            )
-        return LOSSES[name]
-    if not module_name or not attribute or module_name.startswith("."):
-        raise ValueError(f"loss={name}: write it as MODULE:NAME, e.g. my_losses:UNCLIPPED")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"loss={name}: cannot import {module_name} ({error}); install it, or put its directory "
-            "on PYTHONPATH"
-        ) from error
+    if ":" not in name:
+        if name in LOSSES:
+            return LOSSES[name]
+        near = nearest(name, LOSSES)
+        hint = f"did you mean {near}? " if near else ""
+        remedy = f"use one of {', '.join(LOSSES)}, or MODULE:NAME for a loss of your own"
+        raise ValueError(f"loss={name}: no such loss; {hint}{remedy}")
+    module, attribute = import_named("loss", name, "my_losses:UNCLIPPED")
     loss = getattr(module, attribute, None)
     if not isinstance(loss, Loss):
         found = [key for key, value in vars(module).items() if isinstance(value, Loss)]
         has = f"it has {', '.join(found)}" if found else "it has none"
         raise ValueError(
-            f"loss={name}: {attribute} is no mesh.rl.losses.Loss of {module_name}; {has}"
+            f"loss={name}: {attribute} is no mesh.rl.losses.Loss of {module.__name__}; {has}"
         )
     return loss
 
@@ -138,7 +159,7 @@ def loss_problems(
     settings, found = settings_of(loss), []
     given = {key for key, value in {**bounds, **args}.items() if value is not None}
     for key in (key for key in bounds if key in given and key not in settings):
-        found.append(f"{key}={bounds[key]}: loss={name} does not clip so; leave it out")
+        found.append(f"{key}={bounds[key]}: loss={name} has no such bound; leave it out")
     for key, value in args.items():
         found += _arg_problems(name, key, value, settings)
     for key, setting in settings.items():

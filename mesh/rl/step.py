@@ -18,8 +18,11 @@ from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
 from mesh.types import Prompt, Rollout, Wave
 
+Advantages = Mapping[int, Sequence[float]]
+"""By prompt_id, one for each of its samples."""
+
 Pass = list[Leaf]
-"""Leaves that are packed into one forward pass; none: a pass that only keeps ranks in step."""
+"""Leaves that are packed into one forward pass; none: an empty pass, to keep collectives aligned."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,13 @@ def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -
     )
 
 
-def credited(share: Share, wave: Wave, objective: Objective, step: StepSettings) -> Share:
-    """The share with advantages and token weights, from the rewards of whole groups."""
-    advantages = advantages_of(wave, objective, step.group_size)
+def credited(share: Share, advantages: Advantages, objective: Objective) -> Share:
+    """The share with the advantages of its rollouts, and the weights of their tokens."""
     passes = [[_credited(leaf, advantages, objective) for leaf in one] for one in share.passes]
     return replace(share, passes=passes)
 
 
-def _credited(leaf: Leaf, advantages: Mapping[int, Sequence[float]], objective: Objective) -> Leaf:
+def _credited(leaf: Leaf, advantages: Advantages, objective: Objective) -> Leaf:
     group, lengths_R = advantages[leaf.prompt_id], torch.tensor([r.length for r in leaf.rollouts])
     advantages_R = torch.tensor([group[r.sample_id] for r in leaf.rollouts])
     weights_R = objective.weights(lengths_R)
@@ -143,8 +145,7 @@ def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]
 def samples_of(
     prompts: Sequence[Prompt],
     waves: Sequence[Wave],
-    objective: Objective,
-    group_size: int,
+    advantages: Advantages,
     decode: Callable[[tuple[int, ...]], str],
 ) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages."""
@@ -161,6 +162,5 @@ def samples_of(
             "finish_reason": r.finish_reason,
         }
         for wave in waves
-        for advantages in [advantages_of(wave, objective, group_size)]
         for r in wave.rollouts
     ]

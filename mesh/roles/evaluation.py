@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
-from mesh.tasks import Task, numbered
+from mesh.tasks import draw_held_out
 from mesh.tasks.scorer import Scorer, TaskSource
 from mesh.types import Prompt, Rollout
 
@@ -28,12 +28,7 @@ class EvaluationSet:
 
     def prompts(self) -> list[Prompt]:
         """The prompts of every evaluation; ValueError where the task does not give them."""
-        return held_out_prompts(self.source.task, self.num_prompts)
-
-
-def held_out_prompts(task: Task, num: int) -> list[Prompt]:
-    """A task's first `num` held-out prompts; ValueError where it does not give them."""
-    return numbered(task.eval_prompts(num), num, "eval_prompts")
+        return draw_held_out(self.source.task, self.num_prompts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

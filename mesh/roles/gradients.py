@@ -22,7 +22,7 @@ from mesh.model.policy import Policy
 def summed_gradients(model: Policy) -> dict[str, Tensor]:
     """This rank's shards of the step's gradient, by parameter; zeros where nothing was trained on.
 
-    They are the parameters' own gradients: what is done to them in place, the optimizer sees.
+    They are the parameters' own gradients: the optimizer sees changes made in place.
     """
     for parameter in model.parameters():
         if parameter.grad is None:

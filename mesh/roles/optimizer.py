@@ -70,7 +70,7 @@ class Optimizer:
         return state
 
     def continue_after(self, updates: int, parameters: Iterable[Tensor]) -> None:
-        """Go on from moments that were filled in with those after so many updates."""
+        """Resume after so many updates, whose moments are already loaded."""
         self.updates = updates
         for parameter in parameters:
             self.moments(parameter)["step"].fill_(updates)

@@ -32,10 +32,10 @@ class StepSums:
         self.trained.append(kept)
 
     def expect(self, tokens: int) -> None:
-        """So many more response tokens were to be trained on; AssertionError where they are not."""
+        """Add to the expected number of loss tokens; AssertionError if others were trained on."""
         self.tokens_due += tokens
         trained, due = int(self.stats.sums[0]), self.tokens_due
-        assert trained == due, f"{trained} response tokens were trained on, {due} were due"
+        assert trained == due, f"{trained} loss tokens were trained on, {due} were due"
 
     def bad(self) -> Tensor:
         """float64 scalar, above 0 where a logprob of either side or the loss is not finite: the sum
@@ -46,7 +46,7 @@ class StepSums:
     def metrics(self, trainer_mesh: DeviceMesh, normaliser: float, tokens: int) -> dict[str, float]:
         """The step's metrics over all ranks, `kl` always. Reduces the sums: to be called once.
 
-        tokens: response tokens of the whole step; AssertionError where others were trained on.
+        tokens: loss tokens of the whole step; AssertionError where others were trained on.
         """
         for axis in ("dp_replicate", "dp_shard"):
             group = trainer_mesh.get_group(axis)
@@ -54,7 +54,7 @@ class StepSums:
                 dist.all_reduce(sums, group=group)
             dist.all_reduce(self.stats.maxima, op=dist.ReduceOp.MAX, group=group)
         trained = int(self.stats.sums[0])
-        assert trained == tokens, f"{trained} response tokens were trained on, {tokens} were due"
+        assert trained == tokens, f"{trained} loss tokens were trained on, {tokens} were due"
         loss, entropy, divergence = self.extra.tolist()
         return stats_metrics(self.stats) | {
             "tokens/trained": float(trained),

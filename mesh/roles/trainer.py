@@ -231,7 +231,8 @@ class Trainer:
         loss_A, clipped_A, kl_A = objective(
             LossTokens(
                 logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
-                entropy_A, known.reference_logprobs_A,
+                generator_logprobs_T=batch.generator_logprobs_A,
+                reference_logprobs_T=known.reference_logprobs_A,
             )
         )  # fmt: skip
         loss = loss_sum(loss_A, batch.weights_A)

@@ -7,14 +7,13 @@ own is named `task=MODULE:CLASS` and needs nothing of ours but the `Prompt` noun
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mesh.config.spelling import nearest
+from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt
@@ -70,32 +69,29 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
     ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
-    return _call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **args))
+    return call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **args))
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """A request for training prompts: `num` of a step, in a round of it.
 
-    Round 0 is the step's first; later rounds, which refill a step, continue its prompt ids. A
-    prompt is a pure function of (seed, step, round, index).
+    A prompt is a pure function of (seed, step, round, index); rounds after the first refill a step.
+    first_id: the prompt_id of index 0, after those of the rounds before.
     """
 
     step: int
     num: int
     round: int = 0
-
-    @property
-    def first_id(self) -> int:
-        """The prompt_id of index 0."""
-        return self.round * self.num
+    first_id: int = 0
 
 
 def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
-    """The training prompts of a draw. Raises ValueError if the task returns other ids.
+    """The training prompts of a draw, numbered from its `first_id` on. Raises ValueError if the
+    task returns others than indices 0 to num-1, raises, or cannot draw a later round.
 
     A task gets the round only if it is not the first, so one that is never refilled needs no more
-    than `train_prompts(step, num)`; a later round of such a task is a ValueError too.
+    than `train_prompts(step, num)`.
     """
     if draw.round and not _takes_round(task):
         raise ValueError(
@@ -103,8 +99,19 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
             "it a parameter `round: int = 0`, and let each round draw other prompts"
         )
     more = {"round": draw.round} if draw.round else {}
-    prompts = task.train_prompts(draw.step, draw.num, **more)
-    return numbered(prompts, draw.num, "train_prompts", draw.first_id)
+    prompts = call_user_code(
+        f"train_prompts of {task!r}", lambda: task.train_prompts(draw.step, draw.num, **more)
+    )
+    found = numbered(prompts, draw.num, "train_prompts")
+    if not draw.first_id:
+        return found
+    return [dataclasses.replace(p, prompt_id=draw.first_id + p.prompt_id) for p in found]
+
+
+def draw_held_out(task: Task, num: int) -> list[Prompt]:
+    """A task's first `num` held-out prompts; ValueError if it does not return them, or raises."""
+    prompts = call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
+    return numbered(prompts, num, "eval_prompts")
 
 
 def _takes_round(task: Task) -> bool:
@@ -112,21 +119,21 @@ def _takes_round(task: Task) -> bool:
     return any(p.name == "round" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def numbered(prompts: Sequence[Prompt], num: int, method: str, first: int = 0) -> list[Prompt]:
-    """Return `prompts` if they are numbered `first` to first+num-1 in order, else raise ValueError.
+def numbered(prompts: Sequence[Prompt], num: int, method: str) -> list[Prompt]:
+    """Return `prompts` if they are numbered 0 to num-1 in order, else raise ValueError.
 
     method: the task's method that returned them. Ranks divide prompts by id, so other ids would
     leave ranks waiting for each other, and missing prompts would go unnoticed.
     """
     ids = [prompt.prompt_id for prompt in prompts]
-    if ids == list(range(first, first + num)):
+    if ids == list(range(num)):
         return list(prompts)
-    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != first + i), len(ids))
+    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != i), len(ids))
     shown = ", ".join(map(str, ids[start : start + 4]))
     where = f", from index {start} on with prompt_id {shown}" if shown else ""
     raise ValueError(
         f"the task's {method} was asked for {num} prompts and gave {len(ids)}{where}; return {num} "
-        f"whose prompt_id counts {first}, {first + 1}, {first + 2}, ... in order"
+        "whose prompt_id counts 0, 1, 2, ... in order"
     )
 
 
@@ -138,39 +145,14 @@ def _shipped_class(name: str) -> type:
 
 
 def _import_class(name: str) -> type:
-    module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name or module_name.startswith("."):
-        raise ValueError(f"task={name}: write it as MODULE:CLASS, e.g. my_package.tasks:Chess")
-    try:
-        what = f"task={name}: importing {module_name}"
-        module = _call_user_code(what, lambda: importlib.import_module(module_name))
-    except ImportError as error:
-        raise ValueError(
-            f"task={name}: cannot import {module_name} ({error}); "
-            "install it, or put its directory on PYTHONPATH"
-        ) from error
+    module, class_name = import_named("task", name, "my_package.tasks:Chess")
     task_class = getattr(module, class_name, None)
     if task_class is None:
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         remedy = f"{_meant(class_name, classes)}its classes are {', '.join(classes) or 'none'}"
-        raise ValueError(f"task={name}: {module_name} has no {class_name}; {remedy}")
+        raise ValueError(f"task={name}: {module.__name__} has no {class_name}; {remedy}")
     _check_class(name, task_class)
     return task_class
-
-
-def _call_user_code(what: str, call: Callable[[], T]) -> T:
-    """Call user code, which may raise anything: ValueError and ImportError pass through, anything
-    else becomes a ValueError that says where it was raised."""
-    try:
-        return call()
-    except (ValueError, ImportError):
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f" ({frame.filename}, line {frame.lineno})"
-        said = " ".join(f"raised {type(error).__name__}: {error}".split())
-        where = "" if isinstance(error, SyntaxError) else place  # which names its own
-        raise ValueError(f"{what} {said}{where}; correct it there") from error
 
 
 def _check_class(name: str, task_class: Any) -> None:

@@ -27,11 +27,10 @@ def training_prompts(
 ) -> list[Prompt]:
     """The `num` training prompts of one round of a step; questions may repeat.
 
-    Their ids follow those of earlier rounds. Raises ValueError if every question seems to be held
-    out.
+    Raises ValueError if every question seems to be held out.
     """
-    first = round * num
-    return [_training_prompt(draw, seed, step, first + index) for index in range(num)]
+    counter = ("train", seed, step, round) if round else ("train", seed, step)
+    return [_training_prompt(draw, index, counter) for index in range(num)]
 
 
 def held_out_prompts(draw: MakePrompt, num: int) -> list[Prompt]:
@@ -59,9 +58,9 @@ def is_held_out(question: str) -> bool:
     return _hash("question", question) % HELD_OUT_ONE_IN == 0
 
 
-def _training_prompt(draw: MakePrompt, seed: int, step: int, index: int) -> Prompt:
+def _training_prompt(draw: MakePrompt, index: int, counter: tuple[int | str, ...]) -> Prompt:
     """Draw a question that is not held out. Raises ValueError after `MAX_DRAWS` draws."""
-    numbers = _counter_random("train", seed, step, index)
+    numbers = _counter_random(*counter, index)
     for _ in range(MAX_DRAWS):
         prompt = draw(index, numbers)
         if not is_held_out(prompt.text):

@@ -109,3 +109,28 @@ def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
     launch("recipes/grpo.py", 2, "conf=qwen3_tiny", *small, *switch, *words)
     ranks = json.loads((path / "environment.json").read_text())["ranks"]
     assert [rank["device"] for rank in ranks] == [torch.cuda.get_device_name()] * 2
+
+
+@one_gpu
+@pytest.mark.parametrize("tokens", [100, 5393, 16384])
+def test_the_gradient_of_an_embedding_is_the_same_every_time(tokens):
+    """PyTorch's is not from some 4,000 tokens on, which the control shows."""
+    from mesh.model.layers import lookup
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(3, 98, (tokens,), device="cuda", generator=generator)
+    weight = torch.randn(128, 256, device="cuda", generator=generator).requires_grad_()
+    grad = torch.randn(tokens, 256, device="cuda", generator=generator)
+
+    def repeats() -> list[torch.Tensor]:
+        return [torch.autograd.grad(lookup(ids, weight), weight, grad)[0] for _ in range(50)]
+
+    with batch_invariant(True, "cuda"):
+        first, *others = repeats()
+    assert all(torch.equal(first, other) for other in others)
+    expected = torch.zeros(128, 256, dtype=torch.float64, device="cuda")
+    torch.testing.assert_close(first.double(), expected.index_add_(0, ids, grad.double()),
+                               rtol=1e-4, atol=1e-3)  # fmt: skip
+    control = repeats()
+    differ = sum(not torch.equal(control[0], other) for other in control)
+    assert (differ > 0) == (tokens > 4000), f"{differ} of 50 differ without the switch"

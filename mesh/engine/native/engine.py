@@ -26,7 +26,6 @@ from mesh.engine.native.batches import (
 from mesh.engine.native.cache import BlockManager, Sequence, allocate, copy_slots
 from mesh.engine.native.graphs import DecodeGraphs
 from mesh.engine.native.scheduler import Scheduled, Scheduler
-from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
@@ -124,7 +123,6 @@ class NativeEngine:
         """
         if not self.unfinished:
             return []
-        heartbeat()
         try:
             work = self.scheduler.schedule()
             self._prefill(work)

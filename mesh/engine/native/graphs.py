@@ -11,17 +11,10 @@ from typing import Any
 
 import torch
 
+from mesh.engine.base import bucket_of
 from mesh.engine.native.batches import TABLE, decode_inputs
 from mesh.model.attention import KVCache
 from mesh.model.policy import Policy
-
-
-def bucket_of(rows: int) -> int:
-    """Batch size to pad to: powers of two up to 8, then multiples of 8 to 64, of 32 above."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length()
-    step = 8 if rows <= 64 else 32
-    return -(-rows // step) * step
 
 
 @dataclass(frozen=True)

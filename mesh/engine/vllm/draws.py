@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from mesh.engine.base import bucket_of
 from mesh.engine.choice import choose
-from mesh.engine.native.graphs import bucket_of
 from mesh.engine.sampler import position_keys
 from mesh.types import Sampling
 

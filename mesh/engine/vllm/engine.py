@@ -26,7 +26,6 @@ from mesh.engine.vllm.options import engine_options, model_entries
 from mesh.engine.vllm.requests import completion_of, core_requests, key_of
 from mesh.engine.vllm.sampler import CounterSampler
 from mesh.engine.vllm.titan import ARCHITECTURE, TitanModel, blueprint
-from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.attention import AttentionContext
 from mesh.model.layouts import weight_names
 from mesh.model.policy import Policy
@@ -194,7 +193,6 @@ class VllmEngine:
     @torch.no_grad()
     def step(self) -> list[Completion]:
         """Step vLLM's core; return the completions that this finished."""
-        heartbeat()
         self._observe()
         self.core.step_fn()
         self.sampler.read(self._in_flight())
