@@ -87,11 +87,13 @@ def runs(
     num_ranks: int,
     asked: Mapping[str, tuple[str, Sequence[str]]],
     statuses: Mapping[str, int] | None = None,
+    path: Path | None = None,
 ) -> dict[str, Run]:
     """Launch recipes one after another in the same ranks: what each wrote, by name.
 
     `asked`: recipe (`grpo`) and words by name; `statuses`: the status of those that do not end with
-    0. The working directory is `root/NAME`, and the run directory of a new run `root/NAME/run`.
+    0; `path`: as for `launch`. The working directory is `root/NAME`, and the run directory of a new
+    run `root/NAME/run`.
     """
     jobs = []
     for name, (recipe, words) in asked.items():
@@ -100,7 +102,8 @@ def runs(
         jobs.append([recipe, [*words, *_own_run_dir(recipe, words, directory)], str(directory)])
     file = root / f"jobs-{num_ranks}.json"
     file.write_text(json.dumps(jobs))
-    output = launch("tests/programs/recipes_program.py", num_ranks, str(file), seconds=600)
+    program = "tests/programs/recipes_program.py"
+    output = launch(program, num_ranks, str(file), path=path, seconds=600)
     ended = {name: int((root / name / "status.txt").read_text()) for name in asked}
     assert ended == dict.fromkeys(asked, 0) | dict(statuses or {}), output.stderr
     return {

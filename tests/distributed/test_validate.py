@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import launch
+import pytest
+from launching import launch, runs
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
@@ -30,7 +31,54 @@ def validated(path: Path, num_ranks: int, *words: str, status: int = 0) -> tuple
     """(stdout, validation.json) of a validation run."""
     command = [*SMALL, *words, f"run_dir={path / 'run'}"]
     done = launch("recipes/validate.py", num_ranks, *command, status=status, path=path)
-    return done.stdout, json.loads((path / "run" / "validation.json").read_text())
+    return done.stdout, report_in(path / "run")
+
+
+def report_in(run_dir: Path) -> dict:
+    return json.loads((run_dir / "validation.json").read_text())
+
+
+# A task whose import breaks a line of the recipe's step: where the generator gives memory to the
+# trainer, a weight changes. Here, in a world of one, both roles have the same storage.
+RELEASING = """
+from dataclasses import dataclass
+
+from mesh.roles.generator import Generator
+from mesh.tasks.spell_backward import SpellBackward
+
+release = Generator.release
+
+
+def release_and_spoil(self):
+    release(self)
+    self.weights()["norm.weight"].mul_(1 + 2**-10)
+
+
+Generator.release = release_and_spoil
+
+
+@dataclass(frozen=True)
+class Task(SpellBackward):
+    pass
+"""
+ALONE = {
+    "bfloat16": ["trainer.dtype=bfloat16", "generator.dtype=bfloat16", "validate.control=true"],
+    # the last one in its process, as what its task breaks stays broken
+    "releasing": ["task=releasing:Task", "reward.workers=0"],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, tuple[str, dict]]:
+    """(stdout, validation.json) of validations on one rank, which share a launch."""
+    root = tmp_path_factory.mktemp("alone")
+    (root / "releasing.py").write_text(RELEASING)
+    asked = {
+        name: ("validate", [*SMALL, *words, f"run_dir={root / name / 'run'}"])
+        for name, words in ALONE.items()
+    }
+    made = runs(root, 1, asked, {"releasing": 1}, path=root)
+    return {name: (run.output, report_in(run.path)) for name, run in made.items()}
 
 
 def rows(report: dict, rung: str) -> dict[str, dict]:
@@ -67,9 +115,8 @@ def test_every_rung_holds_on_four_ranks_in_every_layout(tmp_path: Path):
     assert "L0, L1, L2, L3 of the exactness ladder hold here" in output
 
 
-def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(tmp_path: Path):
-    words = ["trainer.dtype=bfloat16", "generator.dtype=bfloat16", "validate.control=true"]
-    output, report = validated(tmp_path, 1, *words)
+def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(alone):
+    output, report = alone["bfloat16"]
     assert report["passed"] is True and report["dtype"] == "bfloat16"
     assert report["keys"]["batch_invariant"] is True
     for rung in ("L1", "L2"):
@@ -80,6 +127,23 @@ def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(tmp_path: Path):
     layouts = rows(report, "L3")["layouts"]
     assert (layouts["result"], layouts["not_run"]) == ("not run", "one rank")
     assert "differ without" in output and "L0, L1, L2 of the exactness ladder hold here" in output
+
+
+def test_the_step_that_is_validated_is_the_recipes_own(alone):
+    """Its release changes a weight between the rollouts and the training of a wave: only the rows
+    that take the recipe's step see it, and run again with one set of weights both sides agree."""
+    output, report = alone["releasing"]
+    failed = {(check["rung"], check["what"]) for check in report["checks"]
+              if check["result"] == "FAIL"}  # fmt: skip
+    assert failed == {
+        ("L2", "2 steps of the loop"),
+        ("L2", "ratio and logprob difference of these steps"),
+    }, output
+    loop = rows(report, "L2")["2 steps of the loop"]["tally"]
+    assert loop["different"] > loop["compared"] / 2
+    assert loop["first"]["module"] == "none: run again, both sides agree"
+    assert {row["result"] for row in rows(report, "L0").values()} == {"pass"}
+    assert "L2 FAILED" in output
 
 
 # A task whose import breaks two kernels: SwiGLU of the last layer in small decode batches, and the
