@@ -22,7 +22,7 @@ Advantages = Mapping[int, Sequence[float]]
 """By prompt_id, one for each of its samples."""
 
 Pass = list[Leaf]
-"""Leaves that are packed into one forward pass; none: an empty pass, to keep collectives aligned."""
+"""Leaves that share a forward pass; none: an empty pass, which keeps collectives aligned."""
 
 
 @dataclass(frozen=True)
