@@ -157,7 +157,10 @@ def refuse_to_start(refusal: Refusal) -> NoReturn:
     timeout = timedelta(seconds=MEET_SECONDS)
     _store = next(dist.rendezvous("env://", timeout=timeout))  # where the launcher has none, ours
     guard = Guard(place.rank, place.world_size, place.local_ranks, stall_seconds=0)
-    sys.exit(guard.settle(refusal))
+    status = guard.settle(refusal)
+    if under_torchrun():
+        os._exit(status)  # the interpreter's own teardown takes seconds, for which others wait
+    sys.exit(status)
 
 
 @dataclass(frozen=True)
