@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -346,15 +347,12 @@ def test_the_ratio_is_taken_against_the_old_policy_and_the_mismatch_against_the_
 
 
 def test_statistics_of_tokens_whose_old_policy_was_not_the_generator():
-    logprobs_T = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
-    generator_T = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    old_T = torch.tensor([0.25, 0.25], dtype=torch.float64).log()
-    metrics = stats_metrics(
-        token_stats(logprobs_T, generator_T, old_T, torch.tensor([True, False]))
-    )
+    sides = [[0.5, 0.25], [0.5, 0.5], [0.125, 0.25]]  # of the trainer, the generator, the old one
+    logprobs = [torch.tensor(side, dtype=torch.float64).log() for side in sides]
+    metrics = stats_metrics(token_stats(*logprobs, torch.tensor([True, False])))
     assert metrics == pytest.approx({
-        "logprob_diff/max": 0.6931471805599453, "logprob_diff/mean": 0.6931471805599453 / 2,
-        "ratio/max": 2.0, "ratio/mean": 1.5, "clip_fraction": 0.5,
+        "logprob_diff/max": math.log(2), "logprob_diff/mean": math.log(2) / 2,
+        "ratio/max": 4.0, "ratio/mean": 2.5, "clip_fraction": 0.5,
     })  # fmt: skip
 
 

@@ -169,6 +169,14 @@ def test_a_comparison_is_of_a_loss_token_and_knows_its_places():
     assert [facts[name] for name in ("index", "position", "token")] == [5, 7, 12]
 
 
+def test_a_sampled_token_that_differs_is_found_with_equal_logprobs():
+    other = replace(TURNED, tokens=(*TURNED.tokens[:5], 13))
+    tally = compare_rollouts(by_key([other]), by_key([TURNED]))
+    assert (tally.compared, tally.different) == (3, 1) and tally.first is not None
+    assert (tally.first.position, tally.first.token) == (7, 13)
+    assert [value.partition(" ")[0] for value in tally.first.values] == ["13", "12"]
+
+
 def test_a_side_that_has_more_sampled_tokens_differs_where_the_other_ends():
     shorter = replace(
         TURNED, tokens=TURNED.tokens[:5], turns=TURNS[:2], logprobs=TURNED.logprobs[:2]
@@ -238,13 +246,16 @@ def test_one_sampled_turn_trains_with_the_same_bits_as_none(solo_mesh):
 
 
 def test_a_trace_has_the_logprobs_of_sampled_tokens_where_they_were_predicted(solo_mesh):
-    rollouts = model_rollouts()
-    share = leaves_of(rollouts)
+    """Of the rollout with turns, and of one that is packed after it."""
+    turned, before = model_rollouts()
+    after = some_rollouts()[3]
+    share = leaves_of([before, turned, after])
     trainer = trainer_of(conf_of())
     scores = accumulate(trainer, passes_in(share), objective_for(conf_of()))
-    trace = trace_training(trainer, passes_in(share), rollouts[0].key)
-    start = len(rollouts[0].prompt_tokens) - 1
-    assert trace.positions["lm_head"] == [start, start + 3]
-    assert trace.positions["norm"] == list(range(rollouts[0].num_tokens))
-    expected = scores.logprobs_A[-2:]
-    torch.testing.assert_close(trace.outputs["lm_head"][:, 0], expected, rtol=1e-5, atol=1e-6)
+    parts = scores.logprobs_A.split([before.length, 2, after.length])
+    for rollout, expected_A, indices in ((turned, parts[1], (0, 3)), (after, parts[2], range(5))):
+        trace = trace_training(trainer, passes_in(share), rollout.key)
+        start = len(rollout.prompt_tokens) - 1
+        assert trace.positions["lm_head"] == [start + i for i in indices]
+        assert trace.positions["norm"] == list(range(rollout.num_tokens))
+        torch.testing.assert_close(trace.outputs["lm_head"][:, 0], expected_A)
