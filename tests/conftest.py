@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.meshes import AXES
 from mesh.lifecycle.process import Process, start
+
+settings.register_profile("shared machine", deadline=None)  # an example may wait for the CPU
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="module")

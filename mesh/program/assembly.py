@@ -35,8 +35,9 @@ from mesh.program.plan import (
     task_spec,
     tokenizer_directory,
 )
+from mesh.rl.loading import load_loss, loss_problems, trial
 from mesh.rl.losses import CROSS_ENTROPY, Loss
-from mesh.rl.objective import Objective, load_loss, loss_problems, trial
+from mesh.rl.objective import Objective
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import Draw, draw_held_out, draw_prompts

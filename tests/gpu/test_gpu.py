@@ -115,7 +115,7 @@ def test_a_strict_run_ends_well_on_two_gpus(words, tmp_path: Path):
 @pytest.mark.parametrize("tokens", [100, 5393, 16384])
 def test_the_gradient_of_an_embedding_is_the_same_every_time(tokens):
     """PyTorch's is not from some 4,000 tokens on, which the control shows."""
-    from mesh.model.layers import lookup
+    from mesh.model.lookup import lookup
 
     generator = torch.Generator("cuda").manual_seed(0)
     ids = torch.randint(3, 98, (tokens,), device="cuda", generator=generator)

@@ -28,6 +28,7 @@ from mesh.checkpoint.files import (
 )
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.config.changes import changed
+from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.schema import Conf
 from mesh.layout.reshard import ParamLayout, layouts_of
@@ -306,7 +307,7 @@ def test_what_may_be_whole_is_left_as_it_is(process, tmp_path):
     for change, version in other:
         rewritten(path, lambda index, change=change: change(index["content"]))
         said = f"{path} has checkpoint format {version}, this version of mesh reads 3; resume with"
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(Refusal, match=said):
             loaded(process, tmp_path / "run", conf)
         assert names_in(tmp_path / "run") == ["step-1"]
     with pytest.raises(OSError, match="File name too long"):

@@ -12,7 +12,8 @@ from mesh.config.loading import load_conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 from mesh.program.plan import Plan
-from mesh.roles.evaluation import _sums, held_out_prompts, pass_at_k
+from mesh.roles.evaluation import _sums, pass_at_k
+from mesh.tasks import draw_held_out
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Rollout
 
@@ -51,9 +52,9 @@ def test_sums_by_hand():
 
 
 def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():
-    assert held_out_prompts(SpellBackward(0), 5) == SpellBackward(0).eval_prompts(5)
+    assert draw_held_out(SpellBackward(0), 5) == SpellBackward(0).eval_prompts(5)
     with pytest.raises(ValueError, match="eval_prompts was asked for 5 prompts and gave 4"):
-        held_out_prompts(Short(0), 5)
+        draw_held_out(Short(0), 5)
 
 
 def test_what_only_training_asks_does_not_keep_a_program_from_generating(process):

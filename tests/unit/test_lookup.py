@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mesh.model.layers import OrderedLookup
+from mesh.model.lookup import OrderedLookup
 
 
 @pytest.mark.parametrize("width", [8, OrderedLookup.COLUMNS + 3])

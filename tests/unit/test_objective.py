@@ -21,8 +21,9 @@ from small_trainer import (
 from mesh.config.schema import Conf
 from mesh.program.assembly import check, read_loss
 from mesh.rl.advantages import group_advantages
+from mesh.rl.loading import load_loss
 from mesh.rl.losses import LOSSES, Loss, LossTokens, TokenLoss, clipped_surrogate, kl_T
-from mesh.rl.objective import Objective, load_loss, objective_of
+from mesh.rl.objective import Objective, objective_of
 from mesh.rl.packing import PackedBatch, pack
 from mesh.rl.statistics import stats_metrics, token_stats
 from mesh.roles.gradients import summed_gradients
@@ -139,7 +140,7 @@ def test_an_advantage_may_be_a_function_of_the_rewards():
 REFUSALS = {  # words, and all lines
     "misspelt": (
         ["loss=grppo"],
-        ["loss=grppo: no such loss; did you mean grpo? give one of grpo, dr_grpo, or MODULE:NAME "
+        ["loss=grppo: no such loss; did you mean grpo? use one of grpo, dr_grpo, or MODULE:NAME "
          "for a loss of your own"],
     ),
     "half a name": (
@@ -193,7 +194,7 @@ REFUSALS = {  # words, and all lines
     ),
     "bounds of a loss without them": (
         [f"loss={HERE}:POWERED", "clip_low=0.1"],
-        [f"clip_low=0.1: loss={HERE}:POWERED does not clip so; leave it out"],
+        [f"clip_low=0.1: loss={HERE}:POWERED has no such bound; leave it out"],
     ),
     "a key of the run": (
         ["loss_args.clip_low=0.1"],
@@ -202,7 +203,7 @@ REFUSALS = {  # words, and all lines
     "unmet needs": (
         [f"loss={HERE}:ENTROPY"],
         [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
-         "loss whose needs are among reference_logprobs, step_statistics"],
+         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics"],
     ),
     "the step in one wave": (
         [f"loss={HERE}:WHOLE_STEP", "waves=2"],

@@ -16,7 +16,7 @@ from mesh.model.families import TINY
 from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Device, Found, Plan, resolve
 from mesh.recipes.grpo import held_out
-from mesh.rl.objective import load_loss
+from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start

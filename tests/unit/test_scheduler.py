@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.engine.base import num_pages
@@ -77,6 +77,7 @@ def step(scheduler: Scheduler, memory: Memory) -> list[Sequence]:
     return scheduler.finish()
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), max_size=5),
     samples=st.integers(0, 5),

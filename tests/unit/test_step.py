@@ -16,7 +16,15 @@ from mesh.rl.losses import Loss, clipped_surrogate
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import Share, StepSettings, samples_of, share_of, waves_of
+from mesh.rl.step import (
+    Share,
+    StepSettings,
+    advantages_of,
+    credited,
+    samples_of,
+    share_of,
+    waves_of,
+)
 from mesh.types import Prompt, Rollout, Wave, outline
 
 STEP = StepSettings(num_prompts=3, group_size=2, waves=1, drop_equal_groups=False, pass_tokens=99)
@@ -42,6 +50,14 @@ def wave_of(rollouts: list[Rollout], rank: int = 0, num_ranks: int = 1) -> Wave:
     return Wave([outline(r) for r in rollouts], mine)
 
 
+def credited_share(
+    wave: Wave, objective: Objective, step: StepSettings, num_ranks: int, rank: int | None
+) -> Share:
+    """A rank's share, cut and then credited."""
+    share = share_of(wave, step, num_ranks, rank)
+    return credited(share, advantages_of(wave, objective, step.group_size), objective)
+
+
 def leaves_in(share: Share) -> list[Leaf]:
     return [leaf for one in share.passes for leaf in one]
 
@@ -55,7 +71,7 @@ GROUPS = [
 
 
 def test_share_by_hand():
-    share = share_of(wave_of(GROUPS), CENTRED, STEP, 1, 0)
+    share = credited_share(wave_of(GROUPS), CENTRED, STEP, 1, 0)
     mine = leaves_in(share)
     assert [leaf.prompt_id for leaf in mine] == [4, 5, 6]
     assert [leaf.advantages for leaf in mine] == [(0.5, -0.5), (0.0, 0.0), (-2.0, 2.0)]
@@ -69,13 +85,13 @@ def test_passes_are_full_and_as_many_on_every_rank():
     """Prompts of 14, 16 and 23 tokens: 4 and 6 are rank 0's, 5 is rank 1's."""
     for pass_tokens, cuts in ((37, [[4, 6]]), (36, [[4], [6]])):
         step = replace(STEP, pass_tokens=pass_tokens)
-        shares = [share_of(wave_of(GROUPS, r, 2), CENTRED, step, 2, r) for r in range(2)]
+        shares = [credited_share(wave_of(GROUPS, r, 2), CENTRED, step, 2, r) for r in range(2)]
         found = [[[leaf.prompt_id for leaf in one] for one in share.passes] for share in shares]
         assert found == [cuts, [[5], []][: len(cuts)]]
 
 
 def test_equal_groups_are_dropped_everywhere():
-    share = share_of(wave_of(GROUPS), CENTRED, DROPPING, 1, 0)
+    share = credited_share(wave_of(GROUPS), CENTRED, DROPPING, 1, 0)
     assert [leaf.prompt_id for leaf in leaves_in(share)] == [4, 6]
     assert [leaf.num_tokens for leaf in leaves_in(share)] == [14, 23]
     assert (share.tokens, share.sequences) == (13, 4)
@@ -84,16 +100,16 @@ def test_equal_groups_are_dropped_everywhere():
 def test_nothing_left_is_no_pass():
     for rank in range(2):
         wave = wave_of(GROUPS[2:4], rank, 2)
-        assert share_of(wave, CENTRED, DROPPING, 2, rank) == Share([], 0, 0)
+        assert credited_share(wave, CENTRED, DROPPING, 2, rank) == Share([], 0, 0)
 
 
 def test_off_the_trainer_nothing_is_due():
-    assert share_of(Wave([], []), CENTRED, STEP, 3, None) == Share([], 0, 0)
+    assert credited_share(Wave([], []), CENTRED, STEP, 3, None) == Share([], 0, 0)
 
 
 def test_weights_follow_the_aggregation():
     sequence = Objective(Loss(clipped_surrogate, "centred", "sequence"))
-    share = share_of(wave_of(GROUPS), sequence, STEP, 1, 0)
+    share = credited_share(wave_of(GROUPS), sequence, STEP, 1, 0)
     thirds = torch.tensor(1 / 3, dtype=torch.float32).item()
     assert leaves_in(share)[0].weights == (thirds, 1.0)
 
@@ -101,7 +117,7 @@ def test_weights_follow_the_aggregation():
 def test_a_lost_rollout_is_named():
     wave = wave_of(GROUPS)
     with pytest.raises(AssertionError, match=r"lost: \[\(5, 1\)\]"):
-        share_of(Wave(wave.outlines, [*GROUPS[:3], *GROUPS[4:]]), CENTRED, STEP, 1, 0)
+        credited_share(Wave(wave.outlines, [*GROUPS[:3], *GROUPS[4:]]), CENTRED, STEP, 1, 0)
 
 
 def test_leaves_that_are_not_the_schedule_s_are_refused():
@@ -109,7 +125,7 @@ def test_leaves_that_are_not_the_schedule_s_are_refused():
     wave = wave_of(GROUPS)
     outlines = [replace(one, num_tokens=one.num_tokens + 1) for one in wave.outlines]
     with pytest.raises(AssertionError, match="leaves are not the schedule's"):
-        share_of(Wave(outlines, wave.rollouts), CENTRED, STEP, 1, 0)
+        credited_share(Wave(outlines, wave.rollouts), CENTRED, STEP, 1, 0)
 
 
 @st.composite
@@ -139,7 +155,7 @@ def steps(draw):
 def test_ranks_agree_and_share_every_kept_rollout_once(step):
     rollouts, objective, keys, num_ranks = step
     shares = [
-        share_of(wave_of(rollouts, r, num_ranks), objective, keys, num_ranks, r)
+        credited_share(wave_of(rollouts, r, num_ranks), objective, keys, num_ranks, r)
         for r in range(num_ranks)
     ]
     rewards_PG = torch.tensor([r.reward for r in rollouts]).view(-1, keys.group_size)
@@ -190,12 +206,14 @@ def test_samples_carry_the_advantages_of_whole_groups():
     gives nothing."""
     prompts = [Prompt(i, f"{i}>", f"a{i}") for i in (4, 5, 6)]
     waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
-    samples = samples_of(prompts, waves, CENTRED, 2, lambda tokens: "x" * len(tokens))
+    advantages = advantages_of(waves[0], CENTRED, group_size=2)
+    assert advantages_of(waves[2], CENTRED, group_size=2) == {}
+    samples = samples_of(prompts, waves, advantages, lambda tokens: "x" * len(tokens))
     found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
     assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
     assert samples[3] == {
         "prompt_id": 6, "sample_id": 1, "prompt": "6>", "response": "xxxxx", "answer": "a6",
         "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
     }  # fmt: skip
-    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], CENTRED, 2, str)
+    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, str)
     assert (equal["prompt_id"], equal["advantage"]) == (5, 0.0)

@@ -55,12 +55,12 @@ class Unmakeable(Counting):
 
 @dataclass(frozen=True)
 class Refilling(Counting):
-    """A user's task that can refill a step. offset: added to its ids of later rounds."""
+    """A user's task that can refill a step. offset: of its ids in later rounds."""
 
     offset: int = 0
 
     def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
-        first = round * num + self.offset * (round > 0)
+        first = self.offset * (round > 0)
         return [Prompt(i, f"{step}.{round}.{i}?", str(i)) for i in range(first, first + num)]
 
 
@@ -193,12 +193,14 @@ def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
 def test_a_first_round_is_the_step_s_prompts_and_later_ones_go_on_from_them(name):
     task = load_task(name, 3, {})
     assert draw_prompts(task, Draw(5, 8)) == task.train_prompts(5, 8)
-    rounds = [draw_prompts(task, Draw(5, 8, round)) for round in range(3)]
-    assert [p.prompt_id for prompts in rounds for p in prompts] == list(range(24))
-    assert rounds == [draw_prompts(load_task(name, 3, {}), Draw(5, 8, r)) for r in range(3)]
-    texts = [tuple(prompt.text for prompt in prompts) for prompts in rounds]
+    draws = [Draw(5, 8), Draw(5, 4, 1, first_id=8), Draw(5, 6, 2, first_id=12)]
+    rounds = [draw_prompts(task, draw) for draw in draws]
+    assert [p.prompt_id for prompts in rounds for p in prompts] == list(range(18))
+    assert rounds == [draw_prompts(load_task(name, 3, {}), draw) for draw in draws]
+    texts = [tuple(prompt.text for prompt in prompts)[:4] for prompts in rounds]
     assert len(set(texts)) == 3
-    assert [Draw(5, 8, round).first_id for round in range(3)] == [0, 8, 16]
+    more = draw_prompts(task, Draw(5, 6, 1, first_id=8))
+    assert more[:4] == rounds[1], "a prompt is a function of its round and index alone"
 
 
 def test_a_task_without_rounds_draws_the_first_and_says_why_it_cannot_refill():
@@ -213,12 +215,12 @@ def test_a_task_without_rounds_draws_the_first_and_says_why_it_cannot_refill():
 
 
 def test_ids_of_a_later_round_count_on_and_what_a_task_raises_is_its_own():
-    prompts = draw_prompts(Refilling(seed=0), Draw(2, 3, round=2))
-    assert [(p.prompt_id, p.text) for p in prompts] == [(i, f"2.2.{i}?") for i in (6, 7, 8)]
-    with pytest.raises(ValueError, match="from index 0 on with prompt_id 4, 5, 6; return 3 whose "
-                       "prompt_id counts 3, 4, 5, ... in order"):  # fmt: skip
+    prompts = draw_prompts(Refilling(seed=0), Draw(2, 3, round=2, first_id=6))
+    assert [(p.prompt_id, p.text) for p in prompts] == [(6 + i, f"2.2.{i}?") for i in range(3)]
+    with pytest.raises(ValueError, match="from index 0 on with prompt_id 1, 2, 3; return 3 whose "
+                       "prompt_id counts 0, 1, 2, ... in order"):  # fmt: skip
         draw_prompts(Refilling(seed=0, offset=1), Draw(2, 3, round=1))
-    with pytest.raises(TypeError, match="no such question"):
+    with pytest.raises(ValueError, match="train_prompts of Failing.* raised TypeError: no such "):
         draw_prompts(Failing(seed=0), Draw(2, 3, round=1))
 
 

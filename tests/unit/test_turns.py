@@ -37,7 +37,7 @@ from mesh.rl.losses import Loss, clipped_surrogate
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch, leaves, pack
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import StepSettings, share_of
+from mesh.rl.step import StepSettings, advantages_of, credited, share_of
 from mesh.roles.gradients import summed_gradients
 from mesh.roles.nonfinite import BadSequence, Trained, bad_sequences
 from mesh.types import FINISH_REASONS, Rollout, Turn, Wave, outline
@@ -119,13 +119,15 @@ def test_a_step_weighs_and_counts_loss_tokens():
     wave = Wave([outline(PLAIN), outline(TURNED)], [PLAIN, TURNED])
     step = StepSettings(1, 2, waves=1, drop_equal_groups=False, pass_tokens=13)
     objective = Objective(Loss(clipped_surrogate, "centred", "sequence"))
-    share = share_of(wave, objective, step, 1, 0)
+    share = share_of(wave, step, 1, 0)
+    assert [leaf.weights for one in share.passes for leaf in one] == [(0.0, 0.0)], "not yet known"
+    share = credited(share, advantages_of(wave, objective, 2), objective)
     ((leaf,),) = share.passes
     assert leaf.num_tokens == 13
     assert leaf.weights == (0.5, torch.tensor(1 / 3).item())
     assert (share.tokens, share.sequences) == (5, 2)
     smaller = replace(step, pass_tokens=12)
-    assert len(share_of(wave, objective, smaller, 1, 0).passes) == 2
+    assert len(share_of(wave, smaller, 1, 0).passes) == 2
 
 
 def test_statistics_count_loss_tokens_and_every_end_but_a_stop_is_truncated():
