@@ -57,7 +57,7 @@ class Launch:
     def finish(self, num_ranks: int) -> tuple[int, str, str, float]:
         """Exit status, stdout, stderr and the seconds that the end took; no process survives."""
         began = time.monotonic()
-        out, err = self.popen.communicate(timeout=60)
+        out, err = self.popen.communicate(timeout=120)  # of a busy machine
         pids = [int(path.name) for path in self.pid_dir.iterdir()]
         assert len(pids) == num_ranks
         while any(map(alive, pids)) and time.monotonic() < began + 60:
