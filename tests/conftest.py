@@ -27,10 +27,15 @@ def solo_mesh() -> Iterator[DeviceMesh]:
 
 
 @pytest.fixture
-def process(monkeypatch) -> Iterator[Process]:
-    """This process as a program's only rank."""
+def unlaunched(monkeypatch) -> None:
+    """No launcher's variables in the environment, now and afterwards."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def process(unlaunched) -> Iterator[Process]:
+    """This process as a program's only rank."""
     with start(device="cpu", timeout_seconds=30) as process:
         yield process

@@ -1,0 +1,53 @@
+"""Words that recipes/sft.py refuses before it makes a run directory or a model."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mesh.lifecycle.guard import REFUSED
+from mesh.recipes.sft import main
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys, unlaunched):
+    """refusal(WORD, ...): the lines with which the recipe refuses them on one rank."""
+
+    def lines_of(*words: str) -> list[str]:
+        run_dir = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            main(["conf=qwen3_tiny", *words, f"run_dir={run_dir}"])
+        assert end.value.code == REFUSED and not run_dir.exists()
+        title, *lines = capsys.readouterr().err.splitlines()
+        assert title.endswith("with the configuration:")
+        return lines
+
+    return lines_of
+
+
+def test_words_that_it_does_not_obey(refusal):
+    words = ["steps=7", "trainer.lr=5", "kl_coef=0.1", "model.init=checkpoint", "seed=3"]
+    assert refusal(*words, "trainer.warmup_steps=2") == [
+        "- steps=7: recipes/sft.py does not read it; set sft.steps",
+        "- trainer.lr=5.0: recipes/sft.py does not read it; set sft.lr",
+        "- kl_coef=0.1: recipes/sft.py does not read it; leave it out, there is no reference model",
+        "- model.init=checkpoint: recipes/sft.py does not read it; leave it out, the weights start "
+        "random",
+    ]
+
+
+def test_what_every_recipe_refuses(refusal):
+    (line,) = refusal("model.path=/nope", "sft.steps=7")
+    assert line.startswith("- model.path=/nope: no such directory")
+
+
+def test_an_example_longer_than_the_context(refusal):
+    """One that fills it is trained on in distributed/test_programs.py."""
+    words = ["generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5"]
+    (line,) = refusal(*words, "model.max_length=11")
+    assert re.fullmatch(
+        r"- model.max_length=11: the prompt '[a-z]{5}>' has 12 tokens with its solution and the "
+        "end of sequence; use at least 12, or shorter ones",
+        line,
+    )
