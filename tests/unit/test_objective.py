@@ -383,6 +383,9 @@ def test_the_ratio_is_taken_against_the_old_policy_and_the_mismatch_against_the_
     loss_A = ppo(second.logprobs_A, batch.old_logprobs_A, batch.advantages_A, 0.2, 0.2)
     expected = float((loss_A * batch.weights_A).sum()) / 4
     assert second.metrics["loss"] == pytest.approx(expected, rel=1e-6) != first.metrics["loss"]
+    third = trained(conf_of(f"loss={HERE}:AGAINST_GENERATOR"))
+    weighted_A = (third.logprobs_A - batch.generator_logprobs_A) * batch.weights_A
+    assert third.metrics["loss"] == pytest.approx(float(weighted_A.sum()) / 4, rel=1e-5)
 
 
 def test_statistics_of_tokens_whose_old_policy_was_not_the_generator():
