@@ -102,9 +102,11 @@ def trial(objective: Objective) -> None:
     Raises ValueError where user code raises, or gives shapes that cannot be trained on.
     """
     logprobs_T = torch.full((4,), -1.0, requires_grad=True)
+    reference_T = torch.full((4,), -1.2) if "reference_logprobs" in objective.needs else None
     tokens = LossTokens(
         logprobs_T, torch.full((4,), -1.1), torch.tensor([1.0, 1.0, -1.0, -1.0]),
-        torch.tensor([0, 0, 1, 1]), reference_logprobs_T=torch.full((4,), -1.2),
+        torch.tensor([0, 0, 1, 1]), generator_logprobs_T=torch.full((4,), -1.1),
+        reference_logprobs_T=reference_T,
     )  # fmt: skip
     call_user_code("its surrogate", lambda: objective(tokens))
     rewards_PG = torch.tensor([[0.0, 1.0], [1.0, 1.0]])

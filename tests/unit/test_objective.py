@@ -56,6 +56,14 @@ STRONG = Loss(by_strength, settings={"strength": 2.0})
 CREDITED = Loss(powered, needs=frozenset({"reference_logprobs"}), credit=towards_reference)
 ENTROPY = Loss(powered, needs=frozenset({"entropy_gradient", "reference_logprobs"}))
 WHOLE_STEP = Loss(powered, needs=frozenset({"step_statistics"}))
+AGAINST_GENERATOR = Loss(
+    lambda tokens: nothing_clipped(tokens.logprobs_T - tokens.generator_logprobs_T)
+)
+UNDECLARED = Loss(powered, credit=towards_reference)
+MEAN = Loss(lambda tokens: nothing_clipped(tokens.logprobs_T.mean()))
+UNTYPED = Loss(lambda tokens: TokenLoss(tokens.logprobs_T, tokens.logprobs_T))
+RAISING = Loss(lambda tokens: {}["nowhere"])
+ROWS = Loss(powered, advantage=lambda rewards_PG: rewards_PG.mean(1))
 HERE = __name__
 
 
@@ -155,7 +163,8 @@ REFUSALS = {  # words, and all lines
     "no Loss": (
         [f"loss={HERE}:powered"],
         [f"loss={HERE}:powered: powered is no mesh.rl.losses.Loss of {HERE}; it has POWERED, "
-         "STRENGTH, STRONG, CREDITED, ENTROPY, WHOLE_STEP"],
+         "STRENGTH, STRONG, CREDITED, ENTROPY, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
+         "UNTYPED, RAISING, ROWS"],
     ),
     "no such name": (
         ["loss=mesh.rl.losses:GRPO"],
@@ -227,8 +236,37 @@ def test_what_fits_is_taken():
         [f"loss={HERE}:STRENGTH", "loss_args.strength=0.5", "clip_high=0.1"],
         [f"loss={HERE}:WHOLE_STEP"],
         [f"loss={HERE}:CREDITED", "waves=2"],
+        [f"loss={HERE}:AGAINST_GENERATOR"],
     ):
         assert isinstance(read_loss(conf_of(*words)), Loss)
+
+
+ONE = "return one loss and one bool per token"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 4", ONE]),
+        ("UNTYPED", ["loss_T of shape (4,) and clipped_T of shape (4,) and torch.float32", ONE]),
+        ("RAISING", ["its surrogate raised KeyError: 'nowhere' (", "test_objective.py, line "]),
+        ("UNDECLARED", ["its surrogate raised AssertionError"]),
+        ("ROWS", ["its advantage gave shape (2,) for rewards of (2, 2); return one advantage per"]),
+    ],
+)
+def test_a_loss_that_fails_on_a_few_tokens_is_refused_before_the_run(name, parts):
+    with pytest.raises(ValueError) as caught:
+        read_loss(conf_of(f"loss={HERE}:{name}"))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"loss={HERE}:{name}: ")
+    assert [part for part in parts if part not in line] == []
+
+
+def test_a_loss_is_refused_where_it_is_made_with_an_unknown_advantage_or_average():
+    with pytest.raises(ValueError, match="advantage='mean': give a function, or one of std, cent"):
+        Loss(powered, advantage="mean")
+    with pytest.raises(ValueError, match="aggregation='mean': give one of token, sequence, const"):
+        Loss(powered, aggregation="mean")
 
 
 def test_problems_of_a_loss_are_listed_with_all_others(process):
@@ -345,6 +383,9 @@ def test_the_ratio_is_taken_against_the_old_policy_and_the_mismatch_against_the_
     loss_A = ppo(second.logprobs_A, batch.old_logprobs_A, batch.advantages_A, 0.2, 0.2)
     expected = float((loss_A * batch.weights_A).sum()) / 4
     assert second.metrics["loss"] == pytest.approx(expected, rel=1e-6) != first.metrics["loss"]
+    third = trained(conf_of(f"loss={HERE}:AGAINST_GENERATOR"))
+    weighted_A = (third.logprobs_A - batch.generator_logprobs_A) * batch.weights_A
+    assert third.metrics["loss"] == pytest.approx(float(weighted_A.sum()) / 4, rel=1e-5)
 
 
 def test_statistics_of_tokens_whose_old_policy_was_not_the_generator():

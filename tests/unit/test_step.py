@@ -81,6 +81,17 @@ def test_share_by_hand():
     assert share.rollouts == GROUPS
 
 
+def test_a_share_is_cut_before_anything_is_known_of_advantages():
+    """And has the same passes afterwards."""
+    wave = wave_of(GROUPS)
+    before, after = share_of(wave, STEP, 1, 0), credited_share(wave, CENTRED, STEP, 1, 0)
+    assert {x for leaf in leaves_in(before) for x in (*leaf.advantages, *leaf.weights)} == {0.0}
+    assert before.rollouts == after.rollouts == GROUPS
+    assert (before.tokens, before.sequences) == (after.tokens, after.sequences)
+    cuts = [[[leaf.rollouts for leaf in x] for x in share.passes] for share in (before, after)]
+    assert cuts[0] == cuts[1]
+
+
 def test_passes_are_full_and_as_many_on_every_rank():
     """Prompts of 14, 16 and 23 tokens: 4 and 6 are rank 0's, 5 is rank 1's."""
     for pass_tokens, cuts in ((37, [[4, 6]]), (36, [[4], [6]])):
