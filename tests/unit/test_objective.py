@@ -361,7 +361,7 @@ def test_the_kl_of_a_loss_that_only_looks_at_the_reference_is_measured(solo_mesh
 def other_old(leaves) -> PackedBatch:
     """The batch of these leaves as if it had been scored by a policy in between."""
     batch = pack(leaves)
-    moved_A = torch.linspace(-0.3, 0.3, len(batch.old_logprobs_A))
+    moved_A = torch.linspace(-0.3, 0.4, len(batch.old_logprobs_A))
     return replace(batch, old_logprobs_A=batch.old_logprobs_A + moved_A)
 
 
