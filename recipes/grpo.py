@@ -97,7 +97,8 @@ def train_step(
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
     prompts = draw_prompts(plan.task, Draw(step, keys.num_prompts))
-    waves, advantages, tokens, sequences = [], {}, 0, 0
+    advantages: dict[int, list[float]] = {}
+    waves, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
         with phases("generate"):
             sampling = generator.sampling(step)

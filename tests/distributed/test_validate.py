@@ -10,6 +10,7 @@ from launching import launch, runs
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
+from mesh.exactness.verdict import AGREED
 from mesh.exactness.walk import mixed_requests, part_of
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
@@ -141,7 +142,7 @@ def test_the_step_that_is_validated_is_the_recipes_own(alone):
     }, output
     loop = rows(report, "L2")["2 steps of the loop"]["tally"]
     assert loop["different"] > loop["compared"] / 2
-    assert loop["first"]["module"] == "none: run again, both sides agree"
+    assert loop["first"]["module"] == AGREED
     assert {row["result"] for row in rows(report, "L0").values()} == {"pass"}
     assert "L2 FAILED" in output
 

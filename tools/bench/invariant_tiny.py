@@ -11,7 +11,7 @@ import torch
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
 from mesh.program.assembly import Program, assemble, check, sync
-from mesh.rl.step import Share, credited, share_of
+from mesh.rl.step import Share, advantages_of, credited, share_of
 from mesh.tasks import Draw, draw_prompts
 from tools.bench.report import print_row
 from tools.bench.timing import Switch, paired
@@ -34,7 +34,8 @@ def bench_tiny() -> list[str]:
         asked = (program.scorer, prompts, plan.step.group_size, generator.sampling(0))
         wave = program.exchange([p.prompt_id for p in prompts], generator.rollout(*asked))
         share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank)
-        share = credited(share, wave, plan.objective, plan.step)
+        advantages = advantages_of(wave, plan.objective, plan.step.group_size)
+        share = credited(share, advantages, plan.objective)
         parts: dict[str, Callable[[], object]] = {
             "generation": partial(generator.rollout, *asked),
             "training": partial(backpropagate, program, share),
