@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, TORCHRUN, launch, run
+from launching import launch, run
 from programs.vllm_program import FAILURE, LAYOUTS, STEPS
 
 from mesh.engine.vllm.checks import install_problems
@@ -23,19 +21,15 @@ SHM = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """(what each rank saw, output and status of the program, which ends with a failure)."""
+    """(what each rank saw, output of the program, which ends with a failure)."""
     directory = tmp_path_factory.mktemp("vllm")
     words = [*WORDS, "batch_invariant=true"]
-    places = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-    result = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node=4", "tests/programs/vllm_program.py", str(directory), *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=840,
-    )  # fmt: skip
+    program = "tests/programs/vllm_program.py"
+    result = launch(program, 1, str(directory), *words, status=1, seconds=840)
     output = result.stdout + result.stderr
     assert (directory / "3.json").exists(), output
     seen = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(4)]
-    return seen, output, result.returncode
+    return seen, output
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,9 +64,7 @@ def test_vllms_own_model_trains_with_synced_weights(program):
 
 
 def test_an_engine_that_fails_ends_all_ranks_with_its_message(program):
-    _, output, status = program
-    assert status != 0
-    assert f"RuntimeError: {FAILURE}" in output and "rank 2 failed" in output
+    assert f"RuntimeError: {FAILURE}" in program[1] and "rank 2 failed" in program[1]
 
 
 def test_nothing_stays_in_shared_memory(program):
