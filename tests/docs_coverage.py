@@ -24,12 +24,12 @@ COVERED = {
     "trainer.dp_shard=2 generator.tp=2":
         f"{RECIPES}::test_first_step_draws_the_same_tokens_on_any_layout",
     "torchrun --nproc-per-node=4 recipes/grpo.py resume=RUN_DIR trainer.tp=2 mesh.mode=split":
-        f"{RESUME}::test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c",
+        f"{RESUME}::test_continues_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c",
     "torchrun --nproc-per-node=4 recipes/validate.py conf=qwen3_tiny":
         "tests/distributed/test_validate.py::test_every_rung_holds_on_four_ranks_in_every_layout",
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny batch_invariant=true check=strict":
         "tests/distributed/test_strict.py::"
-        "test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics",
+        "test_an_exact_run_finishes_with_the_same_metrics",
     "torchrun --nproc-per-node=2 -m mesh.recipes.grpo conf=qwen3_tiny":
         "tests/distributed/test_wheel.py::test_two_ranks_train_from_any_directory",
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny engine=vllm":

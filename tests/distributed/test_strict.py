@@ -112,7 +112,7 @@ def first_of(run: Run, step: int) -> tuple[int, int]:
     return min(reaching)
 
 
-def test_a_run_that_is_exact_goes_on_to_its_end_with_the_same_metrics(both):
+def test_an_exact_run_finishes_with_the_same_metrics(both):
     run, plain = both["strict"], both["plain"]
     assert len(run.metrics) == len(plain.metrics) == 3
     for mine, theirs in zip(run.metrics, plain.metrics, strict=True):

@@ -34,8 +34,8 @@ def names_in(path: Path) -> set[str]:
 
 def test_killed_while_it_writes_the_best_model(tmp_path):
     """Half of it is on the disk by then. The best one of step 5 came after the checkpoint."""
-    path, straight = tmp_path / "run", tmp_path / "straight"
-    words = [str(straight), str(path), str(KILLED_AT), *WORDS]
+    path, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    words = [str(uninterrupted), str(path), str(KILLED_AT), *WORDS]
     killed = launch(KILLED, 3, *words, path=TESTS, status=1)
     half = path / "best" / f"step-{KILLED_AT}.partial" / "shard-0.safetensors"
     assert time.time() - half.stat().st_mtime < 30
@@ -51,10 +51,10 @@ def test_killed_while_it_writes_the_best_model(tmp_path):
     assert finished_problems(path, STEPS, PROMPTS * GROUP) == []
     digests = {line["digest/weights"] for line in Run(path, resumed).metrics[1:]}
     assert len(digests) == STEPS
-    compared = compare_runs(path, straight)
+    compared = compare_runs(path, uninterrupted)
     assert compared.first is None
     models = [names_in(path / "model"), names_in(path / "best" / "step-6")]
     assert models[0] == models[1] and compared.files == 2 * len(models[0])
     assert read_index(path / "checkpoints" / "step-6").best == Best(6, 6 / 8)
-    assert names_in(path / "best") == names_in(straight / "best") == {"step-4", "step-6"}
+    assert names_in(path / "best") == names_in(uninterrupted / "best") == {"step-4", "step-6"}
     assert (path / "environment-2.json").is_file()

@@ -133,13 +133,13 @@ def last_words(tmp_path_factory) -> Iterator[tuple[Monarch, Path]]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Run:
+def uninterrupted(tmp_path_factory) -> Run:
     """The run under torchrun that was never killed, and writes no checkpoint."""
     path = tmp_path_factory.mktemp("torchrun") / "run"
     return run(GRPO, path, 2, *WORDS, f"steps={STEPS}")
 
 
-def test_killed_and_resumed_by_itself_is_the_run_under_torchrun(straight, tmp_path):
+def test_killed_and_resumed_by_itself_is_the_run_under_torchrun(uninterrupted, tmp_path):
     """Steps 0 to 2 come from the first mesh, the rest from the second one."""
     path = tmp_path / "run"
     words = ["checkpoint.every=2", f"steps={STEPS}", f"run_dir={path}"]
@@ -158,14 +158,14 @@ def test_killed_and_resumed_by_itself_is_the_run_under_torchrun(straight, tmp_pa
     assert f"resumed from {path}/checkpoints/step-" in out
     assert f"attempt 2 continues, run_dir={path}" in out
     made = Run(path, out)
-    assert lines_of(made) == lines_of(straight)
-    assert made.samples == straight.samples
-    models = [each.path / "model" / "model.safetensors" for each in (made, straight)]
+    assert lines_of(made) == lines_of(uninterrupted)
+    assert made.samples == uninterrupted.samples
+    models = [each.path / "model" / "model.safetensors" for each in (made, uninterrupted)]
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_or_sigterm_ends_it_after_the_step_with_a_checkpoint(number, straight, tmp_path):
+def test_ctrl_c_or_sigterm_ends_the_run_after_its_step(number, uninterrupted, tmp_path):
     path = tmp_path / "run"
     words = [*WORDS, "checkpoint.every=1000", "steps=1000", f"run_dir={path}"]
     job = Monarch(GRPO, "procs=2", *words)
@@ -183,11 +183,11 @@ def test_ctrl_c_or_sigterm_ends_it_after_the_step_with_a_checkpoint(number, stra
     assert err.count("stopping at the end of this step; Ctrl-C again ends at once") == 1
     assert "restart" not in err
     both = min(last, STEPS)
-    assert lines_of(Run(path, out))[1:both] == lines_of(straight)[1:both]
+    assert lines_of(Run(path, out))[1:both] == lines_of(uninterrupted)[1:both]
 
 
-def test_a_second_ctrl_c_ends_at_once_what_goes_on_after_the_first(tmp_path):
-    """Both ranks, each with a child, take SIGTERM and go on, until the launcher gets a Ctrl-C."""
+def test_a_second_ctrl_c_ends_at_once_what_ignores_the_first(tmp_path):
+    """Both ranks, each with a child, ignore SIGTERM, until the launcher gets a Ctrl-C."""
     job = Monarch(STUB, "procs=2", str(tmp_path), "deaf")
     job.wait_for(lambda: len(pids_in(tmp_path)) == 4)
     job.popen.send_signal(signal.SIGTERM)
@@ -200,7 +200,7 @@ def test_a_second_ctrl_c_ends_at_once_what_goes_on_after_the_first(tmp_path):
     wait_until_gone(pids_in(tmp_path))
 
 
-def test_what_is_refused_is_not_tried_again(tmp_path):
+def test_a_refusal_is_not_retried(tmp_path):
     """A layout that the recipe's check refuses on all ranks."""
     run_dir = tmp_path / "run"
     job = Monarch(GRPO, "procs=2", "conf=qwen3_tiny", "trainer.tp=3", f"run_dir={run_dir}")

@@ -100,7 +100,7 @@ def test_a_run_that_stops_says_where_and_keeps_the_checkpoint_before(stopped):
     assert (found["prompt_id"], found["sample_id"], found["what"]) == (5, 2, "generator logprob")
 
 
-def test_it_goes_on_without_that_step_when_told_to_skip(stopped):
+def test_it_continues_without_that_step_when_told_to_skip(stopped):
     """Both roles stay in step: the next one is trained on and logged. JSON has no infinities."""
     assert "skipped: step 3 is not finite (loss " in stopped.resumed
     assert "done  4/4 steps" in stopped.resumed

@@ -1,4 +1,4 @@
-"""Real runs that end too early and go on: L5 on the same mesh, and the crossing to other meshes.
+"""Real runs that end too early and are resumed: L5 on the same mesh, and changes of the mesh.
 
 The run that is resumed last is stopped by Ctrl-C, so that its checkpoint is seen too.
 """
@@ -62,9 +62,9 @@ def both(tmp_path_factory) -> tuple[Run, Run]:
     made = runs(
         root,
         2,
-        {"again": ("grpo", [f"resume={path}", steps]), "straight": ("grpo", [*WORDS, steps])},
+        {"again": ("grpo", [f"resume={path}", steps]), "uninterrupted": ("grpo", [*WORDS, steps])},
     )
-    return Run(path, made["again"].output), made["straight"]
+    return Run(path, made["again"].output), made["uninterrupted"]
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +76,26 @@ def resumed(both) -> Run:
 
 
 @pytest.fixture(scope="module")
-def straight(both) -> Run:
+def uninterrupted(both) -> Run:
     return both[1]
 
 
-def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, straight):
+def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, uninterrupted):
     """Every line of both logs: tokens, rewards, losses, gradients, weights."""
     steps = resumed.metrics[-1]["step"]
-    compared = compare_runs(resumed.path, straight.path)
+    compared = compare_runs(resumed.path, uninterrupted.path)
     assert compared.first is None
     assert (compared.steps, compared.samples) == (steps + 1, steps * 8 * 4)
-    assert len({line["digest/weights"] for line in straight.metrics[1:]}) == steps
-    assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in straight.metrics[2:])
+    assert len({line["digest/weights"] for line in uninterrupted.metrics[1:]}) == steps
+    assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in uninterrupted.metrics[2:])
     assert (resumed.path / "model" / "model.safetensors").is_file()
     assert "resumed from" in resumed.output
     assert (resumed.path / "environment-2.json").is_file()
-    assert not (straight.path / "checkpoints").exists()
+    assert not (uninterrupted.path / "checkpoints").exists()
 
 
-def test_torchrun_restarts_it_by_itself(straight, tmp_path):
-    """Killed before there is a checkpoint it starts over, killed later it goes on, and torchrun's
+def test_torchrun_restarts_it_by_itself(uninterrupted, tmp_path):
+    """Killed before there is a checkpoint it starts over, killed later it resumes, and torchrun's
     status is 0 in the end. The run directory's name is made of the time of the first start."""
     words = [*WORDS, "steps=12", "checkpoint.every=2"]
     job = Foreground("grpo.py", 2, *words, more=["--max-restarts=2"], cwd=tmp_path)
@@ -113,10 +113,10 @@ def test_torchrun_restarts_it_by_itself(straight, tmp_path):
     assert f"attempt 3 continues, run_dir=runs/{path.name}" in out
     made = Run(path, out)
     assert [line["step"] for line in made.metrics] == list(range(13))
-    both = min(12, straight.metrics[-1]["step"])
-    assert trained(made.metrics[: both + 1]) == trained(straight.metrics[: both + 1])
+    both = min(12, uninterrupted.metrics[-1]["step"])
+    assert trained(made.metrics[: both + 1]) == trained(uninterrupted.metrics[: both + 1])
     assert [s for s in made.samples if s["step"] <= both] == [
-        s for s in straight.samples if s["step"] <= both
+        s for s in uninterrupted.samples if s["step"] <= both
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_replay_names_what_was_logged_otherwise(resumed, replayed):
     assert len([line for line in lines if line.endswith("differs: reward")]) == 1
 
 
-def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
+def test_continues_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(resumed):
     """Loading compares the digests of weights and moments with those of the mesh that saved."""
     path, steps = resumed.path, resumed.metrics[-1]["step"]
     before = lines_of(path / "metrics.jsonl")
@@ -201,7 +201,7 @@ def test_goes_on_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c(r
     assert f"to continue after step {last}: resume={path}" in out
 
 
-def test_a_full_disk_ends_the_run_which_goes_on_where_there_is_room(tmp_path):
+def test_a_full_disk_ends_the_run_which_resumes_where_there_is_room(tmp_path):
     """A tmpfs that holds two checkpoints and not a third, in a namespace of its own."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()

@@ -366,7 +366,7 @@ def pids_of_run(notes: Path) -> list[int]:
     return [int(word) for path in notes.iterdir() for word in path.read_text().split()]
 
 
-def test_a_run_goes_on_and_counts_what_hung(tmp_path, monkeypatch):
+def test_a_run_continues_and_counts_scores_that_hang(tmp_path, monkeypatch):
     """Rank 1 has the prompt over which the score function hangs; rank 0 says and counts it."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests"))
     (notes := tmp_path / "notes").mkdir()
@@ -384,7 +384,7 @@ def test_a_run_goes_on_and_counts_what_hung(tmp_path, monkeypatch):
     wait_until_gone(pids_of_run(notes))
 
 
-def test_a_run_stops_on_all_ranks_and_says_what_hung(tmp_path):
+def test_a_run_stops_on_all_ranks_and_names_the_score_that_hangs(tmp_path):
     """The ranks of one replica: one of them scores, and the other waits for its rewards."""
     (notes := tmp_path / "notes").mkdir()
     words = [*SMALL, "generator.tp=2", f"task_args.notes={notes}", f"run_dir={tmp_path / 'run'}"]

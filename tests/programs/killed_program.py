@@ -1,7 +1,7 @@
 """recipes/grpo.py twice in the same processes, the second time ended by kill -9.
 
-`torchrun killed_program.py STRAIGHT KILLED STEP WORD...`: two run directories; the rank that writes
-the best model of STEP in the second dies when half of the weights are on the disk.
+`torchrun killed_program.py UNINTERRUPTED KILLED STEP WORD...` takes two run directories. In the
+second the rank that writes the best model of STEP dies when half of the weights are on the disk.
 """
 
 from __future__ import annotations

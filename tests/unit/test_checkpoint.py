@@ -182,7 +182,7 @@ def test_a_loaded_trainer_takes_the_same_next_step(process, tmp_path):
         assert advance(trainer, 9) == advance(other, 9)
 
 
-def test_after_a_skipped_step_the_bias_correction_goes_on(process, tmp_path):
+def test_after_a_skipped_step_the_bias_correction_continues(process, tmp_path):
     """AdamW counts updates, the warm-up counts steps: a checkpoint knows both."""
     conf, trainer = run_with(process, tmp_path / "run", 2, "on_nonfinite=skip")
     keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
