@@ -1,14 +1,14 @@
-"""Runs one step of a run again, and holds it against what was logged.
+"""Re-run one step of a run, and compare it with the logs.
 
     torchrun --nproc-per-node=2 recipes/replay.py RUN_DIR step=12
 
-From the newest whole checkpoint before the step - from the run's start, where there is none - the
-steps in between are run again, by `train_step` of recipes/grpo.py itself. Then prompts, answers,
-rewards and advantages, the loss, the digest of the weights and all else that `metrics.jsonl` and
-`samples.jsonl` have of the step are compared to the bit, but for timings. The status is 0 if all is
-equal, 1 if anything differs, 2 if the step cannot be replayed. Nothing is written into RUN_DIR.
-Other words are those that resume=RUN_DIR takes; equal bits are promised for batch_invariant=true,
-on the mesh of the run.
+From the newest complete checkpoint before the step, or from the start of the run, `train_step` of
+recipes/grpo.py takes the steps in between again. Then prompts, answers, rewards, advantages, the
+loss, the digest of the weights and everything else that `metrics.jsonl` and `samples.jsonl` hold of
+the step are compared to the bit, except timings. The status is 0 if all are equal, 1 if anything
+differs, 2 if the step cannot be replayed. Nothing is written into RUN_DIR. Other arguments are the
+overrides that resume=RUN_DIR accepts; equal bits are promised for batch_invariant=true, on the mesh
+of the run.
 
 Left out: samples that were not logged (`log.samples`); tokens and gradients, which are not logged.
 """

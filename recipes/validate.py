@@ -1,13 +1,13 @@
-"""The bitwise on-policy validation run: the exactness ladder walked on this machine, rung by rung.
+"""The bitwise on-policy validation run: the exactness ladder on this machine, rung by rung.
 
     torchrun --nproc-per-node=4 recipes/validate.py conf=qwen3_tiny
 
-To be run before a new machine, driver or model is trusted: with the shapes of the model that `conf`
-names and its layout, batch invariance on whatever `conf` says. A table says what was compared, how
-often, and whether every bit was equal; where one was not, which module made it first, in which
-sequence at which position. RUN_DIR/validation.json holds the same and the machine. The status is 1
-if a rung fails that this world can show. `validate.control=true` walks a second time with ordinary
-kernels: what differs then shows that the comparisons can see.
+Run it before you trust a new machine, driver or model: it takes the shapes and the layout of `conf`,
+and turns batch invariance on. A table lists what was compared, how often, and whether every bit was
+equal; if one was not, the first divergent module, the sequence and the position.
+RUN_DIR/validation.json holds the same and the machine. The status is 1 if a rung fails that this
+world can show. `validate.control=true` repeats everything with ordinary kernels, to show that the
+comparisons detect differences.
 
     L0  the same steps twice: tokens, rewards, logprobs, loss, gradient norm, weights
     L1  a sequence alone or among any others, chunked, cached, preempted, packed: the same logprobs
