@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=4 recipes/validate.py conf=qwen3_tiny
 
-Run it before you trust a new machine, driver or model. It takes the shapes and the layout of `conf`,
+Run it before you trust a new machine, driver or model. It takes the shapes and layout of `conf`,
 and turns batch invariance on. A table lists what was compared, how often, and whether every bit was
 equal; if one was not, the first divergent module, the sequence and the position.
 RUN_DIR/validation.json holds the same and the machine. The status is 1 if a rung fails that this
