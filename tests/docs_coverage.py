@@ -16,7 +16,7 @@ COVERED = {
     "mypy && mypy recipes tools": CI,
     "mypy": CI,
     "OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile": CI,
-    "OMP_NUM_THREADS=1 pytest -q tests/unit": CI,
+    "OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests/unit": CI,
     # layouts of several ranks
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny":
         f"{RECIPES}::test_run_directory_and_last_line",
