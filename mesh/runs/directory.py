@@ -34,8 +34,10 @@ VARIABLES = """
 
 
 def default_run_dir(conf_name: str) -> Path:
-    """`runs/CONF-YYYYMMDD-HHMMSS`."""
-    return Path("runs", f"{conf_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """`runs/CONF-YYYYMMDD-HHMMSS`, with `-2` and so on if a run started in the same second."""
+    name = f"{conf_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(Path("runs", free) for free in names if not Path("runs", free).exists())
 
 
 def create_run_dir(

@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_default_name(process: Process, tmp_path, monkeypatch):
     path = create_run_dir(process, None, "tiny", "")
     assert (tmp_path / path / "config.yaml").exists()
     assert path.parts[0] == "runs"
+
+
+def test_runs_that_start_in_the_same_second_have_names_of_their_own(
+    process: Process, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20261126-190429")
+    paths = [create_run_dir(process, None, "tiny", "") for _ in range(3)]
+    first = "runs/tiny-20261126-190429"
+    assert list(map(str, paths)) == [first, f"{first}-2", f"{first}-3"]
 
 
 @pytest.mark.parametrize("mark", ["config.yaml", "metrics.jsonl"])
