@@ -22,6 +22,9 @@ RolloutKey = tuple[int, int]
 MAX_TP = 8
 """The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
 
+LARGEST_REWARD = 1e100
+"""The largest magnitude of a reward: sums of squares of such differences stay finite in float64."""
+
 HEAD_DIMS = (32, 64, 128)
 """Head dims of our attention kernels for Hopper GPUs."""
 
