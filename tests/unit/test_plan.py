@@ -171,14 +171,14 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
     sync(program)
     metrics = held_out(program, process)
     assert list(metrics) == [
-        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy",
+        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy", "eval/reward",
         "eval/right/accuracy", "eval/right/pass@1", "eval/right/pass@3",
-        "eval/right/accuracy_greedy", "eval/right/failed",
-        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy",
+        "eval/right/accuracy_greedy", "eval/right/reward", "eval/right/failed",
+        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy", "eval/same/reward",
     ]  # fmt: skip
-    assert [metrics[f"eval/right/{x}"] for x in ("accuracy", "accuracy_greedy")] == [1.0, 1.0]
+    assert [metrics[f"eval/right/{x}"] for x in ("accuracy_greedy", "reward")] == [1.0, 1.0]
     assert metrics["eval/right/failed"] == 0.0
     assert metrics["eval/same/accuracy_greedy"] == metrics["eval/accuracy_greedy"] < 1.0
     alone = assemble(plan, process)
     sync(alone)
-    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:4]}
+    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:5]}
