@@ -113,7 +113,8 @@ class RewardConf:
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
-        "stop", "a score that hangs, raises, crashes or is not finite: end the run, or count 0.0"
+        "stop",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0",
     )
 
 

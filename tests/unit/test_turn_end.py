@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
+from chat_tokenizer import CHATML, END_OF_TEXT, EOT, IM_END, PLAIN, saved
 from transformers import AutoTokenizer
 
 from mesh.config.loading import load_conf
 from mesh.program.assembly import check
 from mesh.recipes.sft import answer_end, example
-from mesh.text.tokenizer import Tokenizer, load_tokenizer, make_character_tokenizer
+from mesh.text.tokenizer import Tokenizer, load_tokenizer
 
-END_OF_TEXT, IM_START, IM_END, EOT, HEADER, PLAIN = range(98, 104)
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|header|>"]
-
-CHATML = (
-    "{%- for m in messages %}\n{{- '<|im_start|>' + m.role + '\\n' }}\n"
-    "{%- if m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}\n"
-    "{{- m.content + '<|im_end|>' + '\\n' }}\n{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n{{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
-)
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}<|header|>{{ m['role'] }}<|header|>\n\n"
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -49,24 +37,6 @@ TEMPLATES = {  # with the id that ends an answer
         "{{ {'a': 1} | tojson(indent=4) }}{{ m.content }}<|eot_id|>{% endfor %}", EOT,
     ),
 }  # fmt: skip
-
-
-def saved(path: Path, template: object = None, file: bool = False, eos: object = None) -> Path:
-    """A character tokenizer with special tokens, whose lowest is no end of a turn."""
-    make_character_tokenizer(path)
-    backend = Backend.from_file(str(path / "tokenizer.json"))
-    backend.add_special_tokens(SPECIALS)
-    backend.add_tokens([AddedToken("<plain>", special=False)])
-    backend.save(str(path / "tokenizer.json"))
-    config = json.loads((path / "tokenizer_config.json").read_text()) | {"bos_token": "<pad>"}
-    if file:
-        (path / "chat_template.jinja").write_text(str(template))
-    elif template is not None:
-        config["chat_template"] = template
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    if eos is not None:
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    return path
 
 
 def end_of(tokenizer: Tokenizer) -> int:
