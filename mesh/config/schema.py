@@ -230,6 +230,13 @@ class Conf:
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    truncated: Literal["score", "mask"] = key(
+        "score",
+        "responses cut at generator.max_new_tokens: score them, or mask them out of the loss",
+    )
+    truncated_reward: float | None = key(
+        None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",

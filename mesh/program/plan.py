@@ -94,7 +94,7 @@ def resolve(
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
-            conf.trainer.microbatch_tokens,
+            conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
         ),
         training=source,
         evaluations={"": EvaluationSet(source, conf.eval.num_prompts, conf.eval.num_samples)},
