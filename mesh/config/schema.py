@@ -217,6 +217,9 @@ class Conf:
     advantage: Literal["std", "centred"] | None = key(
         None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
     )
+    advantage_eps: float = key(
+        1e-6, "with advantage=std: added to the group's std before dividing by it", ge=0, lt=INF
+    )
     aggregation: Literal["token", "sequence", "constant"] | None = key(
         None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
     )

@@ -161,6 +161,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         settings={**bounds, **conf.loss_args},
         kl_coef=conf.kl_coef,
         longest_response=conf.generator.max_new_tokens,
+        advantage_eps=conf.advantage_eps,
     )
 
 

@@ -235,6 +235,7 @@ def test_a_far_choice_is_not_suggested():
             "truncated_reward=-inf",
             "truncated_reward=-inf: must be >= -1e+100 and <= 1e+100; the default is null",
         ),
+        ("advantage_eps=-1", "advantage_eps=-1.0: must be >= 0 and finite; the default is 1e-06"),
         ("trainer.tp=0", "trainer.tp=0: must be >= 1; the default is 1"),
     ],
 )
