@@ -27,8 +27,8 @@ from mesh.model.logprobs import (
     plain_tile_scores,
     score_tiles,
     token_logprobs,
-    vocab_tiles,
 )
+from mesh.model.vocabulary import vocab_tiles
 from mesh.types import Sampling
 
 ROWS = (1, 2, 3, 7, 8, 16, 31, 33, 64, 129, 256, 257)
