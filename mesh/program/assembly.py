@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import Draw, draw_held_out, draw_prompts
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
-from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, textless_ids
+from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
 from mesh.weights.bridge import weights_digest as digest_of
@@ -112,7 +112,6 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     check_start(conf, device, world_size, shape, wrong, training)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
-    shape = replace(shape, textless=textless_ids(tokenizer, shape.vocab_size))
     found = Found(shape, tokenizer, task, loss)
     return resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
 

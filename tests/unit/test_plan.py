@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
@@ -50,12 +53,16 @@ def conf_of(*words: str) -> Conf:
 
 
 def planned(
-    *words: str, world_size: int = 1, device: Device = "cpu", training: bool = True
+    *words: str,
+    world_size: int = 1,
+    device: Device = "cpu",
+    training: bool = True,
+    tokenizer: Path = CHARACTERS,
 ) -> Plan:
     """The plan of a configuration, whatever is installed on this machine."""
     conf = conf_of(*words)
     task = load_task(conf.task, conf.seed, conf.task_args)
-    found = Found(TINY, load_tokenizer(CHARACTERS), task, load_loss(conf.loss))
+    found = Found(TINY, load_tokenizer(tokenizer), task, load_loss(conf.loss))
     return resolve(conf, found, world_size, device, training)
 
 
@@ -93,13 +100,14 @@ def test_every_part_has_the_keys_that_it_uses():
         "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
         "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4",
     ]  # fmt: skip
-    plan = planned(*words, world_size=4)
+    plan, shape = planned(*words, world_size=4), replace(TINY, textless=((98, 128),))
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
     trainer, generator, step = plan.trainer, plan.generator, plan.step
     assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5)
     assert trainer.reference and trainer.sequence_parallel
     assert (trainer.activation_checkpointing, trainer.on_nonfinite) == ("full", "skip")
-    assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, TINY)
+    assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, shape)
+    assert generator.shape == shape
     assert (generator.temperature, generator.top_k, generator.top_p) == (0.5, 5, 0.9)
     assert (generator.seed, generator.max_new_tokens, generator.timeout_seconds) == (7, 6, 60)
     assert generator.stop_tokens == plan.tokenizer.eos_ids and generator.engine.max_length == 30
@@ -146,6 +154,17 @@ def test_a_plan_is_frozen_and_holds_no_configuration():
         assert type(part).__module__ != Conf.__module__, type(part)
         with pytest.raises(FrozenInstanceError):
             setattr(part, fields(part)[0].name, None)
+
+
+def test_both_roles_know_the_ids_for_which_the_tokenizer_has_no_token(tmp_path):
+    """The tokenizer of model.tokenizer, where it is not the model's own."""
+    assert planned().trainer.shape.textless == planned().generator.shape.textless == ((98, 128),)
+    backend = Backend(models.WordLevel({"a": 2, "</s>": 90}, "a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    plan = planned(tokenizer=tmp_path)
+    assert plan.trainer.shape == plan.generator.shape
+    assert plan.shape.textless == ((0, 2), (3, 90), (91, 128))
 
 
 def test_a_checked_plan_is_the_resolved_one(process: Process):
