@@ -54,9 +54,9 @@ class Best:
 @dataclass(frozen=True)
 class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
-    `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
-    each parameter's global shape; `files`: entries by file name; `best` names the model in
-    RUN_DIR/best that was the best at that step."""
+    `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
+    mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step."""
 
     step: int
     updates: int
@@ -65,6 +65,7 @@ class Index:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
     best: Best | None = None
+    without_signal: int = 0
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -149,7 +150,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
-    return Index(step, updates, seed, content["digests"], shapes, files, best)
+    without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
+    return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
