@@ -29,7 +29,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """The shipped model, and one whose padded rows win every draw that counts them."""
+    """The shipped model; one with padded rows that win most draws that count them; the same with
+    tokens for them.
+    """
     root = tmp_path_factory.mktemp("models")
     for name in ("shipped", "large"):
         shutil.copytree(PACKAGE_DATA / "qwen3_tiny", root / name)
@@ -38,7 +40,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
     rows = torch.randn(128 - KNOWN, 128, generator=torch.Generator().manual_seed(0))
     weights[EMBEDDING][KNOWN:] = rows * 20
     save_file(weights, file, metadata={"format": "pt"})
-    return {name: root / name for name in ("shipped", "large")}
+    shutil.copytree(root / "large", root / "named")
+    path = root / "named" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"<id {i}>": i for i in range(KNOWN, 128)}
+    path.write_text(json.dumps(tokenizer))
+    return {name: root / name for name in ("shipped", "large", "named")}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,8 @@ def made(models, tmp_path_factory) -> dict[str, Run]:
         name: ("grpo", [*SMALL, f"model.path={models[model]}", *TWO_RANK_LAYOUTS[layout]])
         for name, (model, layout) in CASES.items()
     }
-    return runs(tmp_path_factory.mktemp("runs"), 2, asked)
+    words = [*SMALL, f"model.path={models['named']}", "steps=1", "generator.top_k=3"]
+    return runs(tmp_path_factory.mktemp("runs"), 2, asked | {"named": ("grpo", words)})
 
 
 def told(run: Run) -> list[dict]:
@@ -77,9 +85,12 @@ def test_their_rows_are_not_trained(made, models, case):
     assert (after[:KNOWN] != before[:KNOWN]).any(1).sum() > 90
 
 
-def test_the_rows_are_large(made, models):
-    """Control: a run without the ids' names draws them, as one with a longer tokenizer does."""
-    tokenizer = json.loads((models["large"] / "tokenizer.json").read_text())
-    assert max(tokenizer["model"]["vocab"].values()) == KNOWN - 1
-    norms = load_file(models["large"] / "model.safetensors")[EMBEDDING].norm(dim=1)
-    assert norms[KNOWN:].min() > 20 * norms[:KNOWN].max()
+def test_a_tokenizer_with_a_token_for_each_id_draws_them(made):
+    """Control: the same weights, and the rows have texts."""
+    named = [sample["response"] for sample in made["named"].samples]
+    assert sum("<id " in response for response in named) > len(named) / 2
+
+
+def test_truncated_sampling_is_warned_about_once_by_a_run_that_trains(made):
+    warned = {name: run.output.count("warning: generator.top_k=3") for name, run in made.items()}
+    assert warned == dict.fromkeys(made, 0) | {"named": 1}

@@ -18,6 +18,7 @@ from mesh.lifecycle.process import Process
 from mesh.model.families import TINY
 from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Device, Found, Plan, resolve
+from mesh.program.warnings import start_warnings
 from mesh.recipes.grpo import held_out
 from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
@@ -201,3 +202,28 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
     alone = assemble(plan, process)
     sync(alone)
     assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:4]}
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "remedy"),
+    [
+        (["generator.top_k=5"], "generator.top_k=5: ", "set generator.top_k=0"),
+        (["generator.top_p=0.9"], "generator.top_p=0.9: ", "set generator.top_p=1"),
+        (
+            ["generator.top_k=127", "generator.top_p=0.5"],
+            "generator.top_k=127 generator.top_p=0.5: ",
+            "set generator.top_k=0 generator.top_p=1",
+        ),
+    ],
+    ids=["top_k", "top_p", "both"],
+)
+def test_truncated_sampling_is_warned_about_with_the_remedy(words, named, remedy):
+    (line,) = start_warnings(planned(*words))
+    assert line.startswith(f"warning: {named}tokens are drawn from the truncated distribution")
+    assert "the policy gradient is biased" in line and line.endswith(remedy)
+    assert start_warnings(planned(*remedy.split()[1:])) == []
+
+
+def test_sampling_that_truncates_nothing_is_not_warned_about():
+    """The defaults, and as many tokens as the vocabulary has."""
+    assert start_warnings(planned()) == start_warnings(planned("generator.top_k=128")) == []
