@@ -19,6 +19,7 @@ from mesh.text.tokenizer import (
     make_character_tokenizer,
     textless_ids,
 )
+from tools.bench.vocabulary import write_tokenizer
 
 ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 texts = st.text(st.sampled_from(ALPHABET)).filter(lambda text: "<" not in text)
@@ -228,3 +229,10 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
     assert textless_ids(tokenizer, 8) == ((0, 8),)
     (problem,) = check_vocabulary(tokenizer, 8)
     assert "has no end-of-sequence token" in problem
+
+
+def test_a_benchmark_knows_as_large_a_part_of_its_vocabulary_as_qwen3(tmp_path):
+    write_tokenizer(tmp_path, 151_936)
+    tokenizer = load_tokenizer(tmp_path)
+    assert textless_ids(tokenizer, 151_936) == ((151_669, 151_936),)
+    assert tokenizer.encode("a>") == [68, 33] and check_vocabulary(tokenizer, 151_936) == []
