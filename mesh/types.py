@@ -174,11 +174,16 @@ class Wave:
     rollouts: list[Rollout]
 
 
+IdSpans = tuple[tuple[int, int], ...]
+"""Token ids as half-open spans (first, last), in order."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model by its sizes, which a layout has to divide, and the constants of its maths.
 
-    `max_positions`: the longest context it was made for.
+    `max_positions`: the longest context it was made for; `textless`: ids for which the tokenizer
+    has no token, whose probability is exactly 0.
     """
 
     vocab_size: int
@@ -192,3 +197,4 @@ class ModelShape:
     norm_eps: float = 1e-6
     tied: bool = True
     max_positions: int = 32768
+    textless: IdSpans = ()

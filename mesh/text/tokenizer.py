@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from mesh.text.turn import turn_end
+from mesh.types import IdSpans
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
@@ -40,7 +42,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Largest id + 1; a model's vocabulary may be padded beyond it."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def has(self, token_id: int) -> bool:
+        """True if the id has a token, an added or special one too: ids may have holes."""
+        return token_id >= 0 and self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises ValueError naming what it cannot encode."""
@@ -103,13 +109,21 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    if any(eos_id >= tokenizer.vocab_size for eos_id in tokenizer.eos_ids):
+    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    if without:
         problems.append(
-            f"model.tokenizer={tokenizer.directory}: eos ids {tokenizer.eos_ids} exceed its "
-            f"{tokenizer.vocab_size} ids; correct eos_token_id in generation_config.json and "
-            "config.json"
+            f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
+            "no token in it, so that no response could end with them; correct eos_token_id in "
+            "generation_config.json and config.json"
         )
     return problems
+
+
+def textless_ids(tokenizer: Tokenizer, model_vocab_size: int) -> IdSpans:
+    """Ids of a model without a token: the rows that pad its vocabulary, and holes."""
+    known = [token_id for token_id in range(model_vocab_size) if tokenizer.has(token_id)]
+    gaps = pairwise([-1, *known, model_vocab_size])
+    return tuple((before + 1, after) for before, after in gaps if before + 1 < after)
 
 
 def make_character_tokenizer(directory: str | Path) -> None:
