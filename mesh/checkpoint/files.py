@@ -141,15 +141,20 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     for name, entry in content["files"].items():
         if Path(name).name != name:
             raise ValueError(f"{INDEX} names {name!r}, which is outside the checkpoint")
-        blocks = {
-            parameter: Block(tuple(block["offset"]), tuple(block["size"]))
-            for parameter, block in entry["blocks"].items()
-        }
-        files[name] = Entry(entry["bytes"], entry["sha256"], blocks)
+        files[name] = entry_of(entry)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
     return Index(step, updates, seed, content["digests"], shapes, files, best)
+
+
+def entry_of(stored: Mapping[str, Any]) -> Entry:
+    """An entry that was written as JSON."""
+    blocks = {
+        parameter: Block(tuple(block["offset"]), tuple(block["size"]))
+        for parameter, block in stored["blocks"].items()
+    }
+    return Entry(stored["bytes"], stored["sha256"], blocks)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:

@@ -162,6 +162,11 @@ class Trainer:
         """Steps that changed the weights; 0 off the trainer."""
         return self.optimizer.updates if self.model is not None else 0
 
+    def hold(self, seconds: float) -> int | None:
+        """Forbid all updates from now on (`Optimizer.hold`); the value of `updates`, or None where
+        weights and moments are not at rest."""
+        return self.optimizer.hold(seconds) if self.model is not None else 0
+
     def continue_after(self, steps: int, updates: int) -> None:
         """Continue after so many steps, of which `updates` changed the weights; `state` holds that
         step's tensors already."""
