@@ -71,7 +71,10 @@ def main(argv: list[str]) -> None:
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
-                metrics, samples = train_step(program, process, phases, step, inspect)
+                metrics, samples = checkpoints.to_log() or train_step(
+                    program, process, phases, step, inspect
+                )
+                checkpoints.trained(step + 1, metrics, samples)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         metrics |= held_out(program, process)
@@ -142,7 +145,8 @@ def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
     """Seconds of each phase, the slowest rank's, tokens per second, and memory on a GPU."""
     seconds = phases.seconds(process.cpu_group)
     tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
-    counts = {phase: int(metrics.get(name, 0)) for phase, name in tokens.items()}
+    ran = {phase: name for phase, name in tokens.items() if phase in seconds}
+    counts = {phase: int(metrics.get(name, 0)) for phase, name in ran.items()}
     return phase_metrics(seconds, counts) | phases.gpu_memory(process.cpu_group)
 
 

@@ -30,6 +30,7 @@ from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 
 FORMAT = 3  # of the index and the files; raise it with every incompatible change
+UNLOGGED = 4  # the same, of a step that resuming has to evaluate and log
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -56,7 +57,7 @@ class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
     `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
     each parameter's global shape; `files`: entries by file name; `best` names the model in
-    RUN_DIR/best that was the best at that step."""
+    RUN_DIR/best that was the best at that step; `format`: FORMAT or UNLOGGED."""
 
     step: int
     updates: int
@@ -65,6 +66,7 @@ class Index:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
     best: Best | None = None
+    format: int = FORMAT
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -76,7 +78,7 @@ class Index:
         return [ParamLayout(n, shape, blocks[n]) for n, shape in sorted(self.shapes.items())]
 
     def to_json(self) -> str:
-        content = {"format": FORMAT} | asdict(self)
+        content = asdict(self)
         return json.dumps({"content": content, "sha256": _sha256_of(content)}) + "\n"
 
 
@@ -122,7 +124,7 @@ def read_index(path: Path) -> Index:
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
-        if (version := content.get("format", 1)) != FORMAT:
+        if (version := content.get("format", 1)) not in (FORMAT, UNLOGGED):
             wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
             remedy = "resume with the version that wrote it, or start a new run"
             raise OtherFormat(f"{wrong}; {remedy}")
@@ -145,7 +147,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
-    return Index(step, updates, seed, content["digests"], shapes, files, best)
+    kind = content["format"]
+    return Index(step, updates, seed, content["digests"], shapes, files, best, format=kind)
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:

@@ -42,6 +42,7 @@ from mesh.checkpoint.folder import (
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
 from mesh.checkpoint.rescue import Rescue, first_held
+from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
@@ -69,6 +70,7 @@ class Checkpointer:
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
         self.reference = self._reference_digest()
         self.pending: Pending | None = None
+        self.unlogged: Unlogged | None = None  # of the step with which the run continues
         self.logs: dict[str, Entry] = {}  # their entries in the previous checkpoint
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
@@ -77,7 +79,8 @@ class Checkpointer:
         process.guard.rescue = self.rescue
 
     def load(self) -> int:
-        """Restore trainer, logs and best model from the newest intact checkpoint; returns its step.
+        """Restore trainer, logs and best model from the newest intact checkpoint; returns the last
+        step that it has logged.
 
         A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is left, or
         if it is of another model, reference or seed; RuntimeError if the digests of the loaded
@@ -87,8 +90,9 @@ class Checkpointer:
             path = self.path / f"step-{step}"
             if index := self._load(path):
                 self._restore_files(path, index)
-                self._note(step)
-                return step
+                self.unlogged = read_unlogged(path, index.files)
+                self._note(step, self.unlogged)
+                return step if self.unlogged is None else step - 1
             self._on_rank0(lambda path=path: mark_damaged(path))  # type: ignore[misc]
         wrong = f"no intact checkpoint in {self.path}"
         raise Refusal(problem("resume", self.run_dir, wrong, "start a new run"))
@@ -99,6 +103,19 @@ class Checkpointer:
         held = self._on_rank0(lambda: steps_in(self.path) if self.path.exists() else [])
         steps = (step for step in held if step < limit)
         return next((step for step in steps if self._load(self.path / f"step-{step}")), 0)
+
+    def trained(self, step: int, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Call when a step has been trained, before it is evaluated and logged: if the run fails
+        before that, resuming does it."""
+        self._note(step, Unlogged(dict(metrics), samples))
+
+    def to_log(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """(metrics, samples) of a step that was trained but not logged when the run failed, which
+        is the resumed run's first; rank 0 has all samples. None, as of then: train one."""
+        found, self.unlogged = self.unlogged, None
+        if found is None:
+            return None
+        return dict(found.metrics), found.samples if self.process.rank == 0 else []
 
     def consider(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
         """Call when a step is logged, before `after`: if its metrics hold the best evaluation so
@@ -148,10 +165,10 @@ class Checkpointer:
         weights, group = self.trainer.reference_weights(), self.process.cpu_group
         return {"reference": weights_digest(weights, self.layouts, group)}
 
-    def _note(self, step: int) -> None:
-        """Have the state of this step saved if the run fails before the next one is complete."""
+    def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
+        """Have the state of this step saved if the run fails before the next one is trained."""
         sizes = log_sizes(self.run_dir) if self.process.rank == 0 else {}
-        self.rescue.note(self._index(step), sizes)
+        self.rescue.note(self._index(step), sizes, unlogged)
 
     def _index(self, step: int) -> Index:
         """The index of the state after this step, without digests and files."""
@@ -199,13 +216,18 @@ class Checkpointer:
         self._remember_logs(index)
 
     def complete(self, index: Index) -> None:
-        folder = self.path / f"step-{index.step}{PARTIAL}"
+        whole = self.path / f"step-{index.step}"
+        folder, old = (whole.with_name(whole.name + end) for end in (PARTIAL, f".old{PARTIAL}"))
         for path in (self.run_dir / "config.yaml", self.run_dir):  # resuming reads it
             if path.exists():
                 sync_path(path)
         write_index(folder, index)
-        folder.rename(self.path / f"step-{index.step}")
+        if whole.exists():  # of the same step, before it was logged
+            whole.rename(old)
+        folder.rename(whole)
         sync_path(self.path)
+        if old.exists():
+            remove(old)
         self._remove_old()
 
     def _remember_logs(self, index: Index) -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mesh.checkpoint.files import Entry, Index, entry_of
+from mesh.checkpoint.files import UNLOGGED, Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
 from mesh.checkpoint.logs import copy_jobs
+from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout
@@ -42,11 +43,13 @@ WRITE_SECONDS = 600.0  # the longest that writing may take; a signal ends it bef
 @dataclass(frozen=True)
 class Rest:
     """This rank's state between two steps: the index of its checkpoint without files and digests,
-    the lengths of the logs, and its shards by kind and name, which only an update changes."""
+    the lengths of the logs, its shards by kind and name, which only an update changes, and what is
+    still to be logged."""
 
     index: Index
     logs: Mapping[str, int]
     shards: Mapping[str, Mapping[str, Tensor]]
+    unlogged: Unlogged | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ class Rescue:
         self.keeper = keeper
         self.rest: Rest | None = None
 
-    def note(self, index: Index, logs: Mapping[str, int]) -> None:
-        """Remember the state of the step that has just been completed and logged."""
+    def note(self, index: Index, logs: Mapping[str, int], unlogged: Unlogged | None) -> None:
+        """Remember the state of the step that has just been trained."""
         trainer = self.keeper.trainer
         with torch.no_grad():
             shards = {kind: local_tensors(part) for kind, part in trainer.state().items()}
             shards["weights"] = local_tensors(trainer.parameters())  # a tied one has both names
-        self.rest = Rest(index, logs, shards)
+        if unlogged is not None:
+            index = replace(index, format=UNLOGGED)
+        self.rest = Rest(index, logs, shards, unlogged)
 
     def __call__(self, meeting: Meeting) -> str:
         """Save what can be saved; what `resume=` will give, and why it is not more."""
@@ -113,7 +118,7 @@ class Rescue:
         if updates is None:
             return f"rank {self.keeper.process.rank} failed, or hangs, inside an update"
         if updates != rest.index.updates:
-            return f"rank {self.keeper.process.rank} has begun to end the step after it"
+            return f"rank {self.keeper.process.rank} failed between an update and the next sync"
         return ""
 
     def _newest(self) -> int | None:
@@ -136,6 +141,9 @@ class Rescue:
         if keeper.own and rest.shards["weights"]:
             file = folder / f"rank-{meeting.rank}.safetensors"
             jobs[file] = partial(self._write_shards, rest.shards, sums)
+        if rest.unlogged is not None:
+            file = folder / file_name(meeting.rank)
+            jobs[file] = partial(write_unlogged, rest.unlogged)
         pending = Pending(rest.index, CheckpointWriter(jobs))
         pending.writer.start()
         why = self._complete(meeting, pending, sums)
