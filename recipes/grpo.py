@@ -22,6 +22,7 @@ from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
 from mesh.exactness.strict import stop_at_difference
+from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> None:
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
                     checkpoints.after(step + 1, stop)
+                trim(step + 1)
                 if stop:
                     break
             save(run_dir / "model")

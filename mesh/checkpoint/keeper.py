@@ -189,8 +189,8 @@ class Checkpointer:
                 if name in self.own
             }
         jobs: dict[Path, Callable[[Path], Entry]] = {}
-        if self.process.rank == 0:
-            jobs |= copy_jobs(self.run_dir, folder, self.logs, log_sizes(self.run_dir))
+        now = log_sizes(self.run_dir)
+        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, self.own)

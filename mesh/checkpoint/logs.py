@@ -26,7 +26,7 @@ KEPT_LOGS = (*LOGS, REPORT)  # the last one exists only if a step was not finite
 
 
 def log_sizes(run_dir: Path) -> dict[str, int]:
-    """Lengths of the logs as they are now; a missing one, which cannot be copied, has 0."""
+    """Lengths of the logs as they are now; 0 for a missing one."""
     found = {name: run_dir / name for name in KEPT_LOGS}
     sizes = {name: path.stat().st_size for name, path in found.items() if path.exists()}
     return dict.fromkeys(LOGS, 0) | sizes
@@ -36,7 +36,9 @@ def copy_jobs(
     run_dir: Path, folder: Path, before: Mapping[str, Entry], sizes: Mapping[str, int]
 ) -> dict[Path, Callable[[Path], Entry]]:
     """Functions that copy the logs of `run_dir` in these lengths, by target file in `folder`.
-    `before`: their entries in the previous checkpoint."""
+    `before`: their entries in the previous checkpoint. Raises OSError if one is missing."""
+    for name in LOGS:
+        (run_dir / name).stat()
     return {
         folder / name: partial(copy_log, run_dir / name, size, before.get(name))
         for name, size in sizes.items()

@@ -128,16 +128,14 @@ class Rescue:
     def _write(self, meeting: Meeting, rest: Rest) -> str:
         keeper, step = self.keeper, rest.index.step
         folder = keeper.path / f"step-{step}{PARTIAL}"
+        jobs: dict[Path, Callable[[Path], Entry]] = {}
         if meeting.rank == 0:
             say(f"saving step {step}, the last completed one")
-            meeting.tell("folder", self._make(folder))
+            meeting.tell("folder", self._make(folder, rest, jobs))
         why = meeting.answer("folder", 0, ANSWER_SECONDS)
         if why is None or why:
             return why or "rank 0 did not make its directory"
         sums: dict[str, int] = {}
-        jobs: dict[Path, Callable[[Path], Entry]] = {}
-        if meeting.rank == 0:
-            jobs |= copy_jobs(keeper.run_dir, folder, keeper.logs, rest.logs)
         if keeper.own and rest.shards["weights"]:
             file = folder / f"rank-{meeting.rank}.safetensors"
             jobs[file] = partial(self._write_shards, rest.shards, sums)
@@ -151,9 +149,10 @@ class Rescue:
             remove(folder)
         return why
 
-    def _make(self, folder: Path) -> str:
-        """Make the directory; the reason if that fails."""
+    def _make(self, folder: Path, rest: Rest, jobs: dict[Path, Any]) -> str:
+        """Make the directory, and add what copies the logs; the reason if that fails."""
         try:
+            jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, rest.logs)
             prepare(folder.parent)
             folder.mkdir()
         except OSError as error:
