@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
                     sync(program)
                     metrics |= held_out(program, process)
                 logger.log(step + 1, metrics)
+                trim(step + 1)
                 if process.should_stop():
                     break
             output = conf.sft.output

@@ -55,9 +55,10 @@ class Best:
 @dataclass(frozen=True)
 class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
-    `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
-    each parameter's global shape; `files`: entries by file name; `best` names the model in
-    RUN_DIR/best that was the best at that step; `format`: FORMAT or UNLOGGED."""
+    `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
+    mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step;
+    `format`: FORMAT or UNLOGGED."""
 
     step: int
     updates: int
@@ -66,6 +67,7 @@ class Index:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
     best: Best | None = None
+    without_signal: int = 0
     format: int = FORMAT
 
     def layouts(self) -> list[ParamLayout]:
@@ -147,8 +149,9 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
-    kind = content["format"]
-    return Index(step, updates, seed, content["digests"], shapes, files, best, format=kind)
+    without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
+    counts = {"without_signal": without_signal, "format": content["format"]}
+    return Index(step, updates, seed, content["digests"], shapes, files, best, **counts)
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:

@@ -173,8 +173,9 @@ class Checkpointer:
     def _index(self, step: int) -> Index:
         """The index of the state after this step, without digests and files."""
         shapes = {layout.name: layout.shape for layout in self.layouts}
-        updates, best = self.trainer.updates, self.best.current
-        return Index(step, updates, self.conf.seed, {}, shapes, {}, best)
+        updates, without_signal = self.trainer.updates, self.trainer.without_signal
+        best, seed = self.best.current, self.conf.seed
+        return Index(step, updates, seed, {}, shapes, {}, best, without_signal)
 
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
@@ -287,7 +288,7 @@ class Checkpointer:
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)
-        self.trainer.continue_after(index.step, index.updates)
+        self.trainer.continue_after(index.step, index.updates, index.without_signal)
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

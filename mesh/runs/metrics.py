@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from mesh.config.schema import LogConf
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
 from mesh.runs.trackers import Feed, TensorBoard, Wandb
+from mesh.runs.warnings import StepWarnings
 
 FINISH_SECONDS = 60.0  # the longest wait for the trackers at the end of a run
 FAILED_SECONDS = 5.0  # and after a failure: the other ranks wait
@@ -44,6 +45,7 @@ class MetricsLogger:
         self._run_dir, self._conf = run_dir, conf
         self._closed = False
         self._last: Metrics = {}
+        self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
         self._trackers = []
@@ -57,7 +59,8 @@ class MetricsLogger:
         self._progress = open_progress(self._pace, run_dir, conf.progress)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Log one step, once: one line of `metrics.jsonl`, flushed.
+        """Log one step, once: one line of `metrics.jsonl`, flushed. Prints the warnings that it
+        calls for.
 
         `step` counts finished optimizer steps. NaN and infinities, which JSON lacks, become null
         there; the display and trackers show them as they are.
@@ -72,6 +75,8 @@ class MetricsLogger:
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
+        for text in self._warnings.see(step, metrics):
+            print(text, flush=True)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """The step's first `log.samples` rollouts (-1: all), one line of `samples.jsonl` each."""
