@@ -31,6 +31,7 @@ from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
 from mesh.config.user_code import call_user_code
+from mesh.lifecycle.memory import trim
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
     Program,

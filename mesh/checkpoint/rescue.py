@@ -114,7 +114,8 @@ class Rescue:
 
     def _hold(self, rest: Rest) -> str:
         """Forbid the next update; the reason why the shards are not those of the step."""
-        updates = self.keeper.trainer.hold(HOLD_SECONDS)
+        trainer = self.keeper.trainer
+        updates = trainer.optimizer.hold(HOLD_SECONDS) if trainer.model is not None else 0
         if updates is None:
             return f"rank {self.keeper.process.rank} failed, or hangs, inside an update"
         if updates != rest.index.updates:

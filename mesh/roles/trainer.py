@@ -162,11 +162,6 @@ class Trainer:
         """Steps that changed the weights; 0 off the trainer."""
         return self.optimizer.updates if self.model is not None else 0
 
-    def hold(self, seconds: float) -> int | None:
-        """Forbid all updates from now on (`Optimizer.hold`); the value of `updates`, or None where
-        weights and moments are not at rest."""
-        return self.optimizer.hold(seconds) if self.model is not None else 0
-
     @property
     def without_signal(self) -> int:
         """Steps whose gradient was exactly 0, which changed nothing; 0 off the trainer."""
