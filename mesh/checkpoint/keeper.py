@@ -248,8 +248,7 @@ class Checkpointer:
             with contextlib.suppress(OSError):  # report the first error
                 remove(self.path / f"step-{step}{PARTIAL}")
         raise RuntimeError(
-            f"the checkpoint of step {step} could not be written: {'; '.join(wrong)}; "
-            f"fix that, then continue from the previous one with resume={self.run_dir}"
+            f"the checkpoint of step {step} could not be written: {'; '.join(wrong)}"
         )
 
     def _inspect(self, path: Path) -> tuple[Index | None, list[str]]:

@@ -124,7 +124,7 @@ class Rescue:
 
     def _newest(self) -> int | None:
         path = self.keeper.path
-        return next(iter(steps_in(path)), None) if path.exists() else None
+        return next(iter(steps_in(path)), None) if path.is_dir() else None
 
     def _write(self, meeting: Meeting, rest: Rest) -> str:
         keeper, step = self.keeper, rest.index.step

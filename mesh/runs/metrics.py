@@ -163,5 +163,4 @@ def _write_line(file: TextIO, record: dict[str, Any]) -> None:
         file.write(line_of(record) + "\n")
         file.flush()
     except OSError as error:
-        wrong = f"{file.name}: cannot be written ({error.strerror})"
-        raise RuntimeError(f"{wrong}; fix that, then resume from the last checkpoint") from error
+        raise RuntimeError(f"{file.name}: cannot be written ({error.strerror})") from error
