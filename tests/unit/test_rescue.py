@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,8 @@ def test_a_trained_step_is_logged_by_the_resumed_run_alone(process, tmp_path):
     assert rescued(keeper) == f"resume={path} continues after step 3"
     assert read_index(path / "checkpoints" / "step-3").format == UNLOGGED
 
-    again = Checkpointer(
-        conf_of("checkpoint.every=3", f"resume={path}"), path, process, trainer_of(conf_of())
-    )
+    conf = replace(conf_of("checkpoint.every=3"), resume=str(path))
+    again = Checkpointer(conf, path, process, trainer_of(conf))
     assert (again.load(), again.trainer.steps) == (2, 3)
     assert (path / "metrics.jsonl").read_text() == "1\n2\n"
     ordered = [{"prompt_id": p, "sample_id": s} for p in (0, 1) for s in (0, 1)]
