@@ -139,9 +139,11 @@ class Guard:
     def _save(self) -> str:
         if self.rescue is None:
             return ""
-        store = dist.PrefixStore("rescue", self._store)
-        sides = self.rank, self._peers.world_size, store
-        return self.rescue(Meeting(*sides, self._peers.gone, self._signalled_within))
+        of_all = self.rank, self._peers.world_size, dist.PrefixStore("rescue", self._store)
+        try:
+            return self.rescue(Meeting(*of_all, self._peers.gone, self._signalled_within))
+        except Exception as error:  # of the attempt to save: the process has to end
+            return f"nothing could be saved: {error!r}"
 
     def leave(self, exit_code: int = 0) -> None:
         """Begin a clean end: from now on a teardown that hangs is cut short with `exit_code`."""
@@ -227,8 +229,7 @@ class Guard:
         self._die(self._last_words(first))
 
     def _last_words(self, first: Failure) -> int:
-        """Save what can be saved, print the first failure if this rank reports it, and return the
-        exit status."""
+        """Save what can be saved, print the first failure if this rank reports it; exit status."""
         outlook = "" if first.refused else self._save()
         last_words = mute()
         self._peers.announce("muted")
@@ -259,11 +260,11 @@ class Guard:
         """False for a refusal that an earlier attempt of the same torchrun has printed."""
         if not first.refused:
             return True
-        key = "refused"
         with contextlib.suppress(dist.DistError):
-            if self._lasting.check([key]) and self._lasting.get(key).decode() == first.text:
+            known = self._lasting.check(["refused"]) and self._lasting.get("refused").decode()
+            if known == first.text:
                 return False
-            self._lasting.set(key, first.text)
+            self._lasting.set("refused", first.text)
         return True
 
     def _status_of_refusal(self, first: Failure) -> int:
