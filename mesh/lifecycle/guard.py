@@ -11,12 +11,10 @@ present step; a step that takes too long is abandoned before torchrun kills it. 
 agreed to stop there is no limit of ours; torchrun still kills what it has signalled after
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds. A program that never asked ends at once.
 
-The first failure is recorded by an atomic `compare_set`. The other ranks print their own errors, go
-mute and acknowledge it; then the rank that recorded it prints it and leaves first, so that
-torchrun's own summary names it too.
-
-A refusal (`mesh/config/keys.py`) is no crash: its message alone is printed, once, also where the
-launcher tries again, and the rank that tells the launcher of it leaves last.
+The first failure is recorded by an atomic `compare_set`. The others print their own errors, the
+program saves what it can (`rescue`), and all but the rank that recorded the failure go mute; it
+prints the failure and leaves first, so that torchrun's own summary names it too. A refusal is no
+crash: its message alone is printed, once; the rank that tells the launcher of it leaves last.
 """
 
 from __future__ import annotations
@@ -139,6 +137,7 @@ class Guard:
     def _save(self) -> str:
         if self.rescue is None:
             return ""
+        self._watchdog.close()
         of_all = self.rank, self._peers.world_size, dist.PrefixStore("rescue", self._store)
         try:
             return self.rescue(Meeting(*of_all, self._peers.gone, self._signalled_within))
