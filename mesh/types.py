@@ -16,6 +16,10 @@ in the context for another turn."""
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
+TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context"})
+"""Reasons that cut a rollout before its end: what is scored is unfinished. The most turns are an
+end that was planned."""
+
 RolloutKey = tuple[int, int]
 """(prompt_id, sample_id): names a rollout within its step."""
 

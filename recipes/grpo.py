@@ -107,7 +107,9 @@ def train_step(
     for part in waves_of(prompts, keys.waves):
         with phases("generate"):
             sampling = generator.sampling(step)
-            rollouts = generator.rollout(program.scorer, part, keys.group_size, sampling)
+            rollouts = generator.rollout(
+                program.scorer, part, keys.group_size, sampling, keys.truncated_reward
+            )
         with phases("exchange"):
             wave = program.exchange([p.prompt_id for p in part], rollouts)
             share = share_of(wave, keys, trainer.dp, trainer.dp_rank)

@@ -221,6 +221,9 @@ class Conf:
     advantage: Literal["std", "centred"] | None = key(
         None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
     )
+    advantage_eps: float = key(
+        1e-6, "with advantage=std: added to the group's std before dividing by it", ge=0, lt=INF
+    )
     aggregation: Literal["token", "sequence", "constant"] | None = key(
         None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
     )
@@ -234,6 +237,13 @@ class Conf:
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    truncated: Literal["score", "mask"] = key(
+        "score",
+        "responses cut at generator.max_new_tokens: score them, or mask them out of the loss",
+    )
+    truncated_reward: float | None = key(
+        None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",

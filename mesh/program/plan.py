@@ -94,7 +94,7 @@ def resolve(
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
-            conf.trainer.microbatch_tokens,
+            conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
         ),
         training=source,
         evaluations={"": EvaluationSet(source, conf.eval.num_prompts, conf.eval.num_samples)},
@@ -161,6 +161,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         settings={**bounds, **conf.loss_args},
         kl_coef=conf.kl_coef,
         longest_response=conf.generator.max_new_tokens,
+        advantage_eps=conf.advantage_eps,
     )
 
 

@@ -7,7 +7,7 @@ a wave or a rank holds.
 
 from __future__ import annotations
 
-from math import fsum, isfinite, sqrt
+from math import frexp, fsum, isfinite, ldexp, sqrt
 from typing import Literal
 
 import torch
@@ -27,9 +27,11 @@ def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> 
     """Advantages of P groups of G rollouts: rewards_PG -> float32 advantages_PG on the CPU.
 
     `std`: (r - mean) / (std + eps), GRPO's outcome supervision (DeepSeekMath, arXiv:2402.03300,
-    section 4.1.2). The paper does not say which deviation; this is the sample one (divisor G - 1),
-    the default of `torch.std`, which TRL and verl call, so that published settings carry over. The
-    population one would only scale every advantage by sqrt(G / (G - 1)).
+    section 4.1.2). The paper has neither eps nor the kind of deviation. This is the sample one
+    (divisor G - 1), the default of `torch.std`, which TRL and verl call; the population one would
+    scale every advantage by sqrt(G / (G - 1)). eps is 1e-6 in verl (`epsilon` of
+    compute_grpo_outcome_advantage) and 1e-4 in TRL (GRPOTrainer): with that eps, theirs are these
+    advantages. 0 is allowed.
     `centred`: r - mean (Dr. GRPO, arXiv:2503.20783, section 3.2), since dividing by the deviation
     gives questions that are nearly all right or all wrong a larger weight.
 
@@ -62,5 +64,10 @@ def _row_advantages(row_G: list[float], kind: Advantage, eps: float) -> list[flo
     centred_G = [reward - mean for reward in row_G]
     if kind == "centred":
         return centred_G
-    variance = fsum(x * x for x in centred_G) / (len(row_G) - 1)
-    return [x / (sqrt(variance) + eps) for x in centred_G]
+    # scaled by a power of two, which is exact: no square of a small or large reward is lost
+    exponent = frexp(max(map(abs, centred_G)))[1]
+    scaled_G = [ldexp(x, -exponent) for x in centred_G]
+    deviation = sqrt(fsum(x * x for x in scaled_G) / (len(row_G) - 1))
+    if eps == 0:
+        return [x / deviation for x in scaled_G]
+    return [x / (ldexp(deviation, exponent) + eps) for x in centred_G]

@@ -25,12 +25,14 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens]."""
+    """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
+    advantage_eps: of the advantage `std`."""
 
     loss: Loss
     settings: Mapping[str, Any] = field(default_factory=dict)
     kl_coef: float = 0.0
     longest_response: int = 1
+    advantage_eps: float = 1e-6
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -55,7 +57,7 @@ class Objective:
     def advantages(self, rewards_PG: Tensor) -> Tensor:
         """float32 advantages_PG on the CPU."""
         if isinstance(self.loss.advantage, str):
-            return group_advantages(rewards_PG, self.loss.advantage)
+            return group_advantages(rewards_PG, self.loss.advantage, self.advantage_eps)
         return self.loss.advantage(rewards_PG)
 
     def weights(self, lengths_R: Tensor) -> Tensor:
@@ -88,6 +90,7 @@ def objective_of(
     settings: Mapping[str, Any] | None = None,
     kl_coef: float = 0.0,
     longest_response: int = 1,
+    advantage_eps: float = 1e-6,
 ) -> Objective:
     """The objective of a loss; what is None is the loss's own."""
     loss = replace(
@@ -96,4 +99,5 @@ def objective_of(
         aggregation=aggregation or loss.aggregation,
     )
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    return Objective(loss, {**loss.settings, **given}, kl_coef, longest_response)
+    settings = {**loss.settings, **given}
+    return Objective(loss, settings, kl_coef, longest_response, advantage_eps)

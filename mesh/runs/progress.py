@@ -66,6 +66,7 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     shown = {}
     for label, key, form in (
         ("reward", "reward/mean", "{:.3f}"),
+        ("truncated", "response/truncated", "{:.0%}"),
         ("eval", "eval/accuracy", "{:.3f}"),
         ("logprob_diff", "logprob_diff/max", "{:.1e}"),
     ):

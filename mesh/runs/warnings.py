@@ -45,8 +45,25 @@ def no_signal_text(step: int, metrics: Metrics) -> str:
     )
 
 
+def mostly_truncated(metrics: Metrics) -> bool:
+    """True if more than half of the step's responses were cut."""
+    return metrics.get("response/truncated", 0) > 0.5
+
+
+def truncated_text(step: int, metrics: Metrics) -> str:
+    return (
+        f"warning: {metrics['response/truncated']:.0%} of the responses of step {step} were "
+        "truncated: they are unfinished, and so is what was scored; raise "
+        "generator.max_new_tokens, ask for shorter responses, leave them out of the loss "
+        "(truncated=mask), or give them a reward of your own (truncated_reward)"
+    )
+
+
 NO_SIGNAL_STEPS = 3
-KINDS = (Kind(without_signal, no_signal_text, NO_SIGNAL_STEPS),)
+KINDS = (
+    Kind(without_signal, no_signal_text, NO_SIGNAL_STEPS),
+    Kind(mostly_truncated, truncated_text, 1),
+)
 
 
 class StepWarnings:

@@ -16,6 +16,7 @@ from mesh.model.families import TINY
 from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Device, Found, Plan, resolve
 from mesh.recipes.grpo import held_out
+from mesh.recipes.validate import uneven_plan
 from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
@@ -91,7 +92,8 @@ def test_every_part_has_the_keys_that_it_uses():
         "generator.top_k=5", "generator.top_p=0.9", "model.max_length=30", "loss=dr_grpo",
         "generator.max_new_tokens=6", "clip_high=0.3", "kl_coef=0.1", "eval.num_prompts=5",
         "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
-        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4",
+        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4", "truncated=mask",
+        "truncated_reward=-2",
     ]  # fmt: skip
     plan = planned(*words, world_size=4)
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
@@ -105,6 +107,7 @@ def test_every_part_has_the_keys_that_it_uses():
     assert generator.stop_tokens == plan.tokenizer.eos_ids and generator.engine.max_length == 30
     assert (step.num_prompts, step.group_size, step.waves) == (12, 4, 3)
     assert (step.pass_tokens, step.drop_equal_groups) == (99, True)
+    assert (step.mask_truncated, step.truncated_reward) == (True, -2.0)
     assert plan.objective.settings == {"clip_high": 0.3} and plan.objective.kl_coef == 0.1
     assert (plan.objective.loss, plan.objective.longest_response) == (load_loss("dr_grpo"), 6)
     assert (plan.bucket_bytes, plan.timeout_seconds) == (3 << 20, 60)
@@ -120,6 +123,7 @@ def test_every_part_has_the_keys_that_it_uses():
 def test_the_defaults_leave_out_what_is_not_asked_for():
     plan = planned()
     assert (plan.chunks, plan.strict, plan.trainer.reference) == (None, False, False)
+    assert (plan.step.mask_truncated, plan.step.truncated_reward) == (False, None)
     assert plan.trainer.start.path is not None and plan.trainer.start.path.name == "qwen3_tiny"
     random = planned("model.init=random", "seed=5")
     assert random.trainer.start == Start(None, 5)
@@ -153,6 +157,13 @@ def test_a_checked_plan_is_the_resolved_one(process: Process):
     plan = check(conf_of("loss=dr_grpo"), process)
     expected = planned("loss=dr_grpo")
     assert replace(plan, tokenizer=expected.tokenizer) == expected
+
+
+def test_a_validation_compares_the_tokens_of_truncated_responses_too(process: Process):
+    conf = conf_of("truncated=mask", "truncated_reward=-1")
+    assert check(conf, process).step.mask_truncated
+    step = uneven_plan(conf, process).step
+    assert (step.mask_truncated, step.truncated_reward) == (False, None)
 
 
 def test_evaluation_sets_are_measured_by_name(process: Process):

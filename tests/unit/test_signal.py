@@ -1,4 +1,5 @@
-"""Steps whose gradient is exactly 0: nothing changes but the time, they are counted, and warned of.
+"""Steps whose gradient is exactly 0: nothing changes but the time, they are counted and warned of,
+as are steps that are mostly truncated.
 
 One rank here; two ranks: faults/test_nonfinite_runs.py.
 """
@@ -113,3 +114,13 @@ def test_the_warning_says_why(tmp_path, capsys):
     assert [len(lines) for lines in found] == [1, 1]
     assert "no token entered the loss" in found[0][0]
     assert "the loss has no gradient" in found[1][0]
+
+
+def test_mostly_truncated_steps_are_warned_about_once_a_streak(tmp_path, capsys):
+    cut = [0.5, 0.51, 1.0, 0.5, 0.75]
+    steps = [SIGNAL | {"response/truncated": share} for share in cut]
+    first, second = warnings_of(tmp_path, capsys, [*steps, SIGNAL])
+    assert first.startswith("warning: 51% of the responses of step 2 were truncated")
+    assert second.startswith("warning: 75% of the responses of step 5 were truncated")
+    for remedy in ("generator.max_new_tokens", "truncated=mask", "truncated_reward"):
+        assert remedy in first
