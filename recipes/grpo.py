@@ -79,13 +79,13 @@ def main(argv: list[str]) -> None:
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         metrics |= held_out(program, process)
+                trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
                     checkpoints.after(step + 1, stop)
-                trim(step + 1)
                 if stop:
                     break
             save(run_dir / "model")

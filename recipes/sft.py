@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
                 if step + 1 == conf.steps:
                     sync(program)
                     metrics |= held_out(program, process)
-                logger.log(step + 1, metrics)
                 trim(step + 1)
+                logger.log(step + 1, metrics)
                 if process.should_stop():
                     break
             output = conf.sft.output
