@@ -31,6 +31,7 @@ from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
 from mesh.config.user_code import call_user_code
+from mesh.lifecycle.memory import trim
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
     Program,
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
                 if step + 1 == conf.steps:
                     sync(program)
                     metrics |= held_out(program, process)
+                trim(step + 1)
                 logger.log(step + 1, metrics)
                 if process.should_stop():
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ class Optimizer:
         self.settings = settings
         self.updates = 0
         self.without_signal = 0
+        self._moving = threading.Lock()
+        self._whole = True
         self.adamw = torch.optim.AdamW(
             parameters,
             lr=settings.lr,
@@ -65,8 +68,18 @@ class Optimizer:
             torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
-        self.updates += 1
+        with self._moving:
+            self._whole = False
+            self.adamw.step()
+            self.updates += 1
+            self._whole = True
+
+    def hold(self, seconds: float) -> int | None:
+        """Forbid all updates from now on, for another thread that reads weights and moments; the
+        number of updates that they hold. None where one does not end within so many seconds, or
+        failed half-way."""
+        held = self._moving.acquire(timeout=seconds)
+        return self.updates if held and self._whole else None
 
     def zero_grad(self) -> None:
         """Free the gradients."""

@@ -395,7 +395,6 @@ def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     partial = tmp_path / "run" / "checkpoints" / "step-2.partial" / RANK_0
     assert f"checkpoint of step 2 could not be written: {partial}: [Errno 27]" in str(caught.value)
-    assert f"the previous one with resume={tmp_path / 'run'}" in str(caught.value)
     assert names_in(tmp_path / "run") == ["step-1"]
     step, other = loaded(process, tmp_path / "run", conf)
     assert step == 1
