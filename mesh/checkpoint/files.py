@@ -29,7 +29,8 @@ from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 
-FORMAT = 3  # of the index and the files; raise it with every incompatible change
+FORMAT = 4  # of the index and the files; raise it with every incompatible change
+READABLE = (3, FORMAT)  # 3 does not name the metric of the best model
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -45,10 +46,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Best:
-    """Step and value of the best evaluation so far."""
+    """Step and value of the best evaluation so far, by a metric of its own."""
 
     step: int
     value: float
+    metric: str = "eval/accuracy"  # the only one of format 3
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def read_index(path: Path) -> Index:
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
-        if (version := content.get("format", 1)) != FORMAT:
+        if (version := content.get("format", 1)) not in READABLE:
             wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
             remedy = "resume with the version that wrote it, or start a new run"
             raise OtherFormat(f"{wrong}; {remedy}")

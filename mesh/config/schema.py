@@ -113,7 +113,8 @@ class RewardConf:
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
-        "stop", "a score that hangs, raises, crashes or is not finite: end the run, or count 0.0"
+        "stop",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0",
     )
 
 
@@ -177,7 +178,12 @@ class CheckpointConf:
     every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
     keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
     best: bool = key(
-        True, "with checkpoint.every: keep the model with the best eval/accuracy in RUN_DIR/best"
+        True, "with checkpoint.every: keep the model of the best evaluation in RUN_DIR/best"
+    )
+    best_metric: str = key(
+        "eval/accuracy",
+        "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
+        "eval/accuracy_greedy; the largest value is the best",
     )
 
 

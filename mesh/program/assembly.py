@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mesh.checkpoint.best import best_metric_problems
 from mesh.config.keys import Refusal, problem
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
@@ -101,6 +102,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     workers = num_workers(conf) if training or held_out else 0
     task = attempt(wrong, checked_task, task_spec(conf), workers)
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
+    wrong += best_metric_problems(conf) if training else []
     prompts: list[Prompt] = []
     if task is not None and training:
         prompts += attempt(wrong, draw_prompts, task, Draw(0, conf.num_prompts)) or []

@@ -73,7 +73,7 @@ Surrogate = Callable[..., TokenLoss]
 class Loss:
     """One way to learn from scored rollouts.
 
-    advantage: a named kind, or a function rewards_PG -> float32 advantages_PG. credit: advantages
+    advantage: a named kind, or a function float64 rewards_PG -> advantages_PG. credit: advantages
     of single tokens, from tokens that have their rollout's; unset: these stay. settings: values of
     the surrogate's keyword parameters, where they differ from the function's own defaults.
     """

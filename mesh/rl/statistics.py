@@ -62,7 +62,7 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
     outlines = [o for wave in waves for o in wave.outlines]
     if not outlines:
         return {}
-    rewards_PG = torch.cat([rewards_of(wave, group_size) for wave in waves]).double()
+    rewards_PG = torch.cat([rewards_of(wave, group_size) for wave in waves])
     lengths = [o.length for o in outlines]
     unfinished = sum(o.finish_reason in TRUNCATED for o in outlines)
     truncated = sum(o.finish_reason != "stop" for o in outlines)

@@ -65,7 +65,9 @@ METRICS = {
     "seconds/generate", "seconds/exchange", "seconds/train", "seconds/sync",
     "tokens_per_second/generate", "tokens_per_second/train",
 }  # fmt: skip
-EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
+EVAL = {
+    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/reward",
+}  # fmt: skip
 
 
 def evaluations(num_ranks: int, root: Path) -> dict[str, tuple[str, list[str]]]:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.rl.advantages import equal_groups, group_advantages
+from mesh.rl.advantages import equal_groups, group_advantages, rewards_of
+from mesh.types import Outline, Wave
 
 REWARDS = st.lists(
     st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=1, max_size=6
@@ -87,6 +88,42 @@ def test_equal_rewards_give_exactly_zero(kind, reward):
 def test_equal_groups_names_only_those():
     rewards_PG = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 0]])
     assert equal_groups(rewards_PG).tolist() == [True, True, False, False]
+
+
+def wave_of(*rewards: float) -> Wave:
+    return Wave([Outline(0, i, 1, 2, reward, "stop") for i, reward in enumerate(rewards)], [])
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(16777216, 16777217), (2.0**60, 2.0**60 + 512), (-1e-300, 0.0)]
+)
+def test_rewards_that_float64_tells_apart_are_no_equal_group(low, high):
+    """float32 has the same number for both."""
+    rewards_PG = rewards_of(wave_of(low, high), group_size=2)
+    assert rewards_PG.tolist() == [[low, high]] and equal_groups(rewards_PG).tolist() == [False]
+    half = (high - low) / 2
+    assert (
+        group_advantages(rewards_PG, "centred").tolist() == torch.tensor([[-half, half]]).tolist()
+    )
+
+
+def test_a_reward_beyond_float32_has_its_advantage():
+    """Mean 5e38 and sample deviation sqrt(0.5) 1e39: the advantages are those of 0 and 1."""
+    rewards_PG = rewards_of(wave_of(0.0, 1e39), group_size=2)
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(group_advantages(rewards_PG, "std"), torch.tensor([[-half, half]]))
+
+
+@pytest.mark.parametrize(
+    ("high", "kind", "message"),
+    [
+        (1e39, "centred", r"rewards \[0.0, 1e\+39\] of one group: the advantage -5e\+38 is beyond"),
+        (1e308, "std", r"rewards \[0.0, 1e\+308\] of one group: beyond 1e\+100 their statistics"),
+    ],
+)
+def test_an_advantage_that_cannot_be_computed_names_the_rewards(high, kind, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(rewards_of(wave_of(0.0, high), group_size=2), kind)
 
 
 @settings(deadline=None)

@@ -146,6 +146,12 @@ def test_a_loss_of_the_users_own_is_named_by_module_and_takes_its_settings():
 def test_an_advantage_may_be_a_function_of_the_rewards():
     doubled = objective_of(Loss(powered, advantage=lambda rewards_PG: 2 * rewards_PG))
     assert doubled.advantages(torch.tensor([[1.0, 3.0]])).tolist() == [[2.0, 6.0]]
+    rewards_PG = torch.tensor([[16777217.0, 1e39]], dtype=torch.float64)
+    above = objective_of(Loss(powered, advantage=lambda rewards_PG: rewards_PG - 16777216))
+    advantages_PG = above.advantages(rewards_PG[:, :1])
+    assert advantages_PG.tolist() == [[1.0]] and advantages_PG.dtype == torch.float32
+    with pytest.raises(ValueError, match="the advantage 1e[+]39 is beyond float32"):
+        above.advantages(rewards_PG)
 
 
 REFUSALS = {  # words, and all lines
