@@ -13,22 +13,18 @@ import torch
 import torch.distributed as dist
 
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
-from mesh.tasks import draw_held_out
+from mesh.tasks import numbered
 from mesh.tasks.scorer import Scorer, TaskSource
 from mesh.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out prompts of a task, and how many samples of each are drawn (k of pass@k)."""
+    """Held-out prompts of a task, drawn once, and how many samples of each (k of pass@k)."""
 
     source: TaskSource
-    num_prompts: int
+    prompts: tuple[Prompt, ...]
     num_samples: int
-
-    def prompts(self) -> list[Prompt]:
-        """The prompts of every evaluation; ValueError where the task does not give them."""
-        return draw_held_out(self.source.task, self.num_prompts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -51,7 +47,7 @@ def evaluate(
     A response counts as right when its reward is at least 1. The same prompts and random numbers at
     every call, whatever the step: curves compare like with like. A replica's share may be empty.
     """
-    prompts, samples = held_out.prompts(), held_out.num_samples
+    prompts, samples = numbered(held_out.prompts), held_out.num_samples
     sampled = generator.rollout(scorer, prompts, samples, generator.sampling(EVAL_STEP))
     greedy = generator.rollout(scorer, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))
     ks = sorted({1, samples})
