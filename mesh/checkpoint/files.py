@@ -29,7 +29,8 @@ from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 
-FORMAT = 3  # of the index and the files; raise it with every incompatible change
+FORMAT = 4  # of the index and the files; raise it with every incompatible change
+READABLE = (3, FORMAT)  # 3 does not name the metric of the best model
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -45,18 +46,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Best:
-    """Step and value of the best evaluation so far."""
+    """Step and value of the best evaluation so far, by a metric of its own."""
 
     step: int
     value: float
+    metric: str = "eval/accuracy"  # the only one of format 3
 
 
 @dataclass(frozen=True)
 class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
-    `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
-    each parameter's global shape; `files`: entries by file name; `best` names the model in
-    RUN_DIR/best that was the best at that step."""
+    `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
+    mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step."""
 
     step: int
     updates: int
@@ -65,6 +67,7 @@ class Index:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
     best: Best | None = None
+    without_signal: int = 0
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -122,7 +125,7 @@ def read_index(path: Path) -> Index:
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
-        if (version := content.get("format", 1)) != FORMAT:
+        if (version := content.get("format", 1)) not in READABLE:
             wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
             remedy = "resume with the version that wrote it, or start a new run"
             raise OtherFormat(f"{wrong}; {remedy}")
@@ -149,7 +152,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
-    return Index(step, updates, seed, content["digests"], shapes, files, best)
+    without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
+    return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:

@@ -120,7 +120,9 @@ def model_config(shape: ModelShape, max_length: int) -> Policy.Config:
         enable_weight_tying=shape.tied,
         tok_embeddings=Embedding.Config(num_embeddings=shape.vocab_size, embedding_dim=shape.dim),
         norm=RMSNorm.Config(normalized_shape=shape.dim, eps=shape.norm_eps),
-        lm_head=LMHead.Config(in_features=shape.dim, out_features=shape.vocab_size),
+        lm_head=LMHead.Config(
+            in_features=shape.dim, out_features=shape.vocab_size, textless=shape.textless
+        ),
         layers=[_block(shape, layer) for layer in range(shape.num_layers)],
     )
 

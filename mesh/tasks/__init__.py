@@ -33,7 +33,7 @@ class TaskSpec:
 
 
 class Task(Protocol):
-    """Interface between recipes and tasks.
+    """Interface between recipes and tasks. A task may also say what is correct: `correct.py`.
 
     A task of a finite data set may have `all_prompts() -> Sequence[Prompt]` as well: everything
     that training may draw, which is then checked before the start.
@@ -54,7 +54,7 @@ class Task(Protocol):
         ...
 
     def score(self, prompt: Prompt, response: str) -> float:
-        """Reward of a response: a finite number."""
+        """Reward of a response: a finite number, as a scalar of Python, numpy or torch."""
         ...
 
 
