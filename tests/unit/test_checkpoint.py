@@ -454,6 +454,22 @@ def test_a_resumed_run_has_its_own_keys_but_for_how_it_runs(tmp_path):
     assert "the run computes with 0.0001; leave it out, or start a new run" in wrong
 
 
+def test_a_resumed_run_may_raise_the_context_unless_the_run_skips_what_is_longer(tmp_path):
+    save_conf(conf_of("model.max_length=32"), tmp_path / "config.yaml")
+    word = f"resume={tmp_path}"
+    _, raised = load_conf([word, "model.max_length=33", "overlong=skip"], resumes=True)
+    assert (raised.model.max_length, raised.overlong) == (33, "skip")
+    assert (
+        "model.max_length=31: the run computes with 32, which a resumed run may raise only; leave "
+        "it out, or start a new run"
+    ) in refusal(word, "model.max_length=31")
+    save_conf(conf_of("model.max_length=32", "overlong=skip"), tmp_path / "config.yaml")
+    assert (
+        "model.max_length=33: the run skips what is longer than 32 (overlong=skip); leave it out"
+    ) in refusal(word, "model.max_length=33")
+    assert load_conf([word, "overlong=stop"], resumes=True)[1].overlong == "stop"
+
+
 def test_what_cannot_resume_says_so(tmp_path):
     word = f"resume={tmp_path}"
     assert f"holds no run ({tmp_path}/config.yaml is not a file)" in refusal(word)
