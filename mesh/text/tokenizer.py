@@ -221,7 +221,7 @@ def _named_eos(directory: Path, backend: Backend) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in listed):
+        if not all(type(item) is int for item in listed):
             path = directory / name
             raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
         ids += listed
