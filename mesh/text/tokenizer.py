@@ -57,7 +57,7 @@ class Tokenizer:
 
     def has(self, token_id: int) -> bool:
         """True if the id has a token, an added or special one too: ids may have holes."""
-        return token_id >= 0 and self.backend.id_to_token(token_id) is not None
+        return self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
@@ -119,7 +119,8 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    size = tokenizer.vocab_size
+    without = [str(i) for i in tokenizer.eos_ids if i >= size or not tokenizer.has(i)]
     if without:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
