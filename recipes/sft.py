@@ -30,6 +30,7 @@ from mesh.config.changes import changed
 from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
+from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
                 if step + 1 == conf.steps:
                     sync(program)
                     metrics |= held_out(program, process)
+                trim(step + 1)
                 logger.log(step + 1, metrics)
                 if process.should_stop():
                     break

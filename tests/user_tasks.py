@@ -228,6 +228,24 @@ class Foreseen(SpellBackward):
         return float(len(response))  # seldom all equal in a group
 
 
+@dataclass(frozen=True)
+class Troubled(SpellBackward):
+    """Scores of rank TROUBLE_RANK raise in step TROUBLE_STEP, those of training prompts or
+    (TROUBLE_HELD_OUT) of held-out ones; without these variables it is a task like any other. To be
+    scored by the rank itself."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        last_step[:] = [step]
+        return super().train_prompts(step, num)
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        here = os.environ["RANK"] == os.environ.get("TROUBLE_RANK", "0")
+        now = str(last_step[0] + 1) == os.environ.get("TROUBLE_STEP")
+        if here and now and is_held_out(prompt.text) == ("TROUBLE_HELD_OUT" in os.environ):
+            raise RuntimeError("the judge does not answer")
+        return float(len(response))
+
+
 def pair_of_ids() -> list[int]:
     """This process and its parent, the supervisor."""
     return [os.getpid(), os.getppid()]

@@ -175,7 +175,11 @@ class ValidateConf:
 
 @dataclass(frozen=True)
 class CheckpointConf:
-    every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
+    every: int = key(
+        0,
+        "steps between checkpoints, and one after the last; 0: only where a run stops or fails",
+        ge=0,
+    )
     keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
     best: bool = key(
         True, "with checkpoint.every: keep the model of the best evaluation in RUN_DIR/best"

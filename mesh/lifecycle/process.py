@@ -106,6 +106,8 @@ class Process:
             self.guard.fail(error)
         if error is not None and failed and not refused:
             write_error_files(error, self.rank, self.guard.run_dir)
+            if outlook := self.guard.save():
+                error.add_note(outlook)
         self.guard.leave(exit_code=REFUSED if refused else int(failed))
         for close in self.closers:
             close()

@@ -32,6 +32,7 @@ from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.schema import Conf
+from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.process import Process
@@ -139,11 +140,12 @@ def advance_badly(trainer: Trainer) -> dict[str, float]:
 
 
 def bits_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        f"{kind}/{name}": tensor.detach().to_local().clone()
-        for kind, tensors in trainer.state().items()
-        for name, tensor in tensors.items()
-    }
+    with torch.no_grad():
+        return {
+            f"{kind}/{name}": tensor.clone()
+            for kind, tensors in trainer.state().items()
+            for name, tensor in local_tensors(tensors).items()
+        }
 
 
 def run_with(process: Process, path: Path, steps: int, *words: str) -> tuple[Conf, Trainer]:
@@ -395,7 +397,6 @@ def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     partial = tmp_path / "run" / "checkpoints" / "step-2.partial" / RANK_0
     assert f"checkpoint of step 2 could not be written: {partial}: [Errno 27]" in str(caught.value)
-    assert f"the previous one with resume={tmp_path / 'run'}" in str(caught.value)
     assert names_in(tmp_path / "run") == ["step-1"]
     step, other = loaded(process, tmp_path / "run", conf)
     assert step == 1
