@@ -42,7 +42,8 @@ from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw
+from mesh.tasks.prompts import step_prompts
 
 Metrics = dict[str, Any]
 Sample = dict[str, Any]
@@ -104,7 +105,7 @@ def train_step(
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
-    prompts = draw_prompts(plan.task, Draw(step, keys.num_prompts))
+    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
     advantages: dict[int, list[float]] = {}
     waves, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
@@ -132,7 +133,7 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, keys.group_size) | {"digest/weights": digest}
+    metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(prompts, waves, advantages, plan.tokenizer.decode)
     return metrics, samples

@@ -30,8 +30,7 @@ from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 
 FORMAT = 4  # of the index and the files; raise it with every incompatible change
-UNLOGGED = 5  # the same, of a step that resuming has to evaluate and log
-READABLE = (3, FORMAT, UNLOGGED)  # 3 does not name the metric of the best model
+READABLE = (3, FORMAT)  # 3 neither names the best model's metric nor holds unlogged steps
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -59,8 +58,7 @@ class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
     `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
     mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
-    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step;
-    `format`: FORMAT or UNLOGGED."""
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step."""
 
     step: int
     updates: int
@@ -70,7 +68,6 @@ class Index:
     files: dict[str, Entry]
     best: Best | None = None
     without_signal: int = 0
-    format: int = FORMAT
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -82,7 +79,7 @@ class Index:
         return [ParamLayout(n, shape, blocks[n]) for n, shape in sorted(self.shapes.items())]
 
     def to_json(self) -> str:
-        content = asdict(self)
+        content = {"format": FORMAT} | asdict(self)
         return json.dumps({"content": content, "sha256": _sha256_of(content)}) + "\n"
 
 
@@ -152,8 +149,7 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
     without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
-    counts = {"without_signal": without_signal, "format": content["format"]}
-    return Index(step, updates, seed, content["digests"], shapes, files, best, **counts)
+    return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mesh.checkpoint.files import UNLOGGED, Entry, Index, entry_of
+from mesh.checkpoint.files import Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
 from mesh.checkpoint.logs import copy_jobs
 from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
@@ -75,8 +75,6 @@ class Rescue:
         with torch.no_grad():
             shards = {kind: local_tensors(part) for kind, part in trainer.state().items()}
             shards["weights"] = local_tensors(trainer.parameters())  # a tied one has both names
-        if unlogged is not None:
-            index = replace(index, format=UNLOGGED)
         self.rest = Rest(index, logs, shards, unlogged)
 
     def __call__(self, meeting: Meeting) -> str:

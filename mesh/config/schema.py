@@ -218,6 +218,11 @@ class Conf:
     )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    overlong: Literal["stop", "skip"] = key(
+        "stop",
+        "a training prompt that leaves no room for a response, or that the tokenizer cannot "
+        "encode, ends the run; skip: another one is drawn in its place",
+    )
     group_size: int = key(8, "rollouts per prompt", ge=2)
     waves: int = key(
         1, "parts that a step is generated in; split meshes overlap them with training", ge=1

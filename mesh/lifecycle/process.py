@@ -72,7 +72,7 @@ class Process:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value of a small picklable object, by rank, on every rank. Collective."""
-        boxes = [None] * self.world_size
+        boxes: list[Any] = [None] * dist.get_world_size(self.cpu_group)
         dist.all_gather_object(boxes, value, group=self.cpu_group)
         return boxes
 
