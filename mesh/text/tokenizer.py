@@ -26,6 +26,8 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 
 OTHER_TOKENIZER = "set model.tokenizer to one that can"
 
+CACHED_WORDS = 4096  # of the 10,000 that the library keeps for ever, 300 bytes each
+
 
 class UnknownText(ValueError):
     """A text with a part that the tokenizer does not know. wrong: the message without a remedy."""
@@ -92,6 +94,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     # a file may contain truncation and padding settings of some earlier training run
     backend.no_truncation()
     backend.no_padding()
+    if hasattr(backend.model, "_resize_cache"):
+        backend.model._resize_cache(CACHED_WORDS)
     settings, named = (
         _read_json(directory / "tokenizer_config.json"),
         _named_eos(directory, backend),
