@@ -171,7 +171,8 @@ class Wave:
 class ModelShape:
     """A model by its sizes, which a layout has to divide, and the constants of its maths.
 
-    `max_positions`: the longest context it was made for.
+    `max_positions`: the longest context it was made for. `pad_id`: the token whose embedding does
+    not learn from being looked up; None: there is none.
     """
 
     vocab_size: int
@@ -185,3 +186,4 @@ class ModelShape:
     norm_eps: float = 1e-6
     tied: bool = True
     max_positions: int = 32768
+    pad_id: int | None = None

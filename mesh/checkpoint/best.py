@@ -19,7 +19,7 @@ from mesh.checkpoint.folder import checked_index, discard, on_rank0, prepare, re
 from mesh.config.schema import Conf
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
-from mesh.model.hf import weight_problems
+from mesh.model.weight_checks import weight_problems
 from mesh.types import ModelShape
 
 METRIC = "eval/accuracy"

@@ -48,6 +48,12 @@ class ModelConf:
     tokenizer: str | None = key(
         None, "directory with tokenizer.json; unset: model.path, else the shipped characters"
     )
+    ignore_config: list[str] = key(
+        [], "entries of model.path's config.json that are read as if they were not there"
+    )
+    ignore_tensors: list[str] = key(
+        [], "tensors in model.path that are left out: names, or patterns like score.*"
+    )
     max_length: int = key(
         2048, "context: prompt and response together never exceed it [tokens]", ge=2
     )
