@@ -16,11 +16,18 @@ in the context for another turn."""
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
+TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context"})
+"""Reasons that cut a rollout before its end: what is scored is unfinished. The most turns are an
+end that was planned."""
+
 RolloutKey = tuple[int, int]
 """(prompt_id, sample_id): names a rollout within its step."""
 
 MAX_TP = 8
 """The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
+
+LARGEST_REWARD = 1e100
+"""The largest magnitude of a reward: sums of squares of such differences stay finite in float64."""
 
 HEAD_DIMS = (32, 64, 128)
 """Head dims of our attention kernels for Hopper GPUs."""
@@ -167,12 +174,17 @@ class Wave:
     rollouts: list[Rollout]
 
 
+IdSpans = tuple[tuple[int, int], ...]
+"""Token ids as half-open spans (first, last), in order."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model by its sizes, which a layout has to divide, and the constants of its maths.
 
-    `max_positions`: the longest context it was made for. `pad_id`: the token whose embedding does
-    not learn from being looked up; None: there is none.
+    `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
+    not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
+    has no token, whose probability is exactly 0.
     """
 
     vocab_size: int
@@ -187,3 +199,4 @@ class ModelShape:
     tied: bool = True
     max_positions: int = 32768
     pad_id: int | None = None
+    textless: IdSpans = ()

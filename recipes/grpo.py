@@ -34,6 +34,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
 from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
 from mesh.roles.evaluation import evaluate
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
         plan = check(conf, process)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)
+        for warning in start_warnings(plan):
+            process.say(warning)
         program = assemble(plan, process)
         checkpoints = Checkpointer(conf, run_dir, process, program.trainer)
         first = checkpoints.load() if resume else 0
@@ -102,7 +105,9 @@ def train_step(
     for part in waves_of(prompts, keys.waves):
         with phases("generate"):
             sampling = generator.sampling(step)
-            rollouts = generator.rollout(program.scorer, part, keys.group_size, sampling)
+            rollouts = generator.rollout(
+                program.scorer, part, keys.group_size, sampling, keys.truncated_reward
+            )
         with phases("exchange"):
             wave = program.exchange([p.prompt_id for p in part], rollouts)
             share = share_of(wave, keys, trainer.dp, trainer.dp_rank)

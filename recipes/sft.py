@@ -73,7 +73,9 @@ def main(argv: list[str]) -> None:
         trainer = replace(plan.trainer, reference=False)
         plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY))
         with refusing():  # what does not fit is refused before anything is built
+            end = answer_end(plan)
             examples(conf, plan, step=0)
+        process.say(f"an answer ends with {plan.tokenizer.backend.id_to_token(end)!r} (id {end})")
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(plan, process)
         phases = Phases(process.device)
@@ -128,7 +130,7 @@ def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
 
 
 def examples(conf: Conf, plan: Plan, step: int) -> list[Rollout]:
-    """A rollout per prompt of a step: its solution and the end-of-sequence token.
+    """A rollout per prompt of a step: its solution and the token that ends an answer.
 
     Raises ValueError where the longest of them does not fit into the context.
     """
@@ -143,9 +145,23 @@ def example(plan: Plan, prompt: Prompt) -> Rollout:
     """The rollout of a generator that knows the solution."""
     question = tuple(plan.tokenizer.encode(prompt.text))
     answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt)))
-    tokens = (*answer, plan.tokenizer.eos_ids[0])
+    tokens = (*answer, answer_end(plan))
     unknown = (0.0,) * len(tokens)
     return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
+
+
+def answer_end(plan: Plan) -> int:
+    """The token that ends an answer: the one with which the chat template ends an assistant's turn,
+    else the first that generation_config.json names. ValueError where the template fails.
+    """
+    tokenizer = plan.tokenizer
+    if tokenizer.template_problem:
+        raise ValueError(
+            f"model.tokenizer={tokenizer.directory}: its chat template, which says what ends an "
+            f"answer, cannot be rendered: {tokenizer.template_problem}; correct the template, or "
+            "remove it: then the first eos_token_id of generation_config.json ends an answer"
+        )
+    return tokenizer.eos_ids[0]
 
 
 def solution_of(task: Task, prompt: Prompt) -> str:

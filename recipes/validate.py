@@ -67,8 +67,12 @@ def main(argv: list[str]) -> None:
 
 
 def uneven_plan(conf: Conf, process: Process) -> Plan:
-    """The plan of `conf` with a little more reward, by the response: steps then have a gradient."""
+    """The plan of `conf` with a little more reward, by the response: steps then have a gradient.
+
+    Truncated responses are trained on by their score, so that all tokens are compared.
+    """
     keys = uneven_keys(conf.task, conf.task_args, num_workers(conf))
+    keys |= {"truncated": "score", "truncated_reward": None}
     return check(changed(conf, keys), process, held_out=False)
 
 

@@ -1,9 +1,9 @@
 """The model of the best evaluation so far, as a Hugging Face directory RUN_DIR/best/step-N.
 
-Best is the largest `eval/accuracy`; ties go to the first. A directory with that name is complete:
-it is written under another one, flushed to disk, and renamed. A checkpoint names the best model of
-its step, so a directory stays while it is the best or a kept checkpoint names it: a resumed run
-continues with the best it had at that step, whatever it found later.
+Best is the largest value of `checkpoint.best_metric`; ties go to the first. A directory with that
+name is complete: it is written under another one, flushed to disk, and renamed. A checkpoint names
+the best model of its step, so a directory stays while it is the best or a kept checkpoint names it:
+a resumed run continues with the best it had at that step, whatever it found later.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from safetensors import SafetensorError
 
 from mesh.checkpoint.files import Best
 from mesh.checkpoint.folder import checked_index, discard, on_rank0, prepare, refuse_link, steps_in
+from mesh.config.keys import problem
 from mesh.config.schema import Conf
+from mesh.config.spelling import nearest
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.model.weight_checks import weight_problems
+from mesh.roles.evaluation import metric_names
 from mesh.types import ModelShape
 
-METRIC = "eval/accuracy"
 Save = Callable[[Path], None]
 
 
@@ -33,6 +35,7 @@ class BestModel:
         self.run_dir, self.path = run_dir, run_dir / "best"
         self.process, self.shape = process, shape
         self.wanted = conf.checkpoint.every > 0 and conf.checkpoint.best
+        self.metric = conf.checkpoint.best_metric
         self.current: Best | None = None
         if self.wanted:
             on_rank0(process, self.path, lambda: prepare(self.path))
@@ -42,9 +45,9 @@ class BestModel:
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
         """True if a step's metrics, the same on all ranks, hold a better evaluation."""
-        if not self.wanted or METRIC not in metrics:
+        if not self.wanted or self.metric not in metrics:
             return False
-        return self.current is None or metrics[METRIC] > self.current.value
+        return self.current is None or metrics[self.metric] > self.current.value
 
     def store(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
         """Write the model with `save`, which all ranks call. Raises RuntimeError if it cannot be
@@ -59,12 +62,20 @@ class BestModel:
                 f"that, then continue from the last checkpoint with resume={self.run_dir}"
             ) from error
         on_rank0(self.process, self.path, lambda: sync_path(self.path))  # also a barrier
-        self.current = Best(step, float(metrics[METRIC]))
+        self.current = Best(step, float(metrics[self.metric]), self.metric)
 
     def restore(self, best: Best | None) -> None:
-        """Continue with the best model that a checkpoint names. If it has been damaged since,
-        report that; the next evaluation is then the best."""
+        """Continue with the best model that a checkpoint names. If it has been damaged since, or
+        was the best by another metric, report that; the next evaluation is then the best."""
         self.current = best
+        if best is not None and self.wanted and best.metric != self.metric:
+            self.process.say(
+                f"checkpoint.best_metric={self.metric}: the best model so far, "
+                f"{self.folder(best.step)}, followed {best.metric}; the next evaluation becomes "
+                "the best, and that one goes with the checkpoints that name it"
+            )
+            self.current = None
+            return
         wrong = on_rank0(self.process, self.path, lambda: self._problems(best))
         if best is not None and wrong:
             self.process.say(
@@ -99,8 +110,20 @@ class BestModel:
     def report(self) -> None:
         """Print the best evaluation and its model's directory."""
         if self.current is not None:
-            step, value = self.current.step, self.current.value
-            self.process.say(f"best: {METRIC} {value:.3f} of step {step}, {self.folder(step)}")
+            step, value, metric = self.current.step, self.current.value, self.current.metric
+            self.process.say(f"best: {metric} {value:.3f} of step {step}, {self.folder(step)}")
+
+
+def best_metric_problems(conf: Conf) -> list[str]:
+    """A metric to follow that no evaluation of the run logs."""
+    metric, choices = conf.checkpoint.best_metric, metric_names(conf.eval.num_samples)
+    if metric in choices:
+        return []
+    close = nearest(metric, choices)
+    meant = f"did you mean {close}? " if close else ""
+    wrong = f"no evaluation with eval.num_samples={conf.eval.num_samples} logs it"
+    remedy = f"{meant}use one of {', '.join(choices)}"
+    return [problem("checkpoint.best_metric", metric, wrong, remedy)]
 
 
 def best_steps_in(checkpoints: Path) -> set[int]:

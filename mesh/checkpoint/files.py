@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from safetensors import safe_open
 from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
+from mesh.model.safetensors_files import header_of, is_file_name
 
-FORMAT = 3  # of the index and the files; raise it with every incompatible change
+FORMAT = 4  # of the index and the files; raise it with every incompatible change
+READABLE = (3, FORMAT)  # 3 does not name the metric of the best model
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -45,18 +47,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Best:
-    """Step and value of the best evaluation so far."""
+    """Step and value of the best evaluation so far, by a metric of its own."""
 
     step: int
     value: float
+    metric: str = "eval/accuracy"  # the only one of format 3
 
 
 @dataclass(frozen=True)
 class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
-    `step` if some were skipped. `digests`: one mesh-independent digest per kind of state; `shapes`:
-    each parameter's global shape; `files`: entries by file name; `best` names the model in
-    RUN_DIR/best that was the best at that step."""
+    `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
+    mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step."""
 
     step: int
     updates: int
@@ -65,6 +68,7 @@ class Index:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, Entry]
     best: Best | None = None
+    without_signal: int = 0
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -122,7 +126,7 @@ def read_index(path: Path) -> Index:
     try:
         stored = json.loads(_read(path / INDEX))
         content = stored["content"]
-        if (version := content.get("format", 1)) != FORMAT:
+        if (version := content.get("format", 1)) not in READABLE:
             wrong = f"{path} has checkpoint format {version}, this version of mesh reads {FORMAT}"
             remedy = "resume with the version that wrote it, or start a new run"
             raise OtherFormat(f"{wrong}; {remedy}")
@@ -139,7 +143,7 @@ def read_index(path: Path) -> Index:
 def _index_of(content: Mapping[str, Any]) -> Index:
     files = {}
     for name, entry in content["files"].items():
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise ValueError(f"{INDEX} names {name!r}, which is outside the checkpoint")
         blocks = {
             parameter: Block(tuple(block["offset"]), tuple(block["size"]))
@@ -149,7 +153,8 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
-    return Index(step, updates, seed, content["digests"], shapes, files, best)
+    without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
+    return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:
@@ -180,7 +185,8 @@ def read_blocks(
 ) -> None:
     """Fill one rank's local tensors `state[kind][name]` from a checkpoint of any mesh.
 
-    Raises ValueError naming the parameters if it holds others than `layouts`, or only part of one.
+    Raises ValueError naming the parameters if it holds others than `layouts`, or only part of one,
+    and naming the file if its header is not what the index says.
     """
     mine = [
         ParamLayout(
@@ -193,12 +199,26 @@ def read_blocks(
         by_file[copy.src_rank].append(copy)
     names = sorted(index.files)
     for number, copies in by_file.items():
+        _check_header(path / names[number], index.files[names[number]], state)
         with safe_open(path / names[number], framework="pt") as handle:
             for kind, tensors in state.items():
                 for copy in copies:
                     heartbeat()
                     stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
                     tensors[copy.name][copy.destination.slices].copy_(stored)
+
+
+def _check_header(file: Path, entry: Entry, kinds: Collection[str]) -> None:
+    held = header_of(file)
+    for name, block in entry.blocks.items():
+        for kind in kinds:
+            stored = held.get(f"{kind}/{name}")
+            if stored is None or (stored.dtype, stored.shape) != ("F32", block.size):
+                wrong = "nothing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+                raise ValueError(
+                    f"{file}: {INDEX} says F32 {list(block.size)} of {kind}/{name}, and there is "
+                    f"{wrong}"
+                )
 
 
 def flush(file: Any) -> None:

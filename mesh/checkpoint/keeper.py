@@ -160,6 +160,7 @@ class Checkpointer:
             shapes,
             {},
             self.best.current,
+            self.trainer.without_signal,
         )
         self._on_rank0(lambda: folder.mkdir())
         with torch.no_grad():
@@ -262,7 +263,7 @@ class Checkpointer:
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)
-        self.trainer.continue_after(index.step, index.updates)
+        self.trainer.continue_after(index.step, index.updates, index.without_signal)
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

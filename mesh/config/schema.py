@@ -119,7 +119,8 @@ class RewardConf:
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
-        "stop", "a score that hangs, raises, crashes or is not finite: end the run, or count 0.0"
+        "stop",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0",
     )
 
 
@@ -183,7 +184,12 @@ class CheckpointConf:
     every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
     keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
     best: bool = key(
-        True, "with checkpoint.every: keep the model with the best eval/accuracy in RUN_DIR/best"
+        True, "with checkpoint.every: keep the model of the best evaluation in RUN_DIR/best"
+    )
+    best_metric: str = key(
+        "eval/accuracy",
+        "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
+        "eval/accuracy_greedy; the largest value is the best",
     )
 
 
@@ -223,6 +229,9 @@ class Conf:
     advantage: Literal["std", "centred"] | None = key(
         None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
     )
+    advantage_eps: float = key(
+        1e-6, "with advantage=std: added to the group's std before dividing by it", ge=0, lt=INF
+    )
     aggregation: Literal["token", "sequence", "constant"] | None = key(
         None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
     )
@@ -236,6 +245,13 @@ class Conf:
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
     drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    truncated: Literal["score", "mask"] = key(
+        "score",
+        "responses cut at generator.max_new_tokens: score them, or mask them out of the loss",
+    )
+    truncated_reward: float | None = key(
+        None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",

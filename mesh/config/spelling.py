@@ -31,6 +31,7 @@ OTHER_SYSTEMS = {
     "clip_high": "epsilon epsilon_high clip_range cliprange clip_ratio clip_ratio_high clip_eps",
     "loss": "loss_fn loss_type algorithm",
     "advantage": "adv_estimator",
+    "truncated": "mask_truncated_completions overlong_filtering",
     "task": "dataset reward_fn reward_function",
     "run_dir": "output_dir",
     "checkpoint.every": "save_steps save_freq",

@@ -20,5 +20,6 @@
 
 A completion depends on the weights, the prompt and (seed, step, prompt_id, sample_id, position),
 not on its batch nor on when it was added; in batch-invariant mode to the bit. Its logprobs are
-those of `mesh.model.logprobs`: log_softmax(logits / temperature) before truncation.
+those of `mesh.model.logprobs`: log_softmax(logits / temperature) before truncation. Ids without a
+text (`ModelShape.textless`) have probability 0.
 """

@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mesh.engine.sampler import draw
-from mesh.model.logprobs import score_tiles, shard_of, vocab_products, vocab_tiles
+from mesh.model.logprobs import score_tiles, shard_of
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
-from mesh.types import Sampling
+from mesh.model.vocabulary import mask_ids, vocab_products, vocab_tiles
+from mesh.types import IdSpans, Sampling
 
 
 def live_weights(model: Policy) -> dict[str, torch.Tensor]:
@@ -47,16 +48,19 @@ def choose(
     keys_S: torch.Tensor,
     sampling: Sampling,
     group: dist.ProcessGroup | None,
+    textless: IdSpans,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles.
 
-    logits_SV: this rank's vocabulary shard of logits; keys_S: `sampler.token_keys`.
+    logits_SV: this rank's vocabulary shard of logits; keys_S: `sampler.token_keys`. Consumes the
+    logits: those of `textless` ids are overwritten, and never drawn.
     """
     shard, num_shards = shard_of(group)
+    first = shard * logits_SV.shape[-1]
+    mask_ids(logits_SV, textless, first)
     temperature = sampling.temperature or 1.0
     tiles = vocab_tiles(logits_SV.shape[-1] * num_shards, num_shards)
     tokens_S = draw(logits_SV, keys_S, sampling, group, temperature)
     pieces = [([0, *(last for _, last in tiles)], logits_SV)]
-    targets_S = tokens_S - shard * logits_SV.shape[-1]
-    scores = score_tiles(pieces, targets_S, temperature, group, with_entropy=False)
+    scores = score_tiles(pieces, tokens_S - first, temperature, group, with_entropy=False)
     return tokens_S, scores[0]

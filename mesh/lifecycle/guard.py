@@ -51,7 +51,7 @@ from mesh.lifecycle.watchdog import Watchdog
 POLL_SECONDS = 0.25
 SETTLE_SECONDS = 0.5  # a killed peer breaks our collectives before it can be seen to be dead
 MUTE_SECONDS = 6.0  # the longest wait for the other ranks before the first error is printed
-ECHO_SECONDS = 1.0  # launchers repeat a signal; a person presses Ctrl-C again later than this
+ECHO_SECONDS = 0.1  # a wrapper repeats the terminal's signal within 1 ms; nobody presses so fast
 LEAVE_SECONDS = 20.0  # the longest a clean teardown may take
 REFUSED = 2  # exit status of a start that its user has to change
 REFUSED_SECONDS = 10.0  # the longest wait for the other ranks of a machine to leave after a refusal
@@ -175,6 +175,8 @@ class Guard:
             self._end_orphaned("torchrun is gone")
         if self._stop_at is not None and not self._obeyed and now > self._stop_at + self._patience:
             self._abandon("the step did not end in time")
+        if self._store.check(["abandoned"]):
+            self._abandon(self._store.get("abandoned").decode())
         if self._store.check(["first"]):
             self._end_after(Failure.from_json(self._store.get("first")))
         if lost := self._peers.lost():
@@ -254,9 +256,11 @@ class Guard:
         return REFUSED
 
     def _abandon(self, why: str) -> NoReturn:
-        """End after a signal, which every rank gets and handles by itself: wait for the slower ones
-        a moment."""
+        """End all ranks after a signal. Each gets its own; the first to decide tells the others,
+        which have a moment to see it."""
         last_words = mute()
+        with contextlib.suppress(dist.DistError):
+            self._store.set("abandoned", why)
         self._peers.announce("stopped")
         if self.rank == 0:
             where = f"; run directory: {self.run_dir}" if self.run_dir else ""

@@ -29,6 +29,7 @@ from mesh.invariant.switch import current
 from mesh.model.logprobs import TokenScores, token_logprobs
 from mesh.model.lookup import lookup
 from mesh.model.parallel import copy_to, enter, leave, local
+from mesh.types import IdSpans
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -278,13 +279,16 @@ class LMHead(TitanLinear):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanLinear.Config):
-        pass
+        textless: IdSpans = ()
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
+        self.textless = config.textless
 
     def forward(
         self, hidden_AD: torch.Tensor, targets_A: torch.Tensor, temperature: float
     ) -> TokenScores:
-        return token_logprobs(hidden_AD, local(self.weight), targets_A, temperature, self.tp_group)
+        return token_logprobs(
+            hidden_AD, local(self.weight), targets_A, temperature, self.tp_group, self.textless
+        )

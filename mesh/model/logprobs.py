@@ -12,7 +12,6 @@ a kernel of `triton_scores`, specified by the plain functions here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,10 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mesh.invariant.switch import current
-from mesh.types import MAX_TP
-
-MAX_TILE = 32768
+from mesh.invariant.reductions import tree_sum
+from mesh.model.vocabulary import MAX_TILE, mask_ids, vocab_products
+from mesh.types import IdSpans
 
 
 class TokenScores(NamedTuple):
@@ -31,47 +29,6 @@ class TokenScores(NamedTuple):
 
     logprobs_A: torch.Tensor
     entropy_A: torch.Tensor
-
-
-@cache
-def vocab_tiles(vocab_size: int, num_shards: int = 1) -> tuple[tuple[int, int], ...]:
-    """Half-open tiles (first, last) of one of `num_shards` equal shards, in local indices.
-
-    The tiles of the whole vocabulary are the same for every `num_shards` up to MAX_TP: it is halved
-    as often as MAX_TP allows, and each part split into pieces of at most MAX_TILE.
-    Raises ValueError if `num_shards` would split a tile.
-    """
-    parts = MAX_TP
-    while vocab_size % parts:
-        parts //= 2
-    if parts % num_shards:
-        raise ValueError(f"a vocabulary of {vocab_size} cannot be split into {num_shards} shards")
-    width = vocab_size // parts
-    per_part = -(-width // MAX_TILE)
-    edges = [
-        part * width + piece * width // per_part
-        for part in range(parts)
-        for piece in range(per_part)
-    ]
-    edges = [*edges[: len(edges) // num_shards], vocab_size // num_shards]
-    return tuple(pairwise(edges))
-
-
-def vocab_products(rows: int, num_shards: int) -> list[list[int]]:
-    """Tile edges of each matrix product over a vocabulary shard of this many rows."""
-    tiles = vocab_tiles(rows * num_shards, num_shards)
-    if is_one_product(rows * num_shards):
-        return [[0, *(last for _, last in tiles)]]
-    return [list(tile) for tile in tiles]
-
-
-def is_one_product(vocab_size: int) -> bool:
-    """True if a shard's tiles are one matrix product: for small vocabularies, which need little
-    memory. With the switch on, only on CPU, where the self-test treats it as a layer whose outputs
-    are sharded.
-    """
-    switch = current()
-    return vocab_size <= MAX_TILE and (switch is None or switch.device_type == "cpu")
 
 
 def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
@@ -84,13 +41,20 @@ def tile_logsumexp(logits: torch.Tensor) -> torch.Tensor:
 
 
 def combine_logsumexp(tiles_KA: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over tiles, [K, A] -> [A], summed along one fixed binary tree."""
+    """Log-sum-exp over tiles, [K, A] -> [A]."""
     peak_A = tiles_KA.amax(0)
-    terms_KA = (tiles_KA - peak_A).exp()
+    return peak_A + sum_tiles((tiles_KA - peak_A).exp()).log()
+
+
+def sum_tiles(terms_KA: torch.Tensor) -> torch.Tensor:
+    """Sum over tiles, [K, A] -> [A], along one fixed binary tree.
+
+    `Tensor.sum` adds in an order that depends on the column's place and on their number.
+    """
     while (count := len(terms_KA)) > 1:
         pairs = terms_KA[: count - 1 : 2] + terms_KA[1::2]
         terms_KA = torch.cat([pairs, terms_KA[-1:]]) if count % 2 else pairs
-    return peak_A + terms_KA[0].log()
+    return terms_KA[0]
 
 
 def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -132,7 +96,7 @@ def plain_tile_scores(
     logsumexp_AK = tile_logsumexp(z_AKW)
     moment_AK = torch.zeros_like(logsumexp_AK)
     if with_moment:
-        moment_AK = (F.softmax(z_AKW, dim=-1) * z_AKW).sum(-1)
+        moment_AK = tree_sum(F.softmax(z_AKW, dim=-1) * z_AKW)
     index_A1 = (targets_A - edges[0])[:, None]
     picked_A1 = z_AKW.flatten(1).gather(1, index_A1.clamp(0, edges[-1] - edges[0] - 1))
     holder_K = torch.arange(z_AKW.shape[1], device=index_A1.device)
@@ -166,7 +130,7 @@ def plain_combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[
     logsumexp_A = combine_logsumexp(tiles_KA)
     entropy_A = torch.zeros_like(logsumexp_A)
     if with_entropy:
-        entropy_A = logsumexp_A - ((tiles_KA - logsumexp_A).exp() * moment_KA).sum(0)
+        entropy_A = logsumexp_A - sum_tiles((tiles_KA - logsumexp_A).exp() * moment_KA)
     return target_KA.amax(0) - logsumexp_A, entropy_A, logsumexp_A
 
 
@@ -236,6 +200,21 @@ def score_tiles(
     return combine_scores(gather_tiles(scores_K3A, group), with_entropy)
 
 
+def piece_logits(
+    hidden_AD: torch.Tensor,
+    weight: torch.Tensor,
+    edges: Sequence[int],
+    first: int,
+    textless: IdSpans,
+) -> torch.Tensor:
+    """Logits of rows edges[0] to edges[-1] of this rank's `weight`, whose first row is id `first`;
+    those of `textless` ids are masked.
+    """
+    logits_AV = F.linear(hidden_AD, weight[edges[0] : edges[-1]])
+    mask_ids(logits_AV, textless, first + edges[0])
+    return logits_AV
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -245,11 +224,13 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_A: torch.Tensor,
         temperature: float,
         group: dist.ProcessGroup | None,
+        textless: IdSpans,
     ) -> tuple[torch.Tensor, ...]:
         shard, num_shards = shard_of(group)
-        targets_A = targets_A - shard * weight.shape[0]
+        first = shard * len(weight)
+        targets_A = targets_A - first
         pieces = (
-            (edges, F.linear(hidden_AD, weight[edges[0] : edges[-1]]))
+            (edges, piece_logits(hidden_AD, weight, edges, first, textless))
             for edges in vocab_products(len(weight), num_shards)
         )
         logprobs_A, entropy_A, logsumexp_A = score_tiles(
@@ -257,6 +238,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden_AD, weight, targets_A, logsumexp_A)
         ctx.temperature, ctx.group, ctx.num_shards = temperature, group, num_shards
+        ctx.first, ctx.textless = first, textless
         ctx.mark_non_differentiable(entropy_A)
         return logprobs_A, entropy_A
 
@@ -268,13 +250,13 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         for edges in vocab_products(len(weight), ctx.num_shards):
             first, last = edges[0], edges[-1]
-            logits = F.linear(hidden_AD, weight[first:last])
+            logits = piece_logits(hidden_AD, weight, edges, ctx.first, ctx.textless)
             grad = tile_gradient(logits, first, targets_A, logsumexp_A, scale_A, ctx.temperature)
             grad_hidden_AD += grad @ weight[first:last]
             grad_weight[first:last] = grad.t() @ hidden_AD
         if ctx.group is not None:
             dist.all_reduce(grad_hidden_AD, group=ctx.group)
-        return grad_hidden_AD.to(hidden_AD.dtype), grad_weight, None, None, None
+        return grad_hidden_AD.to(hidden_AD.dtype), grad_weight, None, None, None, None
 
 
 def token_logprobs(
@@ -283,11 +265,13 @@ def token_logprobs(
     targets_A: torch.Tensor,
     temperature: float,
     group: dist.ProcessGroup | None = None,
+    textless: IdSpans = (),
 ) -> TokenScores:
     """Logprob of every target token and the entropy of its distribution.
 
     hidden_AD: hidden states that predict the targets, replicated over `group`; weight: this rank's
     vocabulary shard [V / shards, D]; targets_A: global token ids. `temperature` divides the
-    logits.
+    logits. Ids of `textless` have probability exactly 0, and their rows gradient exactly 0.
     """
-    return TokenScores(*_TokenLogprobs.apply(hidden_AD, weight, targets_A, temperature, group))
+    arguments = (hidden_AD, weight, targets_A, temperature, group, textless)
+    return TokenScores(*_TokenLogprobs.apply(*arguments))

@@ -122,7 +122,9 @@ def model_config(shape: ModelShape, max_length: int) -> Policy.Config:
             num_embeddings=shape.vocab_size, embedding_dim=shape.dim, pad_id=shape.pad_id
         ),
         norm=RMSNorm.Config(normalized_shape=shape.dim, eps=shape.norm_eps),
-        lm_head=LMHead.Config(in_features=shape.dim, out_features=shape.vocab_size),
+        lm_head=LMHead.Config(
+            in_features=shape.dim, out_features=shape.vocab_size, textless=shape.textless
+        ),
         layers=[_block(shape, layer) for layer in range(shape.num_layers)],
     )
 

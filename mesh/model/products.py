@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from mesh.invariant.selftest import Product, self_test
-from mesh.model.logprobs import is_one_product, vocab_tiles
 from mesh.model.rowwise import compared_rows
+from mesh.model.vocabulary import is_one_product, vocab_tiles
 from mesh.types import ModelShape
 
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mesh.config.keys import Refusal
+from mesh.checkpoint.best import best_metric_problems
+from mesh.config.keys import Refusal, problem
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -101,6 +102,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     workers = num_workers(conf) if training or held_out else 0
     task = attempt(wrong, checked_task, task_spec(conf), workers)
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
+    wrong += best_metric_problems(conf) if training else []
     prompts: list[Prompt] = []
     if task is not None and training:
         prompts += attempt(wrong, draw_prompts, task, Draw(0, conf.num_prompts)) or []
@@ -161,11 +163,22 @@ def read_loss(conf: Conf) -> Loss:
     loss = load_loss(conf.loss)
     bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
     wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
+    wrong += eps_problems(conf, loss)
     if not wrong:
         wrong += [f"loss={conf.loss}: {line}" for line in trial_problems(run_objective(conf, loss))]
     if wrong:
         raise ValueError("\n".join(wrong))
     return loss
+
+
+def eps_problems(conf: Conf, loss: Loss) -> list[str]:
+    """An epsilon for advantages that are not divided by a deviation."""
+    eps, advantage = conf.advantage_eps, conf.advantage or loss.advantage
+    if eps == Conf.advantage_eps or advantage == "std":
+        return []
+    name = advantage if isinstance(advantage, str) else "the loss's own function"
+    wrong = f"the advantage is {name}, which does not divide by the group's deviation"
+    return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
 
 
 def trial_problems(objective: Objective) -> list[str]:

@@ -8,7 +8,7 @@ every constructor takes the part that it uses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.scorer import TaskSource, scoring_of
-from mesh.text.tokenizer import CHARACTERS, Tokenizer
+from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape
 from mesh.weights.bridge import Verify
 
@@ -84,17 +84,19 @@ def resolve(
     """The plan of a validated configuration. training: False for programs that
     only generate: there is neither optimizer nor reference."""
     kind, layout = kind_of(conf), plan_layout(conf, world_size)
+    textless = textless_ids(found.tokenizer, found.shape.vocab_size)
+    shape = replace(found.shape, textless=textless)
     objective = run_objective(conf, found.loss)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     return Plan(
         device=device,
         layout=layout,
-        trainer=trainer_settings(conf, found.shape, device, objective if training else None),
-        generator=generator_settings(conf, found.shape, found.tokenizer, device),
+        trainer=trainer_settings(conf, shape, device, objective if training else None),
+        generator=generator_settings(conf, shape, found.tokenizer, device),
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
-            conf.trainer.microbatch_tokens,
+            conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
         ),
         training=source,
         evaluations={"": EvaluationSet(source, conf.eval.num_prompts, conf.eval.num_samples)},
@@ -161,6 +163,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         settings={**bounds, **conf.loss_args},
         kl_coef=conf.kl_coef,
         longest_response=conf.generator.max_new_tokens,
+        advantage_eps=conf.advantage_eps,
     )
 
 

@@ -1,40 +1,43 @@
 """Group-relative advantages: a rollout is judged against the other rollouts of its prompt.
 
-Computed group by group in float64 with exactly rounded sums and rounded to float32 once, so the
-bits depend on a group's own rewards alone: not on the order of its rollouts, nor on how many groups
-a wave or a rank holds.
+Rewards are float64 from the score function on. Advantages are computed group by group with exactly
+rounded sums and rounded to float32 once, so the bits depend on a group's own rewards alone: not on
+the order of its rollouts, nor on how many groups a wave or a rank holds.
 """
 
 from __future__ import annotations
 
-from math import fsum, isfinite, sqrt
+from math import frexp, fsum, isfinite, ldexp, sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mesh.types import Wave
+from mesh.types import LARGEST_REWARD, Wave
 
 Advantage = Literal["std", "centred"]
 
 
 def rewards_of(wave: Wave, group_size: int) -> Tensor:
-    """float32 rewards_PG of a wave, in the order of its outlines."""
-    return torch.tensor([o.reward for o in wave.outlines]).view(-1, group_size)
+    """float64 rewards_PG of a wave, in the order of its outlines."""
+    rewards_R = torch.tensor([o.reward for o in wave.outlines], dtype=torch.float64)
+    return rewards_R.view(-1, group_size)
 
 
 def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> Tensor:
     """Advantages of P groups of G rollouts: rewards_PG -> float32 advantages_PG on the CPU.
 
     `std`: (r - mean) / (std + eps), GRPO's outcome supervision (DeepSeekMath, arXiv:2402.03300,
-    section 4.1.2). The paper does not say which deviation; this is the sample one (divisor G - 1),
-    the default of `torch.std`, which TRL and verl call, so that published settings carry over. The
-    population one would only scale every advantage by sqrt(G / (G - 1)).
+    section 4.1.2). The paper has neither eps nor the kind of deviation. This is the sample one
+    (divisor G - 1), the default of `torch.std`, which TRL and verl call; the population one would
+    scale every advantage by sqrt(G / (G - 1)). eps is 1e-6 in verl (`epsilon` of
+    compute_grpo_outcome_advantage) and 1e-4 in TRL (GRPOTrainer): with that eps, theirs are these
+    advantages. 0 is allowed.
     `centred`: r - mean (Dr. GRPO, arXiv:2503.20783, section 3.2), since dividing by the deviation
     gives questions that are nearly all right or all wrong a larger weight.
 
-    A group of equal rewards gets exactly 0. Raises ValueError for an unknown kind, for G < 2, and
-    for a reward that is not finite.
+    A group of equal rewards gets exactly 0. Raises ValueError for an unknown kind, for G < 2, for a
+    reward that is not finite or beyond LARGEST_REWARD, and for an advantage beyond float32.
     """
     if kind not in ("std", "centred"):
         raise ValueError(f"advantage={kind!r}: choose 'std' or 'centred'")
@@ -44,7 +47,24 @@ def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> 
     groups = rewards_PG.to("cpu", torch.float64).tolist()
     rows = [_row_advantages(row_G, kind, eps) for row_G in groups]
     advantages_PG = torch.tensor(rows, dtype=torch.float64).reshape(rewards_PG.shape)
-    return advantages_PG.to(torch.float32)
+    return rounded(advantages_PG, rewards_PG)
+
+
+def rounded(advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
+    """The advantages in float32. Raises ValueError naming the group of one that becomes infinite.
+
+    An advantage that was not finite before is not this function's to judge.
+    """
+    rounded_PG = advantages_PG.to("cpu", torch.float32)
+    lost_PG = rounded_PG.isinf() & advantages_PG.cpu().isfinite()
+    if lost_PG.any():
+        group, sample = lost_PG.nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards {rewards_PG[group].tolist()} of one group: the advantage "
+            f"{advantages_PG[group, sample].item():.6g} is beyond float32, in which the loss is "
+            "computed; scale the rewards of the task, or set advantage=std"
+        )
+    return rounded_PG
 
 
 def equal_groups(rewards_PG: Tensor) -> Tensor:
@@ -56,11 +76,19 @@ def equal_groups(rewards_PG: Tensor) -> Tensor:
 def _row_advantages(row_G: list[float], kind: Advantage, eps: float) -> list[float]:
     if not all(map(isfinite, row_G)):
         raise ValueError(f"rewards {row_G} of one group: every reward must be finite")
+    if max(map(abs, row_G)) > LARGEST_REWARD:
+        wrong = f"beyond {LARGEST_REWARD:g} their statistics overflow"
+        raise ValueError(f"rewards {row_G} of one group: {wrong}; scale the rewards of the task")
     if min(row_G) == max(row_G):  # the rounded mean of equal numbers may differ from them
         return [0.0] * len(row_G)
     mean = fsum(row_G) / len(row_G)
     centred_G = [reward - mean for reward in row_G]
     if kind == "centred":
         return centred_G
-    variance = fsum(x * x for x in centred_G) / (len(row_G) - 1)
-    return [x / (sqrt(variance) + eps) for x in centred_G]
+    # scaled by a power of two, which is exact: no square of a small or large reward is lost
+    exponent = frexp(max(map(abs, centred_G)))[1]
+    scaled_G = [ldexp(x, -exponent) for x in centred_G]
+    deviation = sqrt(fsum(x * x for x in scaled_G) / (len(row_G) - 1))
+    if eps == 0:
+        return [x / deviation for x in scaled_G]
+    return [x / (ldexp(deviation, exponent) + eps) for x in centred_G]

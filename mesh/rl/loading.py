@@ -109,7 +109,7 @@ def trial(objective: Objective) -> None:
         reference_logprobs_T=reference_T,
     )  # fmt: skip
     call_user_code("its surrogate", lambda: objective(tokens))
-    rewards_PG = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    rewards_PG = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     advantages_PG = call_user_code("its advantage", lambda: objective.advantages(rewards_PG))
     if advantages_PG.shape != rewards_PG.shape:
         shapes = f"{tuple(advantages_PG.shape)} for rewards of {tuple(rewards_PG.shape)}"

@@ -9,6 +9,7 @@ Nothing here divides by a count: see `aggregation.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -72,7 +73,7 @@ Surrogate = Callable[..., TokenLoss]
 class Loss:
     """One way to learn from scored rollouts.
 
-    advantage: a named kind, or a function rewards_PG -> float32 advantages_PG. credit: advantages
+    advantage: a named kind, or a function float64 rewards_PG -> advantages_PG. credit: advantages
     of single tokens, from tokens that have their rollout's; unset: these stay. settings: values of
     the surrogate's keyword parameters, where they differ from the function's own defaults.
     """
@@ -102,7 +103,7 @@ def clipped_surrogate(
 
     A token is clipped where the bound is the smaller term: its loss is constant and its gradient
     exactly 0. Other gradients are -ratio * A. Nothing is hidden: a ratio that overflows gives a
-    loss or a gradient that is not finite.
+    loss or a gradient that is not finite. The old policy has the same weights, so that is a fault.
     """
     ratio_T, advantages_T = tokens.ratio_T, tokens.advantages_T
     too_high_T = (ratio_T > 1 + clip_high) & (advantages_T > 0)
@@ -118,14 +119,25 @@ def cross_entropy(tokens: LossTokens) -> TokenLoss:
     return TokenLoss(-tokens.logprobs_T, torch.zeros_like(tokens.logprobs_T, dtype=torch.bool))
 
 
+KL_BOUND = 20.0
+"""Difference of logprobs from which on the exponential of `kl_T` continues as a straight line."""
+
+
 def kl_T(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
     """KL(policy || reference) per sampled token: exp(d) - d - 1, d = reference - logprobs.
 
     GRPO (arXiv:2402.03300, eq. 4), the k3 estimator of Schulman, "Approximating KL Divergence"
     (2020). The gradient through logprobs_T is 1 - exp(d), as in GRPO; none goes to the reference.
+
+    Beyond KL_BOUND, exp(d) is its tangent there, exp(20) * (1 + d - 20): float32 would overflow at
+    89, and a clamp would have no gradient where the policy is the farthest away. Value and gradient
+    are continuous, and finite for all logprobs that are.
     """
     difference_T = reference_logprobs_T.detach() - logprobs_T
-    return torch.expm1(difference_T) - difference_T
+    far_T = difference_T > KL_BOUND
+    curve_T = torch.expm1(difference_T.masked_fill(far_T, KL_BOUND))
+    line_T = math.expm1(KL_BOUND) + math.exp(KL_BOUND) * (difference_T - KL_BOUND)
+    return torch.where(far_T, line_T, curve_T) - difference_T
 
 
 LOSSES: dict[str, Loss] = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import Advantage, group_advantages
+from mesh.rl.advantages import Advantage, group_advantages, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
 from mesh.rl.losses import Loss, LossTokens, Need, kl_T
 
@@ -25,12 +25,14 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens]."""
+    """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
+    advantage_eps: of the advantage `std`."""
 
     loss: Loss
     settings: Mapping[str, Any] = field(default_factory=dict)
     kl_coef: float = 0.0
     longest_response: int = 1
+    advantage_eps: float = 1e-6
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -53,10 +55,10 @@ class Objective:
         return Terms(loss_T, clipped_T, divergence_T)
 
     def advantages(self, rewards_PG: Tensor) -> Tensor:
-        """float32 advantages_PG on the CPU."""
+        """float64 rewards_PG -> float32 advantages_PG on the CPU."""
         if isinstance(self.loss.advantage, str):
-            return group_advantages(rewards_PG, self.loss.advantage)
-        return self.loss.advantage(rewards_PG)
+            return group_advantages(rewards_PG, self.loss.advantage, self.advantage_eps)
+        return rounded(self.loss.advantage(rewards_PG), rewards_PG)
 
     def weights(self, lengths_R: Tensor) -> Tensor:
         """float32 weights_R of each rollout's tokens, from loss tokens a rollout."""
@@ -88,6 +90,7 @@ def objective_of(
     settings: Mapping[str, Any] | None = None,
     kl_coef: float = 0.0,
     longest_response: int = 1,
+    advantage_eps: float = 1e-6,
 ) -> Objective:
     """The objective of a loss; what is None is the loss's own."""
     loss = replace(
@@ -96,4 +99,5 @@ def objective_of(
         aggregation=aggregation or loss.aggregation,
     )
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    return Objective(loss, {**loss.settings, **given}, kl_coef, longest_response)
+    settings = {**loss.settings, **given}
+    return Objective(loss, settings, kl_coef, longest_response, advantage_eps)

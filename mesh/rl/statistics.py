@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mesh.rl.advantages import equal_groups, rewards_of
-from mesh.types import Wave
+from mesh.types import TRUNCATED, Wave
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
     outlines = [o for wave in waves for o in wave.outlines]
     if not outlines:
         return {}
-    rewards_PG = torch.cat([rewards_of(wave, group_size) for wave in waves]).double()
+    rewards_PG = torch.cat([rewards_of(wave, group_size) for wave in waves])
     lengths = [o.length for o in outlines]
+    unfinished = sum(o.finish_reason in TRUNCATED for o in outlines)
     truncated = sum(o.finish_reason != "stop" for o in outlines)
     return {
         "reward/mean": float(rewards_PG.mean()),
@@ -72,5 +73,6 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
         "tokens/generated": float(sum(lengths)),
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": float(max(lengths)),
+        "response/truncated": unfinished / len(outlines),
         "truncated": truncated / len(outlines),
     }

@@ -16,7 +16,7 @@ from mesh.rl.advantages import equal_groups, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
-from mesh.types import Prompt, Rollout, Wave
+from mesh.types import TRUNCATED, Outline, Prompt, Rollout, RolloutKey, Wave
 
 Advantages = Mapping[int, Sequence[float]]
 """By prompt_id, one for each of its samples."""
@@ -27,8 +27,9 @@ Pass = list[Leaf]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Sizes of a step. pass_tokens: most tokens of a forward pass; a group of more is cut into
-    pieces.
+    """Sizes of a step, and what counts. pass_tokens: most tokens of a forward pass; a group of more
+    is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
+    their group's statistics; truncated_reward: theirs, in place of their score.
     """
 
     num_prompts: int
@@ -36,6 +37,8 @@ class StepSettings:
     waves: int
     drop_equal_groups: bool
     pass_tokens: int
+    mask_truncated: bool = False
+    truncated_reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,8 @@ def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -
     """
     if not wave.outlines or rank is None:
         return Share([], 0, 0)
-    dropped_P = equal_groups(rewards_of(wave, step.group_size)) & step.drop_equal_groups
-    pairs = zip(prompt_ids_of(wave, step.group_size), dropped_P.tolist(), strict=True)
-    kept = {prompt_id for prompt_id, drop in pairs if not drop}
-    outlines = [o for o in wave.outlines if o.prompt_id in kept]
-    mine = _leaves(wave, kept, step)
+    outlines = counted(wave, step)
+    mine = _leaves(wave, {o.key for o in outlines}, step)
     counts = leaf_tokens(outlines, num_ranks, step.pass_tokens)
     assert [leaf.num_tokens for leaf in mine] == counts[rank], "leaves are not the schedule's"
     return Share(
@@ -91,6 +91,17 @@ def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -
         sum(o.length for o in outlines),
         len(outlines),
     )
+
+
+def counted(wave: Wave, step: StepSettings) -> list[Outline]:
+    """The rollouts of a wave that enter the loss and its normaliser: all but groups of equal
+    rewards and truncated rollouts, where these are left out.
+    """
+    dropped_P = equal_groups(rewards_of(wave, step.group_size)) & step.drop_equal_groups
+    pairs = zip(prompt_ids_of(wave, step.group_size), dropped_P.tolist(), strict=True)
+    kept = {prompt_id for prompt_id, drop in pairs if not drop}
+    masked = TRUNCATED if step.mask_truncated else frozenset()
+    return [o for o in wave.outlines if o.prompt_id in kept and o.finish_reason not in masked]
 
 
 def credited(share: Share, advantages: Advantages, objective: Objective) -> Share:
@@ -127,10 +138,10 @@ def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int
     return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 
-def _leaves(wave: Wave, kept: set[int], step: StepSettings) -> list[Leaf]:
+def _leaves(wave: Wave, kept: set[RolloutKey], step: StepSettings) -> list[Leaf]:
     owned = {r.prompt_id for r in wave.rollouts}
     assert_complete((r.key for r in wave.rollouts), owned, step.group_size)
-    rollouts = [r for r in wave.rollouts if r.prompt_id in kept]
+    rollouts = [r for r in wave.rollouts if r.key in kept]
     zeros_R = torch.zeros(len(rollouts))
     return leaves(rollouts, zeros_R, zeros_R, step.pass_tokens)
 

@@ -20,7 +20,7 @@ from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.scorer import Scorer
 from mesh.text.tokenizer import Tokenizer
-from mesh.types import Completion, ModelShape, Prompt, Request, Rollout, Sampling
+from mesh.types import TRUNCATED, Completion, ModelShape, Prompt, Request, Rollout, Sampling
 
 EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
 
@@ -127,15 +127,23 @@ class Generator:
         ]
 
     def rollout(
-        self, scorer: Scorer, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+        self,
+        scorer: Scorer,
+        prompts: Sequence[Prompt],
+        num_samples: int,
+        sampling: Sampling,
+        truncated_reward: float | None = None,
     ) -> list[Rollout]:
-        """Generate and score this replica's share of the prompts."""
+        """Generate and score this replica's share of the prompts.
+
+        truncated_reward: of truncated responses, which are then not scored.
+        """
         completions = self.complete(prompts, num_samples, sampling)
         by_id = {
             p.prompt_id: (p, tuple(self.tokenizer.encode(p.text))) for p in self._share(prompts)
         }
         asked = [by_id[c.prompt_id][0] for c in completions]
-        rewards = self._rewards(scorer, asked, completions)
+        rewards = self._rewards(scorer, asked, completions, truncated_reward)
         return [
             Rollout(c.prompt_id, c.sample_id, by_id[c.prompt_id][1], c.tokens, c.logprobs, reward,
                     c.finish_reason)
@@ -143,15 +151,23 @@ class Generator:
         ]  # fmt: skip
 
     def _rewards(
-        self, scorer: Scorer, prompts: Sequence[Prompt], completions: Sequence[Completion]
+        self,
+        scorer: Scorer,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        truncated_reward: float | None,
     ) -> list[float]:
         """The reward of each completion. One rank of a replica scores and tells the others: what
         depends on the clock, as a score that hangs does, may not make them differ.
         """
-        rewards = [0.0] * len(completions)
+        fixed = frozenset() if truncated_reward is None else TRUNCATED
+        rewards = [truncated_reward or 0.0] * len(completions)
         if self.speaks:
-            texts = [self.tokenizer.decode(c.tokens) for c in completions]
-            rewards = scorer.score(prompts, texts)
+            asked = [i for i, c in enumerate(completions) if c.finish_reason not in fixed]
+            texts = [self.tokenizer.decode(completions[i].tokens) for i in asked]
+            scores = scorer.score([prompts[i] for i in asked], texts)
+            for i, score in zip(asked, scores, strict=True):
+                rewards[i] = score
         if self.group is None or not rewards:
             return rewards
         rewards_R = torch.tensor(rewards, dtype=torch.float64, device=self.device)

@@ -37,6 +37,7 @@ def gradient_norm(
 ) -> tuple[float, bool]:
     """2-norm of the whole gradient, each element counted once, whatever replicates it, and whether
     the step is finite; NaN where the gradient is not. All ranks of the trainer get the same answer.
+    The norm is 0 only where every element is: float64 holds the smallest float32 squared.
 
     bad: float64 scalar, above 0 where this rank's loss or logprobs are not finite.
     """

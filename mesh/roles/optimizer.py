@@ -31,11 +31,14 @@ def lr_at(step: int, peak: float, warmup_steps: int) -> float:
 
 
 class Optimizer:
-    """Owns the moments of these parameters and counts the updates that were made."""
+    """Owns the moments of these parameters. Counts the updates that were made, and the steps that
+    gave none because their gradient was exactly 0.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
         self.settings = settings
         self.updates = 0
+        self.without_signal = 0
         self.adamw = torch.optim.AdamW(
             parameters,
             lr=settings.lr,
@@ -49,7 +52,15 @@ class Optimizer:
         return lr_at(step, self.settings.lr, self.settings.warmup_steps)
 
     def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
-        """Clip the gradients (the local shards of the parameters' own) to the bound, and update."""
+        """Clip the gradients (the local shards of the parameters' own) to the bound, and update.
+
+        norm: of the whole gradient, the same on all ranks. Where it is 0 there is nothing to learn
+        from, and weights, moments and AdamW's count of updates stay: its moments would go on
+        moving the weights, and weight decay shrink them.
+        """
+        if norm == 0:
+            self.without_signal += 1
+            return
         if 0 < self.settings.clip_norm < norm:
             torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
         for group in self.adamw.param_groups:
@@ -69,13 +80,15 @@ class Optimizer:
             state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 
-    def continue_after(self, updates: int, parameters: Iterable[Tensor]) -> None:
-        """Resume after so many updates, whose moments are already loaded."""
-        self.updates = updates
+    def continue_after(
+        self, updates: int, without_signal: int, parameters: Iterable[Tensor]
+    ) -> None:
+        """Resume after so many updates, whose moments are already loaded, and steps without."""
+        self.updates, self.without_signal = updates, without_signal
         for parameter in parameters:
             self.moments(parameter)["step"].fill_(updates)
 
     def restart(self) -> None:
         """Forget all updates."""
         self.adamw.state.clear()
-        self.updates = 0
+        self.updates = self.without_signal = 0

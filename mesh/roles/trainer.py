@@ -162,12 +162,18 @@ class Trainer:
         """Steps that changed the weights; 0 off the trainer."""
         return self.optimizer.updates if self.model is not None else 0
 
-    def continue_after(self, steps: int, updates: int) -> None:
-        """Continue after so many steps, of which `updates` changed the weights; `state` holds that
-        step's tensors already."""
+    @property
+    def without_signal(self) -> int:
+        """Steps whose gradient was exactly 0, which changed nothing; 0 off the trainer."""
+        return self.optimizer.without_signal if self.model is not None else 0
+
+    def continue_after(self, steps: int, updates: int, without_signal: int) -> None:
+        """Continue after so many steps, of which `updates` changed the weights and some were
+        without signal; `state` holds that step's tensors already."""
         self.steps = steps
         if self.model is not None:
-            self.optimizer.continue_after(updates, self.state()["weights"].values())
+            weights = self.state()["weights"].values()
+            self.optimizer.continue_after(updates, without_signal, weights)
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""
@@ -254,8 +260,9 @@ class Trainer:
 
         tokens: loss tokens of the whole step, over all ranks; checked against what was trained.
         A step whose loss, gradient or logprobs are not finite on any rank changes neither weights
-        nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks.
-        Empty off the trainer.
+        nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks. Nor
+        does one whose whole gradient is exactly 0, which `steps_without_signal` counts over the
+        run. The learning rate's schedule advances. Empty off the trainer.
         """
         if self.model is None:
             return {}
@@ -266,6 +273,7 @@ class Trainer:
         if finite:
             self.optimizer.step(gradients, norm, lr)
         metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
+        metrics["steps_without_signal"] = float(self.without_signal)
         if self.reference is None:
             del metrics["kl"]
         if self.settings.on_nonfinite == "skip":

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from mesh.config.keys import Refusal
 from mesh.config.schema import LogConf
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
+from mesh.runs.warnings import StepWarnings
 
 WANDB_ID = "wandb-id.txt"
 
@@ -43,6 +44,7 @@ class MetricsLogger:
         self._run_dir, self._conf = run_dir, conf
         self._closed = False
         self._last: Metrics = {}
+        self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
         self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
@@ -53,7 +55,8 @@ class MetricsLogger:
         self._progress = open_progress(self._pace, run_dir, conf.progress)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Log one step, once: one line of `metrics.jsonl`, flushed.
+        """Log one step, once: one line of `metrics.jsonl`, flushed. Prints the warnings that it
+        calls for.
 
         `step` counts finished optimizer steps. NaN and infinities, which JSON lacks, become null
         there; the display and TensorBoard show them as they are.
@@ -71,6 +74,8 @@ class MetricsLogger:
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
+        for text in self._warnings.see(step, metrics):
+            print(text, flush=True)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """The step's first `log.samples` rollouts (-1: all), one line of `samples.jsonl` each."""

@@ -66,6 +66,7 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     shown = {}
     for label, key, form in (
         ("reward", "reward/mean", "{:.3f}"),
+        ("truncated", "response/truncated", "{:.0%}"),
         ("eval", "eval/accuracy", "{:.3f}"),
         ("logprob_diff", "logprob_diff/max", "{:.1e}"),
     ):
@@ -75,6 +76,8 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
         if key.startswith(RATE):
             phase = key.removeprefix(RATE)
             shown[SHORT.get(phase, phase)] = thousands(metrics[key]) + " tok/s"
+    if metrics.get("steps_without_signal", 0) > 0:
+        shown["no signal"] = f"{metrics['steps_without_signal']:.0f} steps"
     each = pace.seconds_per_step()
     shown["pace"] = "? s/step" if each is None else f"{each:.2f} s/step"
     shown["ETA"] = pace.eta()

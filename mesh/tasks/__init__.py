@@ -33,7 +33,7 @@ class TaskSpec:
 
 
 class Task(Protocol):
-    """Interface between recipes and tasks."""
+    """Interface between recipes and tasks. A task may also say what is correct: `correct.py`."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         """Prompts 0..num-1 of a step, a pure function of (seed, step, index). A task that can
@@ -50,7 +50,7 @@ class Task(Protocol):
         ...
 
     def score(self, prompt: Prompt, response: str) -> float:
-        """Reward of a response: a finite number."""
+        """Reward of a response: a finite number, as a scalar of Python, numpy or torch."""
         ...
 
 

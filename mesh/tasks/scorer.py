@@ -15,11 +15,15 @@ from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.tasks import Task, TaskSpec, load_task
+from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
 from mesh.tasks.scoring import Outcome, describe_failure, outcome_of
 from mesh.types import Prompt
 
-STOP = "make it return a finite number for every response a model may give, 0.0 for nonsense"
+STOP = (
+    "make it return one finite number (bool, int, float, Decimal, Fraction, or a numpy or torch "
+    "scalar) for every response a model may give, 0.0 for nonsense"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class TaskSource:
 class Scorer:
     """Owns this rank's scoring processes, which start with the first request for rewards.
 
-    A failed score raises (`on_failure=stop`), or is counted and becomes 0.0 (`zero`).
+    A failed score raises (`on_failure=stop`), or is counted and becomes 0.0 (`zero`). `warned`:
+    somebody has warned of its rewards.
     """
 
     def __init__(self, source: TaskSource) -> None:
@@ -51,6 +56,7 @@ class Scorer:
         self.pool: Pool | None = None
         if self.settings.workers:
             self.pool = Pool(spec.name, spec.seed, dict(spec.args), self.settings.workers)
+        self.warned = False
         self._failures = 0
         self._example = ""
 
@@ -122,9 +128,10 @@ def scoring_of(conf: Conf) -> ScoringSettings:
 
 def checked_task(spec: TaskSpec, workers: int) -> Task:
     """Create a task. Raises ValueError if it cannot be created here or, with `workers`, in a
-    scoring process.
+    scoring process, or if it cannot say what is correct.
     """
     task = load_task(spec.name, spec.seed, dict(spec.args))
+    is_correct(task, 1.0)
     if workers:
         with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
             pool.start()

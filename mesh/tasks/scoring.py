@@ -8,9 +8,10 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from mesh.types import Prompt
+from mesh.types import LARGEST_REWARD, Prompt
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
+MAX_SHOWN = 300  # characters shown of what is no reward
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,64 @@ class Outcome:
     error: BaseException | None = None
 
 
+class NoReward(ValueError):
+    """A value that cannot be a reward; the message says why."""
+
+
 def outcome_of(task: Any, prompt: Prompt, response: str) -> Outcome:
-    """Call `task.score`. Anything but a finite number is a problem: a made-up reward would be
-    trained on unnoticed.
+    """Call `task.score`. What is no reward is a problem: a made-up one would be trained on
+    unnoticed.
     """
     try:
-        reward = task.score(prompt, response)
-        number = float(reward) if isinstance(reward, numbers.Real) else math.nan
+        return Outcome(reward_of(task.score(prompt, response)))
+    except NoReward as wrong:
+        return Outcome(problem=str(wrong))
     except (Exception, SystemExit) as error:  # user code may raise anything
         inside = error.__traceback__.tb_next if error.__traceback__ else None
         lines = traceback.format_exception(type(error), error, inside)
         problem = f"raised {type(error).__name__}: {error}"
         return Outcome(problem=problem, detail="".join(lines)[-MAX_DETAIL:], error=error)
+
+
+def reward_of(value: Any) -> float:
+    """The reward that a score function returned: any real scalar, also as a numpy array or torch
+    tensor of one element. What float64 cannot hold is rounded once, like Decimal("0.1").
+
+    Raises NoReward for anything else, for what is not finite or beyond LARGEST_REWARD, and for an
+    integer that float64 does not have: two rewards that differ must not become equal.
+    """
+    scalar = _only_element(value)
+    if isinstance(scalar, str | bytes | bytearray) or not hasattr(type(scalar), "__float__"):
+        raise NoReward(f"{_returned(value)}, which is no real number")
+    try:
+        number = float(scalar)
+    except OverflowError:
+        number = LARGEST_REWARD * 2
     if not math.isfinite(number):
-        return Outcome(problem=f"returned {reward!r}")
-    return Outcome(number)
+        raise NoReward(f"{_returned(value)}, which is not finite in float64")
+    if abs(number) > LARGEST_REWARD:
+        raise NoReward(f"{_returned(value)}, beyond the largest reward, {LARGEST_REWARD:g}")
+    if isinstance(scalar, numbers.Integral) and number != scalar:
+        raise NoReward(f"{_returned(value)}, an integer that float64 rounds to {number:.0f}")
+    return number
+
+
+def _only_element(value: Any) -> Any:
+    """The element of an array or tensor as a Python scalar, of whatever library; else `value`."""
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or not hasattr(value, "item"):
+        return value
+    if math.prod(shape) != 1:
+        raise NoReward(f"{_returned(value)}, which has {math.prod(shape)} elements instead of one")
+    return value.item()
+
+
+def _returned(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    cut = "..." if len(text) > MAX_SHOWN else ""
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return f"returned {text[:MAX_SHOWN]}{cut} of type {name}"
 
 
 def describe_failure(task: Any, prompt: Prompt, response: str, problem: str) -> str:

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
+
+from mesh.lifecycle.json_files import read_object
+from mesh.text.turn import turn_end
+from mesh.types import IdSpans
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
@@ -22,17 +27,27 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer. `eos_ids` end a response: all those named in the directory's files."""
+    """A loaded tokenizer.
+
+    `eos_ids` end a response: all those named in the directory's files. The first is the one to
+    teach: with what the chat template ends an assistant's turn, else the first that
+    generation_config.json names. `template_problem`: why the template could not be rendered.
+    """
 
     directory: Path
     backend: Backend
     eos_ids: tuple[int, ...]
     unknown_id: int | None
+    template_problem: str = ""
 
     @property
     def vocab_size(self) -> int:
         """Largest id + 1; a model's vocabulary may be padded beyond it."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def has(self, token_id: int) -> bool:
+        """True if the id has a token, an added or special one too: ids may have holes."""
+        return 0 <= token_id < 1 << 32 and self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises ValueError naming what it cannot encode."""
@@ -68,7 +83,18 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     # a file may contain truncation and padding settings of some earlier training run
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(directory, backend, _eos_ids(directory, backend), _unknown_id(path, backend))
+    settings, named = (
+        _read_json(directory / "tokenizer_config.json"),
+        _named_eos(directory, backend),
+    )
+    first, problem = [], ""
+    try:
+        end = turn_end(directory, settings, backend, named)
+        first = [] if end is None else [end]
+    except ValueError as error:  # whoever needs the end of a turn reports it
+        problem = str(error)
+    eos_ids = tuple(dict.fromkeys([*first, *named]))
+    return Tokenizer(directory, backend, eos_ids, _unknown_id(path, backend), problem)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
@@ -84,13 +110,21 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    if any(eos_id >= tokenizer.vocab_size for eos_id in tokenizer.eos_ids):
+    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    if without:
         problems.append(
-            f"model.tokenizer={tokenizer.directory}: eos ids {tokenizer.eos_ids} exceed its "
-            f"{tokenizer.vocab_size} ids; correct eos_token_id in generation_config.json and "
-            "config.json"
+            f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
+            "no token in it, so that no response could end with them; correct eos_token_id in "
+            "generation_config.json and config.json"
         )
     return problems
+
+
+def textless_ids(tokenizer: Tokenizer, model_vocab_size: int) -> IdSpans:
+    """Ids of a model without a token: the rows that pad its vocabulary, and holes."""
+    known = [token_id for token_id in range(model_vocab_size) if tokenizer.has(token_id)]
+    gaps = pairwise([-1, *known, model_vocab_size])
+    return tuple((before + 1, after) for before, after in gaps if before + 1 < after)
 
 
 def make_character_tokenizer(directory: str | Path) -> None:
@@ -172,31 +206,34 @@ def _unknown_id(path: Path, backend: Backend) -> int | None:
     return backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
 
 
-def _eos_ids(directory: Path, backend: Backend) -> tuple[int, ...]:
-    """Union over the files, each of which may be absent: chat models name a second id."""
-    ids: set[int | None] = set()
+def _named_eos(directory: Path, backend: Backend) -> list[int]:
+    """What the files, each of which may be absent, name as the end, in their order."""
+    ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [value])
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and item >= 0 for item in listed):
+            path = directory / name
+            raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
+        ids += listed
     path = directory / "tokenizer_config.json"
     token = _read_json(path).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    if token is not None and backend.token_to_id(token) is None:
+    if token is None:
+        return ids
+    text = token.get("content") if isinstance(token, dict) else token
+    token_id = backend.token_to_id(text) if isinstance(text, str) else None
+    if token_id is None:
         raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it")
-    ids.add(backend.token_to_id(token) if token is not None else None)
-    return tuple(sorted(i for i in ids if i is not None))
+    return [*ids, token_id]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it from the model again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: copy it from the model again")
-    return value
+        raise ValueError(f"{path.parent}/{error}: copy it from the model again") from error
 
 
 def _special_token(token_id: int, content: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model.families import TINY
 
-EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
+EVAL = {
+    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/reward",
+}  # fmt: skip
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from launching import OF_A_LAUNCH, Run
 from launching import runs as run_all
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from mesh.layout.reshard import Block
 from mesh.model.families import TINY
 from mesh.model.hf import hf_names
 from mesh.model.layouts import weight_names
+from mesh.rl.advantages import group_advantages
 from mesh.weights.digest import block_digest
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
@@ -35,6 +37,11 @@ RUNS = {  # of grpo by the number of ranks, which share a launch
     2: {
         "colocated": [*COMPARED, "steps=3", "eval.every=2"],
         "split": [*COMPARED, "mesh.mode=split", "trainer.activation_checkpointing=full"],
+        "masked": [*SMALL, "num_prompts=16", "steps=2", "generator.tp=2",
+                   "generator.max_new_tokens=4", "truncated=mask", "truncated_reward=-0.5"],
+        "all_masked": [*SMALL, "num_prompts=4", "steps=4", "waves=2", "trainer.weight_decay=0.1",
+                       "generator.max_new_tokens=1", "generator.temperature=0.2",
+                       "truncated=mask", "truncated_reward=1"],
     },
     4: {
         "split_tp": [*COMPARED, "mesh.mode=split", "trainer.dp_shard=2", "generator.tp=2",
@@ -58,7 +65,9 @@ METRICS = {
     "seconds/generate", "seconds/exchange", "seconds/train", "seconds/sync",
     "tokens_per_second/generate", "tokens_per_second/train",
 }  # fmt: skip
-EVAL = {"eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4"}
+EVAL = {
+    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/reward",
+}  # fmt: skip
 
 
 def evaluations(num_ranks: int, root: Path) -> dict[str, tuple[str, list[str]]]:
@@ -202,6 +211,43 @@ def test_dropped_groups_are_not_trained_on_and_the_kl_starts_at_zero(runs):
     ]  # the same tokens, as tested above
     assert first["equal_groups"] == 1 - len(mixed) / 16 > 0
     assert 0 < first["tokens/trained"] < first["tokens/generated"]
+
+
+def test_truncated_responses_are_masked_and_have_a_reward_of_their_own(runs):
+    """Counted by hand from the samples."""
+    made = runs("masked")
+    for step in (1, 2):
+        samples, metrics = [s for s in made.samples if s["step"] == step], made.metrics[step]
+        cut = [s for s in samples if s["finish_reason"] == "length"]
+        whole = [s for s in samples if s["finish_reason"] == "stop"]
+        assert len(samples) == 64 == len(cut) + len(whole) and cut and whole
+        assert {s["reward"] for s in cut} == {-0.5}
+        assert all(s["reward"] == float(s["response"] == s["answer"]) for s in whole)
+        assert metrics["response/truncated"] == len(cut) / 64
+        masked = metrics["tokens/generated"] - metrics["tokens/trained"]
+        assert masked == 4 * len(cut) < metrics["tokens/generated"]
+        ordered = sorted(samples, key=lambda s: (s["prompt_id"], s["sample_id"]))
+        rewards = torch.tensor([s["reward"] for s in ordered], dtype=torch.float64).view(16, 4)
+        found = torch.tensor([s["advantage"] for s in ordered]).view(16, 4)
+        assert torch.equal(group_advantages(rewards, "std"), found), "over whole groups"
+    assert made.metrics[2]["grad_norm"] > 0 == made.metrics[2]["steps_without_signal"]
+
+
+def test_a_run_whose_responses_are_all_masked_keeps_its_weights(runs):
+    made = runs("all_masked")
+    for step in range(1, 5):
+        line = made.metrics[step]
+        assert (line["response/truncated"], line["reward/mean"]) == (1, 1)
+        assert line["tokens/trained"] == line["grad_norm"] == line["loss"] == 0
+        assert line["steps_without_signal"] == step and line["lr"] > 0
+    assert {line["digest/weights"] for line in made.metrics[1:]} == {digest_of_directory(SHIPPED)}
+    evaluated = [line["eval/accuracy"] for line in (made.metrics[0], made.metrics[-1])]
+    assert evaluated == [0, 0], "an evaluation scores as the task says"
+    warned = [line for line in made.output.splitlines() if line.startswith("warning: ")]
+    assert [line.split(" of ")[0].split(" in ")[0] for line in warned] == [
+        "warning: 100%", "warning: 3 steps",
+    ]  # fmt: skip
+    assert "truncated 100%" in made.output and "no signal 4 steps" in made.output
 
 
 def test_unequal_submeshes_train_on_every_prompt(runs):

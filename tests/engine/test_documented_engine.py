@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SETTINGS = EngineSettings(
     cuda_graphs=False,
 )
 SAMPLED = Sampling(temperature=1.3, max_new_tokens=20, seed=5, step=2, stop_tokens=(3, 11))
+TEXTLESS = ((20, 40),)
 GREEDY = Sampling(temperature=0.0, max_new_tokens=20, seed=0, step=0)
 
 
@@ -44,8 +46,10 @@ def test_it_has_the_native_engines_bits(plain_engine, sampling, solo_mesh, tmp_p
     completed = []
     with batch_invariant(True, "cpu", 4):
         for kind in (NativeEngine, plain_engine):
-            engine = kind(*load_role(tmp_path, solo_mesh), SETTINGS, None)
+            model, shape = load_role(tmp_path, solo_mesh)
+            engine = kind(model, replace(shape, textless=TEXTLESS), SETTINGS, None)
             engine.reset(version=0)
             completed.append(engine.with_settings(SETTINGS).generate(requests, sampling))
     assert completed[0] == completed[1]
-    assert len({token for completion in completed[0] for token in completion.tokens}) > 10
+    drawn = {token for completion in completed[0] for token in completion.tokens}
+    assert len(drawn) > 10 and not drawn & {*range(*TEXTLESS[0])}

@@ -220,6 +220,45 @@ def test_an_engine_without_weights_refuses(make, solo_mesh, engines, kind):
     engine.version = version
 
 
+@torch.no_grad()
+def test_ids_without_a_text_are_never_drawn(make, solo_mesh):
+    """By no engine, where their logits are the largest; logprobs are those of the rest alone."""
+    shape = replace(SHAPE, textless=((0, 2), (40, 60), (100, 128)))
+    without = [i for first, last in shape.textless for i in range(first, last)]
+    known = torch.tensor([i for i in range(128) if i not in without])
+    model = policy(solo_mesh, 4, shape)
+    model.lm_head.weight[without] *= 30
+    samplings = (GREEDY, SAMPLED, replace(SAMPLED, top_k=5, top_p=0.8))
+    asked, found = requests(2), {}
+    with batch_invariant(True, "cpu"):
+        for kind in KINDS:
+            engine = make(kind, shape=shape)
+            engine.weights()["lm_head.weight"][without] *= 30
+            found[kind] = [engine.generate(asked, sampling) for sampling in samplings]
+        plain = make("native")
+        plain.weights()["lm_head.weight"][without] *= 30
+        drawn = {token for c in plain.generate(asked, SAMPLED) for token in c.tokens}
+    assert drawn & {*without}, "control: they would be drawn"
+    assert found["titan"] == found["native"]
+    prompts = {r.prompt_id: list(r.tokens) for r in asked}
+    for kind in KINDS:
+        for sampling, completions in zip(samplings, found[kind], strict=True):
+            tokens = [list(c.tokens) for c in completions]
+            assert not {*without} & {token for row in tokens for token in row}
+            batch = packed([prompts[c.prompt_id] + list(c.tokens) for c in completions])
+            hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.context)
+            logits_AV = hidden_TD[batch.index_A] @ model.lm_head.weight[known].T
+            logits_AV = logits_AV.double() / (sampling.temperature or 1.0)
+            sizes = [n - 1 for n in batch.lengths]
+            for completion, logits in zip(completions, logits_AV.split(sizes), strict=True):
+                right = logits[-len(completion.tokens) :].log_softmax(-1)
+                index = torch.searchsorted(known, torch.tensor(completion.tokens))
+                picked = right.gather(1, index[:, None])[:, 0]
+                logprobs = torch.tensor(completion.logprobs, dtype=torch.float64)
+                torch.testing.assert_close(logprobs, picked, rtol=0, atol=3e-5)
+                assert sampling.temperature or torch.equal(index, right.argmax(-1))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_vllm_has_the_native_engines_bits(make, tied):
     """L6: mixed lengths, preempted, in pieces, cached; tokens and logprobs bit for bit."""

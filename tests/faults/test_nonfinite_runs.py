@@ -148,10 +148,19 @@ def test_all_ranks_agree_whichever_of_them_has_the_fault(two_ranks):
     for layout, mine in seen[0].items():
         assert seen[1][layout] == mine
         assert all(mine[fault] == (1.0, True) for fault in ("rollout", "gradient", "weight"))
-        assert mine["sound"] == (0.0, False) and mine["counts"] == (5, 2)
+        assert mine["sound"] == (0.0, False) and mine["counts"] == (7, 3)
         text, unchanged = mine["stop"]
-        assert text.startswith("on_nonfinite=stop: step 6 is not finite (loss ") and unchanged
+        assert text.startswith("on_nonfinite=stop: step 8 is not finite (loss ") and unchanged
         assert "layers.1.attention_norm.weight: 1 of 128 elements" in text
+
+
+def test_a_gradient_of_one_rank_is_a_signal_for_all_and_none_is_for_none(two_ranks):
+    """One prompt has advantages, then none; of two data-parallel ranks, one trains on it."""
+    seen, _ = two_ranks
+    for layout, mine in seen[0].items():
+        assert (mine["lonely"], mine["equal"]) == ((0.0, False), (1.0, True)), layout
+        assert seen[1][layout]["lonely"] == mine["lonely"]
+        assert seen[1][layout]["equal"] == mine["equal"]
 
 
 def test_what_the_ranks_found_is_put_together(two_ranks):
@@ -159,7 +168,7 @@ def test_what_the_ranks_found_is_put_together(two_ranks):
     name = "layers.1.attention_norm.weight"
     for layout, found in lines.items():
         assert [(line["step"], line["action"]) for line in found] == [
-            (2, "skip"), (3, "skip"), (4, "skip"), (6, "stop"),
+            (2, "skip"), (3, "skip"), (4, "skip"), (8, "stop"),
         ]  # fmt: skip
         rollout, gradient, weight, stop = found
         first = sequence(3, 1, 4, "generator logprob", "inf", 1, 7)

@@ -75,7 +75,7 @@ def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, out
     assert first.startswith(f"ValueError: the score function of {name}(") and outcome in first
     word = prompt.partition("prompt:")[2].strip().strip("'").removesuffix(">")
     assert answer.partition("answer:")[2].strip() == repr(word[::-1])
-    assert "response:" in response and "make it return a finite number" in remedy
+    assert "response:" in response and "make it return one finite number" in remedy
     assert not (tmp_path / "run" / "model").exists()
 
 

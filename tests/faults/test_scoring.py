@@ -45,8 +45,8 @@ FAULTS = {  # what the response makes the score function do, and what is said of
     "exit 0": "ended its process with exit status 0",
     "leave 3": "raised SystemExit: 3",
     "fail lost": "raised KeyError: 'lost'",
-    "nan": "returned nan",
-    "-inf": "returned -inf",
+    "nan": "returned nan of type float, which is not finite in float64",
+    "-inf": "returned -inf of type float, which is not finite in float64",
 }
 
 
@@ -129,7 +129,7 @@ def test_stop_shows_task_case_what_happened_and_where(scoring):
         assert [prompt.split(), response.split(": ")[1].strip(), answer.split()] == [
             ["prompt:", "'abc>'"], repr(fault), ["answer:", "'cba'"],
         ]  # fmt: skip
-        assert "make it return a finite number" in remedy and "reward.timeout_seconds=3" in remedy
+        assert "make it return one finite number" in remedy and "reward.timeout_seconds=3" in remedy
         assert "reward.on_failure=zero" in remedy
         if function := PLACES.get(fault):
             (place,) = (

@@ -27,12 +27,13 @@ from mesh.model.logprobs import (
     plain_tile_scores,
     score_tiles,
     token_logprobs,
-    vocab_tiles,
 )
+from mesh.model.vocabulary import mask_ids, vocab_tiles
 from mesh.types import Sampling
 
 ROWS = (1, 2, 3, 7, 8, 16, 31, 33, 64, 129, 256, 257)
 EDGES = (0, 2500, 2501, 4548, 9000, 9100)  # tiles of one lane, of less than a block, and of several
+TEXTLESS = ((0, 2500), (2600, 2700), (4548, 9000))  # the first tile, a hole, and another tile
 TEMPERATURE = 0.7
 HEADS = [(3, 1, 24), (4, 2, 64)]
 TOKENS = 5
@@ -186,6 +187,49 @@ def draws(device: str, dtype: torch.dtype) -> list[list[int]]:
     return [x.tolist() for x in (*kernel, draw(z.cpu(), keys.cpu(), sampling))]
 
 
+def maskings(device: str, dtype: torch.dtype) -> dict:
+    """Errors of logprobs, entropies and log-sum-exps with masked ids against those of the known
+    ones in float64; gradients, as errors and the largest of a masked id; how many ids
+    sampling and taking the likeliest draw, and how often a masked one.
+    """
+    from mesh.engine.kernels import draw_shard
+    from mesh.model.triton_scores import combine_scores, tile_gradient, tile_scores
+
+    known = torch.ones(EDGES[-1], dtype=torch.bool, device=device)
+    logits = (6 * normal(4, EDGES[-1], device=device)).to(dtype)
+    for first, last in TEXTLESS:
+        known[first:last] = False
+        logits[:, first:last] += 50
+    mask_ids(logits, TEXTLESS, 0)
+    targets = torch.tensor([2500, 2599, 9000, EDGES[-1] - 1], device=device)
+    scores = tile_scores(logits, EDGES, targets, TEMPERATURE, True)
+    logprobs, entropy, lse = combine_scores(scores, True)
+    z = logits.double()[:, known] / TEMPERATURE
+    picked = (logits.double() / TEMPERATURE).gather(1, targets[:, None])[:, 0] - z.logsumexp(-1)
+    exact_entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    pairs = [(logprobs, picked), (entropy, exact_entropy), (lse, z.logsumexp(-1))]
+    scale = normal(4, seed=3, device=device)
+    found = torch.cat(
+        [
+            tile_gradient(logits[:, a:b].clone(), a, targets, lse, scale, TEMPERATURE)
+            for a, b in pairwise(EDGES)
+        ],
+        -1,
+    )
+    held = (targets[:, None] == torch.arange(EDGES[-1], device=device))[:, known]
+    exact = (held.double() - z.softmax(-1)) * scale.double()[:, None]
+    keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator()).to(device)
+    rows = logits.repeat(16, 1)
+    drawn = [draw_shard(rows, keys, 0, noise, TEMPERATURE)[1] for noise in (True, False)]
+    return {
+        "errors": [error(a, b) for a, b in pairs],
+        "gradient": error(found[:, known], exact),
+        "masked gradient": found[:, ~known].abs().max().item(),
+        "drawn": [len(set(tokens.tolist())) for tokens in drawn],
+        "masked drawn": sum((~known[tokens]).sum().item() for tokens in drawn),
+    }
+
+
 def results(device: str, dtype: torch.dtype) -> dict:
     """What all the kernels come to."""
     return {
@@ -194,6 +238,7 @@ def results(device: str, dtype: torch.dtype) -> dict:
         "scores": tilings(device, dtype),
         "gradients": tile_gradients(device, dtype),
         "draws": draws(device, dtype),
+        "maskings": maskings(device, dtype),
     }
 
 
@@ -227,6 +272,10 @@ def check_scores(found: dict, tolerance: float) -> None:
     assert len(found["gradients"]) == 5 and max(found["gradients"]) < 10 * tolerance
     undivided, divided, plain = found["draws"]
     assert undivided == divided == plain and len(set(plain)) > 5
+    masked = found["maskings"]
+    assert max(masked["errors"]) < 1e-4 and masked["gradient"] < 10 * tolerance
+    assert masked["masked gradient"] == 0.0 and masked["masked drawn"] == 0
+    assert masked["drawn"][0] > 10 and masked["drawn"][1] == 4
 
 
 def test_the_kernels_in_the_interpreter(tmp_path: Path):
@@ -300,13 +349,15 @@ def test_scores_have_their_bits_in_every_batch_and_as_the_engine_takes_them(voca
 @needs_cuda
 def test_token_logprobs_have_their_bits_in_every_batch():
     hidden, weight, targets = scored_inputs(151936, 600)
+    where = (0.9, None, ((151_669, 151_936),))  # as a Qwen3's tokenizer
     with batch_invariant(True, "cuda"), torch.no_grad():
-        whole = token_logprobs(hidden, weight, targets, 0.9)
+        whole = token_logprobs(hidden, weight, targets, *where)
         spans = [slice(300, 300 + rows) for rows in ROWS]
-        parts = [token_logprobs(hidden[span], weight, targets[span], 0.9) for span in spans]
-    equal = [torch.equal(part.logprobs_A, whole.logprobs_A[span])
-             for part, span in zip(parts, spans, strict=True)]  # fmt: skip
-    assert equal == [True] * len(ROWS)
+        parts = [token_logprobs(hidden[span], weight, targets[span], *where) for span in spans]
+    equal = [torch.equal(part, all_[span])
+             for found, span in zip(parts, spans, strict=True)
+             for part, all_ in zip(found, whole, strict=True)]  # fmt: skip
+    assert equal == [True] * (2 * len(ROWS))
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from mesh.exactness.trace import first_difference, trace_generation
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import AXES
 from mesh.model.policy import build_policy
-from mesh.types import ModelShape, Request, Sampling
+from mesh.types import Completion, ModelShape, Request, Sampling
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 if GPUS < 1 or install_problems("cuda"):
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(600)
 
 SHAPE = ModelShape(
     vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=768,
-    tied=True, max_positions=1024,
+    tied=True, max_positions=1024, textless=((0, 2), (260, 300), (480, 512)),
 )  # fmt: skip
 ROOMY = EngineSettings(
     max_length=1024,
@@ -56,6 +56,11 @@ SMALL = ["conf=qwen3_tiny", "steps=3", "eval.num_prompts=8", "log.tensorboard=fa
 def requests(lengths: list[int], num_samples: int) -> list[Request]:
     prompts = random_sequences(lengths, seed=9, vocab_size=512)
     return [Request(10 + 7 * i, tuple(p), num_samples) for i, p in enumerate(prompts)]
+
+
+def all_have_a_text(completions: list[Completion]) -> bool:
+    drawn = {token for completion in completions for token in completion.tokens}
+    return not any(first <= token < last for token in drawn for first, last in SHAPE.textless)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_the_captured_head_of_vllms_own_model_has_new_weights(gpu_mesh, tied):
         engine.reset(version)
         assert engine.generate(asked, sampling) == found[-1]
         engine.sampler.draws.graphs = True
-    assert found[0] != found[1]
+    assert found[0] != found[1] and all(map(all_have_a_text, found))
     engine.close()
 
 
@@ -118,6 +123,7 @@ def test_vllm_has_the_native_engines_bits_with_graphs_and_preemption(pair):
     expected = native.generate(asked, SAMPLED)
     assert {c.finish_reason for c in expected} == {"stop", "length"}
     assert sum(len(c.tokens) for c in expected) > 10_000
+    assert all_have_a_text(expected)
     assert vllm.generate(asked, SAMPLED) == expected
     assert vllm.generate(asked, SAMPLED) == expected  # from the prefix cache
     tight = vllm.with_settings(replace(ROOMY, kv_tokens=4096, prefill_tokens=300))

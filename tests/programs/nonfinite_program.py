@@ -2,7 +2,8 @@
 
 `nonfinite_program.py DIR`: DIR/LAYOUT/nonfinite.jsonl is what the trainer wrote,
 DIR/RANK.pt what this rank saw, by layout: of every fault whether the step was skipped and changed
-no bit, then that of a sound step, and the error of a last faulty step under on_nonfinite=stop.
+no bit, then that of a sound step, of one in which the last prompt alone has advantages and of one
+in which none has, and the error of a last faulty step under on_nonfinite=stop.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ def with_infinity(rollout: Rollout) -> Rollout:
     return replace(rollout, logprobs=(*rollout.logprobs[:4], torch.inf, *rollout.logprobs[5:]))
 
 
-def share_of(trainer: Trainer, broken: bool) -> tuple[list[Pass], int]:
-    """This rank's passes, and the loss tokens of the step."""
+def share_of(trainer: Trainer, broken: bool, equal: int) -> tuple[list[Pass], int]:
+    """This rank's passes, and the loss tokens of the step; equal: prompts without advantages."""
     made = [with_infinity(r) if broken else r for r in rollouts()]
     advantages_R, weights_R = torch.linspace(-1, 1, len(made)), torch.full((len(made),), 0.25)
+    advantages_R[: 2 * equal] = 0
     by_rank: list[list[Leaf]] = [[] for _ in range(trainer.dp)]
     for leaf in leaves(made, advantages_R, weights_R):
         by_rank[owner(leaf.prompt_id, trainer.dp)].append(leaf)
@@ -110,8 +112,8 @@ def broken_weight(trainer: Trainer) -> Iterator[None]:
         local.copy_(old)
 
 
-def step(trainer: Trainer, fault: str | None) -> dict[str, float]:
-    passes, tokens = share_of(trainer, fault == "rollout")
+def step(trainer: Trainer, fault: str | None, equal: int = 0) -> dict[str, float]:
+    passes, tokens = share_of(trainer, fault == "rollout", equal)
     objective = Objective(Loss(reinforce))
     broken = {"gradient": broken_gradient, "weight": broken_weight}.get(fault or "")
     with broken(trainer) if broken else nullcontext(), torch.enable_grad():
@@ -144,6 +146,10 @@ def train(path: Path, layout: str) -> dict:
         metrics = step(trainer, fault)
         seen[fault] = metrics["skipped"], same(before, bits_of(trainer))
     seen["sound"] = step(trainer, None)["skipped"], same(before, bits_of(trainer))
+    for name, equal in (("lonely", 3), ("equal", 4)):
+        before = bits_of(trainer)
+        metrics = step(trainer, None, equal)
+        seen[name] = metrics["steps_without_signal"], same(before, bits_of(trainer))
     seen["counts"] = trainer.steps, trainer.updates
     trainer.settings, before = replace(SETTINGS, on_nonfinite="stop"), bits_of(trainer)
     try:

@@ -42,7 +42,8 @@ def finished(path: Path) -> Path:
     (path / "model").mkdir()
     checkpoint.mkdir()
     for step, best in ((2, 0), (3, 3)):
-        content = {"digests": {"weights": "3"}, "best": {"step": best, "value": BEST[best]}}
+        named = {"step": best, "value": BEST[best], "metric": "eval/accuracy"}
+        content = {"digests": {"weights": "3"}, "best": named}
         index = path / "checkpoints" / f"step-{step}" / "index.json"
         index.write_text(json.dumps({"content": content}))
         (path / "best" / f"step-{best}").mkdir(parents=True)
@@ -89,7 +90,7 @@ WRONG = {
     "the best model of step 3 is not whole: model.safetensors has": lambda p: (
         p / "best" / "step-3" / "model.safetensors"
     ).write_bytes((p / "best" / "step-3" / "model.safetensors").read_bytes() + b"x"),
-    "the last checkpoint names {'step': 3, 'value': 0.75} as best, not {'step': 1,": edit(
+    "the last checkpoint names {'step': 3, 'value': 0.75, 'metric'": edit(
         "metrics.jsonl", lambda x: [x[0], x[1].replace("0.25", "0.75"), *x[2:]]
     ),
     "the final model is not whole": lambda p: (p / "model.partial").mkdir(),

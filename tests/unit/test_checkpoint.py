@@ -4,6 +4,7 @@ refused. Files of several ranks are made from layouts; real ranks are in `test_r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -106,6 +107,32 @@ def test_blocks_that_do_not_tile_a_parameter_are_refused(tmp_path):
         read_blocks(tmp_path / "step-5", index, {}, layouts_on(1, 1, 1), 0)
 
 
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda x: x.pop(f"{KINDS[1]}/w3"), f"of {KINDS[1]}/w3, and there is nothing"),
+        (lambda x: x.update({f"{KINDS[0]}/w3": torch.zeros(2)}), "and there is F32 [2]"),
+    ],
+    ids=["missing", "of another shape"],
+)
+def test_a_file_that_does_not_hold_what_the_index_says_is_named(tmp_path, change, wrong):
+    """Its checksum is right: the file was made so."""
+    layouts = layouts_on(1, 1, 1)
+    index, file = saved(tmp_path, layouts), tmp_path / "step-5" / "rank-0.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    write_tensors(file, tensors)
+    state = {kind: {n: torch.zeros(s) for n, s in SHAPES.items()} for kind in KINDS}
+    with pytest.raises(ValueError) as error:
+        read_blocks(tmp_path / "step-5", index, state, layouts, 0)
+    assert str(error.value).startswith(f"{file}: index.json says F32 ")
+    assert wrong in str(error.value)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="rank-0.safetensors has .* bytes instead of"):
+        read_blocks(tmp_path / "step-5", index, state, layouts, 0)
+
+
 def conf_of(*words: str) -> Conf:
     common = ["conf=qwen3_tiny", "trainer.warmup_steps=20", "steps=100", "checkpoint.every=1"]
     return load_conf([*common, *words])[1]
@@ -197,6 +224,35 @@ def test_after_a_skipped_step_the_bias_correction_continues(process, tmp_path):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     index = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "index.json").read_text())
     assert (index["content"]["step"], index["content"]["updates"]) == (3, 2)
+
+
+def advance_without_signal(trainer: Trainer) -> dict[str, float]:
+    """A step whose gradient is 0."""
+    assert trainer.model is not None
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return trainer.update(1.0, 0)
+
+
+def test_the_count_of_steps_without_signal_survives_a_resume(process, tmp_path):
+    """An index of before has none, which is 0."""
+    conf, trainer = run_with(process, tmp_path / "run", 2)
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    assert advance_without_signal(trainer)["steps_without_signal"] == 1
+    keeper.after(3, stop=True)
+    step, other = loaded(process, tmp_path / "run", conf)
+    assert (step, other.steps, other.updates, other.without_signal) == (3, 3, 2, 1)
+    for act in (advance_without_signal, lambda trainer: advance(trainer, 5)):
+        mine, theirs = act(trainer), act(other)
+        assert mine == theirs and mine["steps_without_signal"] == 2
+        mine, theirs = bits_of(trainer), bits_of(other)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    path = tmp_path / "run" / "checkpoints" / "step-3" / "index.json"
+    content = json.loads(path.read_text())["content"]
+    assert content.pop("without_signal") == 1
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"content": content, "sha256": digest}))
+    assert loaded(process, tmp_path / "run", conf)[1].without_signal == 0
 
 
 def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, capsys):
@@ -306,7 +362,7 @@ def test_what_may_be_whole_is_left_as_it_is(process, tmp_path):
     other = (lambda c: c.update(format=2), 2), (lambda c: c.pop("format"), 1)
     for change, version in other:
         rewritten(path, lambda index, change=change: change(index["content"]))
-        said = f"{path} has checkpoint format {version}, this version of mesh reads 3; resume with"
+        said = f"{path} has checkpoint format {version}, this version of mesh reads 4; resume with"
         with pytest.raises(Refusal, match=said):
             loaded(process, tmp_path / "run", conf)
         assert names_in(tmp_path / "run") == ["step-1"]

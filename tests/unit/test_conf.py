@@ -227,6 +227,15 @@ def test_a_far_choice_is_not_suggested():
         ("group_size=1", "group_size=1: must be >= 2; the default is 8"),
         ("generator.top_p=0", "generator.top_p=0.0: must be > 0 and <= 1; the default is 1.0"),
         ("clip_low=1", "clip_low=1.0: must be >= 0 and < 1; the default is null"),
+        (
+            "truncated_reward=nan",
+            "truncated_reward=nan: must be >= -1e+100 and <= 1e+100; the default is null",
+        ),
+        (
+            "truncated_reward=-inf",
+            "truncated_reward=-inf: must be >= -1e+100 and <= 1e+100; the default is null",
+        ),
+        ("advantage_eps=-1", "advantage_eps=-1.0: must be >= 0 and finite; the default is 1e-06"),
         ("trainer.tp=0", "trainer.tp=0: must be >= 1; the default is 1"),
     ],
 )

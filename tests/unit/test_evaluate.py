@@ -1,21 +1,33 @@
-"""pass@k against a count of all subsets, and the sums that evaluation reduces over ranks."""
+"""pass@k against a count of all subsets, what counts as correct, and what evaluation reduces over
+ranks."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
+import numpy as np
 import pytest
 from user_tasks import Short
 
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import check
+from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Plan
-from mesh.roles.evaluation import _sums, pass_at_k
-from mesh.tasks import draw_held_out
+from mesh.recipes import grpo
+from mesh.roles.evaluation import (
+    EvaluationSet,
+    answer_table,
+    metric_names,
+    metrics_of,
+    pass_at_k,
+)
+from mesh.tasks import TaskSpec, draw_held_out
+from mesh.tasks.correct import is_correct
+from mesh.tasks.scorer import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Rollout
+from mesh.types import Prompt, Rollout
 
 
 def generating(process: Process, *words: str, held_out: bool = True) -> Plan:
@@ -43,12 +55,168 @@ def rollout(prompt_id: int, sample_id: int, reward: float) -> Rollout:
     return Rollout(prompt_id, sample_id, (1,), (2,), (-0.5,), reward, "stop")
 
 
-def test_sums_by_hand():
-    """Three prompts with 0, 1 and 2 right of 2; partial credit is not right, extra credit is."""
-    rewards = {7: (0.99, 0.0), 8: (1.0, 0.5), 9: (1.0, 1.5)}
-    rollouts = [rollout(p, g, rewards[p][g]) for p in rewards for g in range(2)]
-    assert _sums(rollouts, 2, [1, 2]) == [0 + 0.5 + 1, 0 + 1 + 1, 3]
-    assert _sums([], 2, [1, 2]) == [0, 0, 0]
+def held_out(task: SpellBackward, num_samples: int) -> EvaluationSet:
+    source = TaskSource(task, TaskSpec("spell_backward", 0), ScoringSettings(0, 1.0, "stop"))
+    return EvaluationSet(source, 3, num_samples)
+
+
+@dataclass(frozen=True)
+class FromHalf(SpellBackward):
+    """A task that says what is correct."""
+
+    answer: Any = None
+
+    def is_correct(self, reward: float) -> bool:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return reward >= 0.5 if self.answer is None else self.answer
+
+
+REWARDS = {0: (0.9, 0.0, 0.2), 1: (0.7 + 0.2 + 0.1, 0.5, 0.9), 2: (1.0, 1.5, 1 - 1e-7)}
+"""Of prompts: those of two samples, and the greedy one; 0.7 + 0.2 + 0.1 is less than 1."""
+
+
+def test_metrics_by_hand_over_two_replicas():
+    """0, 1 and 2 samples of 2 are correct, and the last greedy answer; where 0.5 is enough, 1, 2
+    and 2, and two greedy ones. Partial credit counts in the mean reward alone."""
+    sampled = [rollout(p, g, REWARDS[p][g]) for p in REWARDS for g in range(2)]
+    greedy = [rollout(p, 0, REWARDS[p][2]) for p in REWARDS]
+    expected = {
+        SpellBackward(0): [1 / 2, 1 / 2, 2 / 3, 1 / 3],
+        FromHalf(0): [5 / 6, 5 / 6, 1.0, 2 / 3],
+    }
+    for task, (accuracy, pass_1, pass_2, accuracy_greedy) in expected.items():
+        held = held_out(task, 2)
+        parts = [
+            answer_table(held, sampled[::2], greedy[1:]),
+            answer_table(held, sampled[1::2], greedy[:1]),
+        ]
+        counts_PG, *columns = (parts[0] + parts[1]).unbind(-1)
+        assert counts_PG.tolist() == [[1, 1, 1]] * 3
+        assert metrics_of(*columns, "eval/hard") == {
+            "eval/hard/accuracy": pytest.approx(accuracy, abs=1e-15),
+            "eval/hard/pass@1": pytest.approx(pass_1, abs=1e-15),
+            "eval/hard/pass@2": pytest.approx(pass_2, abs=1e-15),
+            "eval/hard/accuracy_greedy": pytest.approx(accuracy_greedy, abs=1e-15),
+            "eval/hard/reward": (0.9 + 1.0 + 0.5 + 1.0 + 1.5) / 6,
+        }
+    assert answer_table(held, [], []).tolist() == [[[0.0] * 3] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("reward", "correct"),
+    [
+        (1.0, True),
+        (7.0, True),
+        (0.7 + 0.2 + 0.1, True),
+        (float(np.float32(0.7) + np.float32(0.2) + np.float32(0.1)), True),
+        (1 - 1e-6, True),
+        (1 - 2e-6, False),
+        (0.9, False),
+        (-1.0, False),
+    ],
+)
+def test_correct_is_a_reward_of_one_up_to_rounding(reward, correct):
+    assert is_correct(SpellBackward(0), reward) is correct
+
+
+@pytest.mark.parametrize("answer", [None, 1, "yes", 0.0])
+def test_what_a_task_calls_correct_is_a_bool(answer):
+    assert is_correct(FromHalf(0, answer=np.bool_(True)), 0.0) is True
+    if answer is None:
+        assert [is_correct(FromHalf(0), reward) for reward in (0.4, 0.5)] == [False, True]
+        answer = KeyError("lost")
+    said = "raised KeyError" if isinstance(answer, KeyError) else f"returned {answer!r}; return T"
+    with pytest.raises(ValueError, match=rf"^is_correct\(0.3\) of FromHalf\(.*\) {said}"):
+        is_correct(FromHalf(0, answer=answer), 0.3)
+
+
+def test_a_task_that_cannot_say_what_is_correct_is_refused_at_the_start(process):
+    name = f"task={__name__}:FromHalf"
+    with pytest.raises(
+        ValueError, match=r"- is_correct\(1.0\) of FromHalf\(.*returned 'maybe'; re"
+    ):
+        generating(process, name, "task_args.answer=maybe", "reward.workers=0")
+    assert generating(process, name, "reward.workers=0").task == FromHalf(0)
+
+
+def evaluated(process: Process, capsys, *words: str) -> tuple[str, dict[str, float]]:
+    """What two evaluations print, and the metrics of one."""
+    sizes = ["eval.num_prompts=4", "eval.num_samples=2", "reward.workers=0"]
+    conf = load_conf(["conf=qwen3_tiny", *sizes, *words])[1]
+    program = assemble(check(conf, process, training=False), process)
+    sync(program)
+    capsys.readouterr()
+    grpo.held_out(program, process)
+    metrics = grpo.held_out(program, process)
+    return capsys.readouterr().out, metrics
+
+
+@dataclass(frozen=True)
+class Partial(SpellBackward):
+    """The share of right characters, of at most `most`."""
+
+    most: float = 0.9
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        pairs = zip(prompt.answer, response, strict=False)
+        return self.most * sum(a == b for a, b in pairs) / len(prompt.answer)
+
+
+@dataclass(frozen=True)
+class PartialCorrect(Partial):
+    def is_correct(self, reward: float) -> bool:
+        return reward >= self.most
+
+
+def test_rewards_that_differ_and_none_correct_are_warned_of_once(process, capsys):
+    said, metrics = evaluated(process, capsys, f"task={__name__}:Partial")
+    assert said.count("warning") == 1 and said.startswith(
+        "warning: eval: no response was correct, though rewards differ, up to 0.9: a response is "
+        "correct where its reward is at least 0.999999; if less is right, give the task a method "
+        "is_correct(reward) -> bool. "
+    )
+    assert [metrics[f"eval/{name}"] for name in ("accuracy", "pass@2", "accuracy_greedy")] == [
+        0
+    ] * 3
+    assert 0.1 < metrics["eval/reward"] < 0.9
+    said, other = evaluated(process, capsys, f"task={__name__}:PartialCorrect")
+    assert said == "" and other["eval/reward"] == metrics["eval/reward"]
+    assert other["eval/accuracy_greedy"] > 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "line"),
+    [
+        (
+            "eval/rewards",
+            "did you mean eval/reward? use one of eval/accuracy, eval/pass@1, eval/pa",
+        ),
+        ("accuracy", "did you mean eval/accuracy? use one of"),
+        (
+            "eval/pass@8",
+            "did you mean eval/pass@4? use one of eval/accuracy, eval/pass@1, eval/pass@4",
+        ),
+        (
+            "loss",
+            "logs it; use one of eval/accuracy, eval/pass@1, eval/pass@4, eval/accuracy_greedy",
+        ),
+    ],
+)
+def test_the_best_model_follows_a_metric_of_the_evaluations(process, metric, line):
+    def start(metric: str) -> Plan:
+        conf = load_conf(["conf=qwen3_tiny", f"checkpoint.best_metric={metric}"])[1]
+        return check(conf, replace(process, world_size=2))
+
+    with pytest.raises(ValueError) as refused:
+        start(metric)
+    assert (
+        f"- checkpoint.best_metric={metric}: no evaluation with eval.num_samples=4 logs it; "
+        in (str(refused.value))
+    )
+    assert line in str(refused.value)
+    for known in metric_names(4):
+        start(known)
 
 
 def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_checkpoint import RANK_0, advance, conf_of, flip, names_in, trainer_of
+from test_checkpoint import RANK_0, advance, conf_of, flip, names_in, rewritten, trainer_of
 
-from mesh.checkpoint.files import read_index
+from mesh.checkpoint.files import _sha256_of, read_index
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.logs import KEPT_LOGS
 from mesh.config.schema import Conf
@@ -39,7 +39,7 @@ class Small:
             file.write(json.dumps({"step": self.step, "of": name}) + "\n")
 
     def evaluated(self, value: float) -> None:
-        metrics = {"loss": 1.0, "eval/accuracy": value}
+        metrics = {"loss": 1.0, "eval/accuracy": value, "eval/reward": 1 - value}
         self.keeper.consider(self.step, metrics, self.save)
 
     def save(self, path: Path) -> None:
@@ -202,6 +202,48 @@ def test_a_resumed_run_remembers_how_good_the_best_was(process, tmp_path):
     again = Small(process, run.path, "checkpoint.every=2", resume=True)
     again.take(2, {5: 0.5, 6: 0.4375})
     assert again.named()["step-6"] == (2, 0.5) and again.bests() == ["step-2"]
+
+
+def test_the_best_may_follow_another_metric(process, tmp_path, capsys):
+    """The largest reward is that of the smallest accuracy."""
+    words = ["checkpoint.every=2", "checkpoint.best_metric=eval/reward"]
+    run = Small(process, tmp_path / "run", *words)
+    run.take(4, VALUES)
+    assert run.named() == {"step-2": (1, 0.75), "step-4": (1, 0.75)} and run.bests() == ["step-1"]
+    assert read_index(run.path / "checkpoints" / "step-4").best.metric == "eval/reward"
+    run.keeper.best.report()
+    assert f"best: eval/reward 0.750 of step 1, {run.path}/best/step-1" in capsys.readouterr().out
+    again = Small(process, run.path, *words, resume=True)
+    again.take(2, VALUES)
+    assert again.named()["step-6"] == (1, 0.75)
+    assert "best_metric" not in capsys.readouterr().out
+
+
+def to_format_3(index: dict) -> None:
+    """It follows eval/accuracy, without saying so."""
+    index["content"]["format"] = 3
+    assert index["content"]["best"].pop("metric") == "eval/accuracy"
+    index["sha256"] = _sha256_of(index["content"])
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_with_another_metric_begins_its_best_anew(process, tmp_path, capsys, older):
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2, VALUES)
+    words = ["checkpoint.every=2", "checkpoint.best_metric=eval/reward"]
+    if older:
+        rewritten(run.path / "checkpoints" / "step-2", to_format_3)
+    again = Small(process, run.path, *words, resume=True)
+    said = (
+        f"checkpoint.best_metric=eval/reward: the best model so far, {run.path}/best/step-2, "
+        "followed eval/accuracy; the next evaluation becomes the best"
+    )
+    assert said in capsys.readouterr().out and again.bests() == ["step-2"]
+    again.take(2, VALUES)
+    assert again.named() == {"step-2": (2, 0.5), "step-4": (4, 0.625)}
+    assert again.bests() == ["step-2", "step-4"]
+    again.take(2, {})
+    assert again.named()["step-6"] == (4, 0.625) and again.bests() == ["step-4"]
 
 
 def test_a_best_model_that_is_gone_is_told_and_looked_for_anew(process, tmp_path, capsys):

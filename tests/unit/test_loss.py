@@ -118,6 +118,48 @@ def test_kl_keeps_small_differences():
     torch.testing.assert_close(kl[-10:], (d_T.double() ** 2 / 2).float()[-10:], rtol=1e-2, atol=0)
 
 
+def kl_and_gradient(difference_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k3, and its gradient by the policy's logprobs, where the reference's are so much larger."""
+    logprobs_T = (-1 - difference_T).requires_grad_()
+    kl = kl_T(logprobs_T, torch.full_like(difference_T, -1.0))
+    (gradient_T,) = torch.autograd.grad(kl.sum(), logprobs_T)
+    return kl.detach(), gradient_T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kl_continues_as_a_line_where_its_exponential_would_overflow(dtype):
+    """d = 199 and 99999: the tangent of exp at 20 is exp(20) * (1 + d - 20)."""
+    difference_T = torch.tensor([199.0, 99999.0], dtype=dtype)
+    kl, gradient_T = kl_and_gradient(difference_T)
+    expected = [math.exp(20) * (d - 19) - d - 1 for d in difference_T.tolist()]
+    torch.testing.assert_close(kl, torch.tensor(expected, dtype=dtype))
+    torch.testing.assert_close(gradient_T, torch.full_like(kl, 1 - math.exp(20)))
+    assert kl[0].item() == pytest.approx(8.7329735e10, rel=1e-6)
+
+
+def test_kl_and_its_slope_are_continuous_at_the_bound():
+    below, above = math.nextafter(20, 0), math.nextafter(20, 21)
+    kl, gradient_T = kl_and_gradient(torch.tensor([below, 20.0, above], dtype=torch.float64))
+    torch.testing.assert_close(kl, torch.full_like(kl, math.expm1(20) - 20), rtol=1e-14, atol=0)
+    expected_T = torch.full_like(kl, -math.expm1(20))
+    torch.testing.assert_close(gradient_T, expected_T, rtol=1e-14, atol=0)
+    around_T = torch.tensor([19.0, 19.99, 20.01, 21.0], dtype=torch.float64).requires_grad_()
+    zeros_T = torch.zeros_like(around_T)
+    assert torch.autograd.gradcheck(lambda x_T: kl_T(-x_T, zeros_T), around_T, rtol=1e-6)
+
+
+def test_kl_below_the_bound_has_the_bits_of_the_plain_formula():
+    torch.manual_seed(5)
+    logprobs_T = (-20 * torch.rand(4000)).requires_grad_()
+    ref_T, weights_T = -20 * torch.rand(4000), torch.randn(4000)
+    difference_T = ref_T - logprobs_T
+    plain = torch.expm1(difference_T) - difference_T
+    found = kl_T(logprobs_T, ref_T)
+    assert torch.equal(found.view(torch.int32), plain.view(torch.int32))
+    ours, theirs = (torch.autograd.grad((x * weights_T).sum(), logprobs_T) for x in (found, plain))
+    assert torch.equal(ours[0].view(torch.int32), theirs[0].view(torch.int32))
+
+
 LENGTHS = [3, 1, 5, 2]
 EXPECTED = {  # plain loops over losses 1, 2, 3, ... numbered through the responses
     "token": lambda rows: sum(map(sum, rows)) / 11,

@@ -106,6 +106,12 @@ def test_plain_line():
         "step   12/150  reward 0.531  eval 0.480  logprob_diff 0.0e+00  gen 12.3k tok/s"
         "  train 45.6k tok/s  0.82 s/step  ETA 1:53"
     )
+    more = {"reward/mean": 0.5, "response/truncated": 0.125, "steps_without_signal": 3.0}
+    assert plain_line(more, fake_pace(150, 1.0, 0)) == (
+        "step    0/150  reward 0.500  truncated 12%  no signal 3 steps  ? s/step  ETA ?"
+    )
+    none = more | {"steps_without_signal": 0.0}
+    assert "no signal" not in plain_line(none, fake_pace(150, 1.0, 0))
     assert plain_line({}, fake_pace(150, 1.0, 0)) == "step    0/150  ? s/step  ETA ?"
 
 

@@ -15,8 +15,9 @@ from tiny_qwen3 import save_checkpoint as save
 from mesh.invariant.switch import batch_invariant
 from mesh.model.attention import AttentionContext, KVCache, attention
 from mesh.model.layers import rope_table, rotate, rotate_both
-from mesh.model.logprobs import MAX_TILE, token_logprobs, vocab_products, vocab_tiles
+from mesh.model.logprobs import token_logprobs
 from mesh.model.policy import named_weights
+from mesh.model.vocabulary import MAX_TILE, vocab_products, vocab_tiles
 
 VARIANTS = [
     Variant(0, tied=True, kv_heads=2),

@@ -122,6 +122,9 @@ def test_the_rows_of_the_table_are_the_papers():
     assert grpo.weights(lengths_R).tolist() == [0.25, 0.5]
     assert dr_grpo.weights(lengths_R).tolist() == [1.0, 1.0]
     assert (grpo.normaliser(6, 2), dr_grpo.normaliser(6, 2)) == (2.0, 2.0 * 8)
+    as_in_trl = objective_for(conf_of("advantage_eps=1e-4")).advantages(rewards_PG)
+    assert torch.equal(as_in_trl, group_advantages(rewards_PG, "std", 1e-4))
+    assert not torch.equal(as_in_trl, group_advantages(rewards_PG, "std"))
     by_token = objective_for(conf_of("aggregation=token"))
     assert (by_token.normaliser(6, 2), by_token.weights(lengths_R).tolist()) == (6.0, [1.0, 1.0])
 
@@ -143,6 +146,12 @@ def test_a_loss_of_the_users_own_is_named_by_module_and_takes_its_settings():
 def test_an_advantage_may_be_a_function_of_the_rewards():
     doubled = objective_of(Loss(powered, advantage=lambda rewards_PG: 2 * rewards_PG))
     assert doubled.advantages(torch.tensor([[1.0, 3.0]])).tolist() == [[2.0, 6.0]]
+    rewards_PG = torch.tensor([[16777217.0, 1e39]], dtype=torch.float64)
+    above = objective_of(Loss(powered, advantage=lambda rewards_PG: rewards_PG - 16777216))
+    advantages_PG = above.advantages(rewards_PG[:, :1])
+    assert advantages_PG.tolist() == [[1.0]] and advantages_PG.dtype == torch.float32
+    with pytest.raises(ValueError, match="the advantage 1e[+]39 is beyond float32"):
+        above.advantages(rewards_PG)
 
 
 REFUSALS = {  # words, and all lines
@@ -214,6 +223,16 @@ REFUSALS = {  # words, and all lines
         [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
          "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics"],
     ),
+    "an eps without a division": (
+        ["loss=dr_grpo", "advantage_eps=1e-4"],
+        ["advantage_eps=0.0001: the advantage is centred, which does not divide by the group's "
+         "deviation; leave it out, or set advantage=std"],
+    ),
+    "an eps of a loss with a function of its own": (
+        [f"loss={HERE}:ROWS", "advantage_eps=0"],
+        ["advantage_eps=0.0: the advantage is the loss's own function, which does not divide by "
+         "the group's deviation; leave it out, or set advantage=std"],
+    ),
     "the step in one wave": (
         [f"loss={HERE}:WHOLE_STEP", "waves=2"],
         [f"waves=2: loss={HERE}:WHOLE_STEP needs the rewards of the whole step before the first "
@@ -237,6 +256,7 @@ def test_what_fits_is_taken():
         [f"loss={HERE}:WHOLE_STEP"],
         [f"loss={HERE}:CREDITED", "waves=2"],
         [f"loss={HERE}:AGAINST_GENERATOR"],
+        ["loss=dr_grpo", "advantage=std", "advantage_eps=1e-4"],
     ):
         assert isinstance(read_loss(conf_of(*words)), Loss)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf
@@ -15,7 +18,9 @@ from mesh.lifecycle.process import Process
 from mesh.model.families import TINY
 from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Device, Found, Plan, resolve
+from mesh.program.warnings import start_warnings
 from mesh.recipes.grpo import held_out
+from mesh.recipes.validate import uneven_plan
 from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
@@ -50,12 +55,16 @@ def conf_of(*words: str) -> Conf:
 
 
 def planned(
-    *words: str, world_size: int = 1, device: Device = "cpu", training: bool = True
+    *words: str,
+    world_size: int = 1,
+    device: Device = "cpu",
+    training: bool = True,
+    tokenizer: Path = CHARACTERS,
 ) -> Plan:
     """The plan of a configuration, whatever is installed on this machine."""
     conf = conf_of(*words)
     task = load_task(conf.task, conf.seed, conf.task_args)
-    found = Found(TINY, load_tokenizer(CHARACTERS), task, load_loss(conf.loss))
+    found = Found(TINY, load_tokenizer(tokenizer), task, load_loss(conf.loss))
     return resolve(conf, found, world_size, device, training)
 
 
@@ -91,20 +100,23 @@ def test_every_part_has_the_keys_that_it_uses():
         "generator.top_k=5", "generator.top_p=0.9", "model.max_length=30", "loss=dr_grpo",
         "generator.max_new_tokens=6", "clip_high=0.3", "kl_coef=0.1", "eval.num_prompts=5",
         "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
-        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4",
+        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4", "truncated=mask",
+        "truncated_reward=-2",
     ]  # fmt: skip
-    plan = planned(*words, world_size=4)
+    plan, shape = planned(*words, world_size=4), replace(TINY, textless=((98, 128),))
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
     trainer, generator, step = plan.trainer, plan.generator, plan.step
     assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5)
     assert trainer.reference and trainer.sequence_parallel
     assert (trainer.activation_checkpointing, trainer.on_nonfinite) == ("full", "skip")
-    assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, TINY)
+    assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, shape)
+    assert generator.shape == shape
     assert (generator.temperature, generator.top_k, generator.top_p) == (0.5, 5, 0.9)
     assert (generator.seed, generator.max_new_tokens, generator.timeout_seconds) == (7, 6, 60)
     assert generator.stop_tokens == plan.tokenizer.eos_ids and generator.engine.max_length == 30
     assert (step.num_prompts, step.group_size, step.waves) == (12, 4, 3)
     assert (step.pass_tokens, step.drop_equal_groups) == (99, True)
+    assert (step.mask_truncated, step.truncated_reward) == (True, -2.0)
     assert plan.objective.settings == {"clip_high": 0.3} and plan.objective.kl_coef == 0.1
     assert (plan.objective.loss, plan.objective.longest_response) == (load_loss("dr_grpo"), 6)
     assert (plan.bucket_bytes, plan.timeout_seconds) == (3 << 20, 60)
@@ -120,6 +132,7 @@ def test_every_part_has_the_keys_that_it_uses():
 def test_the_defaults_leave_out_what_is_not_asked_for():
     plan = planned()
     assert (plan.chunks, plan.strict, plan.trainer.reference) == (None, False, False)
+    assert (plan.step.mask_truncated, plan.step.truncated_reward) == (False, None)
     assert plan.trainer.start.path is not None and plan.trainer.start.path.name == "qwen3_tiny"
     random = planned("model.init=random", "seed=5")
     assert random.trainer.start == Start(None, 5)
@@ -148,11 +161,29 @@ def test_a_plan_is_frozen_and_holds_no_configuration():
             setattr(part, fields(part)[0].name, None)
 
 
+def test_both_roles_know_the_ids_for_which_the_tokenizer_has_no_token(tmp_path):
+    """The tokenizer of model.tokenizer, where it is not the model's own."""
+    assert planned().trainer.shape.textless == planned().generator.shape.textless == ((98, 128),)
+    backend = Backend(models.WordLevel({"a": 2, "</s>": 90}, "a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    plan = planned(tokenizer=tmp_path)
+    assert plan.trainer.shape == plan.generator.shape
+    assert plan.shape.textless == ((0, 2), (3, 90), (91, 128))
+
+
 def test_a_checked_plan_is_the_resolved_one(process: Process):
     """`check` reads the model, the task and the loss that a configuration names."""
     plan = check(conf_of("loss=dr_grpo"), process)
     expected = planned("loss=dr_grpo")
     assert replace(plan, tokenizer=expected.tokenizer) == expected
+
+
+def test_a_validation_compares_the_tokens_of_truncated_responses_too(process: Process):
+    conf = conf_of("truncated=mask", "truncated_reward=-1")
+    assert check(conf, process).step.mask_truncated
+    step = uneven_plan(conf, process).step
+    assert (step.mask_truncated, step.truncated_reward) == (False, None)
 
 
 def test_evaluation_sets_are_measured_by_name(process: Process):
@@ -171,14 +202,39 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
     sync(program)
     metrics = held_out(program, process)
     assert list(metrics) == [
-        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy",
+        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy", "eval/reward",
         "eval/right/accuracy", "eval/right/pass@1", "eval/right/pass@3",
-        "eval/right/accuracy_greedy", "eval/right/failed",
-        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy",
+        "eval/right/accuracy_greedy", "eval/right/reward", "eval/right/failed",
+        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy", "eval/same/reward",
     ]  # fmt: skip
-    assert [metrics[f"eval/right/{x}"] for x in ("accuracy", "accuracy_greedy")] == [1.0, 1.0]
+    assert [metrics[f"eval/right/{x}"] for x in ("accuracy_greedy", "reward")] == [1.0, 1.0]
     assert metrics["eval/right/failed"] == 0.0
     assert metrics["eval/same/accuracy_greedy"] == metrics["eval/accuracy_greedy"] < 1.0
     alone = assemble(plan, process)
     sync(alone)
-    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:4]}
+    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:5]}
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "remedy"),
+    [
+        (["generator.top_k=5"], "generator.top_k=5: ", "set generator.top_k=0"),
+        (["generator.top_p=0.9"], "generator.top_p=0.9: ", "set generator.top_p=1"),
+        (
+            ["generator.top_k=127", "generator.top_p=0.5"],
+            "generator.top_k=127 generator.top_p=0.5: ",
+            "set generator.top_k=0 generator.top_p=1",
+        ),
+    ],
+    ids=["top_k", "top_p", "both"],
+)
+def test_truncated_sampling_is_warned_about_with_the_remedy(words, named, remedy):
+    (line,) = start_warnings(planned(*words))
+    assert line.startswith(f"warning: {named}tokens are drawn from the truncated distribution")
+    assert "the policy gradient is biased" in line and line.endswith(remedy)
+    assert start_warnings(planned(*remedy.split()[1:])) == []
+
+
+def test_sampling_that_truncates_nothing_is_not_warned_about():
+    """The defaults, and as many tokens as the vocabulary has."""
+    assert start_warnings(planned()) == start_warnings(planned("generator.top_k=128")) == []

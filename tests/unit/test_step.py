@@ -25,10 +25,11 @@ from mesh.rl.step import (
     share_of,
     waves_of,
 )
-from mesh.types import Prompt, Rollout, Wave, outline
+from mesh.types import FINISH_REASONS, Prompt, Rollout, Wave, outline
 
 STEP = StepSettings(num_prompts=3, group_size=2, waves=1, drop_equal_groups=False, pass_tokens=99)
 DROPPING = replace(STEP, drop_equal_groups=True)
+MASKING = replace(STEP, mask_truncated=True)
 CENTRED = Objective(Loss(clipped_surrogate, "centred", "token"))
 
 
@@ -108,10 +109,36 @@ def test_equal_groups_are_dropped_everywhere():
     assert (share.tokens, share.sequences) == (13, 4)
 
 
+def test_a_masked_rollout_leaves_the_loss_and_its_divisor_but_not_its_group():
+    """The last one, of 5 tokens and reward 4: sample 0 still has -2 and not 0."""
+    share = credited_share(wave_of(GROUPS), CENTRED, MASKING, 1, 0)
+    mine = leaves_in(share)
+    assert [leaf.advantages for leaf in mine] == [(0.5, -0.5), (0.0, 0.0), (-2.0,)]
+    assert [leaf.num_tokens for leaf in mine] == [10 + 4, 12 + 4, 7 + 4]
+    assert (share.tokens, share.sequences) == (12, 5)
+    assert share.rollouts == GROUPS[:-1]
+    for aggregation, divisor in {"token": 12, "sequence": 5, "constant": 5 * 9}.items():
+        objective = Objective(Loss(clipped_surrogate, "centred", aggregation), longest_response=9)
+        assert objective.normaliser(share.tokens, share.sequences) == divisor
+
+
+@pytest.mark.parametrize(
+    ("finish", "masked"), [("stop", 0), ("length", 2), ("turns", 0), ("context", 2)]
+)
+def test_what_was_cut_before_its_end_is_masked(finish, masked):
+    group = [rollout(4, i, 2, float(i), finish) for i in range(2)]
+    share = credited_share(wave_of(group), CENTRED, MASKING, 1, 0)
+    assert share.sequences == len(share.rollouts) == 2 - masked
+    assert rollout_metrics([wave_of(group)], 2)["response/truncated"] == masked / 2
+
+
 def test_nothing_left_is_no_pass():
+    """A group of equal rewards dropped, and one masked as a whole."""
+    cut = [replace(r, finish_reason="length") for r in GROUPS[:2]]
     for rank in range(2):
-        wave = wave_of(GROUPS[2:4], rank, 2)
-        assert credited_share(wave, CENTRED, DROPPING, 2, rank) == Share([], 0, 0)
+        for group, keys in ((GROUPS[2:4], DROPPING), (cut, MASKING)):
+            wave = wave_of(group, rank, 2)
+            assert credited_share(wave, CENTRED, keys, 2, rank) == Share([], 0, 0)
 
 
 def test_off_the_trainer_nothing_is_due():
@@ -145,8 +172,9 @@ def steps(draw):
     group_size = draw(st.integers(2, 4))
     lengths = st.integers(0, 6)
     rewards = st.sampled_from([0.0, 0.5, 1.0])
+    ends = st.sampled_from(FINISH_REASONS)
     rollouts = [
-        rollout(prompt_id, sample_id, draw(lengths), draw(rewards))
+        rollout(prompt_id, sample_id, draw(lengths), draw(rewards), draw(ends))
         for prompt_id in range(draw(st.integers(1, 7)))
         for sample_id in range(group_size)
     ]
@@ -157,6 +185,7 @@ def steps(draw):
         waves=1,
         drop_equal_groups=draw(st.booleans()),
         pass_tokens=draw(st.integers(1, 40)),
+        mask_truncated=draw(st.booleans()),
     )
     return rollouts, Objective(loss), keys, draw(st.integers(1, 4))
 
@@ -172,7 +201,8 @@ def test_ranks_agree_and_share_every_kept_rollout_once(step):
     rewards_PG = torch.tensor([r.reward for r in rollouts]).view(-1, keys.group_size)
     advantages_PG = group_advantages(rewards_PG, objective.loss.advantage)
     mixed = [len(set(row)) > 1 or not keys.drop_equal_groups for row in rewards_PG.tolist()]
-    kept = [r for r in rollouts if mixed[r.prompt_id]]
+    cut = ("length", "context") if keys.mask_truncated else ()
+    kept = [r for r in rollouts if mixed[r.prompt_id] and r.finish_reason not in cut]
     trained = {}
     assert len({len(share.passes) for share in shares}) == 1
     for rank, share in enumerate(shares):
@@ -207,6 +237,7 @@ def test_rollout_metrics_by_hand_over_two_waves():
         "tokens/generated": 17,
         "response_length/mean": pytest.approx(17 / 6),
         "response_length/max": 5,
+        "response/truncated": pytest.approx(1 / 6),
         "truncated": pytest.approx(1 / 6),
     }
     assert rollout_metrics([Wave([], []), Wave([], [])], group_size=2) == {}

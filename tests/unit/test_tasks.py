@@ -6,9 +6,13 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,15 +276,65 @@ def test_a_solution_scores_one_and_nothing_else_does(name):
     assert score_all(task, [prompt] * 6, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "1.0", 10**400])
-def test_a_reward_that_is_no_finite_number_stops_with_the_case(reward):
+NOT_FINITE, NO_NUMBER = "which is not finite in float64", "which is no real number"
+
+
+@pytest.mark.parametrize(
+    ("reward", "shown"),
+    [
+        (math.nan, f"returned nan of type float, {NOT_FINITE}"),
+        (-math.inf, f"returned -inf of type float, {NOT_FINITE}"),
+        (np.float32("inf"), f"returned np.float32(inf) of type numpy.float32, {NOT_FINITE}"),
+        (Decimal("NaN"), f"returned Decimal('NaN') of type decimal.Decimal, {NOT_FINITE}"),
+        (None, f"returned None of type NoneType, {NO_NUMBER}"),
+        ("1.0", f"returned '1.0' of type str, {NO_NUMBER}"),
+        (np.str_("1.0"), f"returned np.str_('1.0') of type numpy.str_, {NO_NUMBER}"),
+        ("x" * 999, f"returned '{'x' * 299}... of type str, {NO_NUMBER}"),
+        (1j, f"returned 1j of type complex, {NO_NUMBER}"),
+        (np.complex64(1), f"returned np.complex64(1+0j) of type numpy.complex64, {NO_NUMBER}"),
+        (torch.tensor(1j), f"returned tensor(0.+1.j) of type torch.Tensor, {NO_NUMBER}"),
+        ([0.5], f"returned [0.5] of type list, {NO_NUMBER}"),
+        (np.array([1, 2]), "numpy.ndarray, which has 2 elements instead of one"),
+        (torch.ones(2, 2), "torch.Tensor, which has 4 elements instead of one"),
+        (torch.ones(0), "torch.Tensor, which has 0 elements instead of one"),
+        (2**53 + 1, "an integer that float64 rounds to 9007199254740992"),
+        (-(10**400), "beyond the largest reward, 1e+100"),
+        (1e308, "returned 1e+308 of type float, beyond the largest reward, 1e+100"),
+    ],
+)
+def test_what_is_no_reward_stops_with_the_case_and_says_why(reward, shown):
     task = Counting(seed=0, reward=reward)
     with pytest.raises(ValueError) as caught:
         score_all(task, [Prompt(0, "How\nmany?", "three")], ["thr\tee"])
     message = str(caught.value)
-    shown = "OverflowError" if isinstance(reward, int) else f"returned {reward!r}"
     assert all(part in message for part in ("Counting", r"'How\nmany?'", r"'thr\tee'", "'three'"))
-    assert shown in message
+    assert f"{shown}\n  prompt:" in message
+    assert "make it return one finite number (bool, int, float, Decimal" in message
+
+
+@pytest.mark.parametrize(
+    ("reward", "value"),
+    [
+        (True, 1.0),
+        (np.bool_(True), 1.0),
+        (np.uint8(200), 200.0),
+        (np.float32(0.1), 0.10000000149011612),
+        (np.array(2), 2.0),
+        (np.array([[0.1]]), 0.1),
+        (torch.tensor(False), 0.0),
+        (torch.tensor([1.5], dtype=torch.bfloat16), 1.5),
+        (torch.tensor(0.1, dtype=torch.float64, requires_grad=True), 0.1),
+        (Decimal("0.1"), 0.1),
+        (Fraction(1, 3), 1 / 3),
+        (16777217, 16777217.0),
+        (-(2**53), -9007199254740992.0),
+        (1e39, 1e39),
+        (5e-324, 5e-324),
+    ],
+)
+def test_any_real_scalar_is_a_reward_in_float64(reward, value):
+    (found,) = score_all(Counting(seed=0, reward=reward), [Prompt(0, "q", "a")], ["r"])
+    assert found == value and type(found) is float
 
 
 def test_a_scorer_that_raises_stops_with_the_case_and_its_cause():
@@ -288,12 +342,6 @@ def test_a_scorer_that_raises_stops_with_the_case_and_its_cause():
     with pytest.raises(ValueError, match=r"raised KeyError: 'lost'\n.*'q'\n.*'r'\n.*'a'") as caught:
         score_all(Counting(seed=0, reward=cause), [Prompt(0, "q", "a")], ["r"])
     assert caught.value.__cause__ is cause
-
-
-def test_integer_rewards_become_floats():
-    rewards = score_all(Counting(seed=0, reward=True), [Prompt(0, "q", "a")], ["r"])
-    assert rewards == [1.0]
-    assert type(rewards[0]) is float
 
 
 def test_prompts_and_responses_must_pair_up():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 
 import pytest
@@ -17,7 +18,9 @@ from mesh.text.tokenizer import (
     check_vocabulary,
     load_tokenizer,
     make_character_tokenizer,
+    textless_ids,
 )
+from tools.bench.vocabulary import write_tokenizer
 
 ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 texts = st.text(st.sampled_from(ALPHABET)).filter(lambda text: "<" not in text)
@@ -146,7 +149,7 @@ def test_eos_ids_are_the_union_over_the_files(tmp_path):
         "config": {"eos_token_id": 2},
     }
     save(tmp_path, words("a", "b", "c", "d", "<eos>"), **files)
-    assert load_tokenizer(tmp_path).eos_ids == (1, 2, 3, 4)
+    assert load_tokenizer(tmp_path).eos_ids == (3, 1, 2, 4)
 
 
 def test_eos_id_zero_counts(tmp_path):
@@ -167,12 +170,15 @@ def test_a_missing_tokenizer_names_the_file(tmp_path):
         ("tokenizer_config.json", "{", "is not JSON"),
         ("generation_config.json", "[]", "is not a JSON object"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "'</s>' is not in tokenizer.json"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "eos_token {} is not in tokenizer.json"),
+        ("tokenizer_config.json", '{"eos_token": [1]}', "eos_token [1] is not in tokenizer.json"),
+        ("generation_config.json", "[" * 10_000, "is not JSON"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, remedy):
     make_character_tokenizer(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=remedy) as caught:
+    with pytest.raises(ValueError, match=re.escape(remedy)) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
 
@@ -194,4 +200,43 @@ def test_check_vocabulary_lists_all_problems(tmp_path, characters):
 def test_check_vocabulary_refuses_an_eos_of_another_tokenizer(tmp_path):
     save(tmp_path, words("a", "b"), config={"eos_token_id": 151645})
     (problem,) = check_vocabulary(load_tokenizer(tmp_path), 151936)
-    assert "eos ids (151645,)" in problem
+    assert "eos ids 151645 have no token in it" in problem
+
+
+def test_ids_without_a_token_are_the_padding_and_the_holes(tmp_path, characters):
+    assert textless_ids(characters, 98) == ()
+    assert textless_ids(characters, 128) == ((98, 128),)
+    backend = Backend(models.WordLevel({"<unk>": 1, "a": 2, "b": 8}, "<unk>"))
+    backend.add_tokens(["added"])
+    backend.add_special_tokens(["<special>"])
+    tokenizer = load_tokenizer(save(tmp_path, backend))
+    assert [tokenizer.backend.token_to_id(x) for x in ("added", "<special>")] == [3, 4]
+    assert textless_ids(tokenizer, 16) == ((0, 1), (5, 8), (9, 16))
+
+
+def test_a_token_that_a_vocabulary_lists_twice_has_two_ids(tmp_path):
+    backend = Backend(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0))
+    assert textless_ids(load_tokenizer(save(tmp_path, backend)), 4) == ((3, 4),)
+
+
+@pytest.mark.parametrize("eos_id", [3, 9, -1])
+def test_an_end_without_a_token_is_refused(tmp_path, eos_id):
+    """In a hole, beyond the last id, and no id at all."""
+    backend = Backend(models.WordLevel({"<unk>": 1, "a": 2, "b": 4}, "<unk>"))
+    save(tmp_path, backend, config={"eos_token_id": [4, eos_id]})
+    (problem,) = check_vocabulary(load_tokenizer(tmp_path), 16)
+    assert f"eos ids {eos_id} have no token in it" in problem
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path):
+    tokenizer = load_tokenizer(save(tmp_path, Backend(models.WordLevel({}, "<unk>"))))
+    assert textless_ids(tokenizer, 8) == ((0, 8),)
+    (problem,) = check_vocabulary(tokenizer, 8)
+    assert "has no end-of-sequence token" in problem
+
+
+def test_a_benchmark_knows_as_large_a_part_of_its_vocabulary_as_qwen3(tmp_path):
+    write_tokenizer(tmp_path, 151_936)
+    tokenizer = load_tokenizer(tmp_path)
+    assert textless_ids(tokenizer, 151_936) == ((151_669, 151_936),)
+    assert tokenizer.encode("a>") == [68, 33] and check_vocabulary(tokenizer, 151_936) == []

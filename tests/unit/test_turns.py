@@ -139,6 +139,7 @@ def test_statistics_count_loss_tokens_and_every_end_but_a_stop_is_truncated():
     assert metrics["response_length/max"] == 3
     assert metrics["tokens/generated"] == 2 + 4 * 3
     assert metrics["truncated"] == 3 / 5
+    assert metrics["response/truncated"] == 2 / 5, "the most turns are an end that was planned"
 
 
 @pytest.mark.parametrize("reason", FINISH_REASONS)

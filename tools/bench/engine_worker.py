@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from mesh.program.plan import generator_settings, tokenizer_directory
 from mesh.roles.generator import Generator
 from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape, Request, Sampling
+from tools.bench.vocabulary import known_ids
 
 
 def main(prompt_tokens: int, words: list[str]) -> None:
@@ -33,6 +35,8 @@ def main(prompt_tokens: int, words: list[str]) -> None:
         start(device, conf.timeout_seconds) as process,
     ):
         shape = shape_of_flavor(conf.model.flavor)
+        textless = ((known_ids(shape.vocab_size), shape.vocab_size),)
+        shape = replace(shape, textless=textless)
         engine = ready(conf, process, shape)
         process.closers.append(engine.close)
         seconds(engine, shape, prompt_tokens, 1, 1)

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mesh.checkpoint.best import METRIC
 from mesh.checkpoint.folder import DAMAGED, PARTIAL, steps_in
 from mesh.checkpoint.logs import LOGS
 from mesh.model.weight_checks import weight_problems
 from mesh.runs.compare import compare_runs, line_differences, read_lines
 
 KEPT = 2  # checkpoint.keep, as unset
+METRIC = "eval/accuracy"  # checkpoint.best_metric, as unset
 Texts = dict[str, bytes]
 
 
@@ -106,7 +106,7 @@ def best_problems(run_dir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[s
     that checkpoints name must be kept."""
     logged = [line for line in metrics if METRIC in line]
     best = max(logged, key=lambda line: line[METRIC])  # of equal ones the first
-    expected = {"step": best["step"], "value": best[METRIC]}
+    expected = {"step": best["step"], "value": best[METRIC], "metric": METRIC}
     path = run_dir / "checkpoints"
     named = {s: json.loads((path / f"step-{s}" / "index.json").read_text()) for s in steps_in(path)}
     bests = {step: index["content"]["best"] for step, index in named.items()}

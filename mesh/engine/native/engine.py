@@ -152,7 +152,9 @@ class NativeEngine:
         rows_SX = decode_rows(running, self.sampling, self.settings.page_size).to(self.device)
         hidden_SD = self._decode_hidden(running, rows_SX)
         logits_SV = tile_logits(hidden_SD, local(self.model.lm_head.weight), self.group)
-        tokens_S, logprobs_S = choose(logits_SV, rows_SX[:, KEY], self.sampling, self.group)
+        tokens_S, logprobs_S = choose(
+            logits_SV, rows_SX[:, KEY], self.sampling, self.group, self.shape.textless
+        )
         # one transfer for both: float64 holds token ids and fp32 logprobs exactly
         tokens, logprobs = torch.stack([tokens_S.double(), logprobs_S.double()]).tolist()
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):

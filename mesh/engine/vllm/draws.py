@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mesh.engine.base import bucket_of
 from mesh.engine.choice import choose
 from mesh.engine.sampler import position_keys
-from mesh.types import Sampling
+from mesh.types import IdSpans, Sampling
 
 
 class DrawBuffers(NamedTuple):
@@ -41,7 +41,8 @@ class Draws:
     """Owns the captured graphs.
 
     head: from the model's output [S, X], hidden states or logits, to logits [S, V / shards], with a
-    shard on each rank of `group`; group None: the logits are whole.
+    shard on each rank of `group`; group None: the logits are whole. Ids of `textless` are never
+    drawn.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Draws:
         head: Callable[[torch.Tensor], torch.Tensor],
         group: dist.ProcessGroup | None,
         graphs: bool,
+        textless: IdSpans,
     ) -> None:
-        self.head, self.group = head, group
+        self.head, self.group, self.textless = head, group, textless
         self.graphs = graphs and group is None
         self.captured: dict[tuple[int, float], _Captured] = {}
         self.features: torch.Tensor | None = None
@@ -80,7 +82,7 @@ class Draws:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys_S, prompt_lengths_S, lengths_S = (row[: len(features_SX)] for row in rows)
         keys_S = position_keys(keys_S, lengths_S - prompt_lengths_S)
-        return choose(self.head(features_SX), keys_S, sampling, self.group)
+        return choose(self.head(features_SX), keys_S, sampling, self.group, self.textless)
 
     def _capture(
         self, features_SX: torch.Tensor, rows: DrawBuffers, sampling: Sampling

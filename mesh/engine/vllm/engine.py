@@ -29,7 +29,7 @@ from mesh.engine.vllm.titan import ARCHITECTURE, TitanModel, blueprint
 from mesh.model.attention import AttentionContext
 from mesh.model.layouts import weight_names
 from mesh.model.policy import Policy
-from mesh.types import Completion, ModelShape, Request, Sampling
+from mesh.types import Completion, IdSpans, ModelShape, Request, Sampling
 
 KV_CACHE = "kv_cache"  # vLLM's tag for its memory
 
@@ -73,7 +73,8 @@ class VllmEngine:
         self.worker = self.core.model_executor.driver_worker.worker
         self.runner = self.worker.model_runner
         graphs = settings.cuda_graphs and device.type == "cuda"
-        self.sampler = CounterSampler(self.runner, _draws(self.runner.get_model(), group, graphs))
+        draws = _draws(self.runner.get_model(), group, graphs, shape.textless)
+        self.sampler = CounterSampler(self.runner, draws)
         self.runner.sampler = self.sampler
         self.captured = graphs
 
@@ -237,13 +238,13 @@ class VllmEngine:
         self.observer(rows)
 
 
-def _draws(model: Any, group: dist.ProcessGroup, graphs: bool) -> Draws:
+def _draws(model: Any, group: dist.ProcessGroup, graphs: bool, textless: IdSpans) -> Draws:
     """Draws from the output of `model`, whose product with the head they take over if they can."""
     if isinstance(model, TitanModel):
-        return Draws(model.head, group if group.size() > 1 else None, graphs)
+        return Draws(model.head, group if group.size() > 1 else None, graphs, textless)
     if group.size() > 1:  # it gathers the logits, which cannot be captured
-        return Draws(_identity, None, graphs)
-    draws = Draws(model.compute_logits, None, graphs)
+        return Draws(_identity, None, graphs, textless)
+    draws = Draws(model.compute_logits, None, graphs, textless)
     model.compute_logits = _identity
     return draws
 

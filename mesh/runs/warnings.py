@@ -1,0 +1,79 @@
+"""Warnings about steps that a run takes without an error and learns little or nothing from.
+
+They follow from a step's metrics alone, and change nothing of the run. A kind of step that lasts is
+warned about once, when its streak has become long enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Steps of one kind. text: the warning, of a step and its metrics; steps: how many in a row
+    it takes."""
+
+    holds: Callable[[Metrics], bool]
+    text: Callable[[int, Metrics], str]
+    steps: int
+
+
+def without_signal(metrics: Metrics) -> bool:
+    """True if the gradient of the whole step was exactly 0."""
+    return metrics.get("grad_norm") == 0
+
+
+def no_signal_text(step: int, metrics: Metrics) -> str:
+    if metrics.get("equal_groups") == 1:
+        why = "all rewards of a group are equal, in every group"
+        remedy = (
+            "use prompts that are answered right sometimes and not always, a larger group_size, or "
+            "a higher generator.temperature"
+        )
+    elif metrics.get("tokens/trained") == 0:
+        why, remedy = "no token entered the loss", "look at drop_equal_groups and truncated"
+    else:
+        why, remedy = "the loss has no gradient", "look at the loss and the advantages"
+    return (
+        f"warning: {NO_SIGNAL_STEPS} steps in a row, up to step {step}, had no signal: the "
+        f"gradient was exactly 0, so they changed no weight; {why}; {remedy}"
+    )
+
+
+def mostly_truncated(metrics: Metrics) -> bool:
+    """True if more than half of the step's responses were cut."""
+    return metrics.get("response/truncated", 0) > 0.5
+
+
+def truncated_text(step: int, metrics: Metrics) -> str:
+    return (
+        f"warning: {metrics['response/truncated']:.0%} of the responses of step {step} were "
+        "truncated: they are unfinished, and so is what was scored; raise "
+        "generator.max_new_tokens, ask for shorter responses, leave them out of the loss "
+        "(truncated=mask), or give them a reward of your own (truncated_reward)"
+    )
+
+
+NO_SIGNAL_STEPS = 3
+KINDS = (
+    Kind(without_signal, no_signal_text, NO_SIGNAL_STEPS),
+    Kind(mostly_truncated, truncated_text, 1),
+)
+
+
+class StepWarnings:
+    """Owns the length of each kind's present streak."""
+
+    def __init__(self) -> None:
+        self._streaks = dict.fromkeys(KINDS, 0)
+
+    def see(self, step: int, metrics: Metrics) -> list[str]:
+        """The warnings that are due after a step that was trained on."""
+        for kind in KINDS:
+            self._streaks[kind] = self._streaks[kind] + 1 if kind.holds(metrics) else 0
+        return [kind.text(step, metrics) for kind in KINDS if self._streaks[kind] == kind.steps]
