@@ -97,15 +97,20 @@ def _tied_head(stored: Mapping[str, Stored]) -> list[str]:
 
 
 def _equal_rows(head: Stored, embedding: Stored) -> bool:
-    rows = max(1, COMPARED_BYTES // (4 * head.shape[1]))
+    rows = max(1, COMPARED_BYTES // (4 * max(head.shape[1], 1)))
     with safe_open(head.file, "pt") as one, safe_open(embedding.file, "pt") as other:
         ours, theirs = one.get_slice(HEAD), other.get_slice(EMBEDDING)
         for first in range(0, head.shape[0], rows):
             heartbeat()
-            part = slice(first, first + rows)
-            if not torch.equal(ours[part].float(), theirs[part].float()):
+            part, other_part = (x[first : first + rows] for x in (ours, theirs))
+            if not torch.equal(*_of_one_dtype(part, other_part)):
                 return False
     return True
+
+
+def _of_one_dtype(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    alike = len({x.dtype for x in tensors}) == 1
+    return tensors if alike else [x.float() for x in tensors]
 
 
 def _shortened(items: Sequence[str]) -> str:
