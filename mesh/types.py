@@ -35,11 +35,27 @@ HEAD_DIMS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question of a task: `prompt_id` is unique in the step, `answer` goes to the scorer."""
+    """One question of a task. `prompt_id` is the task's own number of it: any integer, each once in
+    a call of the task. `score` and `solution` get the prompt as it is; `answer` is for them.
+    """
 
     prompt_id: int
     text: str
     answer: str
+
+
+@dataclass(frozen=True)
+class NumberedPrompt:
+    """A prompt and its place in the step, counted from 0. The place is the `prompt_id` of every
+    other noun here, of logs and of messages.
+    """
+
+    prompt_id: int
+    prompt: Prompt
+
+    @property
+    def text(self) -> str:
+        return self.prompt.text
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from mesh.config.keys import refuse, refusing
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
-from mesh.program.checks import prompt_problems
 from mesh.program.plan import Plan
+from mesh.program.prompt_checks import prompt_problems
 from mesh.roles.generator import EVAL_STEP
-from mesh.tasks import draw_held_out
-from mesh.types import Completion, Prompt
+from mesh.tasks import draw_held_out, numbered
+from mesh.types import Completion, NumberedPrompt, Prompt
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 
@@ -35,28 +35,29 @@ def main(argv: list[str]) -> None:
     with launch(conf) as process:
         plan = check(conf, process, training=False, held_out=False)
         prompts = asked(conf, process, plan)
-        refuse(prompt_problems(conf, plan.tokenizer, prompts))
+        given = [numbered.prompt for numbered in prompts]
+        refuse(prompt_problems(process, plan.prompts, given, "prompts"))
         program = assemble(plan, process)
         sync(program)
         process.say(table(plan, prompts, answers(conf, process, program, prompts)))
 
 
-def asked(conf: Conf, process: Process, plan: Plan) -> list[Prompt]:
+def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
     """The prompts of the command line, of stdin's lines, or the first held-out ones."""
     texts = conf.generate.prompts
     if not texts:
         shown = min(NUM_SHOWN, conf.eval.num_prompts)
         with refusing():
-            return draw_held_out(plan.task, shown)
+            return numbered(draw_held_out(plan.task, shown))
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
     refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
-    return prompts
+    return numbered(prompts)
 
 
 def answers(
-    conf: Conf, process: Process, program: Program, prompts: Sequence[Prompt]
+    conf: Conf, process: Process, program: Program, prompts: Sequence[NumberedPrompt]
 ) -> list[Completion]:
     """The completions of all prompts, by (prompt_id, sample_id), on every rank. Collective."""
     generator = program.generator
@@ -66,7 +67,7 @@ def answers(
     return sorted((c for share in shares for c in share), key=lambda c: (c.prompt_id, c.sample_id))
 
 
-def table(plan: Plan, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
+def table(plan: Plan, prompts: Sequence[NumberedPrompt], completions: Sequence[Completion]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
     return "\n".join(
         f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}"

@@ -22,6 +22,7 @@ from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
 from mesh.exactness.strict import stop_at_difference
+from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
@@ -41,7 +42,8 @@ from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw
+from mesh.tasks.prompts import step_prompts
 
 Metrics = dict[str, Any]
 Sample = dict[str, Any]
@@ -74,10 +76,14 @@ def main(argv: list[str]) -> None:
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
-                metrics, samples = train_step(program, process, phases, step, inspect)
+                metrics, samples = checkpoints.to_log() or train_step(
+                    program, process, phases, step, inspect
+                )
+                checkpoints.trained(step + 1, metrics, samples)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         metrics |= held_out(program, process)
+                trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
                 stop = process.should_stop()
@@ -99,7 +105,7 @@ def train_step(
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
-    prompts = draw_prompts(plan.task, Draw(step, keys.num_prompts))
+    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
     advantages: dict[int, list[float]] = {}
     waves, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
@@ -127,7 +133,7 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, keys.group_size) | {"digest/weights": digest}
+    metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(prompts, waves, advantages, plan.tokenizer.decode)
     return metrics, samples
@@ -147,7 +153,8 @@ def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
     """Seconds of each phase, the slowest rank's, tokens per second, and memory on a GPU."""
     seconds = phases.seconds(process.cpu_group)
     tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
-    counts = {phase: int(metrics.get(name, 0)) for phase, name in tokens.items()}
+    ran = {phase: name for phase, name in tokens.items() if phase in seconds}
+    counts = {phase: int(metrics.get(name, 0)) for phase, name in ran.items()}
     return phase_metrics(seconds, counts) | phases.gpu_memory(process.cpu_group)
 
 

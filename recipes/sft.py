@@ -30,7 +30,8 @@ from mesh.config.changes import changed
 from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
-from mesh.config.user_code import call_user_code
+from mesh.lifecycle.memory import trim
+from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.program.assembly import (
     Program,
@@ -42,6 +43,7 @@ from mesh.program.assembly import (
     sync,
 )
 from mesh.program.plan import Plan
+from mesh.program.prompt_checks import training_problems
 from mesh.recipes.grpo import held_out
 from mesh.rl.cutting import assign
 from mesh.rl.losses import CROSS_ENTROPY
@@ -50,8 +52,9 @@ from mesh.rl.packing import leaves
 from mesh.rl.step import passes_of
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import Draw, Task, draw_prompts
-from mesh.types import Prompt, Rollout
+from mesh.tasks import Draw, solution_of
+from mesh.tasks.prompts import step_prompts
+from mesh.types import NumberedPrompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
@@ -71,10 +74,11 @@ def main(argv: list[str]) -> None:
         conf = supervised(conf, argv)
         plan = check(conf, process)
         trainer = replace(plan.trainer, reference=False)
-        plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY))
+        prompts = replace(plan.prompts, teaches=True)
+        plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY), prompts=prompts)
         with refusing():  # what does not fit is refused before anything is built
             end = answer_end(plan)
-            examples(conf, plan, step=0)
+            refuse(training_problems(process, prompts, conf.sft.batch_size))
         process.say(f"an answer ends with {plan.tokenizer.backend.id_to_token(end)!r} (id {end})")
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(plan, process)
@@ -84,12 +88,13 @@ def main(argv: list[str]) -> None:
             process.listen()
             for step in range(conf.steps):
                 with phases("train"):
-                    metrics = train_step(conf, program, step)
+                    metrics = train_step(conf, program, process, step)
                 seconds = phases.seconds(process.cpu_group)
                 metrics |= phase_metrics(seconds, {"train": int(metrics.get("tokens/trained", 0))})
                 if step + 1 == conf.steps:
                     sync(program)
                     metrics |= held_out(program, process)
+                trim(step + 1)
                 logger.log(step + 1, metrics)
                 if process.should_stop():
                     break
@@ -113,10 +118,11 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     return conf
 
 
-def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
+def train_step(conf: Conf, program: Program, process: Process, step: int) -> dict[str, float]:
     """Cross entropy of the solutions of one batch of training prompts, and one update."""
     plan, trainer = program.plan, program.trainer
-    rollouts = examples(conf, plan, step)
+    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, conf.sft.batch_size))
+    rollouts = [example(plan, prompt) for prompt in prompts]
     ones_R = torch.ones(len(rollouts))
     batch = leaves(rollouts, ones_R, ones_R)
     shares = [[batch[i] for i in ids] for ids in assign(range(len(batch)), trainer.dp)]
@@ -126,25 +132,14 @@ def train_step(conf: Conf, program: Program, step: int) -> dict[str, float]:
     passes = passes_of(shares[rank], counts, rank, plan.step.pass_tokens)
     trainer.accumulate(passes, plan.objective, trainer.score(passes, plan.objective.needs))
     metrics = trainer.update(plan.objective.normaliser(tokens, len(rollouts)), tokens)
-    return {name: value for name, value in metrics.items() if not name.startswith(OF_A_GENERATOR)}
+    metrics = {k: value for k, value in metrics.items() if not k.startswith(OF_A_GENERATOR)}
+    return metrics | drawn
 
 
-def examples(conf: Conf, plan: Plan, step: int) -> list[Rollout]:
-    """A rollout per prompt of a step: its solution and the token that ends an answer.
-
-    Raises ValueError where the longest of them does not fit into the context.
-    """
-    num = conf.sft.batch_size
-    prompts = draw_prompts(plan.task, Draw(step, num))
-    rollouts = [example(plan, prompt) for prompt in prompts]
-    refuse(length_problems(conf, prompts, rollouts))
-    return rollouts
-
-
-def example(plan: Plan, prompt: Prompt) -> Rollout:
+def example(plan: Plan, prompt: NumberedPrompt) -> Rollout:
     """The rollout of a generator that knows the solution."""
     question = tuple(plan.tokenizer.encode(prompt.text))
-    answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt)))
+    answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt.prompt)))
     tokens = (*answer, answer_end(plan))
     unknown = (0.0,) * len(tokens)
     return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
@@ -162,28 +157,6 @@ def answer_end(plan: Plan) -> int:
             "remove it: then the first eos_token_id of generation_config.json ends an answer"
         )
     return tokenizer.eos_ids[0]
-
-
-def solution_of(task: Task, prompt: Prompt) -> str:
-    """The task's solution; ValueError where it raises or is no text."""
-    text = call_user_code(f"solution of {task!r}", lambda: task.solution(prompt))
-    if not isinstance(text, str):
-        raise ValueError(f"the task's solution returned {text!r}; return a text")
-    return text
-
-
-def length_problems(
-    conf: Conf, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
-) -> list[str]:
-    """The longest example, where it is longer than the context."""
-    lengths = [r.num_tokens for r in rollouts]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    length, limit = lengths[longest], conf.model.max_length
-    if length <= limit:
-        return []
-    text = prompts[longest].text[:200]
-    wrong = f"the prompt {text!r} has {length} tokens with its solution and the end of sequence"
-    return [problem("model.max_length", limit, wrong, f"use at least {length}, or shorter ones")]
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def in_own_layout(walk: Walk) -> Generator[Check, None, Rollouts]:
 
 
 def walk_of(conf: Conf, plan: Plan, process: Process, seek: bool) -> Walk:
-    return Walk(conf, plan, process, mixed_requests(conf, plan), train_step, seek)
+    return Walk(conf, plan, process, mixed_requests(conf, plan, process), train_step, seek)
 
 
 def said(process: Process, checks: Iterator[Check]) -> list[Check]:

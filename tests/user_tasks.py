@@ -5,6 +5,7 @@ scores imports this module.
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -127,12 +128,69 @@ class Weighted(SpellBackward):
 
 
 @dataclass(frozen=True)
-class FromOne(SpellBackward):
-    """Numbers its training prompts from 1."""
+class Keyed(SpellBackward):
+    """Its ids are keys of a table of its own, in which `score` looks the answer up."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         prompts = super().train_prompts(step, num)
-        return [replace(prompt, prompt_id=prompt.prompt_id + 1) for prompt in prompts]
+        return [replace(p, prompt_id=key_of(p.answer), answer="") for p in prompts]
+
+    def eval_prompts(self, num: int) -> list[Prompt]:
+        prompts = super().eval_prompts(num)
+        return [replace(p, prompt_id=key_of(p.answer), answer="") for p in prompts]
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        return float(key_of(response) == prompt.prompt_id)
+
+
+def key_of(word: str) -> int:
+    """A negative number for every second word."""
+    return int.from_bytes(word.encode()) * (-1) ** len(word)
+
+
+@dataclass(frozen=True)
+class Twice(SpellBackward):
+    """Gives two of its training prompts one id."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        prompts = super().train_prompts(step, num)
+        return [replace(p, prompt_id=3 if p.prompt_id == 7 else p.prompt_id) for p in prompts]
+
+
+@dataclass(frozen=True)
+class Unseeded(SpellBackward):
+    """From step `pure` on, counted from 0, its training prompts are other ones in each process."""
+
+    pure: int = 0
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        prompts = super().train_prompts(step, num)
+        if step < self.pure:
+            return prompts
+        letters = random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz", k=4)
+        return [*prompts[:-1], replace(prompts[-1], text="".join(letters) + ">")]
+
+
+@dataclass(frozen=True)
+class AnswersByRank(SpellBackward):
+    """The same questions on every rank, and another answer to one of them on each."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        prompts = super().train_prompts(step, num)
+        prompts[2] = replace(prompts[2], answer=f"answer of {os.environ['RANK']}")
+        return prompts
+
+
+@dataclass(frozen=True)
+class LongLater(SpellBackward):
+    """From the third step on, the training prompt with index 2 has 31 tokens; those of later rounds
+    are ordinary."""
+
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        prompts = super().train_prompts(step, num, round)
+        if round == 0 and step >= 2:
+            prompts[2] = replace(prompts[2], text="z" * 30 + ">")
+        return prompts
 
 
 @dataclass(frozen=True)
@@ -168,6 +226,24 @@ class Foreseen(SpellBackward):
         if is_held_out(prompt.text):
             return float(prompt.prompt_id < RIGHT[min(last_step[0], len(RIGHT) - 1)])
         return float(len(response))  # seldom all equal in a group
+
+
+@dataclass(frozen=True)
+class Troubled(SpellBackward):
+    """Scores of rank TROUBLE_RANK raise in step TROUBLE_STEP, those of training prompts or
+    (TROUBLE_HELD_OUT) of held-out ones; without these variables it is a task like any other. To be
+    scored by the rank itself."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        last_step[:] = [step]
+        return super().train_prompts(step, num)
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        here = os.environ["RANK"] == os.environ.get("TROUBLE_RANK", "0")
+        now = str(last_step[0] + 1) == os.environ.get("TROUBLE_STEP")
+        if here and now and is_held_out(prompt.text) == ("TROUBLE_HELD_OUT" in os.environ):
+            raise RuntimeError("the judge does not answer")
+        return float(len(response))
 
 
 def pair_of_ids() -> list[int]:

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from mesh.config.help import first_comment
-from mesh.config.keys import HOW_IT_RUNS, ConfKey, conf_keys, expected, range_text, shown
+from mesh.config.keys import (
+    HOW_IT_RUNS,
+    RAISABLE,
+    ConfKey,
+    conf_keys,
+    expected,
+    range_text,
+    shown,
+)
 from mesh.config.schema import CONF_DIR
 
 HEAD = """\
@@ -26,8 +34,8 @@ command line override it. `null` unsets a key. Lists are written `[0.9, 0.95]`, 
 shell would read the brackets. `torchrun recipes/grpo.py --help` prints this list.
 
 Keys marked ↻ may be given another value when a run is resumed: they say where and how it runs, not
-what it computes. Every other key keeps the value that the run was started with
-(see [Checkpoints and resuming](checkpoints.md)).
+what it computes. A key marked ↑ may be raised. Every other key keeps the value that the run was
+started with (see [Checkpoints and resuming](checkpoints.md)).
 
 ## Configs
 """
@@ -61,7 +69,7 @@ def section(group: str, keys: list[ConfKey]) -> str:
 
 def row(key: ConfKey) -> str:
     """One key as a row of a table."""
-    mark = " ↻" if key.name.startswith(HOW_IT_RUNS) else ""
+    mark = " ↻" if key.name.startswith(HOW_IT_RUNS) else " ↑" if key.name in RAISABLE else ""
     cells = [f"`{key.name}`{mark}", f"`{shown(key.default)}`", values(key), key.meaning]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -4,9 +4,11 @@
 
 Runs recipes/grpo.py with the other arguments, and reads what each rank holds at the end of every
 step from /proc: its private memory (`RssAnon`) and all that is resident (`VmRSS`, with the pages of
-libraries). A line through steps `first` to the last one gives the growth; what a run needs at its
-start, such as caches that fill, comes before. On a GPU the fullest card's memory in use is fitted
-too (`gpu_gb/*` of metrics.jsonl). Exit status 1 if a growth is `limit` kB a step or more.
+libraries). `kept` is the same right after it has returned free memory to the system, every so many
+steps (`mesh/lifecycle/memory.py`). A line through steps `first` to the last one gives the growth;
+what a run needs at its start, such as caches that fill, comes before. On a GPU the fullest card's
+memory in use is fitted too (`gpu_gb/*` of metrics.jsonl). Exit status 1 if a growth is `limit` kB a
+step or more.
 
 A small step is enough: `num_prompts=4 group_size=4` takes 0.06 s. The samples are in
 RUN_DIR/memory.jsonl.
@@ -28,6 +30,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
+from mesh.lifecycle.memory import EVERY
 from mesh.runs.compare import read_lines
 from tools import ROOT
 from tools.processes import children, rank_of
@@ -119,7 +122,8 @@ def sample(step: int, pids: Sequence[int], points: dict[str, Points]) -> None:
             found = [line.split()[1] for line in status.splitlines() if line.startswith(field)]
             if found:
                 name = f"rank {rank_of(pid) or 0} {kind}"
-                points.setdefault(name, []).append((float(step), float(found[0])))
+                for series in (name, *([f"{name}, kept"] if step % EVERY == 0 else [])):
+                    points.setdefault(series, []).append((float(step), float(found[0])))
 
 
 def on_gpus(metrics: Path) -> dict[str, Points]:

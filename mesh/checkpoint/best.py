@@ -58,8 +58,7 @@ class BestModel:
             save(path)
         except (OSError, SafetensorError) as error:
             raise RuntimeError(
-                f"the best model, of step {step}, could not be written to {path}: {error}; fix "
-                f"that, then continue from the last checkpoint with resume={self.run_dir}"
+                f"the best model, of step {step}, could not be written to {path}: {error}"
             ) from error
         on_rank0(self.process, self.path, lambda: sync_path(self.path))  # also a barrier
         self.current = Best(step, float(metrics[self.metric]), self.metric)

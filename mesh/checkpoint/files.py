@@ -31,7 +31,7 @@ from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.safetensors_files import header_of, is_file_name
 
 FORMAT = 4  # of the index and the files; raise it with every incompatible change
-READABLE = (3, FORMAT)  # 3 does not name the metric of the best model
+READABLE = (3, FORMAT)  # 3 neither names the best model's metric nor holds unlogged steps
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 
@@ -145,16 +145,21 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     for name, entry in content["files"].items():
         if not is_file_name(name):
             raise ValueError(f"{INDEX} names {name!r}, which is outside the checkpoint")
-        blocks = {
-            parameter: Block(tuple(block["offset"]), tuple(block["size"]))
-            for parameter, block in entry["blocks"].items()
-        }
-        files[name] = Entry(entry["bytes"], entry["sha256"], blocks)
+        files[name] = entry_of(entry)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
     without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
     return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
+
+
+def entry_of(stored: Mapping[str, Any]) -> Entry:
+    """An entry that was written as JSON."""
+    blocks = {
+        parameter: Block(tuple(block["offset"]), tuple(block["size"]))
+        for parameter, block in stored["blocks"].items()
+    }
+    return Entry(stored["bytes"], stored["sha256"], blocks)
 
 
 def file_problem(path: Path, entry: Entry) -> str | None:

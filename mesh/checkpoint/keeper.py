@@ -40,7 +40,9 @@ from mesh.checkpoint.folder import (
     remove,
     steps_in,
 )
-from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, restore_logs
+from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.rescue import Rescue, first_held
+from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
@@ -63,22 +65,22 @@ class Checkpointer:
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
         self.layouts = [layout for layout in trainer.layouts if layout.name in names]
-        held = {layout.name: layout.blocks.get(process.rank) for layout in self.layouts}
-        holders = {layout.name: layout.holders() for layout in self.layouts}
-        self.own = {  # the first holder of a block writes it
-            name: block
-            for name, block in held.items()
-            if block is not None and holders[name][block][0] == process.rank
-        }
+        self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
+        mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
+        self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
         self.reference = self._reference_digest()
-        self._pending: Pending | None = None
-        self._logs: dict[str, Entry] = {}  # their entries in the previous checkpoint
+        self.pending: Pending | None = None
+        self.unlogged: Unlogged | None = None  # of the step with which the run continues
+        self.logs: dict[str, Entry] = {}  # their entries in the previous checkpoint
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
         self.best = BestModel(conf, run_dir, process, trainer.settings.shape)
+        self.rescue = Rescue(self)
+        process.guard.rescue = self.rescue
 
     def load(self) -> int:
-        """Restore trainer, logs and best model from the newest intact checkpoint; returns its step.
+        """Restore trainer, logs and best model from the newest intact checkpoint; returns the last
+        step that it has logged.
 
         A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is left, or
         if it is of another model, reference or seed; RuntimeError if the digests of the loaded
@@ -88,7 +90,9 @@ class Checkpointer:
             path = self.path / f"step-{step}"
             if index := self._load(path):
                 self._restore_files(path, index)
-                return step
+                self.unlogged = read_unlogged(path, index.files)
+                self._note(step, self.unlogged)
+                return step if self.unlogged is None else step - 1
             self._on_rank0(lambda path=path: mark_damaged(path))  # type: ignore[misc]
         wrong = f"no intact checkpoint in {self.path}"
         raise Refusal(problem("resume", self.run_dir, wrong, "start a new run"))
@@ -99,6 +103,19 @@ class Checkpointer:
         held = self._on_rank0(lambda: steps_in(self.path) if self.path.exists() else [])
         steps = (step for step in held if step < limit)
         return next((step for step in steps if self._load(self.path / f"step-{step}")), 0)
+
+    def trained(self, step: int, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Call when a step has been trained, before it is evaluated and logged: if the run fails
+        before that, resuming does it."""
+        self._note(step, Unlogged(dict(metrics), samples))
+
+    def to_log(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """(metrics, samples) of a step that was trained but not logged when the run failed, which
+        is the resumed run's first; rank 0 has all samples. None, as of then: train one."""
+        found, self.unlogged = self.unlogged, None
+        if found is None:
+            return None
+        return dict(found.metrics), found.samples if self.process.rank == 0 else []
 
     def consider(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
         """Call when a step is logged, before `after`: if its metrics hold the best evaluation so
@@ -115,6 +132,7 @@ class Checkpointer:
         are requested, when a run is stopped early. Raises RuntimeError on all ranks if one could
         not be written; earlier ones are unaffected.
         """
+        self._note(step)  # before anything here can fail
         every, last = self.conf.checkpoint.every, self.conf.steps
         ending = stop or step == last
         if not every and not (stop and step < last):
@@ -133,9 +151,8 @@ class Checkpointer:
         """Mesh-independent digests of each kind of trainer state and of the reference; that of the
         weights is the metric `digest/weights`, which counts a tied weight under both names."""
         trainer, group = self.trainer, self.process.cpu_group
-        both = [layout for layout in trainer.layouts if layout.name in trainer.weight_names]
         state = trainer.state()
-        weights = {"weights": weights_digest(trainer.parameters(), both, group)}
+        weights = {"weights": weights_digest(trainer.parameters(), self.digested, group)}
         moments = state.keys() - weights
         kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
         return weights | kinds | self.reference
@@ -148,20 +165,22 @@ class Checkpointer:
         weights, group = self.trainer.reference_weights(), self.process.cpu_group
         return {"reference": weights_digest(weights, self.layouts, group)}
 
+    def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
+        """Have the state of this step saved if the run fails before the next one is trained."""
+        sizes = log_sizes(self.run_dir) if self.process.rank == 0 else {}
+        self.rescue.note(self._index(step), sizes, unlogged)
+
+    def _index(self, step: int) -> Index:
+        """The index of the state after this step, without digests and files."""
+        shapes = {layout.name: layout.shape for layout in self.layouts}
+        updates, without_signal = self.trainer.updates, self.trainer.without_signal
+        best, seed = self.best.current, self.conf.seed
+        return Index(step, updates, seed, {}, shapes, {}, best, without_signal)
+
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
         folder = self.path / f"step-{step}{PARTIAL}"
-        shapes = {layout.name: layout.shape for layout in self.layouts}
-        index = Index(
-            step,
-            self.trainer.updates,
-            self.conf.seed,
-            self.digests(),
-            shapes,
-            {},
-            self.best.current,
-            self.trainer.without_signal,
-        )
+        index = replace(self._index(step), digests=self.digests())
         self._on_rank0(lambda: folder.mkdir())
         with torch.no_grad():
             tensors = {
@@ -171,43 +190,49 @@ class Checkpointer:
                 if name in self.own
             }
         jobs: dict[Path, Callable[[Path], Entry]] = {}
-        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self._logs)))
+        now = log_sizes(self.run_dir)
+        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, self.own)
-        self._pending = Pending(index, CheckpointWriter(jobs))
-        self._pending.writer.start()
+        self.pending = Pending(index, CheckpointWriter(jobs))
+        self.pending.writer.start()
 
     def _finish(self, wait: bool) -> None:
         """Complete the pending checkpoint if all ranks have written their files."""
-        if self._pending is None:
+        if self.pending is None:
             return
-        index, writer = self._pending.index, self._pending.writer
+        index, writer = self.pending.index, self.pending.writer
         if wait:
             writer.join()
         outcomes = self.process.gather(writer.outcome)
         if any(outcome is None for outcome in outcomes):
             return
-        self._pending = None
+        self.pending = None
         wrong = [outcome for outcome in outcomes if isinstance(outcome, str)]
         if wrong:
             self._abort(index.step, wrong)
         index = replace(index, files={n: entry for part in outcomes for n, entry in part.items()})
-        self._on_rank0(lambda: self._complete(index))
+        self._on_rank0(lambda: self.complete(index))
         self._remember_logs(index)
 
-    def _complete(self, index: Index) -> None:
-        folder = self.path / f"step-{index.step}{PARTIAL}"
+    def complete(self, index: Index) -> None:
+        whole = self.path / f"step-{index.step}"
+        folder, old = (whole.with_name(whole.name + end) for end in (PARTIAL, f".old{PARTIAL}"))
         for path in (self.run_dir / "config.yaml", self.run_dir):  # resuming reads it
             if path.exists():
                 sync_path(path)
         write_index(folder, index)
-        folder.rename(self.path / f"step-{index.step}")
+        if whole.exists():  # of the same step, before it was logged
+            whole.rename(old)
+        folder.rename(whole)
         sync_path(self.path)
+        if old.exists():
+            remove(old)
         self._remove_old()
 
     def _remember_logs(self, index: Index) -> None:
-        self._logs = {name: index.files[name] for name in KEPT_LOGS if name in index.files}
+        self.logs = {name: index.files[name] for name in KEPT_LOGS if name in index.files}
 
     def _remove_old(self) -> None:
         for step in steps_in(self.path)[self.conf.checkpoint.keep :]:
@@ -215,7 +240,7 @@ class Checkpointer:
         self._remove_bests()
 
     def _remove_bests(self) -> None:
-        pending = self._pending and self._pending.index.best
+        pending = self.pending and self.pending.index.best
         self.best.prune(best_steps_in(self.path) | ({pending.step} if pending else set()))
 
     def _abort(self, step: int, wrong: list[str]) -> None:
@@ -223,8 +248,7 @@ class Checkpointer:
             with contextlib.suppress(OSError):  # report the first error
                 remove(self.path / f"step-{step}{PARTIAL}")
         raise RuntimeError(
-            f"the checkpoint of step {step} could not be written: {'; '.join(wrong)}; "
-            f"fix that, then continue from the previous one with resume={self.run_dir}"
+            f"the checkpoint of step {step} could not be written: {'; '.join(wrong)}"
         )
 
     def _inspect(self, path: Path) -> tuple[Index | None, list[str]]:

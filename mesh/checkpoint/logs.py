@@ -25,16 +25,23 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT_LOGS = (*LOGS, REPORT)  # the last one exists only if a step was not finite
 
 
+def log_sizes(run_dir: Path) -> dict[str, int]:
+    """Lengths of the logs as they are now; 0 for a missing one."""
+    found = {name: run_dir / name for name in KEPT_LOGS}
+    sizes = {name: path.stat().st_size for name, path in found.items() if path.exists()}
+    return dict.fromkeys(LOGS, 0) | sizes
+
+
 def copy_jobs(
-    run_dir: Path, folder: Path, before: Mapping[str, Entry]
+    run_dir: Path, folder: Path, before: Mapping[str, Entry], sizes: Mapping[str, int]
 ) -> dict[Path, Callable[[Path], Entry]]:
-    """Functions that copy the logs of `run_dir` as they are now, by target file in `folder`.
-    `before`: their entries in the previous checkpoint. Raises OSError if a log is missing."""
-    names = [name for name in KEPT_LOGS if name in LOGS or (run_dir / name).exists()]
-    sizes = {name: (run_dir / name).stat().st_size for name in names}
+    """Functions that copy the logs of `run_dir` in these lengths, by target file in `folder`.
+    `before`: their entries in the previous checkpoint. Raises OSError if one is missing."""
+    for name in LOGS:
+        (run_dir / name).stat()
     return {
-        folder / name: partial(copy_log, run_dir / name, sizes[name], before.get(name))
-        for name in names
+        folder / name: partial(copy_log, run_dir / name, size, before.get(name))
+        for name, size in sizes.items()
     }
 
 

@@ -24,6 +24,7 @@ HOW_IT_RUNS = (
     "waves",
     "check",
     "on_nonfinite",
+    "overlong",
     "mesh.mode",
     "trainer.dp_",
     "trainer.tp",
@@ -45,6 +46,9 @@ HOW_IT_RUNS = (
     "checkpoint.",
     "log.",
 )
+
+# Keys that a resumed run may raise, where nothing was left out that would have fitted.
+RAISABLE = ("model.max_length",)
 
 # How the names of keys end whose values no message may show.
 SECRETS = ("key", "token", "secret", "password")
@@ -125,6 +129,25 @@ def refuse(problems: list[str]) -> None:
         title = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
         listed = "\n".join(f"- {line}" for line in unique)
         raise Refusal(f"{title} with the configuration:\n{listed}")
+
+
+def override_problems(saved: Conf, conf: Conf) -> list[str]:
+    """The keys of a resumed run that would change what the saved one has computed."""
+    found = []
+    for name in conf_keys():
+        before, now = value_of(saved, name), value_of(conf, name)
+        if before == now or name.startswith(HOW_IT_RUNS):
+            continue
+        differs = f"the run computes with {shown(before)}"
+        remedy = "leave it out, or start a new run"
+        if name in RAISABLE:
+            if now > before and saved.overlong == "stop":
+                continue
+            differs += ", which a resumed run may raise only"
+            if now > before:
+                differs = f"the run skips what is longer than {before} (overlong=skip)"
+        found.append(problem(name, now, differs, remedy))
+    return found
 
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

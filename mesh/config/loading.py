@@ -16,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
-    HOW_IT_RUNS,
     SECRETS,
     ConfKey,
     Refusal,
@@ -24,11 +23,10 @@ from mesh.config.keys import (
     conf_keys,
     example,
     expected,
+    override_problems,
     problem,
     range_problems,
     refuse,
-    shown,
-    value_of,
 )
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
@@ -87,7 +85,7 @@ def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
 def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, list[str]]:
     """The configuration of a saved run with `words` applied, and the problems with that.
 
-    Only keys that leave the computation unchanged can be overridden (`HOW_IT_RUNS`).
+    Only keys that leave the computation unchanged can be overridden (`override_problems`).
     """
     if not can:
         remedy = "continue it by recipes/grpo.py resume=RUN_DIR, without conf="
@@ -104,12 +102,7 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
     conf, of_words = merge(settings + words)
     if more:
         return saved, problems + more
-    for name in conf_keys():
-        before, now = value_of(saved, name), value_of(conf, name)
-        if before != now and not name.startswith(HOW_IT_RUNS):
-            differs = f"the run computes with {shown(before)}"
-            problems.append(problem(name, now, differs, "leave it out, or start a new run"))
-    return conf, problems + of_words
+    return conf, problems + override_problems(saved, conf) + of_words
 
 
 def to_yaml(conf: Conf) -> str:

@@ -181,7 +181,11 @@ class ValidateConf:
 
 @dataclass(frozen=True)
 class CheckpointConf:
-    every: int = key(0, "steps between checkpoints, and one after the last step; 0: none", ge=0)
+    every: int = key(
+        0,
+        "steps between checkpoints, and one after the last; 0: only where a run stops or fails",
+        ge=0,
+    )
     keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
     best: bool = key(
         True, "with checkpoint.every: keep the model of the best evaluation in RUN_DIR/best"
@@ -220,6 +224,11 @@ class Conf:
     )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    overlong: Literal["stop", "skip"] = key(
+        "stop",
+        "a training prompt that leaves no room for a response, or that the tokenizer cannot "
+        "encode, ends the run; skip: another one is drawn in its place",
+    )
     group_size: int = key(8, "rollouts per prompt", ge=2)
     waves: int = key(
         1, "parts that a step is generated in; split meshes overlap them with training", ge=1

@@ -30,8 +30,9 @@ from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, sync, weights_digest
 from mesh.rl.step import Pass, ScoredWave, share_of
 from mesh.roles.trainer import Trainer
-from mesh.tasks import Draw, draw_prompts
-from mesh.types import Prompt, Rollout, RolloutKey, Sampling
+from mesh.tasks import Draw
+from mesh.tasks.prompts import step_prompts
+from mesh.types import NumberedPrompt, Rollout, RolloutKey, Sampling
 
 EXACT = {"logprob_diff/max": 0.0, "ratio/max": 1.0, "ratio/mean": 1.0}
 """Metrics of a step in which trainer and generator agree."""
@@ -90,7 +91,9 @@ def passes_replayer(trainer: Trainer, passes: Sequence[Pass], temperature: float
     return trace
 
 
-def generation_replayer(program: Program, prompts: Sequence[Prompt], sampling: Sampling) -> Replay:
+def generation_replayer(
+    program: Program, prompts: Sequence[NumberedPrompt], sampling: Sampling
+) -> Replay:
     """Generates the prompts' groups again and traces one of the samples."""
 
     def trace(key: RolloutKey) -> Trace:
@@ -175,7 +178,7 @@ def _changed(before: str, after: str, step: int) -> Tally:
 def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: float) -> Tally:
     """Trainer against generator on one more step's prompts at a temperature, without an update."""
     plan, trainer, generator = program.plan, program.trainer, program.generator
-    prompts = draw_prompts(plan.task, Draw(step, plan.step.num_prompts))
+    prompts, _ = step_prompts(plan.prompts, walk.process, Draw(step, plan.step.num_prompts))
     sampling = generator.sampling(step, temperature)
     rollouts = generator.rollout(program.scorer, prompts, plan.step.group_size, sampling)
     wave = program.exchange([p.prompt_id for p in prompts], rollouts)

@@ -20,7 +20,8 @@ from mesh.program.assembly import Program
 from mesh.program.plan import Plan
 from mesh.rl.step import ScoredWave
 from mesh.roles.generator import Generator
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw
+from mesh.tasks.prompts import step_prompts
 from mesh.types import Request, Rollout, RolloutKey, Sampling
 
 SAMPLES = 4  # of a prompt, where the task gives prompts enough
@@ -46,10 +47,11 @@ class Walk:
     seek: bool
 
 
-def mixed_requests(conf: Conf, plan: Plan) -> list[Request]:
-    """`validate.sequences` sequences of prompts of mixed lengths, 1 and the longest included."""
+def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
+    """`validate.sequences` sequences of prompts of mixed lengths, 1 and the longest included.
+    Collective."""
     total = conf.validate.sequences
-    drawn = draw_prompts(plan.task, Draw(0, plan.step.num_prompts))
+    drawn, _ = step_prompts(plan.prompts, process, Draw(0, plan.step.num_prompts))
     prompts = drawn[: -(-total // SAMPLES)]
     texts = [tuple(plan.tokenizer.encode(prompt.text)) for prompt in prompts]
     room = min(plan.trainer.max_length - plan.generator.max_new_tokens, LONGEST)

@@ -8,14 +8,18 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mesh.config.keys import Refusal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,17 @@ def patience_seconds() -> float:
     if not under_torchrun():
         return float("inf")
     return max(1.0, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 5)
+
+
+def take_signals(pipe: int) -> tuple[int, dict[int, Any]]:
+    """Have C code write each signal into the pipe, whatever Python is doing. Returns the old
+    wake-up descriptor and handlers; none off the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return -1, {}  # an actor framework owns the main thread and its signals
+    os.set_blocking(pipe, False)
+    os.register_at_fork(after_in_child=forget_signals)
+    old_wakeup = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+    return old_wakeup, {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
 
 
 def forget_signals() -> None:

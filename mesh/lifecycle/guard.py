@@ -11,12 +11,10 @@ present step; a step that takes too long is abandoned before torchrun kills it. 
 agreed to stop there is no limit of ours; torchrun still kills what it has signalled after
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds. A program that never asked ends at once.
 
-The first failure is recorded by an atomic `compare_set`. The other ranks print their own errors, go
-mute and acknowledge it; then the rank that recorded it prints it and leaves first, so that
-torchrun's own summary names it too.
-
-A refusal (`mesh/config/keys.py`) is no crash: its message alone is printed, once, also where the
-launcher tries again, and the rank that tells the launcher of it leaves last.
+The first failure is recorded by an atomic `compare_set`. The others print their own errors, the
+program saves what it can (`rescue`), and all but the rank that recorded the failure go mute; it
+prints the failure and leaves first, so that torchrun's own summary names it too. A refusal is no
+crash: its message alone is printed, once; the rank that tells the launcher of it leaves last.
 """
 
 from __future__ import annotations
@@ -27,24 +25,27 @@ import select
 import signal
 import threading
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from mesh.lifecycle.ending import (
+    SIGNALS,
     Failure,
-    forget_signals,
     leads_group,
     mute,
     patience_seconds,
     restart_count,
     say,
     show_stack,
+    take_signals,
     under_torchrun,
     write_and_close,
     write_error_files,
 )
 from mesh.lifecycle.heartbeat import heartbeats
+from mesh.lifecycle.meeting import Meeting
 from mesh.lifecycle.peers import Peers, open_store, wait_while
 from mesh.lifecycle.watchdog import Watchdog
 
@@ -55,7 +56,6 @@ ECHO_SECONDS = 0.1  # a wrapper repeats the terminal's signal within 1 ms; nobod
 LEAVE_SECONDS = 20.0  # the longest a clean teardown may take
 REFUSED = 2  # exit status of a start that its user has to change
 REFUSED_SECONDS = 10.0  # the longest wait for the other ranks of a machine to leave after a refusal
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPING = "stopping at the end of this step; Ctrl-C again ends at once"
 LIMIT = "; torchrun kills what still runs after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s if unset)"
 
@@ -68,6 +68,7 @@ class Guard:
     def __init__(self, rank: int, world_size: int, local_ranks: range, stall_seconds: float):
         self.rank = rank
         self.run_dir: str | None = None
+        self.rescue: Callable[[Meeting], str] | None = None
         alone = world_size == 1 and not under_torchrun()
         store: dist.Store = dist.HashStore() if alone else open_store()
         self._store = dist.PrefixStore(f"mesh/{restart_count()}", store)
@@ -84,7 +85,7 @@ class Guard:
         self._exit_code = 0
         self._gone = threading.Event()
         self._wake, self._wake_write = os.pipe()
-        self._old_wakeup, self._old_signals = self._take_signals()
+        self._old_wakeup, self._old_signals = take_signals(self._wake_write)
         self._guarded = threading.get_ident()
         now = time.monotonic()
         self._watchdog = Watchdog(rank, world_size, self._store, stall_seconds, heartbeats, now)
@@ -127,6 +128,21 @@ class Guard:
         elif first.line != mine.line:
             say(f"rank {self.rank} failed too:\n{mine.text}")
         return self._last_words(first)
+
+    def save(self) -> str:
+        """After a failure of the only rank: have the program save what it can; what it says."""
+        with self._lock:
+            return self._save()
+
+    def _save(self) -> str:
+        if self.rescue is None:
+            return ""
+        self._watchdog.close()
+        of_all = self.rank, self._peers.world_size, dist.PrefixStore("rescue", self._store)
+        try:
+            return self.rescue(Meeting(*of_all, self._peers.gone, self._signalled_within))
+        except Exception as error:  # of the attempt to save: the process has to end
+            return f"nothing could be saved: {error!r}"
 
     def leave(self, exit_code: int = 0) -> None:
         """Begin a clean end: from now on a teardown that hangs is cut short with `exit_code`."""
@@ -212,11 +228,12 @@ class Guard:
         self._die(self._last_words(first))
 
     def _last_words(self, first: Failure) -> int:
-        """Print the first failure if this rank reports it, and return the exit status."""
+        """Save what can be saved, print the first failure if this rank reports it; exit status."""
+        outlook = "" if first.refused else self._save()
         last_words = mute()
         self._peers.announce("muted")
         if first.reporter == self.rank:
-            self._report(first, last_words)
+            self._report(first, last_words, outlook)
         else:
             self._follow()
         if first.refused:
@@ -225,10 +242,11 @@ class Guard:
             select.select([self._wake], [], [], 2.0)
         return 1
 
-    def _report(self, first: Failure, last_words: int) -> None:
-        """Print the first failure once every other rank is silent."""
+    def _report(self, first: Failure, last_words: int, outlook: str) -> None:
+        """Print the first failure, and what resuming gives, once every other rank is silent."""
         self._peers.wait(MUTE_SECONDS)
-        write_and_close(last_words, first.report() if self._is_news(first) else "")
+        text = first.report() + (f"{outlook}\n" if outlook else "")
+        write_and_close(last_words, text if self._is_news(first) else "")
         with contextlib.suppress(dist.DistError):
             self._store.set("reported", "1")
 
@@ -241,11 +259,11 @@ class Guard:
         """False for a refusal that an earlier attempt of the same torchrun has printed."""
         if not first.refused:
             return True
-        key = "refused"
         with contextlib.suppress(dist.DistError):
-            if self._lasting.check([key]) and self._lasting.get(key).decode() == first.text:
+            known = self._lasting.check(["refused"]) and self._lasting.get("refused").decode()
+            if known == first.text:
                 return False
-            self._lasting.set(key, first.text)
+            self._lasting.set("refused", first.text)
         return True
 
     def _status_of_refusal(self, first: Failure) -> int:
@@ -280,12 +298,3 @@ class Guard:
         if self._old_signals and leads_group():
             os.killpg(os.getpid(), signal.SIGTERM)
         os._exit(exit_code)
-
-    def _take_signals(self) -> tuple[int, dict[int, Any]]:
-        """Have C code write each signal into the pipe, whatever Python is doing."""
-        if threading.current_thread() is not threading.main_thread():
-            return -1, {}  # an actor framework owns the main thread and its signals
-        os.set_blocking(self._wake_write, False)
-        os.register_at_fork(after_in_child=forget_signals)
-        old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        return old_wakeup, {s: signal.signal(s, lambda *_: None) for s in SIGNALS}

@@ -21,7 +21,7 @@ class Peers:
     """All ranks but this one. `local_ranks`: those that the launcher started on this machine."""
 
     def __init__(self, rank: int, world_size: int, local_ranks: Iterable[int], store: dist.Store):
-        self.rank = rank
+        self.rank, self.world_size = rank, world_size
         self.others = [r for r in range(world_size) if r != rank]
         self._store = store
         self._local_pids = self._exchange_pids([r for r in local_ranks if r != rank])
@@ -36,7 +36,7 @@ class Peers:
         missing = list(self.others)
 
         def any_missing() -> bool:
-            while missing and not self._missing(missing[-1]):
+            while missing and self.gone(missing[-1]):
                 missing.pop()
             return bool(missing)
 
@@ -67,9 +67,10 @@ class Peers:
         answers = {r: self._store.get(f"pid/{r}").decode().rsplit(" ", 1) for r in local_peers}
         return {r: int(pid) for r, (where, pid) in answers.items() if where == place()}
 
-    def _missing(self, peer: int) -> bool:
+    def gone(self, peer: int) -> bool:
+        """True where a rank has left or gone mute, or has died on this machine."""
         dead = peer in self._local_pids and not alive(self._local_pids[peer])
-        return not dead and not self._store.check([f"out/{peer}"])
+        return dead or self._store.check([f"out/{peer}"])
 
 
 def wait_while(condition: Callable[[], bool], seconds: float) -> None:

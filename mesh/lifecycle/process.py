@@ -72,7 +72,7 @@ class Process:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value of a small picklable object, by rank, on every rank. Collective."""
-        boxes = [None] * self.world_size
+        boxes: list[Any] = [None] * dist.get_world_size(self.cpu_group)
         dist.all_gather_object(boxes, value, group=self.cpu_group)
         return boxes
 
@@ -106,6 +106,8 @@ class Process:
             self.guard.fail(error)
         if error is not None and failed and not refused:
             write_error_files(error, self.rank, self.guard.run_dir)
+            if outlook := self.guard.save():
+                error.add_note(outlook)
         self.guard.leave(exit_code=REFUSED if refused else int(failed))
         for close in self.closers:
             close()

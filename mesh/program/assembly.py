@@ -26,22 +26,25 @@ from mesh.lifecycle.process import Process, refuse_to_start, start
 from mesh.model.families import directory_warnings, shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
-from mesh.program.checks import check_start, json_problem, prompt_problems
+from mesh.program.checks import check_start, json_problem
 from mesh.program.connect import connect
 from mesh.program.plan import (
     Found,
     Plan,
+    prompt_source,
     resolve,
     run_objective,
     task_spec,
     tokenizer_directory,
 )
+from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.rl.loading import load_loss, loss_problems, trial
 from mesh.rl.losses import CROSS_ENTROPY, Loss
 from mesh.rl.objective import Objective
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
-from mesh.tasks import Draw, draw_held_out, draw_prompts
+from mesh.tasks import draw_held_out
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -90,11 +93,13 @@ def launch(conf: Conf) -> Iterator[Process]:
 
 
 def check(conf: Conf, process: Process, training: bool = True, held_out: bool = True) -> Plan:
-    """The plan of `conf`. Raises one Refusal that lists everything that cannot run.
+    """The plan of `conf`. Raises one Refusal that lists everything that cannot run, or everything
+    that ranks do not have alike. Collective.
 
     `training` False leaves out what only training asks, `held_out` False the task's held-out
     prompts: for a program that asks others.
     """
+    refuse_differences(process, *of_start(conf))
     device, world_size = process.device.type, process.world_size
     wrong: list[str] = []
     shape = attempt(wrong, read_shape, conf)
@@ -102,15 +107,17 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     workers = num_workers(conf) if training or held_out else 0
     task = attempt(wrong, checked_task, task_spec(conf), workers)
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
+    refuse_differences(process, of_user_code(task, loss, wrong))
     wrong += best_metric_problems(conf) if training else []
     prompts: list[Prompt] = []
-    if task is not None and training:
-        prompts += attempt(wrong, draw_prompts, task, Draw(0, conf.num_prompts)) or []
     if task is not None and held_out:
         prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
-    if tokenizer is not None:
-        wrong += attempt(wrong, prompt_problems, conf, tokenizer, prompts) or []
-        wrong += check_vocabulary(tokenizer, shape.vocab_size) if shape is not None else []
+    if task is not None and tokenizer is not None and shape is not None:
+        source = prompt_source(conf, task, tokenizer, shape)
+        wrong += attempt(wrong, prompt_problems, process, source, prompts, "held-out prompts") or []
+        if training:
+            wrong += attempt(wrong, training_problems, process, source, conf.num_prompts) or []
+        wrong += check_vocabulary(tokenizer, shape.vocab_size)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)
@@ -118,8 +125,10 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             process.say(f"warning: {line}")
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
-    found = Found(shape, tokenizer, task, loss)
-    return resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
+    found = Found(shape, tokenizer, task, loss, prompts)
+    plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
+    refuse_differences(process, of_plan(plan))
+    return plan
 
 
 def attempt(wrong: list[str], read: Callable[..., T], *args: Any) -> T | None:

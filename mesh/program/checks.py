@@ -18,8 +18,7 @@ from mesh.lifecycle.json_files import read_object
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
 from mesh.tasks.scorer import reward_problems
-from mesh.text.tokenizer import Tokenizer
-from mesh.types import HEAD_DIMS, ModelShape, Prompt
+from mesh.types import HEAD_DIMS, ModelShape
 
 NO_CODE = "code that ships with a model is never run (trust_remote_code): use a plain Qwen3"
 
@@ -207,27 +206,6 @@ def log_problems(conf: Conf) -> list[str]:
         remedy = "pip install tensorboard, or set log.tensorboard=false"
         found.append(problem("log.tensorboard", True, "tensorboard is not installed", remedy))
     return found
-
-
-def prompt_problems(conf: Conf, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """The longest of these prompts, where it leaves no room for a response.
-
-    Where there is no room for any prompt, that is `check_start`'s to report. Raises ValueError
-    naming a character that the tokenizer does not know.
-    """
-    room = conf.model.max_length - conf.generator.max_new_tokens
-    if room < 1 or not prompts:
-        return []
-    longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt.text)))
-    length = len(tokenizer.encode(longest.text))
-    if length <= room:
-        return []
-    wrong = (
-        f"the prompt {longest.text[:200]!r} has {length} tokens, which with "
-        f"generator.max_new_tokens={conf.generator.max_new_tokens} is longer than the context"
-    )
-    remedy = f"use at least {length + conf.generator.max_new_tokens}, or shorter prompts"
-    return [problem("model.max_length", conf.model.max_length, wrong, remedy)]
 
 
 def page_problems(conf: Conf, device: str) -> list[str]:

@@ -7,7 +7,7 @@ every constructor takes the part that it uses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,9 +26,10 @@ from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
+from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
-from mesh.types import ModelShape
+from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
 
 Device = Literal["cpu", "cuda"]
@@ -36,12 +37,14 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Found:
-    """The things that a configuration names, read and checked."""
+    """The things that a configuration names, read and checked. held_out: of the task; none where
+    nothing is evaluated."""
 
     shape: ModelShape
     tokenizer: Tokenizer
     task: Task
     loss: Loss
+    held_out: Sequence[Prompt] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Plan:
     objective: Objective
     step: StepSettings
     training: TaskSource
+    prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
     tokenizer: Tokenizer
     tokenizer_directory: Path
@@ -99,7 +103,8 @@ def resolve(
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
         ),
         training=source,
-        evaluations={"": EvaluationSet(source, conf.eval.num_prompts, conf.eval.num_samples)},
+        prompts=prompt_source(conf, found.task, found.tokenizer, found.shape),
+        evaluations=evaluation_sets(conf, source, found.held_out),
         tokenizer=found.tokenizer,
         tokenizer_directory=tokenizer_directory(conf),
         verify=conf.sync.verify or kind.verify[device],
@@ -170,6 +175,21 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
 def task_spec(conf: Conf) -> TaskSpec:
     """The task by name."""
     return TaskSpec(conf.task, conf.seed, conf.task_args)
+
+
+def evaluation_sets(
+    conf: Conf, source: TaskSource, held_out: Sequence[Prompt]
+) -> dict[str, EvaluationSet]:
+    """The task's own set; none where nothing is evaluated."""
+    if not held_out:
+        return {}
+    return {"": EvaluationSet(source, tuple(held_out), conf.eval.num_samples)}
+
+
+def prompt_source(conf: Conf, task: Task, tokenizer: Tokenizer, shape: ModelShape) -> PromptSource:
+    """Which prompts are trained on."""
+    lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
+    return PromptSource(task, tokenizer, conf.overlong, *lengths)
 
 
 def start_path(conf: Conf) -> Path | None:

@@ -16,7 +16,7 @@ from mesh.rl.advantages import equal_groups, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
-from mesh.types import TRUNCATED, Outline, Prompt, Rollout, RolloutKey, Wave
+from mesh.types import TRUNCATED, NumberedPrompt, Outline, Rollout, RolloutKey, Wave
 
 Advantages = Mapping[int, Sequence[float]]
 """By prompt_id, one for each of its samples."""
@@ -68,7 +68,7 @@ class ScoredWave:
     """
 
     step: int
-    prompts: Sequence[Prompt]
+    prompts: Sequence[NumberedPrompt]
     generated: list[Rollout]
     wave: Wave
     share: Share
@@ -146,7 +146,7 @@ def _leaves(wave: Wave, kept: set[RolloutKey], step: StepSettings) -> list[Leaf]
     return leaves(rollouts, zeros_R, zeros_R, step.pass_tokens)
 
 
-def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]]:
+def waves_of(prompts: Sequence[NumberedPrompt], num_waves: int) -> list[Sequence[NumberedPrompt]]:
     """A step's prompts cut into equal waves, in order."""
     size = len(prompts) // num_waves
     assert size * num_waves == len(prompts), "prompts do not divide by waves"
@@ -154,13 +154,17 @@ def waves_of(prompts: Sequence[Prompt], num_waves: int) -> list[Sequence[Prompt]
 
 
 def samples_of(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[NumberedPrompt],
     waves: Sequence[Wave],
     advantages: Advantages,
     decode: Callable[[tuple[int, ...]], str],
 ) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages."""
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages.
+
+    `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
+    """
+    by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
+    own = {place: int(p.prompt_id) for place, p in by_id.items() if p.prompt_id != place}
     return [
         {
             "prompt_id": r.prompt_id,
@@ -172,6 +176,7 @@ def samples_of(
             "advantage": advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
+        | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
         for wave in waves
         for r in wave.rollouts
     ]

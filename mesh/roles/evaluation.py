@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
-from mesh.tasks import Task, draw_held_out
+from mesh.tasks import Task, numbered
 from mesh.tasks.correct import METHOD, correctness_rule, is_correct
 from mesh.tasks.scorer import Scorer, TaskSource
 from mesh.types import Prompt, Rollout
@@ -21,15 +21,11 @@ from mesh.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out prompts of a task, and how many samples of each are drawn (k of pass@k)."""
+    """Held-out prompts of a task, drawn once, and how many samples of each (k of pass@k)."""
 
     source: TaskSource
-    num_prompts: int
+    prompts: tuple[Prompt, ...]
     num_samples: int
-
-    def prompts(self) -> list[Prompt]:
-        """The prompts of every evaluation; ValueError where the task does not give them."""
-        return draw_held_out(self.source.task, self.num_prompts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -59,7 +55,7 @@ def evaluate(
     task calls correct. The same prompts and random numbers at every call, whatever the step: curves
     compare like with like. A replica's share may be empty. The layout changes no bit.
     """
-    prompts, samples = held_out.prompts(), held_out.num_samples
+    prompts, samples = numbered(held_out.prompts), held_out.num_samples
     sampled = generator.rollout(scorer, prompts, samples, generator.sampling(EVAL_STEP))
     greedy = generator.rollout(scorer, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))
     table_PGC = answer_table(held_out, sampled, greedy)
@@ -82,7 +78,7 @@ def answer_table(
     reward, and 1 if it is correct. 0 where the rollouts are another replica's: tables add up.
     """
     last = held_out.num_samples
-    rows = [[(0.0, 0.0, 0.0)] * (last + 1) for _ in range(held_out.num_prompts)]
+    rows = [[(0.0, 0.0, 0.0)] * (last + 1) for _ in range(len(held_out.prompts))]
     for rollout in (*sampled, *(replace(r, sample_id=last) for r in greedy)):
         correct = is_correct(held_out.source.task, rollout.reward)
         rows[rollout.prompt_id][rollout.sample_id] = (1.0, rollout.reward, float(correct))

@@ -1,7 +1,7 @@
 """The generator: prompts in, scored rollouts out, on the generator's submesh.
 
-Data-parallel replicas split the prompts by their ids; the tp ranks of a replica compute the same.
-Off the submesh every verb returns an empty result.
+Data-parallel replicas split the prompts by their places in the step; the tp ranks of a replica
+compute the same. Off the submesh every verb returns an empty result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.scorer import Scorer
 from mesh.text.tokenizer import Tokenizer
-from mesh.types import TRUNCATED, Completion, ModelShape, Prompt, Request, Rollout, Sampling
+from mesh.types import (
+    TRUNCATED,
+    Completion,
+    ModelShape,
+    NumberedPrompt,
+    Prompt,
+    Request,
+    Rollout,
+    Sampling,
+)
 
 EVAL_STEP = -1  # training steps count from 0, so held-out samples have random numbers of their own
 
@@ -112,14 +121,14 @@ class Generator:
         )
 
     def complete(
-        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+        self, prompts: Sequence[NumberedPrompt], num_samples: int, sampling: Sampling
     ) -> list[Completion]:
         """Completions of this replica's share of the prompts."""
         if self.engine is None:
             return []
         return self.engine.generate(self.requests(prompts, num_samples), sampling)
 
-    def requests(self, prompts: Sequence[Prompt], num_samples: int) -> list[Request]:
+    def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:
         """The requests that `complete` makes of the engine; empty off the generator."""
         return [
             Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
@@ -129,7 +138,7 @@ class Generator:
     def rollout(
         self,
         scorer: Scorer,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[NumberedPrompt],
         num_samples: int,
         sampling: Sampling,
         truncated_reward: float | None = None,
@@ -138,14 +147,16 @@ class Generator:
 
         truncated_reward: of truncated responses, which are then not scored.
         """
-        completions = self.complete(prompts, num_samples, sampling)
-        by_id = {
-            p.prompt_id: (p, tuple(self.tokenizer.encode(p.text))) for p in self._share(prompts)
-        }
-        asked = [by_id[c.prompt_id][0] for c in completions]
+        if self.engine is None:
+            return []
+        requests = self.requests(prompts, num_samples)
+        completions = self.engine.generate(requests, sampling)
+        tokens = {request.prompt_id: request.tokens for request in requests}
+        by_id = {p.prompt_id: p.prompt for p in self._share(prompts)}
+        asked = [by_id[c.prompt_id] for c in completions]
         rewards = self._rewards(scorer, asked, completions, truncated_reward)
         return [
-            Rollout(c.prompt_id, c.sample_id, by_id[c.prompt_id][1], c.tokens, c.logprobs, reward,
+            Rollout(c.prompt_id, c.sample_id, tokens[c.prompt_id], c.tokens, c.logprobs, reward,
                     c.finish_reason)
             for c, reward in zip(completions, rewards, strict=True)
         ]  # fmt: skip
@@ -174,7 +185,7 @@ class Generator:
         dist.broadcast(rewards_R, group=self.group, group_src=0)
         return rewards_R.tolist()
 
-    def _share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def _share(self, prompts: Sequence[NumberedPrompt]) -> list[NumberedPrompt]:
         if self.engine is None:
             return []
         return [p for p in prompts if replica_of(p.prompt_id, self.replicas) == self.replica]

@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, `samples.jsonl`, TensorBoard, W&B, the progress display.
+"""The log of a run: `metrics.jsonl`, `samples.jsonl`, trackers, the progress display.
 
 Only rank 0 writes, yet every rank calls: off rank 0 the verbs do nothing, so a recipe needs no
 branch. Numbers that are the same on all ranks, or reduced to rank 0, are the recipe's to give.
@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import secrets
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from mesh.config.keys import Refusal
 from mesh.config.schema import LogConf
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
+from mesh.runs.trackers import Feed, TensorBoard, Wandb
 from mesh.runs.warnings import StepWarnings
 
-WANDB_ID = "wandb-id.txt"
+FINISH_SECONDS = 60.0  # the longest wait for the trackers at the end of a run
+FAILED_SECONDS = 5.0  # and after a failure: the other ranks wait
 
 
 class MetricsLogger:
@@ -36,7 +37,7 @@ class MetricsLogger:
         """`config` is shown by W&B. `first`: steps that a resumed run has taken, with which its
         files end: its checkpoint has restored them.
 
-        Raises Refusal where `log.tensorboard` or `log.wandb` asks for a missing package.
+        Raises Refusal where W&B asks for something that the user has to do.
         """
         self._active = rank == 0
         if not self._active:
@@ -47,8 +48,11 @@ class MetricsLogger:
         self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
-        self._tensorboard = _open_tensorboard(run_dir, first) if conf.tensorboard else None
-        self._wandb = _open_wandb(conf.wandb, run_dir, config or {}) if conf.wandb else None
+        self._trackers = []
+        if conf.tensorboard:
+            self._trackers.append(Feed("TensorBoard", partial(TensorBoard, run_dir, first)))
+        if conf.wandb:
+            self._trackers.append(Feed("W&B", partial(Wandb, conf.wandb, run_dir, config or {})))
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
         self._pace = Pace(steps, step=first)
@@ -59,18 +63,15 @@ class MetricsLogger:
         calls for.
 
         `step` counts finished optimizer steps. NaN and infinities, which JSON lacks, become null
-        there; the display and TensorBoard show them as they are.
+        there; the display and trackers show them as they are.
         """
         if not self._active:
             return
         metrics = {key: _plain(metrics[key]) for key in sorted(metrics)}
         _write_line(self._metrics_file, {"step": step} | metrics)
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars | {"step": step})
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
@@ -89,9 +90,7 @@ class MetricsLogger:
         """Flush everything and print the run's directory."""
         if not self._active or self._closed:
             return
-        self._end()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._end(FINISH_SECONDS)
         print(self._summary(), flush=True)
 
     def __enter__(self) -> MetricsLogger:
@@ -102,15 +101,16 @@ class MetricsLogger:
             self.close()
         elif self._active and not self._closed:
             with contextlib.suppress(OSError):  # a full disk may be why the run ends
-                self._end()  # not W&B: its upload may take long, and the other ranks wait
+                self._end(FAILED_SECONDS)
 
-    def _end(self) -> None:
+    def _end(self, seconds: float) -> None:
+        """Close everything, the trackers within so many seconds each."""
         self._closed = True
         self._progress.close()
         self._metrics_file.close()
         self._samples_file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace
@@ -120,8 +120,9 @@ class MetricsLogger:
         ]
         if "eval/accuracy" in self._last:
             words.append(f"eval {self._last['eval/accuracy']:.3f}")
-        words += [f"wall {clock(pace.now() - pace.began)}", f"run {self._run_dir}"]
-        return "  ".join(words)
+        words.append(f"wall {clock(pace.now() - pace.began)}")
+        words += [text for tracker in self._trackers if (text := tracker.summary())]
+        return "  ".join([*words, f"run {self._run_dir}"])
 
 
 def last_logged(path: Path) -> Metrics:
@@ -162,36 +163,4 @@ def _write_line(file: TextIO, record: dict[str, Any]) -> None:
         file.write(line_of(record) + "\n")
         file.flush()
     except OSError as error:
-        wrong = f"{file.name}: cannot be written ({error.strerror})"
-        raise RuntimeError(f"{wrong}; fix that, then resume from the last checkpoint") from error
-
-
-def _open_tensorboard(run_dir: Path, first: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        remedy = "pip install tensorboard, or set log.tensorboard=false"
-        raise Refusal(f"log.tensorboard=true: tensorboard is not installed; {remedy}") from error
-    purge = first + 1 if first else None  # the events of later steps
-    return SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10, purge_step=purge)
-
-
-def _open_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """The W&B run of this run directory, the same one whenever it is resumed. The API key stays
-    where W&B keeps it: in its own files or WANDB_API_KEY."""
-    try:
-        import wandb
-    except ImportError as error:
-        remedy = "pip install wandb, or leave log.wandb unset"
-        raise Refusal(f"log.wandb={project}: wandb is not installed; {remedy}") from error
-    path = run_dir / WANDB_ID
-    if not path.exists() or not path.read_text().strip():  # killed as it was written
-        path.write_text(secrets.token_hex(4) + "\n")
-    run = wandb.init(
-        project=project, name=run_dir.name, dir=str(run_dir), config=config,
-        allow_val_change=True,  # a resumed run may have other `steps`
-        id=path.read_text().strip(), resume="allow",
-    )  # fmt: skip
-    # W&B ignores values for a step of its own counter that it has: ours may be logged again
-    run.define_metric("*", step_metric="step")
-    return run
+        raise RuntimeError(f"{file.name}: cannot be written ({error.strerror})") from error

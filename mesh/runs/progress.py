@@ -77,7 +77,7 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
             phase = key.removeprefix(RATE)
             shown[SHORT.get(phase, phase)] = thousands(metrics[key]) + " tok/s"
     if metrics.get("steps_without_signal", 0) > 0:
-        shown["no signal"] = f"{metrics['steps_without_signal']:.0f} steps"
+        shown["no signal"] = f"{metrics['steps_without_signal']:.0f}"
     each = pace.seconds_per_step()
     shown["pace"] = "? s/step" if each is None else f"{each:.2f} s/step"
     shown["ETA"] = pace.eta()

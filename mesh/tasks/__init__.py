@@ -16,7 +16,7 @@ from mesh.config.spelling import nearest
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt
+from mesh.types import NumberedPrompt, Prompt
 
 SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arithmetic}
 METHODS = ("train_prompts", "eval_prompts", "solution", "score")
@@ -33,11 +33,15 @@ class TaskSpec:
 
 
 class Task(Protocol):
-    """Interface between recipes and tasks. A task may also say what is correct: `correct.py`."""
+    """Interface between recipes and tasks. A task may also say what is correct: `correct.py`.
+
+    A task of a finite data set may have `all_prompts() -> Sequence[Prompt]` as well: everything
+    that training may draw, which is then checked before the start.
+    """
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
-        """Prompts 0..num-1 of a step, a pure function of (seed, step, index). A task that can
-        refill a step takes `round: int = 0` as well; see `Draw`.
+        """The `num` prompts of a step, a pure function of (seed, step, index). A task that can draw
+        more for a step takes `round: int = 0` as well; see `Draw`.
         """
         ...
 
@@ -76,8 +80,8 @@ def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
 class Draw:
     """A request for training prompts: `num` of a step, in a round of it.
 
-    A prompt is a pure function of (seed, step, round, index); rounds after the first refill a step.
-    first_id: the prompt_id of index 0, after those of the rounds before.
+    A prompt is a pure function of (seed, step, round, index); rounds after the first draw more for
+    a step. first_id: the place in the step of index 0, after those of the rounds before.
     """
 
     step: int
@@ -87,31 +91,50 @@ class Draw:
 
 
 def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
-    """The training prompts of a draw, numbered from its `first_id` on. Raises ValueError if the
-    task returns others than indices 0 to num-1, raises, or cannot draw a later round.
+    """The training prompts of a draw, as the task made them. Raises ValueError if there are not
+    `num` of them, each with an id of its own, if the task raises, or cannot draw a later round.
 
-    A task gets the round only if it is not the first, so one that is never refilled needs no more
-    than `train_prompts(step, num)`.
+    A task gets the round only if it is not the first, so one of which no more is asked needs no
+    more than `train_prompts(step, num)`.
     """
     if draw.round and not _takes_round(task):
         raise ValueError(
-            f"the task's train_prompts takes no round, so it cannot refill step {draw.step}; give "
-            "it a parameter `round: int = 0`, and let each round draw other prompts"
+            "the task's train_prompts takes no round, so it cannot draw more prompts for step "
+            f"{draw.step}; give it a parameter `round: int = 0`, and let each round draw other "
+            "prompts"
         )
     more = {"round": draw.round} if draw.round else {}
     prompts = call_user_code(
         f"train_prompts of {task!r}", lambda: task.train_prompts(draw.step, draw.num, **more)
     )
-    found = numbered(prompts, draw.num, "train_prompts")
-    if not draw.first_id:
-        return found
-    return [dataclasses.replace(p, prompt_id=draw.first_id + p.prompt_id) for p in found]
+    return checked(prompts, draw.num, "train_prompts")
 
 
 def draw_held_out(task: Task, num: int) -> list[Prompt]:
     """A task's first `num` held-out prompts; ValueError if it does not return them, or raises."""
     prompts = call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
-    return numbered(prompts, num, "eval_prompts")
+    return checked(prompts, num, "eval_prompts")
+
+
+def data_set(task: Task) -> list[Prompt]:
+    """Everything that training may draw, where the task says so; else nothing. ValueError if it
+    raises or returns none.
+    """
+    method = getattr(task, "all_prompts", None)
+    if method is None:
+        return []
+    prompts = list(call_user_code(f"all_prompts of {task!r}", method))
+    if not prompts:
+        raise ValueError("the task's all_prompts returned no prompt; return all, or leave it out")
+    return checked(prompts, len(prompts), "all_prompts")
+
+
+def solution_of(task: Task, prompt: Prompt) -> str:
+    """The task's solution; ValueError where it raises or is no text."""
+    text = call_user_code(f"solution of {task!r}", lambda: task.solution(prompt))
+    if not isinstance(text, str):
+        raise ValueError(f"the task's solution returned {text!r}; return a text")
+    return text
 
 
 def _takes_round(task: Task) -> bool:
@@ -119,22 +142,33 @@ def _takes_round(task: Task) -> bool:
     return any(p.name == "round" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def numbered(prompts: Sequence[Prompt], num: int, method: str) -> list[Prompt]:
-    """Return `prompts` if they are numbered 0 to num-1 in order, else raise ValueError.
+def checked(prompts: Sequence[Prompt], num: int, method: str) -> list[Prompt]:
+    """Return `prompts` if they are `num` prompts with different ids, else raise ValueError.
 
-    method: the task's method that returned them. Ranks divide prompts by id, so other ids would
-    leave ranks waiting for each other, and missing prompts would go unnoticed.
+    method: the task's method that returned them.
     """
-    ids = [prompt.prompt_id for prompt in prompts]
-    if ids == list(range(num)):
-        return list(prompts)
-    start = next((i for i, prompt_id in enumerate(ids) if prompt_id != i), len(ids))
-    shown = ", ".join(map(str, ids[start : start + 4]))
-    where = f", from index {start} on with prompt_id {shown}" if shown else ""
-    raise ValueError(
-        f"the task's {method} was asked for {num} prompts and gave {len(ids)}{where}; return {num} "
-        "whose prompt_id counts 0, 1, 2, ... in order"
-    )
+    asked = f"the task's {method} was asked for {num} prompts and gave"
+    if len(prompts) != num:
+        raise ValueError(f"{asked} {len(prompts)}; return {num}")
+    places: dict[int, int] = {}
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
+            raise ValueError(f"{asked} {prompt!r} at index {index}; return a Prompt with a text")
+        number = prompt.prompt_id
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            remedy = "an id is any integer"
+            raise ValueError(f"{asked} prompt_id={number!r} at index {index}; {remedy}")
+        if (first := places.setdefault(int(number), index)) != index:
+            remedy = "give each prompt of a call an id of its own"
+            raise ValueError(
+                f"{asked} prompt_id={number} twice, at index {first} and {index}; {remedy}"
+            )
+    return list(prompts)
+
+
+def numbered(prompts: Sequence[Prompt], first_id: int = 0) -> list[NumberedPrompt]:
+    """The prompts with their places, from `first_id` on."""
+    return [NumberedPrompt(place, prompt) for place, prompt in enumerate(prompts, first_id)]
 
 
 def _shipped_class(name: str) -> type:

@@ -25,6 +25,17 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
 
 
+OTHER_TOKENIZER = "set model.tokenizer to one that can"
+
+
+class UnknownText(ValueError):
+    """A text with a part that the tokenizer does not know. wrong: the message without a remedy."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__(f"{wrong}: change the text, or {OTHER_TOKENIZER}")
+        self.wrong = wrong
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A loaded tokenizer.
@@ -50,13 +61,12 @@ class Tokenizer:
         return 0 <= token_id < 1 << 32 and self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens. Raises ValueError naming what it cannot encode."""
+        """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
         encoding = _try_encode(self.backend, text)
         unknown = _unknown_part(self, text, encoding)
         if unknown is not None or encoding is None:
-            raise ValueError(
-                f"the tokenizer in {self.directory} cannot encode {unknown!r} in {text!r}: change "
-                "the text, or set model.tokenizer to one that can"
+            raise UnknownText(
+                f"the tokenizer in {self.directory} cannot encode {unknown!r} in {text!r}"
             )
         return encoding.ids
 

@@ -247,7 +247,7 @@ def test_a_run_whose_responses_are_all_masked_keeps_its_weights(runs):
     assert [line.split(" of ")[0].split(" in ")[0] for line in warned] == [
         "warning: 100%", "warning: 3 steps",
     ]  # fmt: skip
-    assert "truncated 100%" in made.output and "no signal 4 steps" in made.output
+    assert "truncated 100%" in made.output and "no signal 4  " in made.output
 
 
 def test_unequal_submeshes_train_on_every_prompt(runs):

@@ -201,7 +201,7 @@ def test_broken_kernels_are_caught_and_named(tmp_path: Path, process: Process):
     assert report["passed"] is False
     assert {row["result"] for row in rows(report, "L0").values()} == {"pass"}, output
 
-    requests = mixed_requests(conf_of(), check(conf_of(), process))
+    requests = mixed_requests(conf_of(), check(conf_of(), process), process)
     (alone,) = part_of(requests, 1)
     batches = rows(report, "L1")[BATCHES]
     assert batches["result"] == "FAIL"

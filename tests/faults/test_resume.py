@@ -38,6 +38,11 @@ def trained(metrics: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
 
 
+def newest(checkpoints: Path) -> int:
+    names = (item.name.removeprefix("step-") for item in checkpoints.iterdir())
+    return max(int(name) for name in names if name.isdigit())
+
+
 def killed(path: Path) -> int:
     """Start a run, kill -9 a rank of it at a random moment after the first checkpoint; the number
     of steps that it had taken."""
@@ -49,6 +54,7 @@ def killed(path: Path) -> int:
     os.kill(job.ranks()[victim], signal.SIGKILL)
     _, err = job.popen.communicate(timeout=60)
     assert job.popen.returncode != 0, err
+    assert f"resume={path} continues after step {newest(path / 'checkpoints')}\n" in err
     return steps_of(path)[-1]
 
 
@@ -216,11 +222,12 @@ def test_a_full_disk_ends_the_run_which_resumes_where_there_is_room(tmp_path):
         ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, env=environment
     )
     assert ended.returncode != 0
-    last = ended.stderr.rstrip().splitlines()[-1]
+    *_, last, reason, offer = ended.stderr.rstrip().splitlines()
     assert "RuntimeError" in last and "No space left on device" in last  # checkpoint, or log
     assert f"{disk}/run" in last
-    names = {p.name for p in (kept / "checkpoints").iterdir()}
-    assert names - {"step-3.partial"} == {"step-1", "step-2"}
+    assert re.search(r"step \d is not saved: .*No space left on device", reason)
+    assert f"resume={disk}/run continues after step 2" in offer
+    assert {p.name for p in (kept / "checkpoints").iterdir()} == {"step-1", "step-2"}
     out = launch("recipes/grpo.py", 1, f"resume={kept}", "steps=3").stdout
     assert f"resumed from {kept}/checkpoints/step-2" in out
     assert steps_of(kept) == [0, 1, 2, 3]

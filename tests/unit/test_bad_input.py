@@ -83,17 +83,14 @@ CASES = {  # words, ranks, and what the one problem must say: key=value, what is
     "not a number": (["kl_coef=nan"], 2, ["kl_coef=nan: must be >= 0 and finite"]),
     "batch, ranks": (["num_prompts=63"], 2, ["num_prompts=63: is not a multiple of 2", "62 or 64"]),
     "batch and waves": (["waves=3"], 2, ["num_prompts=64: is not a multiple of 6", "60 or 66"]),
-    "prompt too long": (
-        ["model.max_length=12", "generator.max_new_tokens=8"], 2,
-        ["model.max_length=12: the prompt '", "longer than the context", "use at least 14"],
-    ),
     "context too long": (
         ["model.max_length=4097"], 2,
         ["model.max_length=4097: the model's own context is 4096 tokens", "use at most 4096"],
     ),
-    "prompts from 1": (
-        ["task=user_tasks:FromOne"], 2,
-        ["train_prompts was asked for 64", "from index 0 on with prompt_id 1, 2", "counts 0, 1"],
+    "two prompts of one id": (
+        ["task=user_tasks:Twice"], 2,
+        ["train_prompts was asked for 64 prompts and gave prompt_id=3 twice, at index 3 and 7; "
+         "give each prompt of a call an id of its own"],
     ),
     "too few prompts": (
         ["task=user_tasks:Short"], 2,
@@ -145,6 +142,15 @@ def test_one_problem_names_key_value_and_remedy(refusal, case):
     for part in parts:
         assert part in message
     assert len(lines(message)) == 1
+
+
+def test_prompts_that_are_too_long_are_counted_where_they_are(refusal):
+    held_out, first = lines(refusal("model.max_length=12", "generator.max_new_tokens=8"))
+    for line, total in ((held_out, "256 held-out prompts"), (first, "64 prompts of step 1")):
+        assert line.startswith("model.max_length=12: the prompt '")
+        assert "has 6 tokens, which with generator.max_new_tokens=8 is longer than the" in line
+        assert f" of {total}); use at least 14, " in line
+    assert held_out.endswith("or shorter prompts") and first.endswith("or overlong=skip")
 
 
 def test_unknown_config_names_the_nearest(refusal):

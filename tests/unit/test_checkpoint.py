@@ -32,6 +32,7 @@ from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf, save_conf
 from mesh.config.schema import Conf
+from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.process import Process
@@ -165,11 +166,12 @@ def advance_badly(trainer: Trainer) -> dict[str, float]:
 
 
 def bits_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        f"{kind}/{name}": tensor.detach().to_local().clone()
-        for kind, tensors in trainer.state().items()
-        for name, tensor in tensors.items()
-    }
+    with torch.no_grad():
+        return {
+            f"{kind}/{name}": tensor.clone()
+            for kind, tensors in trainer.state().items()
+            for name, tensor in local_tensors(tensors).items()
+        }
 
 
 def run_with(process: Process, path: Path, steps: int, *words: str) -> tuple[Conf, Trainer]:
@@ -421,7 +423,6 @@ def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     partial = tmp_path / "run" / "checkpoints" / "step-2.partial" / RANK_0
     assert f"checkpoint of step 2 could not be written: {partial}: [Errno 27]" in str(caught.value)
-    assert f"the previous one with resume={tmp_path / 'run'}" in str(caught.value)
     assert names_in(tmp_path / "run") == ["step-1"]
     step, other = loaded(process, tmp_path / "run", conf)
     assert step == 1
@@ -477,6 +478,22 @@ def test_a_resumed_run_has_its_own_keys_but_for_how_it_runs(tmp_path):
     keys = ("trainer.lr=0.0002", "task_args=", "run_dir=x", "seed=1")
     assert wrong.startswith("4 problems") and all(f"- {key}" in wrong for key in keys)
     assert "the run computes with 0.0001; leave it out, or start a new run" in wrong
+
+
+def test_a_resumed_run_may_raise_the_context_unless_the_run_skips_what_is_longer(tmp_path):
+    save_conf(conf_of("model.max_length=32"), tmp_path / "config.yaml")
+    word = f"resume={tmp_path}"
+    _, raised = load_conf([word, "model.max_length=33", "overlong=skip"], resumes=True)
+    assert (raised.model.max_length, raised.overlong) == (33, "skip")
+    assert (
+        "model.max_length=31: the run computes with 32, which a resumed run may raise only; leave "
+        "it out, or start a new run"
+    ) in refusal(word, "model.max_length=31")
+    save_conf(conf_of("model.max_length=32", "overlong=skip"), tmp_path / "config.yaml")
+    assert (
+        "model.max_length=33: the run skips what is longer than 32 (overlong=skip); leave it out"
+    ) in refusal(word, "model.max_length=33")
+    assert load_conf([word, "overlong=stop"], resumes=True)[1].overlong == "stop"
 
 
 def test_what_cannot_resume_says_so(tmp_path):

@@ -57,7 +57,7 @@ def rollout(prompt_id: int, sample_id: int, reward: float) -> Rollout:
 
 def held_out(task: SpellBackward, num_samples: int) -> EvaluationSet:
     source = TaskSource(task, TaskSpec("spell_backward", 0), ScoringSettings(0, 1.0, "stop"))
-    return EvaluationSet(source, 3, num_samples)
+    return EvaluationSet(source, tuple(task.eval_prompts(3)), num_samples)
 
 
 @dataclass(frozen=True)

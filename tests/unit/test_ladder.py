@@ -103,7 +103,7 @@ def test_candidates_are_every_layout_that_fits():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33])
 def test_parts_of_the_batch_have_the_size_that_was_asked_for(size, process):
-    requests = mixed_requests(conf_of(), check(conf_of(), process))
+    requests = mixed_requests(conf_of(), check(conf_of(), process), process)
     whole = {r.prompt_id: r for r in requests}
     assert sum(r.num_samples for r in requests) == SEQUENCES
     lengths = {len(r.tokens) for r in requests}

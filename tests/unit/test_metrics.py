@@ -108,7 +108,7 @@ def test_plain_line():
     )
     more = {"reward/mean": 0.5, "response/truncated": 0.125, "steps_without_signal": 3.0}
     assert plain_line(more, fake_pace(150, 1.0, 0)) == (
-        "step    0/150  reward 0.500  truncated 12%  no signal 3 steps  ? s/step  ETA ?"
+        "step    0/150  reward 0.500  truncated 12%  no signal 3  ? s/step  ETA ?"
     )
     none = more | {"steps_without_signal": 0.0}
     assert "no signal" not in plain_line(none, fake_pace(150, 1.0, 0))

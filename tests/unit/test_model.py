@@ -142,6 +142,14 @@ def test_products_cover_the_tiles_and_are_alike_on_every_mesh(vocab_size, shards
     assert len(products) == (1 if vocab_size <= MAX_TILE else len(tiles))
 
 
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_a_longer_rope_table_begins_with_the_bits_of_a_shorter_one(head_dim):
+    """Which a resumed run with a longer context counts on."""
+    longest = rope_table(head_dim, 5000, 1e6, CPU)
+    for length in (1, 2, 7, 31, 32, 33, 255, 1000, 4096, 4999):
+        assert torch.equal(rope_table(head_dim, length, 1e6, CPU), longest[:length])
+
+
 def test_the_rope_table_holds_cosines_then_sines_of_positions_times_frequencies():
     table = rope_table(6, 50, 100.0, CPU).double()
     frequencies = torch.tensor([100.0 ** -(2 * i / 6) for i in range(3)] * 2, dtype=torch.float64)

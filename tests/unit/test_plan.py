@@ -25,7 +25,7 @@ from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start
-from mesh.tasks import TaskSpec, load_task
+from mesh.tasks import TaskSpec, draw_held_out, load_task
 from mesh.tasks.scorer import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
@@ -64,7 +64,8 @@ def planned(
     """The plan of a configuration, whatever is installed on this machine."""
     conf = conf_of(*words)
     task = load_task(conf.task, conf.seed, conf.task_args)
-    found = Found(TINY, load_tokenizer(tokenizer), task, load_loss(conf.loss))
+    held_out = draw_held_out(task, conf.eval.num_prompts)
+    found = Found(TINY, load_tokenizer(tokenizer), task, load_loss(conf.loss), held_out)
     return resolve(conf, found, world_size, device, training)
 
 
@@ -100,8 +101,8 @@ def test_every_part_has_the_keys_that_it_uses():
         "generator.top_k=5", "generator.top_p=0.9", "model.max_length=30", "loss=dr_grpo",
         "generator.max_new_tokens=6", "clip_high=0.3", "kl_coef=0.1", "eval.num_prompts=5",
         "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
-        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4", "truncated=mask",
-        "truncated_reward=-2",
+        "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4", "overlong=skip",
+        "truncated=mask", "truncated_reward=-2",
     ]  # fmt: skip
     plan, shape = planned(*words, world_size=4), replace(TINY, textless=((98, 128),))
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
@@ -126,7 +127,10 @@ def test_every_part_has_the_keys_that_it_uses():
         TaskSpec("spell_backward", 7, {"max_length": 4}),
         ScoringSettings(0, 60.0, "stop"),
     )
-    assert plan.evaluations == {"": EvaluationSet(plan.training, 5, 2)}
+    held_out = tuple(plan.task.eval_prompts(5))
+    assert plan.evaluations == {"": EvaluationSet(plan.training, held_out, 2)}
+    assert (plan.prompts.task, plan.prompts.overlong) == (plan.task, "skip")
+    assert (plan.prompts.max_length, plan.prompts.max_new_tokens) == (30, 6)
 
 
 def test_the_defaults_leave_out_what_is_not_asked_for():
@@ -176,7 +180,8 @@ def test_a_checked_plan_is_the_resolved_one(process: Process):
     """`check` reads the model, the task and the loss that a configuration names."""
     plan = check(conf_of("loss=dr_grpo"), process)
     expected = planned("loss=dr_grpo")
-    assert replace(plan, tokenizer=expected.tokenizer) == expected
+    prompts = replace(plan.prompts, tokenizer=expected.tokenizer)
+    assert replace(plan, tokenizer=expected.tokenizer, prompts=prompts) == expected
 
 
 def test_a_validation_compares_the_tokens_of_truncated_responses_too(process: Process):
@@ -194,7 +199,8 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
         AllRight(0), TaskSpec(f"{__name__}:AllRight", 0), ScoringSettings(0, 1.0, "zero")
     )
     own = plan.evaluations[""]
-    sets = {"": own, "right": EvaluationSet(right, 3, 3), "same": replace(own, num_samples=1)}
+    other = EvaluationSet(right, tuple(right.task.eval_prompts(3)), 3)
+    sets = {"": own, "right": other, "same": replace(own, num_samples=1)}
     program = assemble(replace(plan, evaluations=sets), process)
     assert program.evaluation_scorers[""] is program.scorer
     assert program.evaluation_scorers["same"] is program.scorer

@@ -48,6 +48,7 @@ def test_an_example_longer_than_the_context(refusal):
     (line,) = refusal(*words, "model.max_length=11")
     assert re.fullmatch(
         r"- model.max_length=11: the prompt '[a-z]{5}>' has 12 tokens with its solution and the "
-        "end of sequence; use at least 12, or shorter ones",
+        r"end of sequence \(128 of 128 prompts of step 1\); use at least 12, shorter prompts, or "
+        "overlong=skip",
         line,
     )

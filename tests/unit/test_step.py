@@ -25,6 +25,7 @@ from mesh.rl.step import (
     share_of,
     waves_of,
 )
+from mesh.tasks import numbered
 from mesh.types import FINISH_REASONS, Prompt, Rollout, Wave, outline
 
 STEP = StepSettings(num_prompts=3, group_size=2, waves=1, drop_equal_groups=False, pass_tokens=99)
@@ -219,7 +220,7 @@ def test_ranks_agree_and_share_every_kept_rollout_once(step):
 
 
 def test_waves_keep_every_prompt_in_order():
-    prompts = [Prompt(i, "a", "b") for i in range(12)]
+    prompts = numbered([Prompt(i, "a", "b") for i in range(12)])
     waves = waves_of(prompts, 3)
     assert [len(wave) for wave in waves] == [4, 4, 4]
     assert [prompt for wave in waves for prompt in wave] == prompts
@@ -246,7 +247,7 @@ def test_rollout_metrics_by_hand_over_two_waves():
 def test_samples_carry_the_advantages_of_whole_groups():
     """On a rank that owns prompt 5 and one that owns the others; a wave that a rank got nothing of
     gives nothing."""
-    prompts = [Prompt(i, f"{i}>", f"a{i}") for i in (4, 5, 6)]
+    prompts = numbered([Prompt(i, f"{i}>", f"a{i}") for i in (4, 50, 6)], first_id=4)
     waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
     advantages = advantages_of(waves[0], CENTRED, group_size=2)
     assert advantages_of(waves[2], CENTRED, group_size=2) == {}
@@ -258,4 +259,5 @@ def test_samples_carry_the_advantages_of_whole_groups():
         "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
     }  # fmt: skip
     (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, str)
-    assert (equal["prompt_id"], equal["advantage"]) == (5, 0.0)
+    assert (equal["prompt_id"], equal["advantage"], equal["prompt"]) == (5, 0.0, "50>")
+    assert equal["task_prompt_id"] == 50, "the task's own id is kept"

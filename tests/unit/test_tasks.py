@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mesh.config.schema import Conf
 from mesh.exactness.uneven import uneven_keys
-from mesh.tasks import Draw, Task, TaskSpec, draw_prompts, load_task, numbered
+from mesh.tasks import Draw, Task, TaskSpec, checked, draw_prompts, load_task, numbered
 from mesh.tasks.draw import is_held_out, training_prompts
 from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
 from mesh.types import Prompt
@@ -167,63 +167,68 @@ def prompts_with(*ids: int) -> list[Prompt]:
     return [Prompt(i, f"{i}?", "") for i in ids]
 
 
-def test_prompts_numbered_from_zero_pass_as_they_are():
-    prompts = prompts_with(0, 1, 2)
-    assert numbered(prompts, 3, "train_prompts") == prompts
+@pytest.mark.parametrize("ids", [(0, 1, 2), (7, -3, 2**70), (np.int64(5), 6, 7)], ids=str)
+def test_ids_may_be_any_integers_and_places_count_from_0(ids):
+    prompts = prompts_with(*ids)
+    assert checked(prompts, 3, "train_prompts") == prompts
+    assert [(p.prompt_id, p.prompt) for p in numbered(prompts)] == list(enumerate(prompts))
+    assert [p.prompt_id for p in numbered(prompts, first_id=5)] == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
     ("ids", "got"),
     [
-        ((0, 1), "gave 2; return 3"),
-        ((), "gave 0; return 3"),
-        ((1, 2, 3), "gave 3, from index 0 on with prompt_id 1, 2, 3; return 3"),
-        ((0, 2, 1), "gave 3, from index 1 on with prompt_id 2, 1; return 3"),
-        ((0, 1, 1), "gave 3, from index 2 on with prompt_id 1; return 3"),
-        (range(9), "gave 9; return 3"),
-        (range(-9, 0), "gave 9, from index 0 on with prompt_id -9, -8, -7, -6; return 3"),
+        ((0, 1), "2; return 3"),
+        ((), "0; return 3"),
+        (range(9), "9; return 3"),
+        ((4, 9, 4), "prompt_id=4 twice, at index 0 and 2; give each prompt of a call an id of its "
+                    "own"),
+        ((4, np.int64(4), 1), "prompt_id=4 twice, at index 0 and 1; give each prompt of a call an "
+                              "id of its own"),
+        ((4, "5", 6), "prompt_id='5' at index 1; an id is any integer"),
+        ((4, 5, 6.0), "prompt_id=6.0 at index 2; an id is any integer"),
+        ((True, 5, 6), "prompt_id=True at index 0; an id is any integer"),
     ],
-)
-def test_prompts_that_are_not_numbered_0_to_num_are_refused(ids, got):
+)  # fmt: skip
+def test_prompts_that_are_too_few_or_share_an_id_are_refused(ids, got):
     with pytest.raises(ValueError) as caught:
-        numbered(prompts_with(*ids), 3, "train_prompts")
-    assert str(caught.value) == (
-        f"the task's train_prompts was asked for 3 prompts and {got} whose prompt_id counts "
-        "0, 1, 2, ... in order"
-    )
+        checked(prompts_with(*ids), 3, "train_prompts")
+    assert str(caught.value) == f"the task's train_prompts was asked for 3 prompts and gave {got}"
+
+
+@pytest.mark.parametrize("wrong", [("abc>", "cba"), Prompt(1, 7, "")], ids=repr)  # type: ignore[arg-type]
+def test_what_is_no_prompt_with_a_text_is_refused(wrong):
+    with pytest.raises(ValueError, match="gave .* at index 1; return a Prompt with a text"):
+        checked([Prompt(0, "", ""), wrong], 2, "eval_prompts")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_first_round_is_the_step_s_prompts_and_later_ones_go_on_from_them(name):
+def test_a_first_round_is_the_step_s_prompts_and_later_ones_are_others(name):
     task = load_task(name, 3, {})
     assert draw_prompts(task, Draw(5, 8)) == task.train_prompts(5, 8)
-    draws = [Draw(5, 8), Draw(5, 4, 1, first_id=8), Draw(5, 6, 2, first_id=12)]
+    draws = [Draw(5, 8), Draw(5, 4, 1), Draw(5, 6, 2)]
     rounds = [draw_prompts(task, draw) for draw in draws]
-    assert [p.prompt_id for prompts in rounds for p in prompts] == list(range(18))
     assert rounds == [draw_prompts(load_task(name, 3, {}), draw) for draw in draws]
     texts = [tuple(prompt.text for prompt in prompts)[:4] for prompts in rounds]
     assert len(set(texts)) == 3
-    more = draw_prompts(task, Draw(5, 6, 1, first_id=8))
+    more = draw_prompts(task, Draw(5, 6, 1))
     assert more[:4] == rounds[1], "a prompt is a function of its round and index alone"
 
 
-def test_a_task_without_rounds_draws_the_first_and_says_why_it_cannot_refill():
+def test_a_task_without_rounds_draws_the_first_and_says_why_it_cannot_draw_more():
     task = Counting(seed=0)
     assert draw_prompts(task, Draw(2, 3)) == task.train_prompts(2, 3)
     with pytest.raises(ValueError) as caught:
         draw_prompts(task, Draw(2, 3, round=1))
     assert str(caught.value) == (
-        "the task's train_prompts takes no round, so it cannot refill step 2; give it a parameter "
-        "`round: int = 0`, and let each round draw other prompts"
+        "the task's train_prompts takes no round, so it cannot draw more prompts for step 2; give "
+        "it a parameter `round: int = 0`, and let each round draw other prompts"
     )
 
 
-def test_ids_of_a_later_round_count_on_and_what_a_task_raises_is_its_own():
-    prompts = draw_prompts(Refilling(seed=0), Draw(2, 3, round=2, first_id=6))
-    assert [(p.prompt_id, p.text) for p in prompts] == [(6 + i, f"2.2.{i}?") for i in range(3)]
-    with pytest.raises(ValueError, match="from index 0 on with prompt_id 1, 2, 3; return 3 whose "
-                       "prompt_id counts 0, 1, 2, ... in order"):  # fmt: skip
-        draw_prompts(Refilling(seed=0, offset=1), Draw(2, 3, round=1))
+def test_a_later_round_is_the_task_s_and_what_it_raises_too():
+    prompts = draw_prompts(Refilling(seed=0, offset=1), Draw(2, 3, round=2))
+    assert [(p.prompt_id, p.text) for p in prompts] == [(i, f"2.2.{i}?") for i in (1, 2, 3)]
     with pytest.raises(ValueError, match="train_prompts of Failing.* raised TypeError: no such "):
         draw_prompts(Failing(seed=0), Draw(2, 3, round=1))
 

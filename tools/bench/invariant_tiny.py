@@ -12,7 +12,8 @@ from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
 from mesh.program.assembly import Program, assemble, check, sync
 from mesh.rl.step import Share, advantages_of, credited, share_of
-from mesh.tasks import Draw, draw_prompts
+from mesh.tasks import Draw
+from mesh.tasks.prompts import step_prompts
 from tools.bench.report import print_row
 from tools.bench.timing import Switch, paired
 
@@ -29,7 +30,7 @@ def bench_tiny() -> list[str]:
         plan = check(conf, process)
         program = assemble(plan, process)
         sync(program)
-        prompts = draw_prompts(plan.task, Draw(0, plan.step.num_prompts))
+        prompts, _ = step_prompts(plan.prompts, process, Draw(0, plan.step.num_prompts))
         generator, trainer = program.generator, program.trainer
         asked = (program.scorer, prompts, plan.step.group_size, generator.sampling(0))
         wave = program.exchange([p.prompt_id for p in prompts], generator.rollout(*asked))

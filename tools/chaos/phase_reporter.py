@@ -149,7 +149,7 @@ def watch(report: Reporter) -> None:
 
     Phases.__call__ = noted  # type: ignore[assignment, method-assign]
     wrap(CheckpointWriter, "run", report.writing)
-    wrap(Checkpointer, "_complete", lambda: report("rename"))
+    wrap(Checkpointer, "complete", lambda: report("rename"))
     wrap(Checkpointer, "load", lambda: report("load"))
     for name in ("log", "log_samples"):
         wrap(MetricsLogger, name, lambda: report("log"))

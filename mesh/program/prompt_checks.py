@@ -1,0 +1,67 @@
+"""Start-up checks of prompts: the first step's, a finite data set's, and the evaluation's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesh.config.keys import problem
+from mesh.lifecycle.process import Process
+from mesh.tasks import Draw, data_set, draw_prompts
+from mesh.tasks.prompts import Faults, PromptSource, fault_lines, faults_of, step_prompts
+from mesh.types import Prompt
+
+FIRST = "prompts of step 1"
+DATA_SET = "prompts of the task (all_prompts)"
+
+
+def training_problems(process: Process, source: PromptSource, num: int) -> list[str]:
+    """What is wrong with the `num` prompts of the first step, and with the task's data set where it
+    has one. ValueError where the task does not give them, or ranks have different ones. Collective.
+
+    Where no prompt has room, that is `check_start`'s to report.
+    """
+    if no_room(source):
+        return []
+    first = draw_prompts(source.task, Draw(0, num))
+    faults = faults_of(source, process, first, FIRST)
+    everything = data_set(source.task)
+    in_data_set = faults_of(source, process, everything, DATA_SET)
+    if source.overlong == "skip":
+        return skip_problems(process, source, num, everything, in_data_set)
+    if in_data_set:
+        return fault_lines(source, in_data_set, f"{len(everything)} {DATA_SET}")
+    return fault_lines(source, faults, f"{num} {FIRST}")
+
+
+def skip_problems(
+    process: Process, source: PromptSource, num: int, everything: Sequence[Prompt], faults: Faults
+) -> list[str]:
+    """What keeps overlong=skip from finding other prompts; says how many of a data set it skips."""
+    try:
+        draw_prompts(source.task, Draw(0, 1, round=1))
+    except ValueError as error:
+        return [problem("overlong", source.overlong, str(error), "or set overlong=stop")]
+    lines = fault_lines(source, faults, f"{len(everything)} {DATA_SET}")
+    if faults and len(faults) == len(everything):
+        return lines
+    step_prompts(source, process, Draw(0, num))
+    if faults:
+        process.say(f"warning: overlong=skip skips prompts: {'; '.join(lines)}")
+    return []
+
+
+def prompt_problems(
+    process: Process, source: PromptSource, prompts: Sequence[Prompt], name: str
+) -> list[str]:
+    """What is wrong with prompts that nothing replaces. name: as in "held-out prompts". Collective;
+    raises as `training_problems`.
+    """
+    if no_room(source):
+        return []
+    faults = faults_of(source, process, prompts, name)
+    return fault_lines(source, faults, f"{len(prompts)} {name}", skips=False)
+
+
+def no_room(source: PromptSource) -> bool:
+    """True where a response alone fills the context."""
+    return source.max_new_tokens >= source.max_length

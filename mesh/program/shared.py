@@ -1,0 +1,142 @@
+"""What the ranks of a run must share and each derives by itself: the configuration, the code, the
+files, the plan. Compared at the start (`mesh/lifecycle/agreement.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mesh.config.keys import conf_keys, refuse, shown, value_of
+from mesh.config.schema import PACKAGE, Conf, resolve_path
+from mesh.lifecycle.agreement import Part, disagreements, text_of
+from mesh.lifecycle.process import Process
+from mesh.program.plan import Plan, tokenizer_directory
+
+PACKAGES = ("torch", "torchtitan", "tokenizers", "safetensors", "numpy", "triton", "vllm")
+ENVIRONMENT = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+"""Variables that change what a kernel computes."""
+
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+OF_TASKS = ("training", "prompts", "evaluations", "tokenizer", "tokenizer_directory")
+"""Parts of a plan that hold a task or a tokenizer, which are compared by their sources."""
+
+SAMPLES, SAMPLE = 64, 4096  # pieces of a large file that are hashed, and their size [bytes]
+
+
+def refuse_differences(process: Process, *parts: Part) -> None:
+    """Raise one Refusal, on every rank alike, where a part is not the same on all. Collective."""
+    refuse(disagreements(process, *parts))
+
+
+def of_start(conf: Conf) -> list[Part]:
+    """What is there before a model, a task or a loss is read."""
+    keys = {name: shown(value_of(conf, name)) for name in conf_keys()}
+    variables = {name: os.environ.get(name, "unset") for name in ENVIRONMENT}
+    same_files = "copy the same files to every machine"
+    return [
+        Part("the configuration", keys, "start every rank with the same command and files"),
+        Part("the software", software(), "install the same on every machine"),
+        Part("the environment", variables, "set the same on every machine"),
+        Part("the model directory", model_files(conf), same_files),
+    ]
+
+
+def of_user_code(task: Any, loss: Any, problems: Iterable[str]) -> Part:
+    """The modules of a task and a loss, and the problems that reading them had."""
+    code = {
+        f"{what} {module}": source_of(module)
+        for what, value in (("the task's module", task), ("the loss's module", loss))
+        for module in modules_of(value)
+    }
+    remedy = "use the same code on every machine"
+    return Part(
+        "the task or the loss", code | {"the problem": "; ".join(problems) or "none"}, remedy
+    )
+
+
+def of_plan(plan: Plan) -> Part:
+    """Everything that is resolved of a configuration, but for what the other parts have."""
+    names = [field.name for field in fields(plan) if field.name not in OF_TASKS]
+    texts = {name: text_of(getattr(plan, name)) for name in names}
+    return Part("the plan", texts, "start every rank on the same kind of machine")
+
+
+def software() -> dict[str, str]:
+    """Versions, and a digest of our own sources."""
+    ours = sorted(PACKAGE.rglob("*.py"))
+    digest = hashlib.blake2b(digest_size=8)
+    for path in ours:
+        digest.update(f"{path.relative_to(PACKAGE)}".encode() + path.read_bytes())
+    versions = {name: version_of(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | versions | {"mesh": digest.hexdigest()}
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def model_files(conf: Conf) -> dict[str, str]:
+    """Digests of the files that are read of the model and the tokenizer."""
+    paths = {"tokenizer": [tokenizer_directory(conf) / name for name in (*TOKENIZER, *CONFIGS)]}
+    if conf.model.path is not None:
+        model = resolve_path(conf.model.path)
+        paths["model"] = [model / name for name in CONFIGS]
+        if conf.model.init == "checkpoint":
+            paths["model"] += [path for kind in WEIGHTS for path in sorted(model.glob(kind))]
+    return {
+        f"{path.name} of the {what}": digest_of_file(path)
+        for what, found in paths.items()
+        for path in found
+    }
+
+
+def digest_of_file(path: Path) -> str:
+    """Size and digest of a file; of a large one, of pieces that lie evenly in it: files of weights
+    that were trained differently differ everywhere.
+    """
+    if not path.is_file():
+        return "missing"
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        if size <= SAMPLES * SAMPLE or path.suffix == ".json":
+            digest.update(file.read())
+        else:
+            for i in range(SAMPLES):
+                file.seek(i * (size - SAMPLE) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return f"{size} bytes, digest {digest.hexdigest()}"
+
+
+def modules_of(value: Any) -> list[str]:
+    """The modules of a user's task and its base classes, or of the function of a loss."""
+    if value is None:
+        return []
+    function = getattr(value, "surrogate", None)
+    names = [function.__module__] if function else [one.__module__ for one in type(value).__mro__]
+    return [name for name in dict.fromkeys(names) if name.partition(".")[0] not in OWN]
+
+
+OWN = ("mesh", "builtins", "typing", "abc")
+
+
+def source_of(module: str) -> str:
+    """Digest of the file of a module."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return "no file" if file is None else digest_of_file(Path(file))
