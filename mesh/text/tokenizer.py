@@ -27,6 +27,8 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 
 OTHER_TOKENIZER = "set model.tokenizer to one that can"
 
+CACHED_WORDS = 4096  # of the 10,000 that the library keeps for ever, 300 bytes each
+
 
 class UnknownText(ValueError):
     """A text with a part that the tokenizer does not know. wrong: the message without a remedy."""
@@ -93,6 +95,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     # a file may contain truncation and padding settings of some earlier training run
     backend.no_truncation()
     backend.no_padding()
+    if hasattr(backend.model, "_resize_cache"):
+        backend.model._resize_cache(CACHED_WORDS)
     settings, named = (
         _read_json(directory / "tokenizer_config.json"),
         _named_eos(directory, backend),
@@ -120,7 +124,8 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    size = tokenizer.vocab_size
+    without = [str(i) for i in tokenizer.eos_ids if i >= size or not tokenizer.has(i)]
     if without:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
@@ -222,7 +227,7 @@ def _named_eos(directory: Path, backend: Backend) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in listed):
+        if not all(type(item) is int for item in listed):
             path = directory / name
             raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
         ids += listed
