@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
+from mesh.lifecycle.json_files import read_object
 from mesh.text.turn import turn_end
 from mesh.types import IdSpans
 
@@ -59,7 +60,7 @@ class Tokenizer:
 
     def has(self, token_id: int) -> bool:
         """True if the id has a token, an added or special one too: ids may have holes."""
-        return self.backend.id_to_token(token_id) is not None
+        return 0 <= token_id < 1 << 32 and self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
@@ -232,10 +233,10 @@ def _named_eos(directory: Path, backend: Backend) -> list[int]:
         ids += listed
     path = directory / "tokenizer_config.json"
     token = _read_json(path).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
     if token is None:
         return ids
-    token_id = backend.token_to_id(token)
+    text = token.get("content") if isinstance(token, dict) else token
+    token_id = backend.token_to_id(text) if isinstance(text, str) else None
     if token_id is None:
         raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it")
     return [*ids, token_id]
@@ -245,12 +246,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it from the model again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: copy it from the model again")
-    return value
+        raise ValueError(f"{path.parent}/{error}: copy it from the model again") from error
 
 
 def _special_token(token_id: int, content: str) -> dict[str, Any]:
