@@ -59,7 +59,7 @@ class Tokenizer:
 
     def has(self, token_id: int) -> bool:
         """True if the id has a token, an added or special one too: ids may have holes."""
-        return token_id >= 0 and self.backend.id_to_token(token_id) is not None
+        return self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
@@ -123,7 +123,8 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    size = tokenizer.vocab_size
+    without = [str(i) for i in tokenizer.eos_ids if i >= size or not tokenizer.has(i)]
     if without:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
@@ -225,7 +226,7 @@ def _named_eos(directory: Path, backend: Backend) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in listed):
+        if not all(type(item) is int for item in listed):
             path = directory / name
             raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
         ids += listed

@@ -215,9 +215,9 @@ def test_a_token_that_a_vocabulary_lists_twice_has_two_ids(tmp_path):
     assert textless_ids(load_tokenizer(save(tmp_path, backend)), 4) == ((3, 4),)
 
 
-@pytest.mark.parametrize("eos_id", [3, 9])
+@pytest.mark.parametrize("eos_id", [3, 9, 1 << 40])
 def test_an_end_without_a_token_is_refused(tmp_path, eos_id):
-    """In a hole, and beyond the last id."""
+    """In a hole, beyond the last id, and beyond all that the library takes."""
     backend = Backend(models.WordLevel({"<unk>": 1, "a": 2, "b": 4}, "<unk>"))
     save(tmp_path, backend, config={"eos_token_id": [4, eos_id]})
     (problem,) = check_vocabulary(load_tokenizer(tmp_path), 16)
