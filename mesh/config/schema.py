@@ -67,10 +67,7 @@ class TrainerConf:
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
     weight_decay: float = key(
-        0.0,
-        "AdamW's decoupled weight decay, of all weights, norms and embeddings too",
-        ge=0,
-        lt=INF,
+        0.0, "AdamW's weight decay, of all weights (norms and embeddings too)", ge=0, lt=INF
     )
     warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
     clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
@@ -119,8 +116,8 @@ class RewardConf:
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
         "stop",
-        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0, "
-        "also in its group's mean and deviation",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0 "
+        "(in its group's mean and deviation too)",
     )
 
 
@@ -254,9 +251,7 @@ class Conf:
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
     drop_equal_groups: bool = key(
-        False,
-        "leave groups whose rewards are all equal, up to rounding, out of the loss and out of what "
-        "it is divided by",
+        False, "leave groups of equal rewards (up to rounding) out of the loss and its divisor"
     )
     truncated: Literal["score", "mask"] = key(
         "score",

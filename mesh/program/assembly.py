@@ -114,7 +114,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     if task is not None and held_out:
         prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
     if task is not None and tokenizer is not None and shape is not None:
-        source = prompt_source(conf, task, tokenizer, shape)
+        source = prompt_source(conf, task, tokenizer, shape, prompts)
         wrong += attempt(wrong, prompt_problems, process, source, prompts, "held-out prompts") or []
         if training:
             wrong += attempt(wrong, training_problems, process, source, conf.num_prompts) or []
