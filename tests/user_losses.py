@@ -7,6 +7,7 @@ from itertools import count
 import torch
 
 from mesh.rl.losses import Loss, LossTokens, TokenLoss
+from mesh.rl.trial import LENGTHS
 
 calls = count()
 
@@ -20,9 +21,10 @@ def asymmetric(tokens: LossTokens, *, negative: float = 1.0) -> TokenLoss:
 
 
 def unrepeatable(tokens: LossTokens) -> TokenLoss:
-    """A little more at each call than at the one before."""
+    """A little more at each call than at the one before, on more tokens than the start tries."""
     loss_T, clipped_T = asymmetric(tokens, negative=0.5)
-    return TokenLoss(loss_T * (1 + next(calls) / 1024), clipped_T)
+    more = next(calls) / 1024 if len(loss_T) > sum(LENGTHS) else 0.0
+    return TokenLoss(loss_T * (1 + more), clipped_T)
 
 
 ASYMMETRIC = Loss(asymmetric, advantage="std", aggregation="sequence")

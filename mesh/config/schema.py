@@ -59,7 +59,9 @@ class TrainerConf:
     lr: float = key(1e-6, "peak learning rate of AdamW", gt=0, lt=INF)
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", ge=0, lt=INF)
+    weight_decay: float = key(
+        0.0, "AdamW's weight decay, of all weights (norms and embeddings too)", ge=0, lt=INF
+    )
     warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
     clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
     microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
@@ -107,7 +109,8 @@ class RewardConf:
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
         "stop",
-        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0 "
+        "(in its group's mean and deviation too)",
     )
 
 
@@ -240,7 +243,9 @@ class Conf:
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
-    drop_equal_groups: bool = key(False, "leave groups whose rewards are all equal out of the loss")
+    drop_equal_groups: bool = key(
+        False, "leave groups of equal rewards (up to rounding) out of the loss and its divisor"
+    )
     truncated: Literal["score", "mask"] = key(
         "score",
         "responses cut at generator.max_new_tokens: score them, or mask them out of the loss",

@@ -39,9 +39,10 @@ from mesh.program.plan import (
 )
 from mesh.program.prompt_checks import prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
-from mesh.rl.loading import load_loss, loss_problems, trial
+from mesh.rl.loading import load_loss, loss_problems
 from mesh.rl.losses import CROSS_ENTROPY, Loss
 from mesh.rl.objective import Objective
+from mesh.rl.trial import trial
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out
@@ -113,7 +114,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     if task is not None and held_out:
         prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
     if task is not None and tokenizer is not None and shape is not None:
-        source = prompt_source(conf, task, tokenizer, shape)
+        source = prompt_source(conf, task, tokenizer, shape, prompts)
         wrong += attempt(wrong, prompt_problems, process, source, prompts, "held-out prompts") or []
         if training:
             wrong += attempt(wrong, training_problems, process, source, conf.num_prompts) or []
@@ -174,7 +175,8 @@ def read_loss(conf: Conf) -> Loss:
     wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
     wrong += eps_problems(conf, loss)
     if not wrong:
-        wrong += [f"loss={conf.loss}: {line}" for line in trial_problems(run_objective(conf, loss))]
+        found = trial_problems(run_objective(conf, loss), conf.group_size)
+        wrong += [f"loss={conf.loss}: {line}" for line in found]
     if wrong:
         raise ValueError("\n".join(wrong))
     return loss
@@ -190,10 +192,10 @@ def eps_problems(conf: Conf, loss: Loss) -> list[str]:
     return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
 
 
-def trial_problems(objective: Objective) -> list[str]:
-    """The fault of a loss that fails on a few made-up tokens."""
+def trial_problems(objective: Objective, group_size: int) -> list[str]:
+    """The fault of a loss that fails on a few made-up tokens, or mixes what may be cut apart."""
     wrong: list[str] = []
-    attempt(wrong, trial, objective)
+    attempt(wrong, trial, objective, max(group_size, 2))
     return wrong
 
 

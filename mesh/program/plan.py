@@ -26,6 +26,7 @@ from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
+from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
@@ -92,6 +93,8 @@ def resolve(
     shape = replace(found.shape, textless=textless)
     objective = run_objective(conf, found.loss)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
+    evaluations = evaluation_sets(conf, source, found.held_out)
+    held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
     return Plan(
         device=device,
         layout=layout,
@@ -103,8 +106,8 @@ def resolve(
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
         ),
         training=source,
-        prompts=prompt_source(conf, found.task, found.tokenizer, found.shape),
-        evaluations=evaluation_sets(conf, source, found.held_out),
+        prompts=prompt_source(conf, found.task, found.tokenizer, found.shape, held_out),
+        evaluations=evaluations,
         tokenizer=found.tokenizer,
         tokenizer_directory=tokenizer_directory(conf),
         verify=conf.sync.verify or kind.verify[device],
@@ -186,10 +189,16 @@ def evaluation_sets(
     return {"": EvaluationSet(source, tuple(held_out), conf.eval.num_samples)}
 
 
-def prompt_source(conf: Conf, task: Task, tokenizer: Tokenizer, shape: ModelShape) -> PromptSource:
-    """Which prompts are trained on."""
+def prompt_source(
+    conf: Conf,
+    task: Task,
+    tokenizer: Tokenizer,
+    shape: ModelShape,
+    held_out: Sequence[Prompt] = (),
+) -> PromptSource:
+    """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    return PromptSource(task, tokenizer, conf.overlong, *lengths)
+    return PromptSource(task, tokenizer, conf.overlong, *lengths, held_out=HeldOut(held_out))
 
 
 def start_path(conf: Conf) -> Path | None:

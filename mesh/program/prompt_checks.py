@@ -16,7 +16,8 @@ DATA_SET = "prompts of the task (all_prompts)"
 
 def training_problems(process: Process, source: PromptSource, num: int) -> list[str]:
     """What is wrong with the `num` prompts of the first step, and with the task's data set where it
-    has one. ValueError where the task does not give them, or ranks have different ones. Collective.
+    has one; warns of held-out prompts in it. ValueError where the task does not give them, or ranks
+    have different ones. Collective.
 
     Where no prompt has room, that is `check_start`'s to report.
     """
@@ -25,6 +26,8 @@ def training_problems(process: Process, source: PromptSource, num: int) -> list[
     first = draw_prompts(source.task, Draw(0, num))
     faults = faults_of(source, process, first, FIRST)
     everything = data_set(source.task)
+    for warning in source.held_out.warning(everything, DATA_SET):
+        process.say(warning)
     in_data_set = faults_of(source, process, everything, DATA_SET)
     if source.overlong == "skip":
         return skip_problems(process, source, num, everything, in_data_set)

@@ -3,11 +3,14 @@
 Rewards are float64 from the score function on. Advantages are computed group by group with exactly
 rounded sums and rounded to float32 once, so the bits depend on a group's own rewards alone: not on
 the order of its rollouts, nor on how many groups a wave or a rank holds.
+
+Rewards that differ by the rounding of their sums are equal: divided by their own deviation, the
+rounding of 0.7 + 0.2 + 0.1 against 1.0 would become a gradient. `equal_groups` alone decides.
 """
 
 from __future__ import annotations
 
-from math import frexp, fsum, isfinite, ldexp, sqrt
+from math import fsum, isfinite, sqrt
 from typing import Literal
 
 import torch
@@ -16,6 +19,11 @@ from torch import Tensor
 from mesh.types import LARGEST_REWARD, Wave
 
 Advantage = Literal["std", "centred"]
+
+ROUNDING = 1e-12
+"""The largest difference of equal rewards, relative to the larger of 1 and their magnitude. It is
+9,000 roundings of float64, so two sums of 4,500 terms each stay within it; whole numbers up to 1e12
+differ by more. The 1 is for sums that cancel: 0.1 + 0.2 - 0.3 is 5.6e-17, not 0."""
 
 
 def rewards_of(wave: Wave, group_size: int) -> Tensor:
@@ -36,16 +44,19 @@ def group_advantages(rewards_PG: Tensor, kind: Advantage, eps: float = 1e-6) -> 
     `centred`: r - mean (Dr. GRPO, arXiv:2503.20783, section 3.2), since dividing by the deviation
     gives questions that are nearly all right or all wrong a larger weight.
 
-    A group of equal rewards gets exactly 0. Raises ValueError for an unknown kind, for G < 2, for a
-    reward that is not finite or beyond LARGEST_REWARD, and for an advantage beyond float32.
+    A group of equal rewards (`equal_groups`) gets exactly 0. Raises ValueError for an unknown kind,
+    for G < 2, for a reward that is not finite or beyond LARGEST_REWARD, and for an advantage beyond
+    float32.
     """
     if kind not in ("std", "centred"):
         raise ValueError(f"advantage={kind!r}: choose 'std' or 'centred'")
     if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
         shape = tuple(rewards_PG.shape)
         raise ValueError(f"rewards of shape {shape}: need [P, G] with group_size G of 2 or more")
-    groups = rewards_PG.to("cpu", torch.float64).tolist()
-    rows = [_row_advantages(row_G, kind, eps) for row_G in groups]
+    groups = zip(
+        rewards_PG.to("cpu", torch.float64).tolist(), equal_groups(rewards_PG), strict=True
+    )
+    rows = [_row_advantages(row_G, bool(equal), kind, eps) for row_G, equal in groups]
     advantages_PG = torch.tensor(rows, dtype=torch.float64).reshape(rewards_PG.shape)
     return rounded(advantages_PG, rewards_PG)
 
@@ -68,27 +79,45 @@ def rounded(advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
 
 
 def equal_groups(rewards_PG: Tensor) -> Tensor:
-    """bool_P on the CPU: the groups whose rewards are all equal, which teach nothing."""
-    rewards_PG = rewards_PG.cpu()
-    return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+    """bool_P on the CPU: the groups whose rewards are equal up to `ROUNDING`, which teach nothing.
+
+    Also for the metric of this name and for drop_equal_groups.
+    """
+    low_P, high_P, scale_P = _ranges(rewards_PG)
+    return high_P - low_P <= ROUNDING * scale_P
 
 
-def _row_advantages(row_G: list[float], kind: Advantage, eps: float) -> list[float]:
+def made_equal(rewards_PG: Tensor) -> Tensor:
+    """float64 rewards_PG on the CPU, in which the rewards of an equal group are one number: theirs,
+    rounded to 40 bits, which is within `ROUNDING`.
+
+    The sum of up to 8,192 such numbers is exact in any order, so their mean is that number and
+    their deviation 0, however a user's function computes them in float64.
+    """
+    _, high_P, scale_P = _ranges(rewards_PG)
+    grid_P = torch.ldexp(torch.ones_like(scale_P), torch.frexp(scale_P).exponent - 40)
+    common_P = (high_P / grid_P).round() * grid_P
+    equal_P = equal_groups(rewards_PG)
+    return torch.where(equal_P[:, None], common_P[:, None], rewards_PG.to("cpu", torch.float64))
+
+
+def _ranges(rewards_PG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 on the CPU, of each group: lowest, highest, and the larger of 1 and the magnitude."""
+    low_P, high_P = rewards_PG.to("cpu", torch.float64).aminmax(dim=1)
+    return low_P, high_P, torch.maximum(low_P.abs(), high_P.abs()).clamp(min=1)
+
+
+def _row_advantages(row_G: list[float], equal: bool, kind: Advantage, eps: float) -> list[float]:
     if not all(map(isfinite, row_G)):
         raise ValueError(f"rewards {row_G} of one group: every reward must be finite")
     if max(map(abs, row_G)) > LARGEST_REWARD:
         wrong = f"beyond {LARGEST_REWARD:g} their statistics overflow"
         raise ValueError(f"rewards {row_G} of one group: {wrong}; scale the rewards of the task")
-    if min(row_G) == max(row_G):  # the rounded mean of equal numbers may differ from them
+    if equal:
         return [0.0] * len(row_G)
     mean = fsum(row_G) / len(row_G)
     centred_G = [reward - mean for reward in row_G]
     if kind == "centred":
         return centred_G
-    # scaled by a power of two, which is exact: no square of a small or large reward is lost
-    exponent = frexp(max(map(abs, centred_G)))[1]
-    scaled_G = [ldexp(x, -exponent) for x in centred_G]
-    deviation = sqrt(fsum(x * x for x in scaled_G) / (len(row_G) - 1))
-    if eps == 0:
-        return [x / deviation for x in scaled_G]
-    return [x / (ldexp(deviation, exponent) + eps) for x in centred_G]
+    deviation = sqrt(fsum(x * x for x in centred_G) / (len(row_G) - 1))
+    return [x / (deviation + eps) for x in centred_G]

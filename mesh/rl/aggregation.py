@@ -38,7 +38,8 @@ def normaliser(
     """Divisor of the whole step's sum. The counts are those of all ranks and waves.
 
     `token`: loss tokens; `sequence`: rollouts; `constant`: rollouts * constant_length, which takes
-    the response length out of the loss (Dr. GRPO, arXiv:2503.20783, section 3.2). A step with
+    the response length out of the loss (Dr. GRPO, arXiv:2503.20783, section 3.2). Rollouts that
+    were left out do not count: with drop_equal_groups every divisor is the smaller. A step with
     nothing in it (every group dropped) has a sum of 0 and gets 1. Raises ValueError for an unknown
     aggregation, and for a constant_length below 1 where it is used.
     """

@@ -1,4 +1,4 @@
-"""The loss that a configuration names: found, held against its settings, and tried."""
+"""The loss that a configuration names: found, and held against its settings (tried: `trial.py`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from mesh.config.spelling import nearest
-from mesh.config.user_code import call_user_code, import_named
-from mesh.rl.losses import LOSSES, Loss, LossTokens, Need
-from mesh.rl.objective import Objective
+from mesh.config.user_code import import_named
+from mesh.rl.losses import LOSSES, Loss, Need
 
 BOUNDS = ("clip_low", "clip_high")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
@@ -94,23 +91,3 @@ def _same_kind(value: Any, default: Any) -> bool:
     if isinstance(default, float) and not isinstance(value, bool):
         return isinstance(value, int | float)
     return default is None or type(value) is type(default)
-
-
-def trial(objective: Objective) -> None:
-    """Run an objective on four made-up tokens, and its advantages on two groups of two.
-
-    Raises ValueError where user code raises, or gives shapes that cannot be trained on.
-    """
-    logprobs_T = torch.full((4,), -1.0, requires_grad=True)
-    reference_T = torch.full((4,), -1.2) if "reference_logprobs" in objective.needs else None
-    tokens = LossTokens(
-        logprobs_T, torch.full((4,), -1.1), torch.tensor([1.0, 1.0, -1.0, -1.0]),
-        torch.tensor([0, 0, 1, 1]), generator_logprobs_T=torch.full((4,), -1.1),
-        reference_logprobs_T=reference_T,
-    )  # fmt: skip
-    call_user_code("its surrogate", lambda: objective(tokens))
-    rewards_PG = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    advantages_PG = call_user_code("its advantage", lambda: objective.advantages(rewards_PG))
-    if advantages_PG.shape != rewards_PG.shape:
-        shapes = f"{tuple(advantages_PG.shape)} for rewards of {tuple(rewards_PG.shape)}"
-        raise ValueError(f"its advantage gave shape {shapes}; return one advantage per reward")

@@ -128,6 +128,8 @@ def kl_T(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
 
     GRPO (arXiv:2402.03300, eq. 4), the k3 estimator of Schulman, "Approximating KL Divergence"
     (2020). The gradient through logprobs_T is 1 - exp(d), as in GRPO; none goes to the reference.
+    The value is on average KL(policy || reference). The gradient is not that of its mean, as the
+    tokens are taken as given: on average it is the gradient of KL(reference || policy).
 
     Beyond KL_BOUND, exp(d) is its tangent there, exp(20) * (1 + d - 20): float32 would overflow at
     89, and a clamp would have no gradient where the policy is the farthest away. Value and gradient

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import Advantage, group_advantages, rounded
+from mesh.rl.advantages import Advantage, group_advantages, made_equal, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
 from mesh.rl.losses import Loss, LossTokens, Need, kl_T
 
@@ -55,10 +55,11 @@ class Objective:
         return Terms(loss_T, clipped_T, divergence_T)
 
     def advantages(self, rewards_PG: Tensor) -> Tensor:
-        """float64 rewards_PG -> float32 advantages_PG on the CPU."""
+        """float64 rewards_PG -> float32 advantages_PG on the CPU. A user's function gets the
+        equal rewards of a group (`equal_groups`) as one number."""
         if isinstance(self.loss.advantage, str):
             return group_advantages(rewards_PG, self.loss.advantage, self.advantage_eps)
-        return rounded(self.loss.advantage(rewards_PG), rewards_PG)
+        return rounded(self.loss.advantage(made_equal(rewards_PG)), rewards_PG)
 
     def weights(self, lengths_R: Tensor) -> Tensor:
         """float32 weights_R of each rollout's tokens, from loss tokens a rollout."""

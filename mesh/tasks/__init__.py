@@ -111,9 +111,20 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
 
 
 def draw_held_out(task: Task, num: int) -> list[Prompt]:
-    """A task's first `num` held-out prompts; ValueError if it does not return them, or raises."""
+    """A task's first `num` held-out prompts; ValueError if it does not return them, each with a
+    text of its own, or raises.
+    """
     prompts = call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
-    return checked(prompts, num, "eval_prompts")
+    prompts = checked(prompts, num, "eval_prompts")
+    places: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        if (first := places.setdefault(prompt.text, index)) != index:
+            raise ValueError(
+                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.text!r} "
+                f"twice, at index {first} and {index} ({len({p.text for p in prompts})} texts in "
+                "all): return distinct prompts, or lower eval.num_prompts to as many as there are"
+            )
+    return prompts
 
 
 def data_set(task: Task) -> list[Prompt]:
@@ -154,6 +165,13 @@ def checked(prompts: Sequence[Prompt], num: int, method: str) -> list[Prompt]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             raise ValueError(f"{asked} {prompt!r} at index {index}; return a Prompt with a text")
+        if not isinstance(prompt.answer, str):
+            wrong = f"{asked} answer={prompt.answer!r} at index {index}"
+            kind = type(prompt.answer).__name__
+            raise ValueError(
+                f"{wrong}, which is {kind}: no response, which is text, equals it; write "
+                'str(...), or "" for none, and keep what else score needs in a subclass of Prompt'
+            )
         number = prompt.prompt_id
         if isinstance(number, bool) or not hasattr(number, "__index__"):
             remedy = "an id is any integer"

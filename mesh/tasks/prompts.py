@@ -8,7 +8,7 @@ draws all prompts; ranks share the work of encoding them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from mesh.config.keys import problem
 from mesh.lifecycle.agreement import Part, difference, text_of
 from mesh.lifecycle.process import Process
 from mesh.tasks import Draw, Task, draw_prompts, numbered, solution_of
+from mesh.tasks.held_out import HeldOut
 from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, UnknownText
 from mesh.types import NumberedPrompt, Prompt
 
@@ -39,7 +40,7 @@ class PromptSource:
 
     A prompt and its response take at most `max_length` tokens, which the model allows up to
     `max_positions`; a response takes `max_new_tokens`, or (`teaches`) it is the task's solution and
-    one token that ends it.
+    one token that ends it. held_out: what is evaluated on, which training should not draw.
     """
 
     task: Task
@@ -49,6 +50,7 @@ class PromptSource:
     max_positions: int
     max_new_tokens: int
     teaches: bool = False
+    held_out: HeldOut = field(default_factory=HeldOut, compare=False)
 
     def fault(self, prompt: Prompt) -> Fault | None:
         """Why a prompt cannot be used; None: it can."""
@@ -119,6 +121,9 @@ def step_prompts(
             f"{MAX_ROUNDS} rounds; {'; '.join(lines)}"
         )
     metrics = {"prompts/skipped": float(skipped)} if source.overlong == "skip" else {}
+    metrics |= source.held_out.metrics(prompts)
+    for warning in source.held_out.warning(prompts, f"prompts of {step}"):
+        process.say(warning)
     return numbered(prompts, draw.first_id), metrics
 
 

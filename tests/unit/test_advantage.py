@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.rl.advantages import equal_groups, group_advantages, rewards_of
+from mesh.rl.advantages import ROUNDING, equal_groups, group_advantages, made_equal, rewards_of
 from mesh.types import Outline, Wave
 
 REWARDS = st.lists(
@@ -46,24 +46,21 @@ def test_the_advantages_are_those_of_other_systems_with_their_eps(eps, theirs):
     assert abs(ratios_P[0] - 1) < 3e-4 and abs(ratios_P[1] - 1) > 0.5
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-200, 1e-300, 1e90])
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e90])
 def test_without_eps_advantages_have_a_deviation_of_one_at_any_size(size):
-    """Squares of 1e-200 are 0 in float64."""
     rewards_PG = torch.tensor([[size, 0, 0, 0]], dtype=torch.float64)
     advantages_PG = group_advantages(rewards_PG, "std", eps=0)
     torch.testing.assert_close(advantages_PG, torch.tensor([[1.5, -0.5, -0.5, -0.5]]))
-    smallest_PG = torch.tensor([[5e-324, 0, 0, 0]], dtype=torch.float64)
-    assert group_advantages(smallest_PG, "std", eps=0)[0, 0] > 0
     equal_PG = torch.full((1, 4), size, dtype=torch.float64)
     assert group_advantages(equal_PG, "std", eps=0).tolist() == [[0.0] * 4]
 
 
 @settings(deadline=None)
 @given(REWARDS, st.sampled_from([1e-6, 1e-4, 0.5]))
-def test_scaling_by_a_power_of_two_changes_no_bit(rewards, eps):
-    """Against the plain formula."""
+def test_advantages_have_the_bits_of_the_formula(rewards, eps):
+    """Rewards in float64, with exactly rounded sums."""
     for row in rewards:
-        if min(row) == max(row):
+        if max(row) - min(row) < 1e-9:
             continue
         centred = [x - math.fsum(row) / 4 for x in row]
         deviation = math.sqrt(math.fsum(x * x for x in centred) / 3)
@@ -95,7 +92,7 @@ def wave_of(*rewards: float) -> Wave:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(16777216, 16777217), (2.0**60, 2.0**60 + 512), (-1e-300, 0.0)]
+    ("low", "high"), [(16777216, 16777217), (2.0**39, 2.0**39 + 1), (0.0, 1e-11), (-1, -1 + 1e-11)]
 )
 def test_rewards_that_float64_tells_apart_are_no_equal_group(low, high):
     """float32 has the same number for both."""
@@ -105,6 +102,57 @@ def test_rewards_that_float64_tells_apart_are_no_equal_group(low, high):
     assert (
         group_advantages(rewards_PG, "centred").tolist() == torch.tensor([[-half, half]]).tolist()
     )
+
+
+SUM = 0.7 + 0.2 + 0.1  # 0.9999999999999999
+EQUAL = {
+    "a sum and its value": [1.0, SUM, 1.0, SUM],
+    "seven and one": [SUM] + [1.0] * 7,
+    "negative": [-SUM, -1.0],
+    "two orders": [0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1],
+    "1000 terms": [sum([0.001] * 1000), 1.0],
+    "cancelled": [0.1 + 0.2 - 0.3, 0.0],
+    "around 0": [0.1 + 0.2 - 0.3, 0.3 - 0.2 - 0.1],
+    "large": [1e20 * SUM, 1e20],
+    "the edge": [1.0, 1.0 + ROUNDING / 2],
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_rewards_that_differ_by_rounding_are_an_equal_group(name):
+    """Its advantages are exactly 0, those of other groups stay, whatever the order."""
+    row, mixed = EQUAL[name], [float(i) for i in range(len(EQUAL[name]))]
+    assert min(row) < max(row)
+    for order in (row, row[::-1]):
+        rewards_PG = torch.tensor([order, mixed], dtype=torch.float64)
+        assert equal_groups(rewards_PG).tolist() == [True, False]
+        for kind in ("std", "centred"):
+            for eps in (1e-6, 0.0):
+                advantages_PG = group_advantages(rewards_PG, kind, eps)
+                assert advantages_PG[0].tolist() == [0.0] * len(row)
+                assert torch.equal(advantages_PG[1:], group_advantages(rewards_PG[1:], kind, eps))
+        one_PG = made_equal(rewards_PG)
+        assert torch.equal(one_PG[1], rewards_PG[1]) and len(set(one_PG[0].tolist())) == 1
+        torch.testing.assert_close(one_PG[0], rewards_PG[0], rtol=ROUNDING, atol=ROUNDING)
+
+
+@settings(deadline=None)
+@given(st.floats(-1e6, 1e6), st.sampled_from([2, 3, 7, 8, 100, 1000]))
+def test_the_mean_of_made_equal_rewards_is_exact_in_any_function(reward, group_size):
+    """Against the rewards themselves: three times 0.1 does not average to 0.1."""
+    rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
+    one_PG = made_equal(rewards_PG)
+    total = 0.0
+    for value in one_PG[0].tolist():
+        total += value
+    assert total / group_size == one_PG[0, 0]
+    assert torch.equal(one_PG - one_PG.mean(1, keepdim=True), torch.zeros(1, group_size).double())
+    assert one_PG.std(1).item() == 0
+
+
+def test_whole_numbers_stay_as_they_are_where_they_are_made_equal():
+    rewards_PG = torch.tensor([[16777217.0] * 3, [1e12 - 1] * 3, [0.75] * 3]).double()
+    assert torch.equal(made_equal(rewards_PG), rewards_PG)
 
 
 def test_a_reward_beyond_float32_has_its_advantage():

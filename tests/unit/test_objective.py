@@ -267,11 +267,17 @@ ONE = "return one loss and one bool per token"
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 4", ONE]),
-        ("UNTYPED", ["loss_T of shape (4,) and clipped_T of shape (4,) and torch.float32", ONE]),
-        ("RAISING", ["its surrogate raised KeyError: 'nowhere' (", "test_objective.py, line "]),
-        ("UNDECLARED", ["its surrogate raised AssertionError"]),
-        ("ROWS", ["its advantage gave shape (2,) for rewards of (2, 2); return one advantage per"]),
+        ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 9", ONE]),
+        ("UNTYPED", ["loss_T of shape (9,) and clipped_T of shape (9,) and torch.float32", ONE]),
+        (
+            "RAISING",
+            [
+                "its surrogate, for 9 tokens raised KeyError: 'nowhere' (",
+                "test_objective.py, line ",
+            ],
+        ),
+        ("UNDECLARED", ["its surrogate, for 9 tokens raised AssertionError"]),
+        ("ROWS", ["its advantage gave shape (3,) for rewards of (3, 8); return one advantage per"]),
     ],
 )
 def test_a_loss_that_fails_on_a_few_tokens_is_refused_before_the_run(name, parts):

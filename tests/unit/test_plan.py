@@ -43,7 +43,7 @@ class AllRight(SpellBackward):
     """Every response to its own questions is right."""
 
     def eval_prompts(self, num: int) -> list[Prompt]:
-        return [Prompt(i, "abc>", "mine") for i in range(num)]
+        return [Prompt(i, f"{i}abc>", "mine") for i in range(num)]
 
     def score(self, prompt: Prompt, response: str) -> float:
         assert prompt.answer == "mine", "a prompt of another set"

@@ -18,7 +18,8 @@ from mesh.program.assembly import check
 from mesh.program.prompt_checks import training_problems
 from mesh.runs.progress import Pace, columns
 from mesh.runs.warnings import StepWarnings
-from mesh.tasks import Draw, Task
+from mesh.tasks import Draw, Task, draw_held_out
+from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, step_prompts
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
@@ -197,3 +198,67 @@ def test_a_start_looks_at_the_prompts_of_the_evaluation(process, monkeypatch):
     monkeypatch.setattr(SpellBackward, "eval_prompts", lambda self, num: [Prompt(0, LONG, "")])
     message = refusal("spell_backward", "eval.num_prompts=1", "overlong=skip")
     assert re.search(r"\(1 of 1 held-out prompts\); use at least 39, or shorter prompts$", message)
+
+
+@dataclass(frozen=True)
+class Leaky(Finite):
+    """From the third step on, its training prompts with index 1 and 3 are held-out ones."""
+
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        prompts, held_out = super().train_prompts(step, num, round), super().eval_prompts(num)
+        leaks = step >= 2
+        return [held_out[i] if leaks and i in (1, 3) else p for i, p in enumerate(prompts)]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_and_warned_of_once(process, capsys):
+    """Without an evaluation there is nothing to count."""
+    task = Leaky(0)
+    held_out = HeldOut(task.eval_prompts(9))
+    made = source(task, held_out=held_out)
+    counts = [step_prompts(made, process, Draw(step, 4))[1] for step in range(5)]
+    assert counts == [{"prompts/held_out": n} for n in (0, 0, 2, 2, 2)]
+    (line,) = capsys.readouterr().out.splitlines()
+    leaked = task.eval_prompts(2)[1].text
+    assert line.startswith(
+        "warning: 2 of 4 prompts of step 3 are held-out prompts, the first is prompt 1 "
+        f"({leaked!r}); evaluations then measure memory too: "
+    )
+    assert step_prompts(source(task), process, Draw(2, 4))[1] == {}
+
+
+def test_an_answer_or_id_of_its_own_makes_no_other_prompt(process):
+    task = Leaky(0)
+    held_out = HeldOut([replace(p, prompt_id=77, answer="") for p in task.eval_prompts(9)])
+    (_, metrics) = step_prompts(source(task, held_out=held_out), process, Draw(2, 4))
+    assert metrics == {"prompts/held_out": 2}
+
+
+def test_a_finite_data_set_is_compared_with_the_held_out_prompts_before_the_start(process, capsys):
+    task = Finite(0, texts=("abc>", "abd>", "abe>"))
+    held_out = HeldOut([Prompt(0, "xyz>", ""), Prompt(1, "abd>", "")])
+    assert training_problems(process, source(task, held_out=held_out), 4) == []
+    assert capsys.readouterr().out.startswith(
+        "warning: 1 of 3 prompts of the task (all_prompts) are held-out prompts, the first is "
+        "prompt 1 ('abd>'); "
+    )
+
+
+def test_a_plan_looks_the_prompts_of_its_evaluation_up(process):
+    conf = load_conf(["conf=qwen3_tiny", "eval.num_prompts=5"])[1]
+    plan = check(conf, process)
+    assert plan.prompts.held_out.texts == {p.text for p in SpellBackward(0).eval_prompts(5)}
+    assert len(plan.prompts.held_out.texts) == 5
+    assert check(conf, process, held_out=False).prompts.held_out.texts == frozenset()
+
+
+def test_held_out_prompts_that_repeat_are_refused(monkeypatch):
+    """An evaluation would count one question several times."""
+    repeated = [Prompt(i, ("abc>", "d>", "abc>")[i % 3], str(i)) for i in range(6)]
+    monkeypatch.setattr(SpellBackward, "eval_prompts", lambda self, num: repeated)
+    with pytest.raises(ValueError) as caught:
+        draw_held_out(SpellBackward(0), 6)
+    assert str(caught.value) == (
+        "the task's eval_prompts was asked for 6 prompts and gave 'abc>' twice, at index 0 and 2 "
+        "(2 texts in all): return distinct prompts, or lower eval.num_prompts to as many as there "
+        "are"
+    )

@@ -17,6 +17,8 @@ from small_trainer import trainer_of as trainer_for
 from test_checkpoint import bits_of
 
 from mesh.config.schema import LogConf
+from mesh.rl.losses import Loss, clipped_surrogate
+from mesh.rl.objective import objective_of
 from mesh.rl.packing import Leaf
 from mesh.roles.trainer import Trainer
 from mesh.runs.metrics import MetricsLogger
@@ -66,6 +68,37 @@ def test_a_step_without_signal_changes_nothing_but_the_time(solo_mesh, share, wo
         mine, theirs = step(trainer, some_leaves()), step(other, some_leaves())
         assert mine == theirs | {"steps_without_signal": 3.0}
         assert_equal_bits(bits_of(trainer), bits_of(other))
+
+
+def share_with(advantages_R: Sequence[float]) -> list[Leaf]:
+    """Leaves of these advantages, in the order of the rollouts."""
+    left = iter(advantages_R)
+    return [
+        replace(leaf, advantages=tuple(next(left) for _ in leaf.rollouts)) for leaf in some_leaves()
+    ]
+
+
+def by_hand(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """An advantage function of a user."""
+    mean_PG, deviation_PG = (f(rewards_PG, 1, keepdim=True) for f in (torch.mean, torch.std))
+    return (rewards_PG - mean_PG) / (deviation_PG + 1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["std", "centred", by_hand])
+def test_rewards_that_are_equal_up_to_rounding_move_no_weight(solo_mesh, advantage):
+    """After three real steps, five of 0.7 + 0.2 + 0.1 against 1: the steps before gave moments, and
+    without them AdamW makes as large an update of the rounding as of a reward."""
+    objective = objective_of(Loss(clipped_surrogate, advantage))
+    near = 0.7 + 0.2 + 0.1
+    trainer = trainer_of()
+    for rewards in ([[0.0, 1.0], [1.0, 0.0]], [[near, 1.0], [1.0, near]]):
+        before = bits_of(trainer)
+        advantages_PG = objective.advantages(torch.tensor(rewards, dtype=torch.float64))
+        share = share_with(advantages_PG.flatten().tolist())
+        metrics = [step(trainer, share) for _ in range(3 if rewards[0][0] == 0 else 5)]
+    assert near < 1 and [m["steps_without_signal"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert_equal_bits(bits_of(trainer), before)
+    assert trainer.updates == 3
 
 
 @pytest.mark.parametrize("value", [1e-40, 1.4e-45])

@@ -82,6 +82,26 @@ class Incomplete:
         return 0.0
 
 
+@pytest.mark.parametrize("answer", [5, 0.5, None, b"5", ["5"]], ids=repr)
+def test_an_answer_that_is_no_text_is_refused(answer):
+    """A task that compares it with a response finds none right."""
+    with pytest.raises(ValueError) as caught:
+        checked([Prompt(0, "", ""), Prompt(1, "2+3=", answer)], 2, "train_prompts")
+    assert str(caught.value) == (
+        f"the task's train_prompts was asked for 2 prompts and gave answer={answer!r} at index 1, "
+        f"which is {type(answer).__name__}: no response, which is text, equals it; write str(...), "
+        'or "" for none, and keep what else score needs in a subclass of Prompt'
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [["abc"], ("abc", "d"), b"abc", None, [{"role": "user"}]], ids=repr
+)
+def test_a_text_that_is_no_text_is_refused(text):
+    with pytest.raises(ValueError, match="at index 0; return a Prompt with a text"):
+        checked([Prompt(0, text, "")], 1, "train_prompts")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**6), num=st.integers(0, 20))
 @settings(max_examples=25, deadline=None)
