@@ -70,7 +70,7 @@ def answers(
 def table(plan: Plan, prompts: Sequence[NumberedPrompt], completions: Sequence[Completion]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
     return "\n".join(
-        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}"
+        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.response(c)}"
         + ("" if c.finish_reason == "stop" else " ...")
         for c in completions
     )

@@ -18,7 +18,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from mesh.text.turn import turn_end
-from mesh.types import IdSpans
+from mesh.types import Completion, IdSpans, Rollout
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
@@ -70,8 +70,16 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Text of the ids, skipping special tokens and ids without a token."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of the ids. A special token is its own text; an id without a token is left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def response(self, answer: Completion | Rollout) -> str:
+        """The text that is scored, logged and shown: all tokens but the one that ended it.
+
+        Special tokens stay, since they are trained on; a stop token goes, special or not.
+        """
+        stopped = answer.finish_reason == "stop"
+        return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

@@ -19,6 +19,7 @@ from mesh.text.tokenizer import (
     make_character_tokenizer,
     textless_ids,
 )
+from mesh.types import Completion
 from tools.bench.vocabulary import write_tokenizer
 
 ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
@@ -40,6 +41,12 @@ def save(directory, backend, **files):
     for name, value in files.items():
         (directory / f"{name}.json").write_text(json.dumps(value))
     return directory
+
+
+def change_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def words(*vocabulary):
@@ -88,9 +95,36 @@ def test_transformers_loads_it_beside_a_qwen3_config(tmp_path, characters):
     assert (reference.eos_token_id, reference.pad_token_id) == (1, 0)
 
 
-def test_decode_leaves_special_and_padding_ids_out(characters):
-    ids = characters.encode("cba")
-    assert characters.decode([0, *ids, 1, 127]) == "cba"
+def completion(tokens, finish_reason):
+    return Completion(0, 0, tuple(tokens), (0.0,) * len(tokens), finish_reason)
+
+
+def test_decode_leaves_out_what_has_no_token(characters):
+    assert characters.decode([0, *characters.encode("cba"), 1, 127]) == "<pad>cba<eos>"
+
+
+def test_a_response_is_all_of_its_tokens_but_the_one_that_ended_it(characters):
+    """What is trained on is scored: <pad> in the middle, and what stands at a cut."""
+    a, b, pad, eos = *characters.encode("ab"), 0, 1
+    assert characters.response(completion([a, pad, b, eos], "stop")) == "a<pad>b"
+    assert characters.response(completion([pad, eos], "stop")) == "<pad>"
+    assert characters.response(completion([eos], "stop")) == ""
+    assert characters.response(completion([a, b], "length")) == "ab"
+    assert characters.response(completion([a, pad], "length")) == "a<pad>"
+
+
+@pytest.mark.parametrize("end", ["<eos>", "."])
+def test_an_end_that_is_not_special_is_no_part_of_the_response(tmp_path, end):
+    """An added token that is not marked special, and an ordinary token of the vocabulary."""
+    make_character_tokenizer(tmp_path)
+    change_json(tmp_path / "tokenizer.json", lambda file: file["added_tokens"][1].update(special=False))
+    change_json(tmp_path / "tokenizer_config.json", lambda file: file.update(eos_token=end))
+    tokenizer = load_tokenizer(tmp_path)
+    (stop,) = tokenizer.eos_ids
+    assert tokenizer.backend.id_to_token(stop) == end
+    ids = [*tokenizer.encode("a.b"), stop]
+    assert tokenizer.response(completion(ids, "stop")) == "a.b"
+    assert tokenizer.response(completion(ids[:3], "length")) == "a.b"
 
 
 @pytest.mark.parametrize("character", ["\t", "\r", "é", "日", "\x00", "\N{GRINNING FACE}"])
