@@ -161,7 +161,8 @@ def samples_of(
 ) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages.
 
-    response: the text of a rollout, as it was scored. `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
+    response: the text of a rollout, as it was scored. `task_prompt_id`: the id that the task gave,
+    where that is not the prompt's place in the step.
     """
     by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
     own = {place: int(p.prompt_id) for place, p in by_id.items() if p.prompt_id != place}

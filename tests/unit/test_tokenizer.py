@@ -12,6 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen3Config
 
+from mesh.config.loading import load_conf
+from mesh.config.schema import PACKAGE_DATA
+from mesh.program.assembly import check, read_tokenizer
 from mesh.text.tokenizer import (
     CHARACTERS,
     check_vocabulary,
@@ -117,7 +120,9 @@ def test_a_response_is_all_of_its_tokens_but_the_one_that_ended_it(characters):
 def test_an_end_that_is_not_special_is_no_part_of_the_response(tmp_path, end):
     """An added token that is not marked special, and an ordinary token of the vocabulary."""
     make_character_tokenizer(tmp_path)
-    change_json(tmp_path / "tokenizer.json", lambda file: file["added_tokens"][1].update(special=False))
+    change_json(
+        tmp_path / "tokenizer.json", lambda file: file["added_tokens"][1].update(special=False)
+    )
     change_json(tmp_path / "tokenizer_config.json", lambda file: file.update(eos_token=end))
     tokenizer = load_tokenizer(tmp_path)
     (stop,) = tokenizer.eos_ids
@@ -183,6 +188,24 @@ def test_eos_ids_are_the_union_over_the_files(tmp_path):
     }
     save(tmp_path, words("a", "b", "c", "d", "<eos>"), **files)
     assert load_tokenizer(tmp_path).eos_ids == (3, 1, 2, 4)
+
+
+def test_the_ends_of_the_model_count_beside_those_of_a_tokenizer_elsewhere(tmp_path, process):
+    """Of weights that are read, before the tokenizer's own; random ones have learnt no end."""
+    (model := tmp_path / "model").mkdir()
+    for file in (PACKAGE_DATA / "qwen3_tiny").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    change_json(model / "config.json", lambda file: file.update(eos_token_id=[5, 1]))
+    (model / "generation_config.json").write_text('{"eos_token_id": 7}')
+    make_character_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"eos_token_id": 9}')
+    words = ["conf=qwen3_tiny", f"model.path={model}", f"model.tokenizer={tmp_path}/tokenizer"]
+    plan = check(load_conf(words)[1], process)
+    assert plan.tokenizer.eos_ids == plan.generator.stop_tokens == (7, 5, 1, 9)
+    assert read_tokenizer(load_conf([*words, "model.init=random"])[1]).eos_ids == (9, 1)
+    assert read_tokenizer(load_conf(words[:2])[1]).eos_ids == (7, 5, 1)
+    (model / "config.json").write_text("[]")
+    assert read_tokenizer(load_conf(words)[1]) is None, "check_start reports it"
 
 
 def test_eos_id_zero_counts(tmp_path):
