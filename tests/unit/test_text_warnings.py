@@ -108,7 +108,6 @@ def test_whole_texts_come_back(process, tmp_path, text):
         (normalizers.NFKC(), "x²+1", "x2+1"),
         (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "né", "ne"),
         (normalizers.Replace("  ", " "), "if a:  b", "if a: b"),
-        (normalizers.Strip(), "  a\n", "a"),
     ],
 )
 def test_what_is_lost_is_named(process, tmp_path, normalizer, text, back):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from mesh.config.loading import load_conf
 from mesh.program.assembly import check
 from mesh.recipes.sft import answer_end, example
+from mesh.tasks import numbered
 from mesh.text.tokenizer import Tokenizer, load_tokenizer
 
 HEADERS = (
@@ -116,7 +117,7 @@ def test_an_eos_that_is_no_id_names_the_file(tmp_path, eos):
 def test_an_example_ends_as_the_chat_does_and_generation_stops_there(tmp_path, process):
     saved(tmp_path, CHATML, eos=[END_OF_TEXT])
     plan = check(load_conf(["conf=qwen3_tiny", f"model.tokenizer={tmp_path}"])[1], process)
-    prompt = plan.task.train_prompts(0, 1)[0]
+    (prompt,) = numbered(plan.task.train_prompts(0, 1))
     tokens = example(plan, prompt).tokens
-    assert tokens == (*plan.tokenizer.encode(prompt.answer), IM_END)
+    assert tokens == (*plan.tokenizer.encode(prompt.prompt.answer), IM_END)
     assert plan.generator.stop_tokens == (IM_END, 1, END_OF_TEXT), "the model's own come first"
