@@ -198,7 +198,8 @@ IdSpans = tuple[tuple[int, int], ...]
 class ModelShape:
     """A model by its sizes, which a layout has to divide, and the constants of its maths.
 
-    `max_positions`: the longest context it was made for; `textless`: ids for which the tokenizer
+    `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
+    not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
     has no token, whose probability is exactly 0.
     """
 
@@ -213,4 +214,5 @@ class ModelShape:
     norm_eps: float = 1e-6
     tied: bool = True
     max_positions: int = 32768
+    pad_id: int | None = None
     textless: IdSpans = ()

@@ -40,6 +40,7 @@ class Variant:
     theta: float = 5e5
     vocab_size: int = 96
     dim: int = 64
+    pad_id: int | None = None
 
 
 def save_checkpoint(path: Path, variant: Variant, **options) -> Qwen3ForCausalLM:
@@ -64,9 +65,12 @@ def save_checkpoint(path: Path, variant: Variant, **options) -> Qwen3ForCausalLM
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=variant.pad_id,
     )
     model = Qwen3ForCausalLM(config).eval()
     with torch.no_grad():
+        if variant.pad_id is not None:  # zero in a new model
+            model.model.embed_tokens.weight[variant.pad_id].normal_(0, 0.2)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)

@@ -230,9 +230,9 @@ class Foreseen(SpellBackward):
 
 @dataclass(frozen=True)
 class Troubled(SpellBackward):
-    """Scores of rank TROUBLE_RANK raise in step TROUBLE_STEP, those of training prompts or
-    (TROUBLE_HELD_OUT) of held-out ones; without these variables it is a task like any other. To be
-    scored by the rank itself."""
+    """Scores of rank TROUBLE_RANK raise, or (TROUBLE_HANGS) hang, in step TROUBLE_STEP, those of
+    training prompts or (TROUBLE_HELD_OUT) of held-out ones; without these variables it is a task
+    like any other. To be scored by the rank itself."""
 
     def train_prompts(self, step: int, num: int) -> list[Prompt]:
         last_step[:] = [step]
@@ -242,6 +242,7 @@ class Troubled(SpellBackward):
         here = os.environ["RANK"] == os.environ.get("TROUBLE_RANK", "0")
         now = str(last_step[0] + 1) == os.environ.get("TROUBLE_STEP")
         if here and now and is_held_out(prompt.text) == ("TROUBLE_HELD_OUT" in os.environ):
+            time.sleep(1000 if "TROUBLE_HANGS" in os.environ else 0)
             raise RuntimeError("the judge does not answer")
         return float(len(response))
 

@@ -62,12 +62,13 @@ def main(argv: list[str]) -> int:
         return status
     points |= on_gpus(run_dir / "metrics.jsonl")
     first = float(options["first"])
-    lines = {name: fit([p for p in found if p[0] >= first]) for name, found in points.items()}
+    inside = {name: [p for p in found if p[0] >= first] for name, found in points.items()}
+    lines = {name: fit(found) for name, found in inside.items() if len(found) > 2}
     steps = max(step for found in points.values() for step, _ in found)
     print(f"growth over steps {first:.0f} to {steps:.0f} of {run_dir}\n")
     print("\n".join(f"{name:24} {shown(line)}" for name, line in lines.items()))
     grown = [line for line in lines.values() if grows(line, float(options["limit"]))]
-    return 1 if grown else 0
+    return 1 if grown or not lines else 0
 
 
 def read_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -122,7 +123,7 @@ def sample(step: int, pids: Sequence[int], points: dict[str, Points]) -> None:
             found = [line.split()[1] for line in status.splitlines() if line.startswith(field)]
             if found:
                 name = f"rank {rank_of(pid) or 0} {kind}"
-                for series in (name, *([f"{name}, kept"] if step % EVERY == 0 else [])):
+                for series in (name, *([f"{name}, kept"] if step and step % EVERY == 0 else [])):
                     points.setdefault(series, []).append((float(step), float(found[0])))
 
 

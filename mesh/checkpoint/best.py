@@ -21,7 +21,7 @@ from mesh.config.schema import Conf
 from mesh.config.spelling import nearest
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
-from mesh.model.hf import weight_problems
+from mesh.model.weight_checks import weight_problems
 from mesh.roles.evaluation import metric_names
 from mesh.types import ModelShape
 

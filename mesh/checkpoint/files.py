@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from safetensors import safe_open
 from mesh.layout.reshard import Block, Copy, ParamLayout, plan
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
+from mesh.model.safetensors_files import header_of, is_file_name
 
 FORMAT = 4  # of the index and the files; raise it with every incompatible change
 READABLE = (3, FORMAT)  # 3 neither names the best model's metric nor holds unlogged steps
@@ -142,7 +143,7 @@ def read_index(path: Path) -> Index:
 def _index_of(content: Mapping[str, Any]) -> Index:
     files = {}
     for name, entry in content["files"].items():
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise ValueError(f"{INDEX} names {name!r}, which is outside the checkpoint")
         files[name] = entry_of(entry)
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
@@ -189,7 +190,8 @@ def read_blocks(
 ) -> None:
     """Fill one rank's local tensors `state[kind][name]` from a checkpoint of any mesh.
 
-    Raises ValueError naming the parameters if it holds others than `layouts`, or only part of one.
+    Raises ValueError naming the parameters if it holds others than `layouts`, or only part of one,
+    and naming the file if its header is not what the index says.
     """
     mine = [
         ParamLayout(
@@ -202,12 +204,26 @@ def read_blocks(
         by_file[copy.src_rank].append(copy)
     names = sorted(index.files)
     for number, copies in by_file.items():
+        _check_header(path / names[number], index.files[names[number]], state)
         with safe_open(path / names[number], framework="pt") as handle:
             for kind, tensors in state.items():
                 for copy in copies:
                     heartbeat()
                     stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
                     tensors[copy.name][copy.destination.slices].copy_(stored)
+
+
+def _check_header(file: Path, entry: Entry, kinds: Collection[str]) -> None:
+    held = header_of(file)
+    for name, block in entry.blocks.items():
+        for kind in kinds:
+            stored = held.get(f"{kind}/{name}")
+            if stored is None or (stored.dtype, stored.shape) != ("F32", block.size):
+                wrong = "nothing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+                raise ValueError(
+                    f"{file}: {INDEX} says F32 {list(block.size)} of {kind}/{name}, and there is "
+                    f"{wrong}"
+                )
 
 
 def flush(file: Any) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mesh.config.schema import INF, Conf
+from mesh.config.declare import INF
+from mesh.config.schema import Conf
 from mesh.config.spelling import nearest
 
 # Keys, or prefixes of keys, that may be overridden when a run is resumed.

@@ -8,20 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-
-def key(default: Any, meaning: str, **bounds: float) -> Any:
-    """A configuration key: its default, the one line that `--help` prints, and its range.
-
-    `bounds` are any of `ge`, `gt`, `le`, `lt` (pydantic's words); they hold for each element of a
-    tuple, and None is always inside.
-    """
-    metadata = {"help": meaning, "bounds": bounds}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-INF = float("inf")
+from mesh.config.declare import INF, key
 
 
 @dataclass(frozen=True)
@@ -47,6 +34,12 @@ class ModelConf:
     )
     tokenizer: str | None = key(
         None, "directory with tokenizer.json; unset: model.path, else the shipped characters"
+    )
+    ignore_config: list[str] = key(
+        [], "entries of model.path's config.json that are read as if they were not there"
+    )
+    ignore_tensors: list[str] = key(
+        [], "tensors in model.path that are left out: names, or patterns like score.*"
     )
     max_length: int = key(
         2048, "context: prompt and response together never exceed it [tokens]", ge=2

@@ -13,6 +13,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from mesh.lifecycle.json_files import read_object
+from mesh.model.safetensors_files import INDEX, SINGLE
+
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +30,7 @@ COPIED_FILES = (
 GENERATION = "generation_config.json"
 OF_A_MODEL = (
     *(GENERATION, "config.json", *COPIED_FILES),
-    *("model.safetensors", "model.safetensors.index.json"),
+    *(SINGLE, INDEX),
     *("adapter_config.json", "adapter_model.safetensors", "hf_quant_config.json"),
 )
 """Names that belong to a model whoever wrote them; a shard's is the other one."""
@@ -57,7 +60,7 @@ def generation_entries(files: Iterable[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in files:
         if file.is_file():
-            found |= json.loads(file.read_text(encoding="utf-8"))
+            found |= read_object(file)
     return found
 
 

@@ -6,13 +6,28 @@ torchtitan's state-dict adapter maps its weights to Hugging Face's names. One so
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torchtitan.models.qwen3 import qwen3_configs
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
-from mesh.model.policy import model_config
+from mesh.lifecycle.json_files import read_object
+from mesh.model.config_entries import (
+    FAMILIES,
+    QUANTISED,
+    Family,
+    contradictions,
+    malformed,
+    rope_theta,
+    shown,
+    stale,
+    unsupported,
+    without,
+)
+from mesh.model.policy import Policy, model_config, named_weights
 from mesh.types import ModelShape
 
 TINY = ModelShape(
@@ -55,70 +70,72 @@ def shape_of_flavor(flavor: str) -> ModelShape:
     )
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-)
-
-
-def shape_of_directory(path: Path) -> ModelShape:
+def shape_of_directory(path: Path, ignored: Collection[str] = ()) -> ModelShape:
     """Shape described by a Hugging Face `config.json`.
 
-    Raises ValueError naming the entry that is missing or not supported: another architecture,
-    biases, scaled RoPE, sliding windows. Optional entries have `transformers`' defaults.
+    ignored: entries that are read as if they were not there (model.ignore_config). Raises
+    ValueError, a line per problem, naming the entries that are missing or not supported. Optional
+    entries have `transformers`' defaults.
     """
-    entries = json.loads((path / "config.json").read_text())
-    if not isinstance(entries, dict) or not entries:
+    try:
+        entries = read_object(path / "config.json")
+    except ValueError as error:
+        raise ValueError(f"model.path={path}: {error}; copy it again") from error
+    model_type = entries.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise ValueError(
-            f"model.path={path}: config.json is empty or not a JSON object; copy it again"
-        )
-    if entries.get("model_type") != "qwen3":
-        raise ValueError(
-            f"model.path={path}: model_type {entries.get('model_type')!r} is not supported; "
+            f"model.path={path}: model_type {model_type!r} is not supported; "
             "use a dense Qwen3 checkpoint (model_type qwen3)"
         )
-    rope = entries.get("rope_parameters") or {}
-    scaling = entries.get("rope_scaling") or {k: v for k, v in rope.items() if k == "rope_type"}
-    refused = {
-        "attention_bias": entries.get("attention_bias"),
-        "hidden_act": entries.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": entries.get("use_sliding_window"),
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-    }
-    for name, value in refused.items():
-        if value:
-            raise ValueError(
-                f"model.path={path}: {name} in config.json is not supported; use a dense Qwen3 "
-                "checkpoint without it"
-            )
-    missing = [name for name in SIZES if name not in entries]
-    if missing:
-        raise ValueError(
-            f"model.path={path}: config.json lacks {', '.join(missing)}; copy it again"
-        )
+    entries = without(entries, ignored)
+    wrong = [f"{line}; copy it again, or correct it" for line in malformed(entries)]
+    if not wrong:
+        wrong = [*contradictions(entries), *refusals(entries, family)]
+    if wrong:
+        raise ValueError("\n".join(f"model.path={path}: {line}" for line in wrong))
+    heads, pad = entries["num_attention_heads"], entries.get("pad_token_id")
     return ModelShape(
         vocab_size=entries["vocab_size"],
         dim=entries["hidden_size"],
         num_layers=entries["num_hidden_layers"],
-        num_heads=entries["num_attention_heads"],
-        num_kv_heads=entries["num_key_value_heads"],
-        head_dim=entries.get("head_dim") or 128,
+        num_heads=heads,
+        num_kv_heads=entries["num_key_value_heads"] or heads,
+        head_dim=entries.get("head_dim", 128),
         ffn_dim=entries["intermediate_size"],
-        rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 1e4),
+        rope_theta=float(rope_theta(entries)),
         norm_eps=entries.get("rms_norm_eps", 1e-6),
         tied=entries.get("tie_word_embeddings", False),
-        max_positions=entries.get("max_position_embeddings") or 32768,
+        max_positions=entries.get("max_position_embeddings", 32768),
+        pad_id=None if pad is None else pad % entries["vocab_size"],
     )
+
+
+def refusals(entries: Mapping[str, Any], family: Family) -> list[str]:
+    """Entries of another function than the family's, and how to have them ignored."""
+    found = unsupported(entries, family)
+    if not found:
+        return []
+    listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
+    names = ",".join(found)
+    quantised = any(name in QUANTISED for name in found)
+    use = "the unquantised weights" if quantised else "a dense Qwen3 checkpoint without it"
+    return [
+        f"config.json has what this program does not implement: {listed}; use {use}, or, if the "
+        f"model is the same without them, set model.ignore_config=[{names}]"
+    ]
+
+
+def directory_warnings(path: Path, ignored: Collection[str] = ()) -> list[str]:
+    """What in a directory that `shape_of_directory` takes does not mean what it seems to."""
+    entries = without(read_object(path / "config.json"), ignored)
+    return [f"model.path={path}: {line}" for line in stale(entries)]
 
 
 def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
     """The `config.json` with which `transformers` builds a model of this shape."""
     return {
-        "architectures": ["Qwen3ForCausalLM"],
+        "architectures": [FAMILIES["qwen3"].architecture],
         "model_type": "qwen3",
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.dim,
@@ -135,9 +152,25 @@ def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, obj
         "attention_bias": False,
         "eos_token_id": list(eos_ids) if len(eos_ids) != 1 else eos_ids[0],
         "dtype": "float32",
-    }
+    } | ({} if shape.pad_id is None else {"pad_token_id": shape.pad_id})
 
 
 def adapter(shape: ModelShape) -> Qwen3StateDictAdapter:
     """torchtitan's mapping between its parameter names and Hugging Face's."""
     return Qwen3StateDictAdapter(model_config(shape, 1), None)
+
+
+def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
+    """Hugging Face's name of every weight, by torchtitan's. A tied head maps to the embedding."""
+    marked = {name: name for name in names}
+    theirs = {ours: name for name, ours in adapter(shape).to_hf(marked).items()}
+    if shape.tied:
+        theirs["lm_head.weight"] = theirs["tok_embeddings.weight"]
+    return theirs
+
+
+def global_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Global shape of every weight, by torchtitan's names."""
+    with torch.device("meta"):
+        weights = named_weights(Policy(model_config(shape, 1)))
+    return {name: tuple(weight.shape) for name, weight in weights.items()}

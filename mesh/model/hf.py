@@ -19,61 +19,14 @@ from torch.distributed.tensor import DTensor
 from mesh.layout.reshard import Block
 from mesh.lifecycle.files import sync_directory
 from mesh.lifecycle.heartbeat import heartbeat
+from mesh.lifecycle.json_files import read_object
 from mesh.model.exported import remove_older_model, write_text_files
-from mesh.model.families import adapter, config_entries
-from mesh.model.policy import Policy, model_config, named_weights
+from mesh.model.families import config_entries, hf_names
+from mesh.model.safetensors_files import INDEX, SINGLE, weight_files
+from mesh.model.weight_checks import weight_problems
 from mesh.types import ModelShape
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-
-
-def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
-    """Hugging Face's name of every weight, by torchtitan's. A tied head maps to the embedding."""
-    marked = {name: name for name in names}
-    theirs = {ours: name for name, ours in adapter(shape).to_hf(marked).items()}
-    if shape.tied:
-        theirs["lm_head.weight"] = theirs["tok_embeddings.weight"]
-    return theirs
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Safetensors files of a directory: the single one if it exists, as in `transformers`, else
-    all that the index names. Raises ValueError if there is neither.
-    """
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if not (path / INDEX).is_file():
-        raise ValueError(f"there is neither {SINGLE} nor {INDEX}")
-    try:
-        files = json.loads((path / INDEX).read_text())["weight_map"].values()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{INDEX} has no weight_map") from error
-    return [path / name for name in sorted({str(file) for file in files})]
-
-
-def header_of(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a safetensors file.
-
-    Raises ValueError if it is missing, or its size is not what its header says. Layout: header
-    length, JSON header, data (https://huggingface.co/docs/safetensors, "Format").
-    """
-    if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        text = handle.read(length) if 8 + length <= size else b""
-    try:
-        tensors = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
-        end = max((item["data_offsets"][1] for item in tensors.values()), default=0)
-        shapes = {name: tuple(item["shape"]) for name, item in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file.name} is not a safetensors file, or is truncated") from error
-    if size != 8 + length + end:
-        raise ValueError(f"{file.name} has {size} bytes instead of {8 + length + end}")
-    return shapes
 
 
 def code_problems(directory: Path) -> list[str]:
@@ -83,52 +36,13 @@ def code_problems(directory: Path) -> list[str]:
     """
     found = []
     for name in ("config.json", "tokenizer_config.json"):
-        path = directory / name
         try:
-            entries = json.loads(path.read_text()) if path.is_file() else None
+            wanted = read_object(directory / name).get("auto_map")
         except ValueError:
             continue
-        if isinstance(entries, dict) and entries.get("auto_map"):
-            found.append(
-                f"{name} asks for custom code (auto_map: {json.dumps(entries['auto_map'])})"
-            )
+        if wanted:
+            found.append(f"{name} asks for custom code (auto_map: {json.dumps(wanted)})")
     return found
-
-
-def weight_problems(path: Path, shape: ModelShape | None) -> list[str]:
-    """Missing or damaged weight files of a directory; if all are intact, weights of a model of
-    `shape` that they lack or have in another shape. `shape` None skips the latter.
-    """
-    stored: dict[str, tuple[int, ...]] = {}
-    wrong = []
-    try:
-        files = weight_files(path)
-    except ValueError as error:
-        return [str(error)]
-    for file in files:
-        try:
-            stored |= header_of(file)
-        except ValueError as error:
-            wrong.append(str(error))
-    return wrong if wrong or shape is None else _mismatches(stored, shape)
-
-
-def _mismatches(stored: Mapping[str, tuple[int, ...]], shape: ModelShape) -> list[str]:
-    sizes = global_shapes(shape)
-    expected = {name: sizes[ours] for ours, name in hf_names(list(sizes), shape).items()}
-    missing = [name for name in expected if name not in stored]
-    other = [
-        f"{name} {list(stored[name])} instead of {list(size)}"
-        for name, size in expected.items()
-        if stored.get(name, size) != size
-    ]
-    found = [f"the safetensors files lack {_shortened(missing)}"] if missing else []
-    return found + ([f"shapes that do not match config.json: {_shortened(other)}"] if other else [])
-
-
-def _shortened(items: list[str]) -> str:
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return ", ".join(items[:4]) + more
 
 
 @torch.no_grad()
@@ -143,7 +57,8 @@ def load_weights(
     tensors: local shards by torchtitan's names; blocks: each one's place in its weight (None: this
     rank has nothing of it). Raises ValueError listing weights that are missing or misshapen.
     """
-    wrong = weight_problems(path, shape)
+    # the start refuses tensors that nobody reads, unless the user has it ignore them
+    wrong = weight_problems(path, shape, ignored=["*"])
     if wrong:
         raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a complete checkpoint")
     theirs = hf_names(list(tensors), shape)
@@ -155,13 +70,6 @@ def load_weights(
                 block = blocks[name]
                 if theirs[name] in held and block is not None and tensors[name].numel():
                     tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])
-
-
-def global_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Global shape of every weight, by torchtitan's names."""
-    with torch.device("meta"):
-        weights = named_weights(Policy(model_config(shape, 1)))
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _full_weights(

@@ -242,25 +242,32 @@ class Rotary(TitanRoPE):
 
 
 class Embedding(TitanEmbedding):
-    """Vocabulary-parallel token embedding: zeros for tokens of other ranks' shards."""
+    """Vocabulary-parallel token embedding: zeros for tokens of other ranks' shards.
+
+    The row of `pad_id` does not learn from being looked up, as in `transformers`.
+    """
 
     tp_dim = 0
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanEmbedding.Config):
-        pass
+        pad_id: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.token_group: dist.ProcessGroup | None = None
+        self.pad_id = config.pad_id
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = local(self.weight)
         if self.tp_group is None:
-            return lookup(tokens, weight)
-        first = dist.get_rank(self.tp_group) * weight.shape[0]
-        mine = (tokens >= first) & (tokens < first + weight.shape[0])
-        rows = lookup((tokens - first).clamp(0, weight.shape[0] - 1), weight)
+            return lookup(tokens, weight, self.pad_id)
+        size = weight.shape[0]
+        first = dist.get_rank(self.tp_group) * size
+        mine = (tokens >= first) & (tokens < first + size)
+        pad_row = None if self.pad_id is None else self.pad_id - first
+        pad_row = pad_row if pad_row in range(size) else None
+        rows = lookup((tokens - first).clamp(0, size - 1), weight, pad_row)
         rows = rows * mine.unsqueeze(-1).to(rows.dtype)
         return leave(rows, self.tp_group, self.token_group)
 

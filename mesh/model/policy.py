@@ -118,7 +118,9 @@ def model_config(shape: ModelShape, max_length: int) -> Policy.Config:
         dim=shape.dim,
         vocab_size=shape.vocab_size,
         enable_weight_tying=shape.tied,
-        tok_embeddings=Embedding.Config(num_embeddings=shape.vocab_size, embedding_dim=shape.dim),
+        tok_embeddings=Embedding.Config(
+            num_embeddings=shape.vocab_size, embedding_dim=shape.dim, pad_id=shape.pad_id
+        ),
         norm=RMSNorm.Config(normalized_shape=shape.dim, eps=shape.norm_eps),
         lm_head=LMHead.Config(
             in_features=shape.dim, out_features=shape.vocab_size, textless=shape.textless

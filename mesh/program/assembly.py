@@ -23,10 +23,10 @@ from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import Meshes, build_meshes, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
-from mesh.model.families import shape_of_directory, shape_of_flavor
+from mesh.model.families import directory_warnings, shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
-from mesh.program.checks import check_start, readable_json
+from mesh.program.checks import check_start, json_problem
 from mesh.program.connect import connect
 from mesh.program.plan import (
     Found,
@@ -120,6 +120,10 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             wrong += attempt(wrong, training_problems, process, source, conf.num_prompts) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size)
     check_start(conf, device, world_size, shape, wrong, training)
+    if conf.model.path is not None:
+        directory = resolve_path(conf.model.path)
+        for line in directory_warnings(directory, conf.model.ignore_config):
+            process.say(f"warning: {line}")
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, prompts)
@@ -148,9 +152,9 @@ def read_shape(conf: Conf) -> ModelShape | None:
     if conf.model.path is None:
         return shape_of_flavor(conf.model.flavor)
     directory = resolve_path(conf.model.path)
-    if readable_json(directory / "config.json")[1] is not None:
+    if json_problem(directory / "config.json") is not None:
         return None
-    return shape_of_directory(directory)
+    return shape_of_directory(directory, conf.model.ignore_config)
 
 
 def read_tokenizer(conf: Conf) -> Tokenizer | None:
@@ -165,7 +169,7 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
         model = resolve_path(conf.model.path)
     of_model = directory if conf.model.tokenizer is None else model
     config = None if of_model is None else of_model / "config.json"
-    if config is not None and config.is_file() and not isinstance(readable_json(config)[0], dict):
+    if config is not None and config.is_file() and json_problem(config) is not None:
         return None
     return load_tokenizer(directory, model) if (directory / "tokenizer.json").is_file() else None
 

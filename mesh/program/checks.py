@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +14,9 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import engine_problems, kind_of
 from mesh.layout.meshes import layout_problems
 from mesh.lifecycle.files import run_dir_problems
-from mesh.model.hf import code_problems, weight_problems
+from mesh.lifecycle.json_files import read_object
+from mesh.model.hf import code_problems
+from mesh.model.weight_checks import weight_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.types import HEAD_DIMS, ModelShape
 
@@ -253,22 +253,22 @@ def directory_problems(conf: Conf, name: str, shape: ModelShape | None) -> list[
     if not path.is_dir():
         remedy = "name a Hugging Face model directory on this machine"
         return [problem("model.path", name, f"no such directory ({path})", remedy)]
-    wrong = [(readable_json(path / "config.json")[1], "copy it from the model's source")]
+    wrong = [(json_problem(path / "config.json"), "copy it from the model's source")]
     wrong += [(line, NO_CODE) for line in code_problems(path)]
     if conf.model.tokenizer is None and not (path / "tokenizer.json").is_file():
         remedy = "copy it there, or set model.tokenizer=DIRECTORY"
         wrong.append(("tokenizer.json is missing", remedy))
     if conf.model.init == "checkpoint":
         remedy = "copy it from the model's source, or set model.init=random"
-        wrong += [(line, remedy) for line in weight_problems(path, shape)]
+        found = weight_problems(path, shape, conf.model.ignore_tensors)
+        wrong += [(line, remedy) for line in found]
     return [problem("model.path", name, line, remedy) for line, remedy in wrong if line]
 
 
-def readable_json(path: Path) -> tuple[Any, str | None]:
-    """The content of a JSON file, or what is wrong with it."""
-    if not path.is_file():
-        return None, f"{path.name} is missing"
+def json_problem(path: Path) -> str | None:
+    """What keeps a file from being read as a JSON object; None: nothing."""
     try:
-        return json.loads(path.read_text()), None
+        read_object(path)
     except ValueError as error:
-        return None, f"{path.name} is not JSON ({error})"
+        return str(error)
+    return None

@@ -76,13 +76,14 @@ def of_plan(plan: Plan) -> Part:
 
 
 def software() -> dict[str, str]:
-    """Versions, and a digest of our own sources."""
+    """Versions, and digests of our own sources and of the program that was started."""
     ours = sorted(PACKAGE.rglob("*.py"))
     digest = hashlib.blake2b(digest_size=8)
     for path in ours:
         digest.update(f"{path.relative_to(PACKAGE)}".encode() + path.read_bytes())
     versions = {name: version_of(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | versions | {"mesh": digest.hexdigest()}
+    code = {"mesh": digest.hexdigest(), "the program": source_of("__main__")}
+    return {"python": platform.python_version()} | versions | code
 
 
 def version_of(package: str) -> str:

@@ -1,9 +1,4 @@
-"""The optimizer: AdamW over the trainer's shards, its schedule, and the state that resumes it.
-
-AdamW works on the local shards, not on the DTensors. torch caches every operation on a
-DTensor by the numbers that are passed, and AdamW passes others in each step: the cache would grow
-without end. The operations are elementwise, so the bits are the same.
-"""
+"""The optimizer: AdamW over the trainer's shards, its schedule, and the state that resumes it."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -37,12 +31,6 @@ def lr_at(step: int, peak: float, warmup_steps: int) -> float:
     return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
-@torch.no_grad()
-def shard_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same storage."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 class Optimizer:
     """Owns the moments of these parameters. Counts the updates that were made, and the steps that
     gave none because their gradient was exactly 0.
@@ -54,14 +42,12 @@ class Optimizer:
         self.without_signal = 0
         self._moving = threading.Lock()
         self._whole = True
-        self._shards = {parameter: shard_of(parameter) for parameter in parameters}
         self.adamw = torch.optim.AdamW(
-            list(self._shards.values()),
+            parameters,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            foreach=False,  # rounds otherwise
         )
 
     def lr(self, step: int) -> float:
@@ -84,8 +70,6 @@ class Optimizer:
             group["lr"] = lr
         with self._moving:
             self._whole = False
-            for parameter, shard in self._shards.items():
-                shard.grad = None if parameter.grad is None else shard_of(parameter.grad)
             self.adamw.step()
             self.updates += 1
             self._whole = True
@@ -99,16 +83,14 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Free the gradients."""
-        for parameter, shard in self._shards.items():
-            parameter.grad = shard.grad = None
+        self.adamw.zero_grad(set_to_none=True)
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter's shard, `MOMENTS` and `step`: zeros before its first update."""
-        shard = self._shards[parameter]
-        state = self.adamw.state[shard]
+        """A parameter's state, `MOMENTS` and `step`: zeros before its first update."""
+        state = self.adamw.state[parameter]
         if not state:  # as AdamW makes it in its first step
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state |= {kind: torch.zeros_like(shard) for kind in MOMENTS}
+            state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 
     def continue_after(

@@ -151,8 +151,8 @@ class Trainer:
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
-        moments, which are zeros before the first step. fp32, the trainer's own: DTensors the one,
-        shards the others; a tied weight is listed once. Empty off the trainer."""
+        moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
+        weight is listed once. Empty off the trainer."""
         masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
         moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
         return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}

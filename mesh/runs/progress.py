@@ -67,6 +67,7 @@ def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     for label, key, form in (
         ("reward", "reward/mean", "{:.3f}"),
         ("truncated", "response/truncated", "{:.0%}"),
+        ("skipped", "prompts/skipped", "{:.0f} prompts"),
         ("eval", "eval/accuracy", "{:.3f}"),
         ("logprob_diff", "logprob_diff/max", "{:.1e}"),
     ):

@@ -16,11 +16,12 @@ Metrics = Mapping[str, Any]
 @dataclass(frozen=True)
 class Kind:
     """Steps of one kind. text: the warning, of a step and its metrics; steps: how many in a row
-    it takes."""
+    it takes; once: not again in this start of the run, whatever comes between."""
 
     holds: Callable[[Metrics], bool]
     text: Callable[[int, Metrics], str]
     steps: int
+    once: bool = False
 
 
 def without_signal(metrics: Metrics) -> bool:
@@ -59,21 +60,39 @@ def truncated_text(step: int, metrics: Metrics) -> str:
     )
 
 
+def skips_prompts(metrics: Metrics) -> bool:
+    """True if prompts of the step were replaced by others."""
+    return metrics.get("prompts/skipped", 0) > 0
+
+
+def skipped_text(step: int, metrics: Metrics) -> str:
+    return (
+        f"warning: step {step} skipped {metrics['prompts/skipped']:.0f} prompts that leave no room "
+        "for a response or that the tokenizer cannot encode, and drew others (overlong=skip); the "
+        "metric prompts/skipped counts them from now on"
+    )
+
+
 NO_SIGNAL_STEPS = 3
 KINDS = (
     Kind(without_signal, no_signal_text, NO_SIGNAL_STEPS),
     Kind(mostly_truncated, truncated_text, 1),
+    Kind(skips_prompts, skipped_text, 1, once=True),
 )
 
 
 class StepWarnings:
-    """Owns the length of each kind's present streak."""
+    """Owns the length of each kind's present streak, and what has been said once."""
 
     def __init__(self) -> None:
         self._streaks = dict.fromkeys(KINDS, 0)
+        self._said: set[Kind] = set()
 
     def see(self, step: int, metrics: Metrics) -> list[str]:
         """The warnings that are due after a step that was trained on."""
         for kind in KINDS:
             self._streaks[kind] = self._streaks[kind] + 1 if kind.holds(metrics) else 0
-        return [kind.text(step, metrics) for kind in KINDS if self._streaks[kind] == kind.steps]
+        due = [kind for kind in KINDS if self._streaks[kind] == kind.steps]
+        due = [kind for kind in due if not (kind.once and kind in self._said)]
+        self._said |= set(due)
+        return [kind.text(step, metrics) for kind in due]

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
+from mesh.lifecycle.json_files import read_object
 from mesh.text.turn import turn_end
 from mesh.types import Completion, IdSpans, Rollout
 
@@ -25,6 +26,8 @@ CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 
 
 OTHER_TOKENIZER = "set model.tokenizer to one that can"
+
+CACHED_WORDS = 4096  # of the 10,000 that the library keeps for ever, 300 bytes each
 
 
 class UnknownText(ValueError):
@@ -57,7 +60,7 @@ class Tokenizer:
 
     def has(self, token_id: int) -> bool:
         """True if the id has a token, an added or special one too: ids may have holes."""
-        return token_id >= 0 and self.backend.id_to_token(token_id) is not None
+        return 0 <= token_id < 1 << 32 and self.backend.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
@@ -103,6 +106,8 @@ def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenize
     # a file may contain truncation and padding settings of some earlier training run
     backend.no_truncation()
     backend.no_padding()
+    if hasattr(backend.model, "_resize_cache"):
+        backend.model._resize_cache(CACHED_WORDS)
     settings, named = (
         _read_json(directory / "tokenizer_config.json"),
         _named_eos(directory, backend, model or directory),
@@ -130,7 +135,8 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
             f"model.tokenizer={tokenizer.directory}: has no end-of-sequence token; add "
             "eos_token to tokenizer_config.json"
         )
-    without = [str(eos_id) for eos_id in tokenizer.eos_ids if not tokenizer.has(eos_id)]
+    size = tokenizer.vocab_size
+    without = [str(i) for i in tokenizer.eos_ids if i >= size or not tokenizer.has(i)]
     if without:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
@@ -233,15 +239,15 @@ def _named_eos(directory: Path, backend: Backend, model: Path) -> list[int]:
     for path in (folder / name for folder in (model, directory) for name in names):
         value = _read_json(path).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in listed):
+        if not all(type(item) is int for item in listed):
             raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
         ids += listed
     path = directory / "tokenizer_config.json"
     token = _read_json(path).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
     if token is None:
         return ids
-    token_id = backend.token_to_id(token)
+    text = token.get("content") if isinstance(token, dict) else token
+    token_id = backend.token_to_id(text) if isinstance(text, str) else None
     if token_id is None:
         raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it")
     return [*ids, token_id]
@@ -251,12 +257,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it from the model again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: copy it from the model again")
-    return value
+        raise ValueError(f"{path.parent}/{error}: copy it from the model again") from error
 
 
 def _special_token(token_id: int, content: str) -> dict[str, Any]:

@@ -34,8 +34,9 @@ from mesh.model.policy import named_weights
 from mesh.rl.packing import pack
 
 RANKS = range(4)
-# a width that four ranks do not share evenly, and heads that they do
-TIED = Variant(0, tied=True, kv_heads=4, dim=66)
+# a width that four ranks do not share evenly, and heads that they do; a pad id in the shard of the
+# second of two ranks, the third of four
+TIED = Variant(0, tied=True, kv_heads=4, dim=66, pad_id=69)
 # batch-invariant, the width is shared, too
 EVEN = Variant(2, tied=False, kv_heads=4, dim=64)
 
@@ -130,6 +131,15 @@ def test_gradients_are_those_of_one_process(results, alone, case):
         torch.testing.assert_close(
             seen, right, rtol=0, atol=2e-5 * scale, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_the_embedding_of_the_pad_id_learns_through_a_tied_head_only(results, alone, case):
+    assert any(TIED.pad_id in r.tokens[:-1] for leaf in all_leaves() for r in leaf.rollouts)
+    for name, seen, _ in pairs(results, alone, case, "gradients"):
+        if name == "tok_embeddings.weight":
+            learned = bool(seen[TIED.pad_id].any())
+            assert learned == (TRAINERS[case][0] == "tied")
 
 
 @pytest.mark.parametrize("case", TRAINERS)

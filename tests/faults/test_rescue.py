@@ -70,6 +70,17 @@ def test_a_score_that_raises_costs_no_finished_step(
     assert (compared.steps, compared.samples) == (6, 5 * 4 * 4)
 
 
+def test_a_stall_costs_no_finished_step(tmp_path, monkeypatch):
+    for name, value in (("STEP", "3"), ("RANK", "1"), ("HANGS", "1")):
+        monkeypatch.setenv(f"TROUBLE_{name}", value)
+    path = tmp_path / "run"
+    words = [*WORDS, "stall_seconds=10", f"run_dir={path}"]
+    err = launch("recipes/grpo.py", 2, *words, status=1).stderr
+    assert "the run stalled" in err
+    assert f"resume={path} continues after step 2\n" in err
+    assert steps_saved(path) == ["step-2"]
+
+
 def test_nothing_is_offered_where_nothing_was_trained(tmp_path, monkeypatch):
     monkeypatch.setenv("TROUBLE_STEP", "1")
     path = tmp_path / "run"

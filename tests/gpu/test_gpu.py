@@ -134,3 +134,21 @@ def test_the_gradient_of_an_embedding_is_the_same_every_time(tokens):
     control = repeats()
     differ = sum(not torch.equal(control[0], other) for other in control)
     assert (differ > 0) == (tokens > 4000), f"{differ} of 50 differ without the switch"
+
+
+@one_gpu
+@pytest.mark.parametrize("enabled", [True, False], ids=["exact", "ordinary"])
+def test_the_pad_row_of_an_embedding_has_no_gradient(enabled):
+    from mesh.model.lookup import lookup
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(0, 9, (300,), device="cuda", generator=generator)
+    weight = torch.randn(9, 64, device="cuda", generator=generator).requires_grad_()
+    grad = torch.randn(300, 64, device="cuda", generator=generator)
+    with batch_invariant(enabled, "cuda"):
+        free, frozen = (
+            torch.autograd.grad(lookup(ids, weight, row), weight, grad)[0] for row in (None, 5)
+        )
+    assert free[5].all() and not frozen[5].any()
+    others = torch.arange(9, device="cuda") != 5
+    assert torch.equal(free[others], frozen[others])

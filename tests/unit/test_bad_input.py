@@ -210,7 +210,8 @@ def test_truncated_weights_are_found_before_anything_is_loaded(refusal, model):
     "content, wrong",
     [
         ("{", "config.json is not JSON"),
-        ("[]", "config.json is empty or not a JSON object"),
+        ("[]", "config.json is not a JSON object"),
+        ("[" * 10_000, "config.json is not JSON"),
         ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
     ],
 )
@@ -218,6 +219,29 @@ def test_config_json_that_describes_no_qwen3(refusal, model, content, wrong):
     (model / "config.json").write_text(content)
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(f"model.path={model}: {wrong}")
+
+
+def test_what_config_json_says_of_another_model_is_refused_with_the_way_out(refusal, model):
+    edit(model, quantization_config={"quant_method": "fp8"}, final_logit_softcapping=30.0)
+    (line,) = lines(refusal(f"model.path={model}"))
+    assert "final_logit_softcapping=30.0" in line and "use the unquantised weights" in line
+    names = "model.ignore_config=[quantization_config,final_logit_softcapping]"
+    assert line.endswith(f"set {names}")
+    (other,) = lines(refusal(f"model.path={model}", names, "num_prompts=63"))
+    assert other.startswith("num_prompts=63")
+
+
+def test_a_base_of_rope_that_does_not_count_is_warned_about_once(process, model, capsys):
+    edit(model, rope_theta=5.0, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    conf = load_conf(["conf=qwen3_tiny", f"model.path={model}"])[1]
+    plan = check(conf, replace(process, world_size=2))
+    assert plan.shape.rope_theta == 1e6
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: model.path={model}: rope_theta=5.0 in config.json does not count beside "
+        "rope_parameters.rope_theta=1000000.0, as in transformers; remove the wrong one"
+    ]
+    check(conf, replace(process, world_size=2, rank=1))
+    assert capsys.readouterr().out == ""
 
 
 def test_config_json_without_a_size(refusal, model):

@@ -108,6 +108,32 @@ def test_blocks_that_do_not_tile_a_parameter_are_refused(tmp_path):
         read_blocks(tmp_path / "step-5", index, {}, layouts_on(1, 1, 1), 0)
 
 
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda x: x.pop(f"{KINDS[1]}/w3"), f"of {KINDS[1]}/w3, and there is nothing"),
+        (lambda x: x.update({f"{KINDS[0]}/w3": torch.zeros(2)}), "and there is F32 [2]"),
+    ],
+    ids=["missing", "of another shape"],
+)
+def test_a_file_that_does_not_hold_what_the_index_says_is_named(tmp_path, change, wrong):
+    """Its checksum is right: the file was made so."""
+    layouts = layouts_on(1, 1, 1)
+    index, file = saved(tmp_path, layouts), tmp_path / "step-5" / "rank-0.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    write_tensors(file, tensors)
+    state = {kind: {n: torch.zeros(s) for n, s in SHAPES.items()} for kind in KINDS}
+    with pytest.raises(ValueError) as error:
+        read_blocks(tmp_path / "step-5", index, state, layouts, 0)
+    assert str(error.value).startswith(f"{file}: index.json says F32 ")
+    assert wrong in str(error.value)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="rank-0.safetensors has .* bytes instead of"):
+        read_blocks(tmp_path / "step-5", index, state, layouts, 0)
+
+
 def conf_of(*words: str) -> Conf:
     common = ["conf=qwen3_tiny", "trainer.warmup_steps=20", "steps=100", "checkpoint.every=1"]
     return load_conf([*common, *words])[1]

@@ -134,9 +134,12 @@ def test_missing_shards_are_named(sharded: Path):
     ]
 
 
-def test_index_without_a_map(sharded: Path):
-    (sharded / "model.safetensors.index.json").write_text("[]")
-    assert path_problems(sharded) == [f"model.safetensors.index.json has no weight_map; {WEIGHTS}"]
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("[]", "is not a JSON object"), ("{}", "has no weight_map")]
+)
+def test_index_without_a_map(sharded: Path, text: str, wrong: str):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    assert path_problems(sharded) == [f"model.safetensors.index.json {wrong}; {WEIGHTS}"]
 
 
 @pytest.mark.parametrize("cut", [1, 40])

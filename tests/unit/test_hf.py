@@ -10,13 +10,14 @@ import torch
 from chat_tokenizer import CHATML, END_OF_TEXT, IM_END, saved
 from safetensors.torch import load_file, save_file
 from tiny_qwen3 import MAX_LENGTH, Variant, load_role, packed, random_sequences, save_checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model import hf
 from mesh.model.exported import write_text_files
 from mesh.model.families import TINY, shape_of_directory, shape_of_flavor
 from mesh.model.policy import named_weights
+from mesh.model.safetensors_files import INDEX
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import ModelShape
 
@@ -204,7 +205,7 @@ def test_exports_in_shards_come_back(checkpoint, tmp_path, solo_mesh, monkeypatc
 
 def test_sharded_checkpoints_of_transformers_load(tmp_path, solo_mesh):
     theirs = save_checkpoint(tmp_path, UNTIED, max_shard_size="100KB")
-    assert (tmp_path / hf.INDEX).exists()
+    assert (tmp_path / INDEX).exists()
     model, _ = load_role(tmp_path, solo_mesh)
     assert torch.equal(model.lm_head.weight, theirs.lm_head.weight)
     assert torch.equal(model.layers["1"].attention.wo.weight, layer(theirs).o_proj.weight)
@@ -242,37 +243,3 @@ def test_a_weight_of_another_shape_is_named(tmp_path, solo_mesh, change):
     sizes = rf"{WQ} \[[\d, ]+\] instead of \[96, 64\];"
     with pytest.raises(ValueError, match=f"shapes that do not match config.json: {sizes}"):
         load_role(tmp_path, solo_mesh)
-
-
-REFUSED = {
-    "model_type": {"model_type": "qwen3_moe"},
-    "attention_bias": {"attention_bias": True},
-    "hidden_act": {"hidden_act": "gelu"},
-    "use_sliding_window": {"use_sliding_window": True, "sliding_window": 4096},
-    "rope_scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "old rope_scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "new rope_scaling": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_configs_of_models_that_we_cannot_run_are_refused(tmp_path, case):
-    save_checkpoint(tmp_path, TIED)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | REFUSED[case]))
-    with pytest.raises(ValueError, match=f"model.path={tmp_path}: {case.split()[-1]} "):
-        shape_of_directory(tmp_path)
-
-
-def test_entries_left_out_of_a_config_have_the_defaults_of_transformers(tmp_path):
-    entries = hf.config_entries(ModelShape(96, 64, 2, 4, 2, 16, 80), (1,))
-    optional = ("rope_theta", "head_dim", "rms_norm_eps", "attention_bias", "tie_word_embeddings",
-                "max_position_embeddings")  # fmt: skip
-    kept = {name: value for name, value in entries.items() if name not in optional}
-    (tmp_path / "config.json").write_text(json.dumps(kept))
-    shape, theirs = shape_of_directory(tmp_path), AutoConfig.from_pretrained(tmp_path)
-    assert shape.tied == theirs.tie_word_embeddings
-    assert shape.head_dim == theirs.head_dim
-    assert shape.norm_eps == theirs.rms_norm_eps
-    assert shape.max_positions == theirs.max_position_embeddings
-    assert shape.rope_theta == theirs.rope_parameters["rope_theta"]

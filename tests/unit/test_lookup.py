@@ -15,7 +15,7 @@ def test_its_gradient_is_the_sum_of_the_rows_of_each_token(width):
     tokens = torch.randint(1, 6, (50,), generator=generator)
     weight = torch.randn(9, width, generator=generator, requires_grad=True)
     grad = torch.randn(50, width, generator=generator)
-    rows = OrderedLookup.apply(tokens, weight)
+    rows = OrderedLookup.apply(tokens, weight, None)
     assert torch.equal(rows, F.embedding(tokens, weight))
     (found,) = torch.autograd.grad(rows, weight, grad)
     expected = torch.zeros(9, width, dtype=torch.float64).index_add_(0, tokens, grad.double())
@@ -25,6 +25,6 @@ def test_its_gradient_is_the_sum_of_the_rows_of_each_token(width):
 
 def test_a_bfloat16_gradient_is_rounded_once():
     tokens, weight = torch.zeros(300, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.bfloat16)
-    rows = OrderedLookup.apply(tokens, weight.requires_grad_())
+    rows = OrderedLookup.apply(tokens, weight.requires_grad_(), None)
     (found,) = torch.autograd.grad(rows, weight, torch.ones(300, 1, dtype=torch.bfloat16))
     assert found[0, 0] == 300, "sums of ones in bfloat16 end at 256"

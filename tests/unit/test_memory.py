@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from mesh.lifecycle.memory import EVERY, trim
-from tools.memory import fit, grows, main
+from tools.memory import fit, grows
 
 
 def resident() -> float:
@@ -47,21 +46,3 @@ def test_noise_is_no_growth_and_a_kilobyte_a_step_is():
     assert abs(flat.slope) < 3 * flat.error and abs(grown.slope - 2) < 3 * grown.error
     assert not grows(flat, 1.0) and grows(grown, 1.0)
     assert grows(fit([(1, 1.0)]), 1.0)  # nothing was measured
-
-
-def test_the_command_watches_a_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = [
-        "conf=qwen3_tiny", "steps=8", "num_prompts=2", "group_size=2", "eval.num_prompts=4",
-        "eval.num_samples=1", "first=2", "limit=1e9", f"run_dir={tmp_path / 'run'}",
-    ]  # fmt: skip
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert f"growth over steps 2 to 8 of {tmp_path / 'run'}\n" in out
-    names = {"rank 0 private", "rank 0 resident"}
-    assert {line.split("  ")[0] for line in out.splitlines() if "kB a step" in line} >= names
-    rows = map(json.loads, (tmp_path / "run" / "memory.jsonl").read_text().splitlines())
-    points = {row["name"]: row["points"] for row in rows}
-    assert names < points.keys() <= names | {f"{name}, kept" for name in names}
-    assert [step for step, _ in points["rank 0 private"]][-1] == 8
-    assert all(1e5 < kb < 1e7 for found in points.values() for _, kb in found)

@@ -1,6 +1,6 @@
 """The prompts of a step on one rank: those that cannot be used, what replaces them, and messages.
 
-Ranks that disagree: distributed/test_agreement.py. Whole runs: faults/test_prompts.py.
+Ranks that disagree: distributed/test_agreement.py. Whole runs: faults/test_prompt_runs.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from mesh.config.loading import load_conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 from mesh.program.prompt_checks import training_problems
+from mesh.runs.progress import Pace, columns
+from mesh.runs.warnings import StepWarnings
 from mesh.tasks import Draw, Task
 from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, step_prompts
 from mesh.tasks.spell_backward import SpellBackward
@@ -136,6 +138,16 @@ def test_replacements_depend_on_step_and_places_alone(process):
     assert [p.prompt for p in found] == expected and metrics == {"prompts/skipped": 1.0}
     assert [p.prompt_id for p in found] == [0, 1, 2, 3], "the others keep their places"
     assert step_prompts(skips, process, Draw(0, 4))[1] == {"prompts/skipped": 0.0}
+
+
+def test_skipping_is_shown_in_every_step_and_warned_about_once():
+    warnings = StepWarnings()
+    said = [
+        warnings.see(step, {"prompts/skipped": n}) for step, n in enumerate((0.0, 2.0, 0.0, 1.0))
+    ]
+    assert [len(texts) for texts in said] == [0, 1, 0, 0]
+    assert said[1][0].startswith("warning: step 1 skipped 2 prompts that leave no room")
+    assert columns({"prompts/skipped": 2.0}, Pace(9))["skipped"] == "2 prompts"
 
 
 def test_a_task_without_enough_usable_prompts_ends_after_so_many_rounds(process):

@@ -107,7 +107,7 @@ def test_a_template_that_cannot_be_rendered_is_refused_where_the_end_is_taught(
     assert "; correct the template, or remove it: then the first eos_token_id of" in str(e.value)
 
 
-@pytest.mark.parametrize("eos", ["<eos>", -1, [1, None], 1.5, True])
+@pytest.mark.parametrize("eos", ["<eos>", [1, None], 1.5, True])
 def test_an_eos_that_is_no_id_names_the_file(tmp_path, eos):
     with pytest.raises(ValueError, match=re.escape(f"eos_token_id {eos!r} is not an id")) as e:
         load_tokenizer(saved(tmp_path, eos=eos))
@@ -117,7 +117,7 @@ def test_an_eos_that_is_no_id_names_the_file(tmp_path, eos):
 def test_an_example_ends_as_the_chat_does_and_generation_stops_there(tmp_path, process):
     saved(tmp_path, CHATML, eos=[END_OF_TEXT])
     plan = check(load_conf(["conf=qwen3_tiny", f"model.tokenizer={tmp_path}"])[1], process)
-    (prompt,) = numbered(plan.task.train_prompts(0, 1))
-    tokens = example(plan, prompt).tokens
-    assert tokens == (*plan.tokenizer.encode(prompt.prompt.answer), IM_END)
+    prompt = plan.task.train_prompts(0, 1)[0]
+    tokens = example(plan, numbered([prompt])[0]).tokens
+    assert tokens == (*plan.tokenizer.encode(prompt.answer), IM_END)
     assert plan.generator.stop_tokens == (IM_END, 1, END_OF_TEXT), "the model's own come first"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mesh.checkpoint.folder import DAMAGED, PARTIAL, steps_in
 from mesh.checkpoint.logs import LOGS
-from mesh.model.hf import weight_problems
+from mesh.model.weight_checks import weight_problems
 from mesh.runs.compare import compare_runs, line_differences, read_lines
 
 KEPT = 2  # checkpoint.keep, as unset

@@ -14,7 +14,8 @@ from mesh.types import ModelShape
 def model_entries(shape: ModelShape, architecture: str | None) -> dict[str, Any]:
     """The config.json for vLLM, with the architecture that it builds; None: its own."""
     entries: dict[str, Any] = config_entries(shape, ())
-    del entries["eos_token_id"]
+    for name in ("eos_token_id", "pad_token_id"):  # neither is used: nothing ends or is padded here
+        entries.pop(name, None)
     return entries if architecture is None else entries | {"architectures": [architecture]}
 
 
