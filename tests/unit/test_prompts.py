@@ -17,7 +17,7 @@ from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 from mesh.program.prompt_checks import training_problems
 from mesh.tasks import Draw, Task
-from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, step_prompts
+from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, digest_of, step_prompts
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt
@@ -74,7 +74,8 @@ def test_usable_prompts_are_the_task_s_own_in_their_places(process):
     prompts, metrics = step_prompts(source(task), process, Draw(5, 6, first_id=8))
     assert [p.prompt_id for p in prompts] == list(range(8, 14))
     assert [p.prompt for p in prompts] == task.train_prompts(5, 6)
-    assert all(abs(p.prompt.prompt_id) > 10**6 for p in prompts) and metrics == {}
+    assert all(abs(p.prompt.prompt_id) > 10**6 for p in prompts)
+    assert list(metrics) == ["digest/prompts"]
 
 
 def test_a_step_with_a_long_prompt_ends_the_run_with_what_a_resumed_one_takes(process):
@@ -125,7 +126,7 @@ def test_skipped_prompts_are_replaced_in_their_places_by_those_of_later_rounds(p
     expected[0], expected[3], expected[6] = rounds[1][0], rounds[1][1], rounds[2][0]
     assert [p.prompt for p in found] == expected
     assert [p.prompt_id for p in found] == list(range(9))
-    assert metrics == {"prompts/skipped": 4.0}
+    assert metrics == {"prompts/skipped": 4.0, "digest/prompts": digest_of(rounds[0])}
 
 
 def test_replacements_depend_on_step_and_places_alone(process):
@@ -133,9 +134,9 @@ def test_replacements_depend_on_step_and_places_alone(process):
     found, metrics = step_prompts(skips, process, Draw(2, 4))
     ordinary, other = SpellBackward(0).train_prompts(2, 4), SpellBackward(0).train_prompts(2, 1, 1)
     expected = [*ordinary[:2], other[0], ordinary[3]]
-    assert [p.prompt for p in found] == expected and metrics == {"prompts/skipped": 1.0}
+    assert [p.prompt for p in found] == expected and metrics["prompts/skipped"] == 1.0
     assert [p.prompt_id for p in found] == [0, 1, 2, 3], "the others keep their places"
-    assert step_prompts(skips, process, Draw(0, 4))[1] == {"prompts/skipped": 0.0}
+    assert step_prompts(skips, process, Draw(0, 4))[1]["prompts/skipped"] == 0.0
 
 
 def test_a_task_without_enough_usable_prompts_ends_after_so_many_rounds(process):
