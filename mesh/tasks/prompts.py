@@ -29,7 +29,8 @@ MAX_ROUNDS = 100
 SHOWN = 200  # characters of a prompt in a message
 PURE = (
     "prompts must be a function of (seed, step, index) and of nothing else: no random numbers "
-    "without a seed, no rank, no clock, the same files on every machine"
+    "without a seed, no order of a set or hash, no rank, no clock, no state, the same files on "
+    "every machine"
 )
 
 

@@ -82,11 +82,20 @@ def test_another_score_is_a_warning_and_other_prompts_are_refused(begun, tmp_pat
     module.write_text(TASK.format(score="-float(len(response))"))
     words = [f"resume={path}", "steps=3"]
     resumed = launch("recipes/grpo.py", 2, *words, path=tmp_path)
-    said = [line for line in resumed.stdout.splitlines() if "warning" in line]
+    said = [line for line in resumed.stdout.splitlines() if "has changed since" in line]
     assert len(said) == 1 and said[0].startswith("warning: the task's module own_task has changed")
-    draw = "    def train_prompts(self, step, num):\n        return super().train_prompts(step + 1, num)"
+    draw = "    def train_prompts(self, step, num):\n"
+    draw += "        return super().train_prompts(step + 1, num)"
     module.write_text(TASK.format(score=f"0.0\n{draw}"))
     words = [f"resume={path}", "steps=4"]
     refused = launch("recipes/grpo.py", 1, *words, path=tmp_path, status=2)
     assert "the task's prompts of step 3 are not those that the run drew" in refused.stderr
     assert steps_of(path) == [0, 1, 2, 3]
+
+
+def test_prompts_in_the_order_of_hashes_are_refused_on_one_rank(begun, tmp_path):
+    """The scoring process, a fresh Python with other hashes, draws them too."""
+    words = [*WORDS, "task=own_task:Hashed", f"run_dir={tmp_path / 'run'}"]
+    refused = launch("recipes/grpo.py", 1, *words, path=begun, status=2)
+    assert "the prompts of step 1 are not the same in a fresh Python: prompt" in refused.stderr
+    assert refused.returncode == 2 and not (tmp_path / "run").exists()

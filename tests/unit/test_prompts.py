@@ -5,6 +5,7 @@ Ranks that disagree: distributed/test_agreement.py. Whole runs: faults/test_prom
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,13 @@ from user_tasks import Keyed, LongLater
 
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
+from mesh.lifecycle.agreement import text_of
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 from mesh.program.prompt_checks import training_problems
-from mesh.tasks import Draw, Task
+from mesh.tasks import Draw, Task, TaskSpec
 from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, digest_of, step_prompts
+from mesh.tasks.scorer import checked_task
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt
@@ -175,6 +178,31 @@ def test_skipping_needs_rounds_and_a_usable_prompt(process):
     assert training_problems(process, source(RoundlessFinite(0)), 4) == []
     (line,) = training_problems(process, source(Finite(0, texts=(LONG,)), overlong="skip"), 4)
     assert "(1 of 1 prompts of the task (all_prompts))" in line
+
+
+@dataclass(frozen=True)
+class Global(SpellBackward):
+    """Draws with the global generator, which nothing seeds."""
+
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        return [Prompt(i, f"{chr(97 + i)}{random.choice('xyz')}>", "") for i in range(num)]
+
+
+def test_prompts_that_are_others_when_drawn_again_are_refused(process):
+    """With the same bits twice in a row in 3^-40 of all runs."""
+    with pytest.raises(ValueError, match=r"^the prompts of step 1 are not the same when they are "
+                       r"drawn a second time: prompt \d+ is Prompt\(prompt_id"):  # fmt: skip
+        training_problems(process, source(Global(0)), 40)
+
+
+def test_prompts_that_a_fresh_python_draws_otherwise_are_refused(process):
+    task, drawn = checked_task(TaskSpec("user_tasks:ByHash", 0), workers=1, num=4)
+    assert [text.partition(",")[0] for text in drawn] == [f"Prompt(prompt_id={i}" for i in range(4)]
+    with pytest.raises(ValueError, match=r"not the same in a fresh Python: prompt \d is Prompt\("):
+        training_problems(process, source(task), 4, drawn)
+    task, drawn = checked_task(TaskSpec("user_tasks:Keyed", 0), workers=1, num=4)
+    assert drawn == list(map(text_of, task.train_prompts(0, 4)))
+    assert training_problems(process, source(task), 4, drawn) == []
 
 
 def test_a_start_looks_at_the_prompts_of_the_evaluation(process, monkeypatch):
