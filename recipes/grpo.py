@@ -35,6 +35,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
 from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
         for warning in start_warnings(plan):
             process.say(warning)
         program = assemble(plan, process)
-        checkpoints = Checkpointer(conf, run_dir, process, program.trainer)
+        inputs = inputs_of(conf, plan)
+        checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
         first = checkpoints.load() if resume else 0
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None

@@ -28,6 +28,7 @@ from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.program.shared import inputs_of
 from mesh.recipes.grpo import chosen, held_out, train_step
 from mesh.runs.replay import LoggedStep, ReplayComparison, as_logged, cautions, logged_step
 
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> None:
         for caution in cautions(run_dir, conf.batch_invariant, words, process.world_size):
             process.say(caution)
         program = assemble(plan, process)
-        first = Checkpointer(conf, run_dir, process, program.trainer).load_before(step)
+        inputs = inputs_of(conf, plan)
+        keeper = Checkpointer(conf, run_dir, process, program.trainer, inputs)
+        first = keeper.load_before(step)
         process.say(f"step {step} of {run_dir}, run again from {origin(conf, first)}")
         again = run_again(program, process, range(first, step), logged.evaluated)
         compared = ReplayComparison(logged, again)

@@ -172,6 +172,14 @@ class Unseeded(SpellBackward):
 
 
 @dataclass(frozen=True)
+class ByHash(SpellBackward):
+    """Its answers depend on Python's hashes, which differ from process to process."""
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        return [replace(p, answer=str(hash(p.text))) for p in super().train_prompts(step, num)]
+
+
+@dataclass(frozen=True)
 class AnswersByRank(SpellBackward):
     """The same questions on every rank, and another answer to one of them on each."""
 

@@ -18,7 +18,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class Index:
     """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
     `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
     mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
-    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step."""
+    entries by file name; `best` names the model in RUN_DIR/best that was the best at that step;
+    `inputs`: what the run computes with (`same_run.py`), empty in those of older versions."""
 
     step: int
     updates: int
@@ -69,6 +70,7 @@ class Index:
     files: dict[str, Entry]
     best: Best | None = None
     without_signal: int = 0
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def layouts(self) -> list[ParamLayout]:
         """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
@@ -149,8 +151,9 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     step, updates, seed = content["step"], content["updates"], content["seed"]
     best = None if content["best"] is None else Best(**content["best"])
+    digests, inputs = content["digests"], content.get("inputs", {})
     without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
-    return Index(step, updates, seed, content["digests"], shapes, files, best, without_signal)
+    return Index(step, updates, seed, digests, shapes, files, best, without_signal, inputs)
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:

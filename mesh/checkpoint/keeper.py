@@ -23,13 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
-from mesh.checkpoint.files import (
-    Entry,
-    Index,
-    file_problem,
-    read_blocks,
-    write_index,
-)
+from mesh.checkpoint.files import Entry, Index, file_problem, read_blocks, write_index
 from mesh.checkpoint.folder import (
     PARTIAL,
     checked_index,
@@ -42,6 +36,7 @@ from mesh.checkpoint.folder import (
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
 from mesh.checkpoint.rescue import Rescue, first_held
+from mesh.checkpoint.same_run import Inputs, refuse_another_run, refuse_fewer_steps
 from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
@@ -58,7 +53,9 @@ T = TypeVar("T")
 class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every public method is collective over the world."""
 
-    def __init__(self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer) -> None:
+    def __init__(
+        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs
+    ) -> None:
         """Construct before the first step. Raises RuntimeError if checkpoints are requested and
         their directory cannot be created."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
@@ -69,6 +66,7 @@ class Checkpointer:
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
         self.reference = self._reference_digest()
+        self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
         self.logs: dict[str, Entry] = {}  # their entries in the previous checkpoint
@@ -82,13 +80,15 @@ class Checkpointer:
         """Restore trainer, logs and best model from the newest intact checkpoint; returns the last
         step that it has logged.
 
-        A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is left, or
-        if it is of another model, reference or seed; RuntimeError if the digests of the loaded
-        state differ from those of the saved one.
+        A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is left, if
+        it is of another model or run (`same_run.py`), or of more steps than are to be taken;
+        RuntimeError if the digests of the loaded state differ from those of the saved one.
         """
         for step in self._on_rank0(lambda: steps_in(self.path)):
             path = self.path / f"step-{step}"
             if index := self._load(path):
+                refuse_fewer_steps(self.conf, step)
+                self.drawn = index.inputs.get("prompts", "")
                 self._restore_files(path, index)
                 self.unlogged = read_unlogged(path, index.files)
                 self._note(step, self.unlogged)
@@ -107,6 +107,7 @@ class Checkpointer:
     def trained(self, step: int, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
         """Call when a step has been trained, before it is evaluated and logged: if the run fails
         before that, resuming does it."""
+        self.drawn = metrics.get("digest/prompts", "")
         self._note(step, Unlogged(dict(metrics), samples))
 
     def to_log(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
@@ -175,7 +176,8 @@ class Checkpointer:
         shapes = {layout.name: layout.shape for layout in self.layouts}
         updates, without_signal = self.trainer.updates, self.trainer.without_signal
         best, seed = self.best.current, self.conf.seed
-        return Index(step, updates, seed, {}, shapes, {}, best, without_signal)
+        inputs = self.recorded | {"prompts": self.drawn}
+        return Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
 
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
@@ -277,13 +279,7 @@ class Checkpointer:
         self._on_rank0(self._remove_old)  # the run may have died before doing so
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
-        if index.seed != self.conf.seed:
-            wrong = f"{path} belongs to a run with seed {index.seed}"
-            raise Refusal(problem("seed", self.conf.seed, wrong, f"use {index.seed}"))
-        if index.digests.get("reference") != self.reference.get("reference"):
-            wrong = f"its weights are not those that {path} has as reference of the KL (kl_coef)"
-            remedy = "restore the original weights, or start a new run"
-            raise Refusal(problem("model.path", self.conf.model.path, wrong, remedy))
+        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.reference)
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)

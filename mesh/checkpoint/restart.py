@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mesh.checkpoint.folder import DAMAGED, remove, steps_in
 from mesh.checkpoint.logs import KEPT_LOGS
+from mesh.config.keys import Refusal
 from mesh.config.loading import read_conf
 from mesh.config.schema import Conf
 from mesh.lifecycle.ending import restart_count
@@ -30,8 +31,10 @@ def after_restart(conf: Conf, process: Process) -> Conf:
     """
     if restart_count() == 0 or conf.resume is not None:
         return conf
-    found = _begun(conf, process.guard.recall(RUN_DIR)) if process.rank == 0 else None
-    path, resumes = process.from_rank0(found) or (None, False)
+    found = _begun(conf, process) if process.rank == 0 else None
+    if isinstance(found := process.from_rank0(found), str):
+        raise Refusal(found)
+    path, resumes = found or (None, False)
     if path is not None:
         conf = replace(conf, run_dir=path, resume=path if resumes else None)
         how = "continues" if resumes else "starts over: it had no checkpoint yet"
@@ -39,15 +42,18 @@ def after_restart(conf: Conf, process: Process) -> Conf:
     return conf
 
 
-def _begun(conf: Conf, remembered: str | None) -> tuple[str, bool] | None:
+def _begun(conf: Conf, process: Process) -> tuple[str, bool] | str | None:
     """(run directory of an earlier attempt, True if it holds a checkpoint); without one, that
-    attempt's files are removed. None: no earlier attempt got that far."""
-    name = conf.run_dir or remembered
+    attempt's files are removed. None: no earlier attempt got that far. A text: it is still running.
+    """
+    name = conf.run_dir or process.guard.recall(RUN_DIR)
     if name is None:
         return None
     path = Path(name).expanduser()
     if path.is_symlink() or not _same_run(path / "config.yaml", conf):
         return None
+    if used := process.lock.take(RUN_DIR, path):
+        return used
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         if steps_in(checkpoints):

@@ -132,7 +132,9 @@ def refuse(problems: list[str]) -> None:
         raise Refusal(f"{title} with the configuration:\n{listed}")
 
 
-def override_problems(saved: Conf, conf: Conf) -> list[str]:
+def override_problems(
+    saved: Conf, conf: Conf, remedy: str = "leave it out, or start a new run"
+) -> list[str]:
     """The keys of a resumed run that would change what the saved one has computed."""
     found = []
     for name in conf_keys():
@@ -140,7 +142,6 @@ def override_problems(saved: Conf, conf: Conf) -> list[str]:
         if before == now or name.startswith(HOW_IT_RUNS):
             continue
         differs = f"the run computes with {shown(before)}"
-        remedy = "leave it out, or start a new run"
         if name in RAISABLE:
             if now > before and saved.overlong == "stop":
                 continue

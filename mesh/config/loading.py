@@ -110,6 +110,11 @@ def to_yaml(conf: Conf) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(conf))
 
 
+def from_yaml(text: str) -> Conf:
+    """The configuration of a `to_yaml`, without keys that this version does not have."""
+    return merge(flatten("", dict(yaml.load(text, TextLoader)), ""))[0]
+
+
 def save_conf(conf: Conf, path: Path | str) -> None:
     """Write `to_yaml(conf)`."""
     Path(path).write_text(to_yaml(conf))

@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import chain
 from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mesh.lifecycle.process import Process
+if TYPE_CHECKING:  # a scoring process, which has no torch, makes texts of prompts
+    from mesh.lifecycle.process import Process
 
 LONGEST = 160  # characters shown of a text
 BEFORE = 40  # of them before the first that differs

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from mesh.config.keys import Refusal, problem
 from mesh.lifecycle.ending import restart_count, say, under_torchrun, write_error_files
 from mesh.lifecycle.guard import REFUSED, Guard
+from mesh.lifecycle.run_lock import RunLock
 
 MEET_SECONDS = 60.0  # the longest that ranks which refuse to start wait for each other
 
@@ -34,7 +35,7 @@ MEET_SECONDS = 60.0  # the longest that ranks which refuse to start wait for eac
 @dataclass
 class Process:
     """One rank of the world. `cpu_group` is a gloo group of all ranks for metadata; `closers` are
-    called before the process groups are destroyed.
+    called before the process groups are destroyed; `lock`: rank 0's, of the run directory.
 
     As a context manager: a clean end destroys the process groups; an exception ends every rank of
     the world within seconds, non-zero, and the first exception is the last thing printed. Of a
@@ -48,6 +49,7 @@ class Process:
     cpu_group: dist.ProcessGroup
     guard: Guard
     closers: list[Callable[[], None]] = field(default_factory=list)
+    lock: RunLock = field(default_factory=RunLock)
 
     def should_stop(self) -> bool:
         """True where any rank was asked to stop (Ctrl-C, SIGTERM). Collective: the same on all.
@@ -111,6 +113,7 @@ class Process:
         self.guard.leave(exit_code=REFUSED if refused else int(failed))
         for close in self.closers:
             close()
+        self.lock.release()
         dist.destroy_process_group()
         self.guard.close()
         if refused:

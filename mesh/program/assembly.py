@@ -107,7 +107,9 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     shape = attempt(wrong, read_shape, conf)
     tokenizer = attempt(wrong, read_tokenizer, conf)
     workers = num_workers(conf) if training or held_out else 0
-    task = attempt(wrong, checked_task, task_spec(conf), workers)
+    drawn = conf.num_prompts if training else 0
+    made = attempt(wrong, checked_task, task_spec(conf), workers, drawn)
+    task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     refuse_differences(process, of_user_code(task, loss, wrong))
     wrong += best_metric_problems(conf) if training else []
@@ -118,7 +120,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         source = prompt_source(conf, task, tokenizer, shape, prompts)
         wrong += attempt(wrong, prompt_problems, process, source, prompts, "held-out prompts") or []
         if training:
-            wrong += attempt(wrong, training_problems, process, source, conf.num_prompts) or []
+            asked = process, source, conf.num_prompts, elsewhere
+            wrong += attempt(wrong, training_problems, *asked) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:

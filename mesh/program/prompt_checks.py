@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from mesh.config.keys import problem
+from mesh.lifecycle.agreement import excerpts, text_of
 from mesh.lifecycle.process import Process
 from mesh.tasks import Draw, data_set, draw_prompts
-from mesh.tasks.prompts import Faults, PromptSource, fault_lines, faults_of, step_prompts
+from mesh.tasks.prompts import (
+    PURE,
+    Faults,
+    PromptSource,
+    fault_lines,
+    faults_of,
+    step_prompts,
+)
 from mesh.types import Prompt
 
 FIRST = "prompts of step 1"
 DATA_SET = "prompts of the task (all_prompts)"
 
 
-def training_problems(process: Process, source: PromptSource, num: int) -> list[str]:
+def training_problems(
+    process: Process, source: PromptSource, num: int, elsewhere: Sequence[str] = ()
+) -> list[str]:
     """What is wrong with the `num` prompts of the first step, and with the task's data set where it
     has one; warns of held-out prompts in it. ValueError where the task does not give them, or ranks
-    have different ones. Collective.
+    have different ones, or they are others when they are drawn again. elsewhere: texts of them from
+    a fresh Python. Collective.
 
     Where no prompt has room, that is `check_start`'s to report.
     """
@@ -25,6 +37,7 @@ def training_problems(process: Process, source: PromptSource, num: int) -> list[
         return []
     first = draw_prompts(source.task, Draw(0, num))
     faults = faults_of(source, process, first, FIRST)
+    refuse_impure(process, source, first, elsewhere)
     everything = data_set(source.task)
     for warning in source.held_out.warning(everything, DATA_SET):
         process.say(warning)
@@ -34,6 +47,30 @@ def training_problems(process: Process, source: PromptSource, num: int) -> list[
     if in_data_set:
         return fault_lines(source, in_data_set, f"{len(everything)} {DATA_SET}")
     return fault_lines(source, faults, f"{num} {FIRST}")
+
+
+def refuse_impure(
+    process: Process, source: PromptSource, first: Sequence[Prompt], elsewhere: Sequence[str]
+) -> None:
+    """Raise ValueError, on every rank alike, where the prompts of the first step are other ones
+    when this process draws them again, or in a fresh Python. Collective.
+    """
+    once = [text_of(prompt) for prompt in first]
+    again = [text_of(prompt) for prompt in draw_prompts(source.task, Draw(0, len(first)))]
+    wrong = changed_prompt(once, again, "when they are drawn a second time")
+    if elsewhere:
+        wrong = wrong or changed_prompt(once, elsewhere, "in a fresh Python")
+    if found := next(filter(None, process.gather(wrong)), ""):
+        raise ValueError(f"the {FIRST} are not the same {found}; {PURE}")
+
+
+def changed_prompt(first: Sequence[str], again: Sequence[str], where: str) -> str:
+    """The first prompt that differs, in both; empty where all are equal."""
+    for place, texts in enumerate(zip_longest(first, again, fillvalue="missing")):
+        if texts[0] != texts[1]:
+            before, now = excerpts(*texts)
+            return f"{where}: prompt {place} is {before}, and then {now}"
+    return ""
 
 
 def skip_problems(

@@ -8,17 +8,20 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mesh.checkpoint.same_run import Inputs
 from mesh.config.keys import conf_keys, refuse, shown, value_of
 from mesh.config.schema import PACKAGE, Conf, resolve_path
 from mesh.lifecycle.agreement import Part, disagreements, text_of
 from mesh.lifecycle.process import Process
 from mesh.program.plan import Plan, tokenizer_directory
+from mesh.tasks.prompts import digest_of_step
 
 PACKAGES = ("torch", "torchtitan", "tokenizers", "safetensors", "numpy", "triton", "vllm")
 ENVIRONMENT = (
@@ -57,15 +60,24 @@ def of_start(conf: Conf) -> list[Part]:
 
 def of_user_code(task: Any, loss: Any, problems: Iterable[str]) -> Part:
     """The modules of a task and a loss, and the problems that reading them had."""
-    code = {
+    items = user_code(task, loss) | {"the problem": "; ".join(problems) or "none"}
+    return Part("the task or the loss", items, "use the same code on every machine")
+
+
+def user_code(task: Any, loss: Any) -> dict[str, str]:
+    """Digests of the modules of a task and a loss."""
+    return {
         f"{what} {module}": source_of(module)
         for what, value in (("the task's module", task), ("the loss's module", loss))
         for module in modules_of(value)
     }
-    remedy = "use the same code on every machine"
-    return Part(
-        "the task or the loss", code | {"the problem": "; ".join(problems) or "none"}, remedy
-    )
+
+
+def inputs_of(conf: Conf, plan: Plan) -> Inputs:
+    """What a run computes with, for its checkpoints."""
+    code = user_code(plan.task, plan.objective.loss)
+    drawn = partial(digest_of_step, plan.prompts, conf.num_prompts)
+    return Inputs(digests_of(small_files(conf)), code, drawn)
 
 
 def of_plan(plan: Plan) -> Part:
@@ -95,12 +107,22 @@ def version_of(package: str) -> str:
 
 def model_files(conf: Conf) -> dict[str, str]:
     """Digests of the files that are read of the model and the tokenizer."""
+    paths = small_files(conf)
+    if conf.model.path is not None and conf.model.init == "checkpoint":
+        model = resolve_path(conf.model.path)
+        paths["model"] += [path for kind in WEIGHTS for path in sorted(model.glob(kind))]
+    return digests_of(paths)
+
+
+def small_files(conf: Conf) -> dict[str, list[Path]]:
+    """The files of the tokenizer, and those of the model that hold no weights."""
     paths = {"tokenizer": [tokenizer_directory(conf) / name for name in (*TOKENIZER, *CONFIGS)]}
     if conf.model.path is not None:
-        model = resolve_path(conf.model.path)
-        paths["model"] = [model / name for name in CONFIGS]
-        if conf.model.init == "checkpoint":
-            paths["model"] += [path for kind in WEIGHTS for path in sorted(model.glob(kind))]
+        paths["model"] = [resolve_path(conf.model.path) / name for name in CONFIGS]
+    return paths
+
+
+def digests_of(paths: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     return {
         f"{path.name} of the {what}": digest_of_file(path)
         for what, found in paths.items()

@@ -52,16 +52,19 @@ def create_run_dir(
     Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
     message of a run that ends early names the directory. `resume`: it exists, its config.yaml is
     kept, and this start's environment goes to `environment-2.json` and so on. Raises Refusal on
-    every rank where the directory already holds a run or cannot be made.
+    every rank where the directory already holds a run, cannot be made, or is another run's that has
+    not ended (`mesh/lifecycle/run_lock.py`).
     """
     ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
     dist.all_gather_object(ranks, describe_rank(process), group=process.cpu_group)
-    path, refusal = Path(run_dir or default_run_dir(conf_name)).expanduser(), None
-    if process.rank == 0 and not resume:
-        refusal = _make(path, config_text)
+    path, refusal = Path(run_dir or default_run_dir(conf_name)).expanduser(), ""
+    if process.rank == 0:
+        refusal = process.lock.take("resume", path) if resume else _make(process, path, config_text)
     path, refusal = process.from_rank0((path, refusal))
-    if refusal is not None:
+    if refusal:
         raise Refusal(refusal)
+    if process.lock.warning:
+        process.say(process.lock.warning)
     if process.rank == 0:
         environment = {"format": RUN_FORMAT} | describe_environment() | {"ranks": ranks}
         with open(_new_environment(path), "x") as file:
@@ -76,21 +79,24 @@ def _new_environment(path: Path) -> Path:
     return next(path / name for name in names if not (path / name).exists())
 
 
-def _make(path: Path, config_text: str) -> str | None:
-    """Make the directory, under the user's umask. Returns the problem where it cannot be made."""
+def _make(process: Process, path: Path, config_text: str) -> str:
+    """Make the directory, under the user's umask, and lock it. Returns the problem where that
+    cannot be done."""
     held = [name for name in MARKS if (path / name).exists()]
     if held:
         remedy = "name another directory, or move that run away"
         return problem("run_dir", path, f"already holds a run ({', '.join(held)})", remedy)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if used := process.lock.take("run_dir", path):
+            return used
         with open(path / "config.yaml", "x") as file:  # of two starts at once, one is refused
             file.write(config_text)
     except OSError as error:
         remedy = "name a directory that you can write"
         wrong = f"cannot be made ({error.strerror}: {error.filename})"
         return problem("run_dir", path, wrong, remedy)
-    return None
+    return ""
 
 
 def describe_rank(process: Process) -> dict[str, Any]:

@@ -38,9 +38,12 @@ BOOT = (
 
 
 class Worker:
-    """One scoring process, with its supervisor; it shares no torch, signals or files with us."""
+    """One scoring process, with its supervisor; it shares no torch, signals or files with us.
 
-    def __init__(self, name: str, seed: int, args: dict[str, Any]):
+    num: it draws so many prompts of the first step (`drawn`), with hashes that are not ours.
+    """
+
+    def __init__(self, name: str, seed: int, args: dict[str, Any], num: int = 0):
         self.channel, channel = socket.socketpair()
         self.liveness, liveness = socket.socketpair()
         self.stacks = tempfile.TemporaryFile()  # noqa: SIM115
@@ -51,15 +54,17 @@ class Worker:
             stdin=subprocess.DEVNULL,
             pass_fds=theirs,
             start_new_session=True,  # Ctrl-C goes to the rank
+            env={**os.environ, "PYTHONHASHSEED": other_hash_seed()} if num else None,
         )
         channel.close()
         liveness.close()
         self.ready = self.hung_up = False
         self._liveness_poll = select.poll()
         self._liveness_poll.register(self.liveness, select.POLLIN)
+        self.drawn: list[str] = []
         self.jobs: deque[int] = deque()
         self._buffer = bytearray()
-        self._send(pickle.dumps((name, seed, args)), START_SECONDS)
+        self._send(pickle.dumps((name, seed, args, num)), START_SECONDS)
 
     def takes(self, content: bytes) -> bool:
         """True if it can accept this job: as its only one, or as a second one that fits into the
@@ -176,13 +181,16 @@ class Pool:
             for worker in [worker for worker in self.workers if worker.jobs]:
                 self._drop(worker)
 
-    def start(self) -> None:
-        """Wait until one process has created the task. Raises ValueError if it cannot."""
+    def start(self, num: int = 0) -> list[str]:
+        """Wait until one process has created the task; texts of `num` prompts of the first step, as
+        it draws them. Raises ValueError if it cannot create it.
+        """
         if not self.workers:
-            self.workers.append(Worker(*self.task))
+            self.workers.append(Worker(*self.task, num))
         while not self.workers[0].ready:
             for worker in self._active():
                 self._collect(worker)
+        return self.workers[0].drawn
 
     def close(self) -> None:
         """End all processes."""
@@ -228,7 +236,7 @@ class Pool:
         if message["problem"]:
             self._drop(worker)
             raise ValueError(_refusal(self.task[0], message))
-        worker.ready = True
+        worker.ready, worker.drawn = True, message["drawn"]
         return None
 
     def _failure(self, worker: Worker, hung: bool) -> dict[str, Any]:
@@ -247,6 +255,11 @@ class Pool:
             return 0, ""
         self.workers.remove(worker)
         return worker.end()
+
+
+def other_hash_seed() -> str:
+    """A fixed seed of Python's hashes that is not this process's."""
+    return "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
 
 
 def signal_name(number: int) -> str:

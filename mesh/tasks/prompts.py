@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ MAX_ROUNDS = 100
 SHOWN = 200  # characters of a prompt in a message
 PURE = (
     "prompts must be a function of (seed, step, index) and of nothing else: no random numbers "
-    "without a seed, no rank, no clock, the same files on every machine"
+    "without a seed, no order of a set or hash, no rank, no clock, no state, the same files on "
+    "every machine"
 )
 
 
@@ -88,8 +89,9 @@ Faults = Mapping[int, Fault]
 
 def step_prompts(
     source: PromptSource, process: Process, draw: Draw
-) -> tuple[list[NumberedPrompt], dict[str, float]]:
-    """The usable prompts of a draw, and the metrics of it, the same on every rank.
+) -> tuple[list[NumberedPrompt], dict[str, Any]]:
+    """The usable prompts of a draw, and the metrics of it, the same on every rank. `digest/prompts`
+    is of what the task drew, before any is skipped.
 
     With overlong=skip, prompts that cannot be used are replaced in their places by those of later
     rounds, a function of (seed, step) as they are. Raises ValueError, on every rank alike, where
@@ -98,7 +100,7 @@ def step_prompts(
     """
     step = f"step {draw.step + 1}"
     prompts = draw_prompts(source.task, draw)
-    faults = faults_of(source, process, prompts, f"prompts of {step}")
+    faults, digest = faults_of(source, process, prompts, f"prompts of {step}"), digest_of(prompts)
     if faults and source.overlong == "stop":
         lines = fault_lines(source, faults, f"{draw.num} prompts of {step}", running=True)
         raise ValueError(f"{step}: {'; '.join(lines)}")
@@ -120,11 +122,25 @@ def step_prompts(
             f"{step}: overlong=skip: {len(faults)} of {draw.num} prompts are still missing after "
             f"{MAX_ROUNDS} rounds; {'; '.join(lines)}"
         )
-    metrics = {"prompts/skipped": float(skipped)} if source.overlong == "skip" else {}
+    metrics: dict[str, Any] = {"digest/prompts": digest}
+    metrics |= {"prompts/skipped": float(skipped)} if source.overlong == "skip" else {}
     metrics |= source.held_out.metrics(prompts)
     for warning in source.held_out.warning(prompts, f"prompts of {step}"):
         process.say(warning)
     return numbered(prompts, draw.first_id), metrics
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits of the prompts with all their fields."""
+    part = Part(
+        "prompts", {str(place): text_of(prompt) for place, prompt in enumerate(prompts)}, ""
+    )
+    return f"{part.digest % (1 << 64):016x}"
+
+
+def digest_of_step(source: PromptSource, num: int, step: int) -> str:
+    """The metric `digest/prompts` of a step (1, 2, ...), from prompts that are drawn again."""
+    return digest_of(draw_prompts(source.task, Draw(step - 1, num)))
 
 
 def faults_of(

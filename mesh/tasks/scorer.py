@@ -126,16 +126,18 @@ def scoring_of(conf: Conf) -> ScoringSettings:
     return ScoringSettings(num_workers(conf), conf.reward.timeout_seconds, conf.reward.on_failure)
 
 
-def checked_task(spec: TaskSpec, workers: int) -> Task:
-    """Create a task. Raises ValueError if it cannot be created here or, with `workers`, in a
+def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list[str]]:
+    """(a task, texts of `num` prompts of the first step as a scoring process draws them; none
+    without `workers`). Raises ValueError if it cannot be created here or, with `workers`, in a
     scoring process, or if it cannot say what is correct.
     """
+    drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
     if workers:
         with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
-            pool.start()
-    return task
+            drawn = pool.start(num)
+    return task, drawn
 
 
 def reward_problems(conf: Conf) -> list[str]:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mesh.lifecycle.agreement import text_of
 from mesh.tasks import load_task
 from mesh.tasks.scoring import Outcome, outcome_of
 
@@ -68,24 +69,35 @@ def main() -> None:
 
 
 def serve(channel: socket.socket, stacks: int) -> None:
-    """Create the task, acknowledge it, and score jobs until the rank hangs up."""
+    """Create the task, acknowledge it, with texts of its first prompts if they are asked for, and
+    score jobs until the rank hangs up.
+    """
     faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
-    name, seed, args = pickle.loads(receive(channel) or b"")
+    name, seed, args, num = pickle.loads(receive(channel) or b"")
     try:
         task, problem = load_task(name, seed, args), ""
     except Exception as error:  # a task's module and class are user code
         ours = isinstance(error, ValueError)
         task, problem = None, str(error) if ours else f"{type(error).__name__}: {error}"
-    send(channel, json.dumps({"problem": problem}).encode())
+    drawn = first_prompts(task, num) if task is not None and num else []
+    send(channel, json.dumps({"problem": problem, "drawn": drawn}).encode())
     while task is not None and (job := receive(channel)) is not None:
         outcome = outcome_of(task, *pickle.loads(job))
         if os.getpid() != own:
             os._exit(0)  # user code has forked, and the copy has returned
         sys.stdout.flush()
         send(channel, as_json(outcome))
+
+
+def first_prompts(task: Any, num: int) -> list[str]:
+    """A text of each training prompt of the first step, or one of the error that there was."""
+    try:
+        return [text_of(prompt) for prompt in task.train_prompts(0, num)]
+    except Exception as error:  # user code; the rank reports it if it happens there too
+        return [f"{type(error).__name__}: {error}"]
 
 
 def as_json(outcome: Outcome) -> bytes:

@@ -61,7 +61,7 @@ RUNS = {  # of grpo by the number of ranks, which share a launch
 NUM_RANKS = {name: num_ranks for num_ranks, named in RUNS.items() for name in named}
 METRICS = {
     "reward/mean", "logprob_diff/max", "logprob_diff/mean", "loss", "grad_norm", "entropy",
-    "response_length/mean", "clip_fraction", "digest/weights", "equal_groups",
+    "response_length/mean", "clip_fraction", "digest/prompts", "digest/weights", "equal_groups",
     "seconds/generate", "seconds/exchange", "seconds/train", "seconds/sync",
     "tokens_per_second/generate", "tokens_per_second/train",
 }  # fmt: skip

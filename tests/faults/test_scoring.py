@@ -309,7 +309,7 @@ class OfMain(SpellBackward):
 def test_a_task_of_main_is_refused_at_start_up(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "OfMain", OfMain, raising=False)
     spec = TaskSpec("__main__:OfMain", seed=0)
-    assert checked_task(spec, workers=0) == OfMain(0)
+    assert checked_task(spec, workers=0) == (OfMain(0), [])
     with pytest.raises(ValueError) as caught:
         checked_task(spec, workers=1)
     assert str(caught.value).startswith(

@@ -28,6 +28,7 @@ from mesh.checkpoint.files import (
     write_tensors,
 )
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.same_run import Inputs
 from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf, save_conf
@@ -181,7 +182,7 @@ def run_with(process: Process, path: Path, steps: int, *words: str) -> tuple[Con
     (path / "metrics.jsonl").touch()
     (path / "samples.jsonl").touch()
     trainer = trainer_of(conf)
-    keeper = Checkpointer(conf, path, process, trainer)
+    keeper = Checkpointer(conf, path, process, trainer, Inputs())
     for step in range(1, steps + 1):
         advance(trainer, step)
         keeper.after(step, stop=step == steps)
@@ -195,7 +196,7 @@ def names_in(path: Path) -> list[str]:
 def loaded(process: Process, path: Path, conf: Conf) -> tuple[int, Trainer]:
     trainer = trainer_of(conf)
     conf = changed(conf, {"resume": str(path)})
-    return Checkpointer(conf, path, process, trainer).load(), trainer
+    return Checkpointer(conf, path, process, trainer, Inputs()).load(), trainer
 
 
 def test_a_loaded_trainer_takes_the_same_next_step(process, tmp_path):
@@ -214,7 +215,7 @@ def test_a_loaded_trainer_takes_the_same_next_step(process, tmp_path):
 def test_after_a_skipped_step_the_bias_correction_continues(process, tmp_path):
     """AdamW counts updates, the warm-up counts steps: a checkpoint knows both."""
     conf, trainer = run_with(process, tmp_path / "run", 2, "on_nonfinite=skip")
-    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer, Inputs())
     assert advance_badly(trainer)["skipped"] == 1
     keeper.after(3, stop=True)
     step, other = loaded(process, tmp_path / "run", conf)
@@ -239,7 +240,7 @@ def advance_without_signal(trainer: Trainer) -> dict[str, float]:
 def test_the_count_of_steps_without_signal_survives_a_resume(process, tmp_path):
     """An index of before has none, which is 0."""
     conf, trainer = run_with(process, tmp_path / "run", 2)
-    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer, Inputs())
     assert advance_without_signal(trainer)["steps_without_signal"] == 1
     keeper.after(3, stop=True)
     step, other = loaded(process, tmp_path / "run", conf)
@@ -280,7 +281,7 @@ def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(proces
     conf, trainer = conf_of("checkpoint.every=0", "steps=3"), trainer_of(conf_of())
     for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).touch()
-    keeper = Checkpointer(conf, tmp_path, process, trainer)
+    keeper = Checkpointer(conf, tmp_path, process, trainer, Inputs())
     keeper.after(1, stop=False)
     keeper.after(3, stop=True)
     assert not (tmp_path / "checkpoints").exists()
@@ -388,7 +389,7 @@ def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path,
     for limit, step in ((9, 4), (5, 4), (4, 2), (3, 2), (2, 1), (1, 0)):
         trainer = trainer_of(conf)
         new = bits_of(trainer)
-        assert Checkpointer(conf, path, process, trainer).load_before(limit) == step
+        assert Checkpointer(conf, path, process, trainer, Inputs()).load_before(limit) == step
         assert trainer.steps == step
         passed = f"skipping {path}/checkpoints/step-3: the checksum of {RANK_0} is wrong"
         assert (passed in capsys.readouterr().out) == (limit == 4)
@@ -398,7 +399,7 @@ def test_load_before_takes_an_earlier_one_and_changes_nothing(process, tmp_path,
     assert bytes_in(tmp_path) == before
     assert (path / "checkpoints" / "step-5.partial").is_dir()
     shutil.rmtree(path / "checkpoints")
-    assert Checkpointer(conf, path, process, trainer_of(conf)).load_before(4) == 0
+    assert Checkpointer(conf, path, process, trainer_of(conf), Inputs()).load_before(4) == 0
     assert not (path / "checkpoints").exists()
 
 
@@ -411,7 +412,7 @@ def test_a_checkpoint_of_another_seed_is_refused(process, tmp_path):
 def test_a_full_disk_ends_the_run_and_loses_no_older_checkpoint(process, tmp_path):
     """A limit on the size of files stands for the full disk: the same write fails half-way."""
     conf, trainer = run_with(process, tmp_path / "run", 1)
-    keeper = Checkpointer(conf, tmp_path / "run", process, trainer)
+    keeper = Checkpointer(conf, tmp_path / "run", process, trainer, Inputs())
     before = bits_of(trainer)
     advance(trainer, 2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -433,11 +434,11 @@ def test_a_directory_that_cannot_be_made_or_is_a_link_is_refused_at_the_start(pr
     trainer, path = trainer_of(conf_of()), tmp_path / "checkpoints"
     path.write_text("a file")
     with pytest.raises(RuntimeError, match=f"cannot access checkpoints: {path}: File exists"):
-        Checkpointer(conf_of(), tmp_path, process, trainer)
+        Checkpointer(conf_of(), tmp_path, process, trainer, Inputs())
     path.unlink()
     path.symlink_to(tmp_path.parent)
     with pytest.raises(RuntimeError, match=f"{path}: is a symbolic link, which is not followed"):
-        Checkpointer(conf_of(), tmp_path, process, trainer)
+        Checkpointer(conf_of(), tmp_path, process, trainer, Inputs())
 
 
 def test_file_problem_reads_every_byte(tmp_path):

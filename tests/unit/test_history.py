@@ -15,6 +15,7 @@ from test_checkpoint import RANK_0, advance, conf_of, flip, names_in, rewritten,
 from mesh.checkpoint.files import _sha256_of, read_index
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.logs import KEPT_LOGS
+from mesh.checkpoint.same_run import Inputs
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
 from mesh.model.families import TINY
@@ -31,7 +32,7 @@ class Small:
         self.trainer = trainer_of(self.conf)
         if resume:
             self.conf = replace(self.conf, resume=str(path))
-        self.keeper = Checkpointer(self.conf, path, process, self.trainer)
+        self.keeper = Checkpointer(self.conf, path, process, self.trainer, Inputs())
         self.step = self.keeper.load() if resume else 0
 
     def log(self, name: str) -> None:

@@ -5,6 +5,7 @@ Ranks that disagree: distributed/test_agreement.py. Whole runs: faults/test_prom
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass, replace
 
@@ -13,14 +14,16 @@ from user_tasks import Keyed, LongLater
 
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
+from mesh.lifecycle.agreement import text_of
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check
 from mesh.program.prompt_checks import training_problems
 from mesh.runs.progress import Pace, columns
 from mesh.runs.warnings import StepWarnings
-from mesh.tasks import Draw, Task, draw_held_out
+from mesh.tasks import Draw, Task, TaskSpec, draw_held_out
 from mesh.tasks.held_out import HeldOut
-from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, step_prompts
+from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, digest_of, step_prompts
+from mesh.tasks.scorer import checked_task
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt
@@ -77,7 +80,8 @@ def test_usable_prompts_are_the_task_s_own_in_their_places(process):
     prompts, metrics = step_prompts(source(task), process, Draw(5, 6, first_id=8))
     assert [p.prompt_id for p in prompts] == list(range(8, 14))
     assert [p.prompt for p in prompts] == task.train_prompts(5, 6)
-    assert all(abs(p.prompt.prompt_id) > 10**6 for p in prompts) and metrics == {}
+    assert all(abs(p.prompt.prompt_id) > 10**6 for p in prompts)
+    assert list(metrics) == ["digest/prompts"]
 
 
 def test_a_step_with_a_long_prompt_ends_the_run_with_what_a_resumed_one_takes(process):
@@ -128,7 +132,7 @@ def test_skipped_prompts_are_replaced_in_their_places_by_those_of_later_rounds(p
     expected[0], expected[3], expected[6] = rounds[1][0], rounds[1][1], rounds[2][0]
     assert [p.prompt for p in found] == expected
     assert [p.prompt_id for p in found] == list(range(9))
-    assert metrics == {"prompts/skipped": 4.0}
+    assert metrics == {"prompts/skipped": 4.0, "digest/prompts": digest_of(rounds[0])}
 
 
 def test_replacements_depend_on_step_and_places_alone(process):
@@ -136,9 +140,9 @@ def test_replacements_depend_on_step_and_places_alone(process):
     found, metrics = step_prompts(skips, process, Draw(2, 4))
     ordinary, other = SpellBackward(0).train_prompts(2, 4), SpellBackward(0).train_prompts(2, 1, 1)
     expected = [*ordinary[:2], other[0], ordinary[3]]
-    assert [p.prompt for p in found] == expected and metrics == {"prompts/skipped": 1.0}
+    assert [p.prompt for p in found] == expected and metrics["prompts/skipped"] == 1.0
     assert [p.prompt_id for p in found] == [0, 1, 2, 3], "the others keep their places"
-    assert step_prompts(skips, process, Draw(0, 4))[1] == {"prompts/skipped": 0.0}
+    assert step_prompts(skips, process, Draw(0, 4))[1]["prompts/skipped"] == 0.0
 
 
 def test_skipping_is_shown_in_every_step_and_warned_about_once():
@@ -189,6 +193,31 @@ def test_skipping_needs_rounds_and_a_usable_prompt(process):
     assert "(1 of 1 prompts of the task (all_prompts))" in line
 
 
+@dataclass(frozen=True)
+class Global(SpellBackward):
+    """Draws with the global generator, which nothing seeds."""
+
+    def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:
+        return [Prompt(i, f"{chr(97 + i)}{random.choice('xyz')}>", "") for i in range(num)]
+
+
+def test_prompts_that_are_others_when_drawn_again_are_refused(process):
+    """With the same bits twice in a row in 3^-40 of all runs."""
+    with pytest.raises(ValueError, match=r"^the prompts of step 1 are not the same when they are "
+                       r"drawn a second time: prompt \d+ is Prompt\(prompt_id"):  # fmt: skip
+        training_problems(process, source(Global(0)), 40)
+
+
+def test_prompts_that_a_fresh_python_draws_otherwise_are_refused(process):
+    task, drawn = checked_task(TaskSpec("user_tasks:ByHash", 0), workers=1, num=4)
+    assert [text.partition(",")[0] for text in drawn] == [f"Prompt(prompt_id={i}" for i in range(4)]
+    with pytest.raises(ValueError, match=r"not the same in a fresh Python: prompt \d is Prompt\("):
+        training_problems(process, source(task), 4, drawn)
+    task, drawn = checked_task(TaskSpec("user_tasks:Keyed", 0), workers=1, num=4)
+    assert drawn == list(map(text_of, task.train_prompts(0, 4)))
+    assert training_problems(process, source(task), 4, drawn) == []
+
+
 def test_a_start_looks_at_the_prompts_of_the_evaluation(process, monkeypatch):
     def refusal(task: str, *words: str) -> str:
         with pytest.raises(Refusal) as caught:
@@ -216,21 +245,21 @@ def test_held_out_prompts_that_are_trained_on_are_counted_and_warned_of_once(pro
     held_out = HeldOut(task.eval_prompts(9))
     made = source(task, held_out=held_out)
     counts = [step_prompts(made, process, Draw(step, 4))[1] for step in range(5)]
-    assert counts == [{"prompts/held_out": n} for n in (0, 0, 2, 2, 2)]
+    assert [metrics["prompts/held_out"] for metrics in counts] == [0, 0, 2, 2, 2]
     (line,) = capsys.readouterr().out.splitlines()
     leaked = task.eval_prompts(2)[1].text
     assert line.startswith(
         "warning: 2 of 4 prompts of step 3 are held-out prompts, the first is prompt 1 "
         f"({leaked!r}); evaluations then measure memory too: "
     )
-    assert step_prompts(source(task), process, Draw(2, 4))[1] == {}
+    assert "prompts/held_out" not in step_prompts(source(task), process, Draw(2, 4))[1]
 
 
 def test_an_answer_or_id_of_its_own_makes_no_other_prompt(process):
     task = Leaky(0)
     held_out = HeldOut([replace(p, prompt_id=77, answer="") for p in task.eval_prompts(9)])
     (_, metrics) = step_prompts(source(task, held_out=held_out), process, Draw(2, 4))
-    assert metrics == {"prompts/held_out": 2}
+    assert metrics["prompts/held_out"] == 2
 
 
 def test_a_finite_data_set_is_compared_with_the_held_out_prompts_before_the_start(process, capsys):

@@ -13,6 +13,7 @@ from test_checkpoint import advance, advance_badly, bits_of, conf_of, loaded, na
 
 from mesh.checkpoint.files import read_index
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.same_run import Inputs
 from mesh.lifecycle.meeting import Meeting
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
@@ -25,7 +26,7 @@ def begun(process: Process, path: Path, steps: int) -> tuple[Checkpointer, Train
     conf = conf_of("checkpoint.every=0", "on_nonfinite=stop")
     path.mkdir()
     trainer = trainer_of(conf)
-    keeper = Checkpointer(conf, path, process, trainer)
+    keeper = Checkpointer(conf, path, process, trainer, Inputs())
     for step in range(1, steps + 1):
         advance(trainer, step)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -98,7 +99,7 @@ def test_a_trained_step_is_logged_by_the_resumed_run_alone(process, tmp_path):
     assert "unlogged-0.json" in read_index(path / "checkpoints" / "step-3").files
 
     conf = replace(conf_of("checkpoint.every=3"), resume=str(path))
-    again = Checkpointer(conf, path, process, trainer_of(conf))
+    again = Checkpointer(conf, path, process, trainer_of(conf), Inputs())
     assert (again.load(), again.trainer.steps) == (2, 3)
     assert (path / "metrics.jsonl").read_text() == "1\n2\n"
     ordered = [{"prompt_id": p, "sample_id": s} for p in (0, 1) for s in (0, 1)]

@@ -31,7 +31,9 @@ def test_writes_config_and_environment(process: Process, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = create_run_dir(process, str(tmp_path / "a" / "run"), "tiny", "steps: 3\n")
     assert path == tmp_path / "a" / "run"
-    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "environment.json"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.yaml", "environment.json", "lock",
+    ]  # fmt: skip
     assert (path / "config.yaml").read_text() == "steps: 3\n"
     text = (path / "environment.json").read_text()
     environment = json.loads(text)
