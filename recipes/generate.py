@@ -21,6 +21,7 @@ from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
+from mesh.program.text_warnings import prompt_warnings
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
 from mesh.types import Completion, NumberedPrompt, Prompt
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
         prompts = asked(conf, process, plan)
         given = [numbered.prompt for numbered in prompts]
         refuse(prompt_problems(process, plan.prompts, given, "prompts"))
+        for line in prompt_warnings(process, plan.prompts, given, 0):
+            process.say(line)
         program = assemble(plan, process)
         sync(program)
         process.say(table(plan, prompts, answers(conf, process, program, prompts)))
@@ -70,7 +73,7 @@ def answers(
 def table(plan: Plan, prompts: Sequence[NumberedPrompt], completions: Sequence[Completion]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
     return "\n".join(
-        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.decode(c.tokens)}"
+        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.response(c)}"
         + ("" if c.finish_reason == "stop" else " ...")
         for c in completions
     )

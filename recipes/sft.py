@@ -44,6 +44,7 @@ from mesh.program.assembly import (
 )
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import training_problems
+from mesh.program.text_warnings import prompt_warnings
 from mesh.recipes.grpo import held_out
 from mesh.rl.cutting import assign
 from mesh.rl.losses import CROSS_ENTROPY
@@ -79,6 +80,8 @@ def main(argv: list[str]) -> None:
         with refusing():  # what does not fit is refused before anything is built
             end = answer_end(plan)
             refuse(training_problems(process, prompts, conf.sft.batch_size))
+        for line in prompt_warnings(process, prompts, (), conf.sft.batch_size):
+            process.say(line)
         process.say(f"an answer ends with {plan.tokenizer.backend.id_to_token(end)!r} (id {end})")
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
         program = assemble(plan, process)

@@ -20,21 +20,13 @@ from mesh.layout.reshard import Block
 from mesh.lifecycle.files import sync_directory
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.lifecycle.json_files import read_object
+from mesh.model.exported import remove_older_model, write_text_files
 from mesh.model.families import config_entries, hf_names
 from mesh.model.safetensors_files import INDEX, SINGLE, weight_files
 from mesh.model.weight_checks import weight_problems
 from mesh.types import ModelShape
 
 SHARD_BYTES = 4 << 30
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def code_problems(directory: Path) -> list[str]:
@@ -152,10 +144,12 @@ def export(
     tokenizer: Path,
     eos_ids: tuple[int, ...],
     write: bool,
+    model: Path | None = None,
 ) -> None:
     """Write a Hugging Face directory that `transformers` loads: weights, config, tokenizer files.
 
-    `tokenizer`: the directory whose tokenizer files and generation_config.json are copied.
+    `tokenizer`: the directory whose tokenizer files are copied; `model`: that of the weights which
+    training started from. An older model in `path` is replaced, files of other names stay.
     Collective, as `save_weights`. An interrupted export leaves `path`.partial behind and `path`
     unchanged.
     """
@@ -165,9 +159,7 @@ def export(
         partial.mkdir(parents=True)
         config = json.dumps(config_entries(shape, eos_ids), indent=2)
         (partial / "config.json").write_text(config + "\n")
-        for name in COPIED_FILES:
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, partial / name)
+        write_text_files(partial, tokenizer, model, eos_ids)
     save_weights(partial, weights, shape, write)
     if write:
         sync_directory(partial)  # before the rename marks it complete
@@ -179,8 +171,7 @@ def _publish(partial: Path, path: Path) -> None:
     if not path.exists():
         partial.rename(path)
         return
-    for name in (SINGLE, INDEX):  # which of them exists decides what is read
-        (path / name).unlink(missing_ok=True)
+    remove_older_model(path, kept={file.name for file in partial.iterdir()} - {SINGLE, INDEX})
     for file in partial.iterdir():
         file.replace(path / file.name)
     partial.rmdir()

@@ -39,6 +39,7 @@ from mesh.program.plan import (
 )
 from mesh.program.prompt_checks import prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
+from mesh.program.text_warnings import prompt_warnings
 from mesh.rl.loading import load_loss, loss_problems
 from mesh.rl.losses import CROSS_ENTROPY, Loss
 from mesh.rl.objective import Objective
@@ -129,6 +130,9 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     found = Found(shape, tokenizer, task, loss, prompts)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     refuse_differences(process, of_plan(plan))
+    num = conf.num_prompts if training else 0
+    for line in prompt_warnings(process, plan.prompts, prompts, num):
+        process.say(line)
     return plan
 
 
@@ -157,15 +161,18 @@ def read_shape(conf: Conf) -> ModelShape | None:
 def read_tokenizer(conf: Conf) -> Tokenizer | None:
     """The tokenizer; ValueError where its files are damaged.
 
-    None: tokenizer.json is missing, or the model's config.json, which may name end tokens, is not
-    readable; both are reported elsewhere.
+    Weights that are trained on have learnt the end tokens that their own directory names, wherever
+    the tokenizer lies. None: tokenizer.json is missing, or the model's config.json, which may name
+    end tokens, is not readable; both are reported elsewhere.
     """
-    directory = tokenizer_directory(conf)
-    config = directory / "config.json"
-    of_model = conf.model.tokenizer is None and config.is_file()
-    if of_model and json_problem(config) is not None:
+    directory, model = tokenizer_directory(conf), None
+    if conf.model.path is not None and conf.model.init == "checkpoint":
+        model = resolve_path(conf.model.path)
+    of_model = directory if conf.model.tokenizer is None else model
+    config = None if of_model is None else of_model / "config.json"
+    if config is not None and config.is_file() and json_problem(config) is not None:
         return None
-    return load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+    return load_tokenizer(directory, model) if (directory / "tokenizer.json").is_file() else None
 
 
 def read_loss(conf: Conf) -> Loss:
@@ -262,4 +269,5 @@ def save_model(program: Program, path: Path) -> None:
         plan.tokenizer_directory,
         plan.tokenizer.eos_ids,
         write=dist.get_rank() == plan.layout.trainer_ranks[0],
+        model=plan.trainer.start.path,
     )

@@ -175,7 +175,7 @@ class Generator:
         rewards = [truncated_reward or 0.0] * len(completions)
         if self.speaks:
             asked = [i for i, c in enumerate(completions) if c.finish_reason not in fixed]
-            texts = [self.tokenizer.decode(completions[i].tokens) for i in asked]
+            texts = [self.tokenizer.response(completions[i]) for i in asked]
             scores = scorer.score([prompts[i] for i in asked], texts)
             for i, score in zip(asked, scores, strict=True):
                 rewards[i] = score

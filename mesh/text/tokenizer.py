@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from mesh.lifecycle.json_files import read_object
 from mesh.text.turn import turn_end
-from mesh.types import IdSpans
+from mesh.types import Completion, IdSpans, Rollout
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
@@ -42,9 +42,9 @@ class UnknownText(ValueError):
 class Tokenizer:
     """A loaded tokenizer.
 
-    `eos_ids` end a response: all those named in the directory's files. The first is the one to
-    teach: with what the chat template ends an assistant's turn, else the first that
-    generation_config.json names. `template_problem`: why the template could not be rendered.
+    `eos_ids` end a response: all those named in the files of its directory and of the model's. The
+    first is the one to teach: with what the chat template ends an assistant's turn, else the first
+    that generation_config.json names. `template_problem`: why the template could not be rendered.
     """
 
     directory: Path
@@ -73,12 +73,23 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Text of the ids, skipping special tokens and ids without a token."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of the ids. A special token is its own text; an id without a token is left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def response(self, answer: Completion | Rollout) -> str:
+        """The text that is scored, logged and shown: all tokens but the one that ended it.
+
+        Special tokens stay, since they are trained on; a stop token goes, special or not.
+        """
+        stopped = answer.finish_reason == "stop"
+        return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face directory. Raises ValueError naming the faulty file."""
+def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face directory. Raises ValueError naming the faulty file.
+
+    model: the directory of the weights, whose end tokens count too, before the tokenizer's own.
+    """
     directory = Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -99,7 +110,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         backend.model._resize_cache(CACHED_WORDS)
     settings, named = (
         _read_json(directory / "tokenizer_config.json"),
-        _named_eos(directory, backend),
+        _named_eos(directory, backend, model or directory),
     )
     first, problem = [], ""
     try:
@@ -130,7 +141,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
         problems.append(
             f"model.tokenizer={tokenizer.directory}: eos ids {', '.join(without)} have "
             "no token in it, so that no response could end with them; correct eos_token_id in "
-            "generation_config.json and config.json"
+            "generation_config.json and config.json, or use the model's own tokenizer"
         )
     return problems
 
@@ -221,14 +232,14 @@ def _unknown_id(path: Path, backend: Backend) -> int | None:
     return backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
 
 
-def _named_eos(directory: Path, backend: Backend) -> list[int]:
+def _named_eos(directory: Path, backend: Backend, model: Path) -> list[int]:
     """What the files, each of which may be absent, name as the end, in their order."""
     ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(directory / name).get("eos_token_id")
+    names = ("generation_config.json", "config.json")
+    for path in (folder / name for folder in (model, directory) for name in names):
+        value = _read_json(path).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(item) is int for item in listed):
-            path = directory / name
             raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
         ids += listed
     path = directory / "tokenizer_config.json"

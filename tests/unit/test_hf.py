@@ -7,16 +7,18 @@ import json
 
 import pytest
 import torch
+from chat_tokenizer import CHATML, END_OF_TEXT, IM_END, saved
 from safetensors.torch import load_file, save_file
 from tiny_qwen3 import MAX_LENGTH, Variant, load_role, packed, random_sequences, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model import hf
+from mesh.model.exported import write_text_files
 from mesh.model.families import TINY, shape_of_directory, shape_of_flavor
 from mesh.model.policy import named_weights
 from mesh.model.safetensors_files import INDEX
-from mesh.text.tokenizer import CHARACTERS
+from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import ModelShape
 
 TIED, UNTIED = Variant(0, tied=True, theta=1e4), Variant(1, tied=False, kv_heads=4)
@@ -89,7 +91,8 @@ def test_the_models_own_context_and_generation_config_are_exported(tmp_path, sol
     export(tmp_path / "ours", model, shape, tokenizer=theirs)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["max_position_embeddings"] == 5 * MAX_LENGTH  # not what it was trained with
-    assert (tmp_path / "ours" / "generation_config.json").read_text() == '{"top_k": 20}'
+    written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert written == {"top_k": 20, "eos_token_id": 1}
 
 
 def test_an_export_that_is_cut_leaves_no_model_behind(tmp_path, solo_mesh, monkeypatch):
@@ -120,6 +123,55 @@ def test_an_export_replaces_the_weights_of_a_directory_that_is_there(
     assert (tmp_path / "notes.txt").read_text() == "mine"
     again, _ = load_role(tmp_path, solo_mesh)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_export_leaves_nothing_of_an_older_model_behind(tmp_path, solo_mesh):
+    """Every file of it changed what was read: ends, template, adapter, shards without an index."""
+    save_checkpoint(tmp_path / "theirs", TIED)
+    model, shape = load_role(tmp_path / "theirs", solo_mesh)
+    old = saved(tmp_path / "old", CHATML, file=True, eos=[IM_END, END_OF_TEXT])
+    (old / "adapter_config.json").write_text("{}")
+    for name in ("model-00001-of-00002", "model-00002-of-00002", "adapter_model", "mine", "model"):
+        save_file({"x": torch.zeros(1)}, old / f"{name}.safetensors")
+    (old / "model.safetensors.index.json").write_text("{}")
+    (old / "vocab.json").mkdir()  # of no model
+    (old / "notes.txt").write_text("mine")
+    export(old, model, shape)
+    assert {file.name for file in old.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "mine.safetensors", "notes.txt", "vocab.json",
+    }  # fmt: skip
+    assert load_tokenizer(old).eos_ids == (1,)
+    assert AutoTokenizer.from_pretrained(old).chat_template is None
+    loaded = AutoModelForCausalLM.from_pretrained(old)
+    assert loaded.generation_config.eos_token_id == 1
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_export_over_its_own_source_keeps_the_tokenizer(tmp_path, solo_mesh):
+    theirs = saved(tmp_path, CHATML, file=True, eos=[IM_END, END_OF_TEXT])
+    save_checkpoint(theirs, TIED)
+    (theirs / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    (theirs / "tokenizer.model").write_text("sentencepiece")
+    model, shape = load_role(theirs, solo_mesh)
+    ends = (IM_END, 1, END_OF_TEXT)
+    export(theirs, model, shape, ends, tokenizer=theirs)
+    assert load_tokenizer(theirs).eos_ids == ends
+    assert (theirs / "chat_template.jinja").read_text() == CHATML
+    assert (theirs / "tokenizer.model").read_text() == "sentencepiece"
+    written = json.loads((theirs / "generation_config.json").read_text())
+    assert written == {"eos_token_id": list(ends), "temperature": 0.6}
+
+
+def test_the_generation_config_of_the_weights_goes_before_that_of_the_tokenizer(tmp_path):
+    (model := tmp_path / "model").mkdir()
+    (model / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 20}')
+    tokenizer = saved(tmp_path / "tokenizer", eos=1)
+    (tokenizer / "generation_config.json").write_text('{"top_k": 5, "top_p": 0.5}')
+    (tmp_path / "ours").mkdir()
+    write_text_files(tmp_path / "ours", tokenizer, model, (2, 9))
+    written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert written == {"top_k": 20, "top_p": 0.5, "eos_token_id": [2, 9]}
 
 
 def test_shapes_of_sizes_and_of_the_shipped_checkpoint_name_their_context():

@@ -251,7 +251,7 @@ def test_samples_carry_the_advantages_of_whole_groups():
     waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
     advantages = advantages_of(waves[0], CENTRED, group_size=2)
     assert advantages_of(waves[2], CENTRED, group_size=2) == {}
-    samples = samples_of(prompts, waves, advantages, lambda tokens: "x" * len(tokens))
+    samples = samples_of(prompts, waves, advantages, lambda rollout: "x" * len(rollout.tokens))
     found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
     assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
     assert samples[3] == {

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen3Config
 
+from mesh.config.loading import load_conf
+from mesh.config.schema import PACKAGE_DATA
+from mesh.program.assembly import check, read_tokenizer
 from mesh.text.tokenizer import (
     CHARACTERS,
     check_vocabulary,
@@ -20,6 +23,7 @@ from mesh.text.tokenizer import (
     make_character_tokenizer,
     textless_ids,
 )
+from mesh.types import Completion
 from tools.bench.vocabulary import write_tokenizer
 
 ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
@@ -41,6 +45,12 @@ def save(directory, backend, **files):
     for name, value in files.items():
         (directory / f"{name}.json").write_text(json.dumps(value))
     return directory
+
+
+def change_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def words(*vocabulary):
@@ -89,9 +99,38 @@ def test_transformers_loads_it_beside_a_qwen3_config(tmp_path, characters):
     assert (reference.eos_token_id, reference.pad_token_id) == (1, 0)
 
 
-def test_decode_leaves_special_and_padding_ids_out(characters):
-    ids = characters.encode("cba")
-    assert characters.decode([0, *ids, 1, 127]) == "cba"
+def completion(tokens, finish_reason):
+    return Completion(0, 0, tuple(tokens), (0.0,) * len(tokens), finish_reason)
+
+
+def test_decode_leaves_out_what_has_no_token(characters):
+    assert characters.decode([0, *characters.encode("cba"), 1, 127]) == "<pad>cba<eos>"
+
+
+def test_a_response_is_all_of_its_tokens_but_the_one_that_ended_it(characters):
+    """What is trained on is scored: <pad> in the middle, and what stands at a cut."""
+    a, b, pad, eos = *characters.encode("ab"), 0, 1
+    assert characters.response(completion([a, pad, b, eos], "stop")) == "a<pad>b"
+    assert characters.response(completion([pad, eos], "stop")) == "<pad>"
+    assert characters.response(completion([eos], "stop")) == ""
+    assert characters.response(completion([a, b], "length")) == "ab"
+    assert characters.response(completion([a, pad], "length")) == "a<pad>"
+
+
+@pytest.mark.parametrize("end", ["<eos>", "."])
+def test_an_end_that_is_not_special_is_no_part_of_the_response(tmp_path, end):
+    """An added token that is not marked special, and an ordinary token of the vocabulary."""
+    make_character_tokenizer(tmp_path)
+    change_json(
+        tmp_path / "tokenizer.json", lambda file: file["added_tokens"][1].update(special=False)
+    )
+    change_json(tmp_path / "tokenizer_config.json", lambda file: file.update(eos_token=end))
+    tokenizer = load_tokenizer(tmp_path)
+    (stop,) = tokenizer.eos_ids
+    assert tokenizer.backend.id_to_token(stop) == end
+    ids = [*tokenizer.encode("a.b"), stop]
+    assert tokenizer.response(completion(ids, "stop")) == "a.b"
+    assert tokenizer.response(completion(ids[:3], "length")) == "a.b"
 
 
 @pytest.mark.parametrize("character", ["\t", "\r", "é", "日", "\x00", "\N{GRINNING FACE}"])
@@ -150,6 +189,24 @@ def test_eos_ids_are_the_union_over_the_files(tmp_path):
     }
     save(tmp_path, words("a", "b", "c", "d", "<eos>"), **files)
     assert load_tokenizer(tmp_path).eos_ids == (3, 1, 2, 4)
+
+
+def test_the_ends_of_the_model_count_beside_those_of_a_tokenizer_elsewhere(tmp_path, process):
+    """Of weights that are read, before the tokenizer's own; random ones have learnt no end."""
+    (model := tmp_path / "model").mkdir()
+    for file in (PACKAGE_DATA / "qwen3_tiny").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    change_json(model / "config.json", lambda file: file.update(eos_token_id=[5, 1]))
+    (model / "generation_config.json").write_text('{"eos_token_id": 7}')
+    make_character_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"eos_token_id": 9}')
+    words = ["conf=qwen3_tiny", f"model.path={model}", f"model.tokenizer={tmp_path}/tokenizer"]
+    plan = check(load_conf(words)[1], process)
+    assert plan.tokenizer.eos_ids == plan.generator.stop_tokens == (7, 5, 1, 9)
+    assert read_tokenizer(load_conf([*words, "model.init=random"])[1]).eos_ids == (9, 1)
+    assert read_tokenizer(load_conf(words[:2])[1]).eos_ids == (7, 5, 1)
+    (model / "config.json").write_text("[]")
+    assert read_tokenizer(load_conf(words)[1]) is None, "check_start reports it"
 
 
 def test_eos_id_zero_counts(tmp_path):

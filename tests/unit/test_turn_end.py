@@ -120,4 +120,4 @@ def test_an_example_ends_as_the_chat_does_and_generation_stops_there(tmp_path, p
     prompt = plan.task.train_prompts(0, 1)[0]
     tokens = example(plan, numbered([prompt])[0]).tokens
     assert tokens == (*plan.tokenizer.encode(prompt.answer), IM_END)
-    assert plan.generator.stop_tokens == (IM_END, END_OF_TEXT, 1)
+    assert plan.generator.stop_tokens == (IM_END, 1, END_OF_TEXT), "the model's own come first"
