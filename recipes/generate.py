@@ -21,6 +21,7 @@ from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
+from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
 from mesh.types import Completion, NumberedPrompt, Prompt
@@ -37,9 +38,20 @@ def main(argv: list[str]) -> None:
         prompts = asked(conf, process, plan)
         given = [numbered.prompt for numbered in prompts]
         refuse(prompt_problems(process, plan.prompts, given, "prompts"))
+        for warning in other_run_warnings(conf, plan, deciding_keys(conf)):
+            process.say(warning)
         program = assemble(plan, process)
         sync(program)
         process.say(table(plan, prompts, answers(conf, process, program, prompts)))
+
+
+def deciding_keys(conf: Conf) -> tuple[str, ...]:
+    """The keys that decide the answers: those of the task only for its own prompts, those of
+    sampling only where it samples."""
+    names = [name for name in EVALUATED if not name.startswith("eval.")]
+    if conf.generate.prompts:
+        names.remove("task")
+    return tuple(name for name in names if not (conf.generate.greedy and name in SAMPLED))
 
 
 def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
