@@ -17,12 +17,18 @@ from mesh.lifecycle.process import Process
 
 T = TypeVar("T")
 PARTIAL, DAMAGED = ".partial", ".damaged"
+OLD = f".old{PARTIAL}"  # complete, until another of the same step has taken its place
 
 
 def prepare(path: Path) -> None:
-    """Create the directory, and remove partial entries of a run that ended."""
+    """Create the directory, and remove partial entries of a run that ended, but for one that was
+    complete and has not been replaced."""
     refuse_link(path)
     path.mkdir(exist_ok=True)
+    for old in path.glob(f"step-*{OLD}"):  # killed between the two renames
+        whole = path / old.name.removesuffix(OLD)
+        if not old.is_symlink() and not whole.exists():
+            old.rename(whole)
     for partial in path.glob(f"step-*{PARTIAL}"):
         remove(partial)
 

@@ -25,6 +25,7 @@ import torch
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
 from mesh.checkpoint.files import Entry, Index, file_problem, read_blocks, write_index
 from mesh.checkpoint.folder import (
+    OLD,
     PARTIAL,
     checked_index,
     discard,
@@ -220,7 +221,7 @@ class Checkpointer:
 
     def complete(self, index: Index) -> None:
         whole = self.path / f"step-{index.step}"
-        folder, old = (whole.with_name(whole.name + end) for end in (PARTIAL, f".old{PARTIAL}"))
+        folder, old = (whole.with_name(whole.name + end) for end in (PARTIAL, OLD))
         for path in (self.run_dir / "config.yaml", self.run_dir):  # resuming reads it
             if path.exists():
                 sync_path(path)

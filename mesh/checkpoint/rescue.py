@@ -54,11 +54,12 @@ class Rest:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all ranks do: finish the checkpoint of step `finish`, write that of step `write`, or
-    not, and `why`."""
+    """What all ranks do: finish the checkpoint of step `finish`, write that of step `write`, which
+    is still to be logged if it is `unlogged`, or not, and `why`."""
 
     finish: int | None = None
     write: int | None = None
+    unlogged: bool = False
     why: str = ""
 
 
@@ -100,6 +101,7 @@ class Rescue:
             "pending": pending and pending.index.step,
             "why": self._hold(rest),
             "saved": self._newest(),
+            "unlogged": rest.unlogged is not None,
         }
         answers = meeting.answers("rest", mine, ANSWER_SECONDS)
         plan = Plan(**meeting.decide("rest", asdict(plan_of(answers))))
@@ -107,7 +109,7 @@ class Rescue:
         if pending is not None and plan.finish == pending.index.step:
             why = self._complete(meeting, pending, {}) or why
         if plan.write == step:
-            why = self._write(meeting, rest)
+            why = self._write(meeting, rest, rest.unlogged if plan.unlogged else None)
         return why
 
     def _hold(self, rest: Rest) -> str:
@@ -124,7 +126,7 @@ class Rescue:
         path = self.keeper.path
         return next(iter(steps_in(path)), None) if path.is_dir() else None
 
-    def _write(self, meeting: Meeting, rest: Rest) -> str:
+    def _write(self, meeting: Meeting, rest: Rest, unlogged: Unlogged | None) -> str:
         keeper, step = self.keeper, rest.index.step
         folder = keeper.path / f"step-{step}{PARTIAL}"
         jobs: dict[Path, Callable[[Path], Entry]] = {}
@@ -138,9 +140,9 @@ class Rescue:
         if keeper.own and rest.shards["weights"]:
             file = folder / f"rank-{meeting.rank}.safetensors"
             jobs[file] = partial(self._write_shards, rest.shards, sums)
-        if rest.unlogged is not None:
+        if unlogged is not None:
             file = folder / file_name(meeting.rank)
-            jobs[file] = partial(write_unlogged, rest.unlogged)
+            jobs[file] = partial(write_unlogged, unlogged)
         pending = Pending(rest.index, CheckpointWriter(jobs))
         pending.writer.start()
         why = self._complete(meeting, pending, sums)
@@ -210,7 +212,10 @@ def plan_of(answers: Sequence[Mapping[str, Any] | None]) -> Plan:
     whys = [answer["why"] for answer in said if answer["why"]]
     if len(steps) > 1:
         whys.append(f"the ranks have completed different steps, {sorted(steps)}")
-    return Plan(finish, why=whys[0]) if whys else Plan(finish, write=step)
+    unlogged = said[0]["unlogged"]  # rank 0 logs, so its logs say which it is
+    if unlogged and not all(answer["unlogged"] for answer in said):
+        whys.append(f"some ranks have logged step {step}, and rank 0 has not")
+    return Plan(finish, why=whys[0]) if whys else Plan(finish, step, unlogged)
 
 
 def ranks(numbers: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mesh.checkpoint.folder import DAMAGED, remove, steps_in
+from mesh.checkpoint.folder import DAMAGED, prepare, remove, steps_in
 from mesh.checkpoint.logs import KEPT_LOGS
 from mesh.config.keys import Refusal
 from mesh.config.loading import read_conf
@@ -56,6 +56,7 @@ def _begun(conf: Conf, process: Process) -> tuple[str, bool] | str | None:
         return used
     checkpoints = path / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
+        prepare(checkpoints)
         if steps_in(checkpoints):
             return name, True
         if damaged := sorted(item.name for item in checkpoints.glob(f"step-*{DAMAGED}")):

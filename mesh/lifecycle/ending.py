@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -156,10 +157,19 @@ def take_signals(pipe: int) -> tuple[int, dict[int, Any]]:
     wake-up descriptor and handlers; none off the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return -1, {}  # an actor framework owns the main thread and its signals
-    os.set_blocking(pipe, False)
     os.register_at_fork(after_in_child=forget_signals)
     old_wakeup = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
     return old_wakeup, {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
+
+
+def signalled_within(pipe: int, seconds: float) -> bool:
+    """True where a request to stop arrives in a non-blocking pipe within so many seconds. Two
+    threads may wait for it, of which one gets it: the other must not block in `read`."""
+    heard, _, _ = select.select([pipe], [], [], seconds)
+    try:
+        return bool(heard) and bool(set(os.read(pipe, 64)) & set(SIGNALS))
+    except BlockingIOError:
+        return False
 
 
 def forget_signals() -> None:

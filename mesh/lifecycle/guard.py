@@ -31,7 +31,6 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from mesh.lifecycle.ending import (
-    SIGNALS,
     Failure,
     leads_group,
     mute,
@@ -39,6 +38,7 @@ from mesh.lifecycle.ending import (
     restart_count,
     say,
     show_stack,
+    signalled_within,
     take_signals,
     under_torchrun,
     write_and_close,
@@ -84,7 +84,7 @@ class Guard:
         self._leave_at: float | None = None
         self._exit_code = 0
         self._gone = threading.Event()
-        self._wake, self._wake_write = os.pipe()
+        self._wake, self._wake_write = os.pipe2(os.O_NONBLOCK)
         self._old_wakeup, self._old_signals = take_signals(self._wake_write)
         self._guarded = threading.get_ident()
         now = time.monotonic()
@@ -202,8 +202,7 @@ class Guard:
 
     def _signalled_within(self, seconds: float) -> bool:
         """True where a request to stop arrives within so many seconds."""
-        heard, _, _ = select.select([self._wake], [], [], seconds)
-        return bool(heard) and bool(set(os.read(self._wake, 64)) & set(SIGNALS))
+        return signalled_within(self._wake, seconds)
 
     def _on_signal(self) -> None:
         now = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,6 +132,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, prompts)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
+    plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
     for line in prompt_warnings(process, plan.prompts, prompts, num):

@@ -136,15 +136,24 @@ def digest_of_file(path: Path) -> str:
     """
     if not path.is_file():
         return "missing"
-    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=8)
+    try:
+        size, content = path.stat().st_size, sampled(path)
+    except OSError as error:  # whoever reads all of it refuses the file
+        return f"not readable ({error.strerror})"
+    return f"{size} bytes, digest {hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+
+def sampled(path: Path) -> bytes:
+    """The bytes of a small file; evenly spaced pieces of a large one."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         if size <= SAMPLES * SAMPLE or path.suffix == ".json":
-            digest.update(file.read())
-        else:
-            for i in range(SAMPLES):
-                file.seek(i * (size - SAMPLE) // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE))
-    return f"{size} bytes, digest {digest.hexdigest()}"
+            return file.read()
+        pieces = []
+        for i in range(SAMPLES):
+            file.seek(i * (size - SAMPLE) // (SAMPLES - 1))
+            pieces.append(file.read(SAMPLE))
+    return b"".join(pieces)
 
 
 def modules_of(value: Any) -> list[str]:

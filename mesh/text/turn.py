@@ -85,12 +85,17 @@ def _template_of(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file, entry = directory / TEMPLATE_FILE, settings.get("chat_template")
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    if not isinstance(entry, list):
-        return entry
-    named = {one["name"]: one["template"] for one in entry}
-    if "default" not in named:
-        raise ValueError(f"of the templates {', '.join(named)} none is called default")
-    return named["default"]
+    if entry is None:
+        return None
+    named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}]
+    if not all(isinstance(one, dict) for one in named):
+        raise ValueError("chat_template is neither a text nor a list of named templates")
+    templates = {str(one.get("name")): one.get("template") for one in named}
+    if "default" not in templates:
+        raise ValueError(f"of the templates {', '.join(templates)} none is called default")
+    if not isinstance(templates["default"], str):
+        raise ValueError("the chat_template is not a text")
+    return templates["default"]
 
 
 def _to_json(value: Any, **options: Any) -> str:

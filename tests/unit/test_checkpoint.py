@@ -297,6 +297,19 @@ def test_old_ones_that_a_killed_run_left_are_removed_when_it_is_resumed(process,
     assert names_in(tmp_path / "run") == ["step-3", "step-4"]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_checkpoint_survives_a_kill_while_another_takes_its_place(process, tmp_path, replaced):
+    """Between the two renames of `Checkpointer.complete`, or before the removal of the old one."""
+    conf, _ = run_with(process, tmp_path / "run", 2, "checkpoint.keep=1")
+    path = tmp_path / "run" / "checkpoints"
+    shutil.copytree(path / "step-2", path / "step-2.partial")
+    (path / "step-2").rename(path / "step-2.old.partial")
+    if replaced:
+        (path / "step-2.partial").rename(path / "step-2")
+    assert loaded(process, tmp_path / "run", conf)[0] == 2
+    assert names_in(tmp_path / "run") == ["step-2"]
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1

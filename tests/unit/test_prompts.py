@@ -280,6 +280,17 @@ def test_a_plan_looks_the_prompts_of_its_evaluation_up(process):
     assert check(conf, process, held_out=False).prompts.held_out.texts == frozenset()
 
 
+def test_what_the_start_has_warned_about_no_step_warns_about_again(process, capsys, monkeypatch):
+    monkeypatch.setattr(SpellBackward, "all_prompts", lambda self: self.eval_prompts(2), False)
+    monkeypatch.setattr(
+        SpellBackward, "train_prompts", lambda self, step, num: self.eval_prompts(num)
+    )
+    plan = check(load_conf(["conf=qwen3_tiny", "eval.num_prompts=5"])[1], process)
+    metrics = step_prompts(plan.prompts, process, Draw(0, 4))[1]
+    assert metrics["prompts/held_out"] == 4
+    assert capsys.readouterr().out.count("are held-out prompts") == 1
+
+
 def test_held_out_prompts_that_repeat_are_refused(monkeypatch):
     """An evaluation would count one question several times."""
     repeated = [Prompt(i, ("abc>", "d>", "abc>")[i % 3], str(i)) for i in range(6)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_checkpoint import advance, conf_of, trainer_of
@@ -18,6 +19,7 @@ from mesh.checkpoint.same_run import Inputs, configuration_problems
 from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.lifecycle.process import Process
+from mesh.program.shared import SAMPLE, SAMPLES, digest_of_file
 
 FILES = {"tokenizer.json of the tokenizer": "4000 bytes, digest 01"}
 CODE = {"the task's module my_tasks": "1 byte, digest 02", "the loss's module my_loss": "no file"}
@@ -130,3 +132,15 @@ def test_a_checkpoint_of_an_older_version_says_that_it_could_not_be_checked(
     assert resumed(Inputs({}, {}, lambda step: "others"), trainer__lr=0.5) == 2
     said = capsys.readouterr().out
     assert said.count(f"{path} was written by an older version: it could not be checked") == 1
+
+
+def test_a_file_that_cannot_be_read_is_compared_by_that(tmp_path):
+    """Reading it is refused later, with its key: here it would end the start with a traceback."""
+    assert digest_of_file(tmp_path / "none") == "missing"
+    assert digest_of_file(Path("/proc/self/mem")) == "not readable (Input/output error)"
+    large = tmp_path / "large.safetensors"
+    large.write_bytes(bytes(SAMPLES * SAMPLE + 1))
+    digest = digest_of_file(large)
+    assert digest.startswith("262145 bytes, digest ") and digest == digest_of_file(large)
+    large.write_bytes(bytes(SAMPLES * SAMPLE) + b"1")
+    assert digest_of_file(large) != digest

@@ -94,6 +94,9 @@ def test_of_several_templates_the_default_one_counts(tmp_path):
         ("{{ nowhere.content }}", "UndefinedError: 'nowhere' is undefined"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "SecurityError"),
         ("{{ messages[0] + 1 }}", "raised TypeError"),
+        (["{{ eos_token }}"], "chat_template is neither a text nor a list of named templates"),
+        ([{"name": "default"}], "the chat_template is not a text"),
+        (5, "the chat_template is not a text"),
     ],
 )
 def test_a_template_that_cannot_be_rendered_is_refused_where_the_end_is_taught(

@@ -107,8 +107,14 @@ def test_a_killed_rank_without_checkpoints_offers_nothing(tmp_path):
     assert "continues after" not in err and steps_saved(path) == []
 
 
-def said(step: int = 4, pending: int | None = None, why: str = "", saved: int | None = None):
-    return {"step": step, "pending": pending, "why": why, "saved": saved}
+def said(
+    step: int = 4,
+    pending: int | None = None,
+    why: str = "",
+    saved: int | None = None,
+    unlogged: bool = False,
+):
+    return {"step": step, "pending": pending, "why": why, "saved": saved, "unlogged": unlogged}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,12 @@ def said(step: int = 4, pending: int | None = None, why: str = "", saved: int | 
         ([said(pending=2), said()], Plan(write=4)),
         ([said(saved=4), said(saved=3)], Plan()),  # rank 0 writes, so it knows
         ([said(pending=2), said(why="x", pending=2)], Plan(finish=2, why="x")),
+        ([said(unlogged=True), said(unlogged=True)], Plan(write=4, unlogged=True)),
+        ([said(), said(unlogged=True)], Plan(write=4)),  # rank 0 has logged it
+        (
+            [said(unlogged=True), said()],
+            Plan(why="some ranks have logged step 4, and rank 0 has not"),
+        ),
     ],
 )
 def test_the_plan_that_follows_from_the_answers(answers, plan):
