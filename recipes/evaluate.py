@@ -1,9 +1,11 @@
 """Evaluation alone: how well a checkpoint answers the task's held-out prompts.
 
-    torchrun --nproc-per-node=2 recipes/evaluate.py conf=qwen3_tiny model.path=RUN_DIR/model
+    torchrun --nproc-per-node=2 recipes/evaluate.py conf=RUN_DIR/config.yaml \\
+        model.path=RUN_DIR/model
 
 weights -> trainer's layout -> reshard into the generator -> samples -> rewards -> pass@k. The same
-bridge, engine, prompts and random numbers as the evaluations of a run, so the numbers compare.
+bridge, engine, prompts and random numbers as the evaluations of a run with the same keys, so the
+numbers compare; keys in which the run that wrote the model differs are warned about.
 Ctrl-C ends it at once: there is nothing to save. Left out: confidence intervals, several tasks at
 once, and a run directory: only eval.output, where it is set, is written.
 """
@@ -15,13 +17,17 @@ import sys
 
 from mesh.config.schema import Conf, resolve_path
 from mesh.program.assembly import assemble, check, launch, read_command, sync
+from mesh.program.warnings import other_run_warnings
 from mesh.recipes.grpo import held_out
 
 
 def main(argv: list[str]) -> None:
     _, conf = read_command(argv)
     with launch(conf) as process:
-        program = assemble(check(conf, process, training=False), process)
+        plan = check(conf, process, training=False)
+        for warning in other_run_warnings(conf, plan):
+            process.say(warning)
+        program = assemble(plan, process)
         sync(program)
         metrics = held_out(program, process)
         process.say(table(conf, metrics))

@@ -22,6 +22,7 @@ from mesh.program.assembly import Program, assemble, check, launch, read_command
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
 from mesh.program.text_warnings import prompt_warnings
+from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
 from mesh.types import Completion, NumberedPrompt, Prompt
@@ -40,9 +41,20 @@ def main(argv: list[str]) -> None:
         refuse(prompt_problems(process, plan.prompts, given, "prompts"))
         for line in prompt_warnings(process, plan.prompts, given, 0):
             process.say(line)
+        for line in other_run_warnings(conf, plan, deciding_keys(conf)):
+            process.say(line)
         program = assemble(plan, process)
         sync(program)
         process.say(table(plan, prompts, answers(conf, process, program, prompts)))
+
+
+def deciding_keys(conf: Conf) -> tuple[str, ...]:
+    """The keys that decide the answers: those of the task only for its own prompts, those of
+    sampling only where it samples."""
+    names = [name for name in EVALUATED if not name.startswith("eval.")]
+    if conf.generate.prompts:
+        names.remove("task")
+    return tuple(name for name in names if not (conf.generate.greedy and name in SAMPLED))
 
 
 def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:

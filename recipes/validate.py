@@ -26,6 +26,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from mesh.config.changes import changed
+from mesh.config.keys import refusing
 from mesh.config.loading import to_yaml
 from mesh.config.schema import Conf
 from mesh.exactness.comparison import Rollouts
@@ -71,7 +72,8 @@ def uneven_plan(conf: Conf, process: Process) -> Plan:
 
     Truncated responses are trained on by their score, so that all tokens are compared.
     """
-    keys = uneven_keys(conf.task, conf.task_args, num_workers(conf))
+    with refusing():
+        keys = uneven_keys(conf.task, conf.task_args, num_workers(conf))
     keys |= {"truncated": "score", "truncated_reward": None}
     return check(changed(conf, keys), process, held_out=False)
 

@@ -1,12 +1,13 @@
 """Loading a configuration: schema <- `conf/NAME.yaml` <- `key=value` arguments.
 
 Every value is text until the schema's type parses it, in a YAML and on the command line alike:
-YAML's own guesses would make `sync.verify=off` a false and `run_dir=1e3` the number 1000.0.
+YAML's own guesses would make `sync.verify=off` a false and `run_dir=1e3` the number 1000.0. Values
+below `task_args` and `loss_args` stay text until the task or the loss gives them a type.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -31,6 +32,11 @@ from mesh.config.keys import (
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
 from mesh.config.spelling import near_keys, nearest
+from mesh.config.text import Text, dump_text, from_word, load_yaml, value_as
+
+OPEN = tuple(key.name for key in conf_keys().values() if get_origin(key.annotation) is dict)
+BELOW_OPEN = tuple(f"{name}." for name in OPEN)
+NO_REFERENCES = ("${...} is not replaced here", "write the value itself")
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,6 @@ class Setting:
     source: str
     name: str
     value: Any
-
-
-class Quoted(str):
-    """A scalar that stood in quotes in a YAML: text, whatever it looks like."""
-
-
-class TextLoader(yaml.BaseLoader):
-    """Leave every YAML scalar as the text it is."""
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        return Quoted(node.value) if node.style in ("'", '"') else str(node.value)
 
 
 def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
@@ -107,7 +102,7 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
 
 def to_yaml(conf: Conf) -> str:
     """Every key of `conf` as YAML, so that `read_conf` gives an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(conf))
+    return dump_text(asdict(conf))
 
 
 def from_yaml(text: str) -> Conf:
@@ -141,7 +136,7 @@ def read_words(words: list[str]) -> tuple[list[Setting], list[str]]:
         elif not text and name != "conf":
             problems.append(f"{word} has no value; write {name}=VALUE, or {name}=null to unset it")
         else:
-            settings.append(Setting("", name, text))
+            settings.append(Setting("", name, Text(text)))
     return settings, problems
 
 
@@ -167,7 +162,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...]) -> tuple[list[Setting], list[s
     if path.resolve() in seen:
         return [], [f"{path.name}: its defaults lead back to itself; remove one of them"]
     try:
-        content = yaml.load(path.read_text(), TextLoader)
+        content, repeated = load_yaml(path.read_text())
     except yaml.YAMLError as error:
         return [], [f"{path} is not YAML: {' '.join(str(error).split())}"]
     if content is not None and not isinstance(content, dict):
@@ -175,6 +170,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...]) -> tuple[list[Setting], list[s
     content = dict(content or {})
     base = content.pop("defaults", None)
     settings, problems = read_config(base, (*seen, path.resolve())) if base else ([], [])
+    problems += [f"{path}: {line}" for line in repeated]
     return settings + flatten(path.name, content, ""), problems
 
 
@@ -183,24 +179,26 @@ def flatten(source: str, content: dict[str, Any], prefix: str) -> list[Setting]:
     settings: list[Setting] = []
     for part, value in content.items():
         name = f"{prefix}{part}"
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and not name.startswith(BELOW_OPEN):
             settings += flatten(source, value, f"{name}.")
         else:
-            empty = value == "" and not isinstance(value, Quoted)
-            settings.append(Setting(source, name, "null" if empty else value))
+            empty = value == "" and isinstance(value, Text)
+            settings.append(Setting(source, name, None if empty else value))
     return settings
 
 
 def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
     """The schema's defaults overridden by `settings` in order, and the problems with those."""
     merged, problems, keys = writable(OmegaConf.structured(Conf)), [], conf_keys()
+    free: dict[str, Any] = {name: {} for name in OPEN}
     for setting in settings:
-        wrong = apply(merged, setting, keys)
+        is_open = setting.name.partition(".")[0] in OPEN
+        wrong = put_open(free, setting) if is_open else apply(merged, setting, keys)
         if wrong:
             problems.append(f"{setting.source}: {wrong}" if setting.source else wrong)
     conf = OmegaConf.to_object(merged)
     assert isinstance(conf, Conf)
-    return conf, problems
+    return replace(conf, **free), problems
 
 
 def writable(node: DictConfig) -> DictConfig:
@@ -216,25 +214,48 @@ def writable(node: DictConfig) -> DictConfig:
 def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str | None:
     """Set one key of `merged`; return the problem where its name or its type is wrong."""
     name, value = setting.name, setting.value
-    key = keys.get(name) or open_key(name, keys)
+    key = keys.get(name)
     if key is None:
         return unknown_key(name, value, keys)
     if "${" in str(value):
-        return problem(name, value, "${...} is not replaced here", "write the value itself")
+        return problem(name, value, *NO_REFERENCES)
     try:
         OmegaConf.update(merged, name, typed(value, key.annotation))
-    except (OmegaConfBaseException, yaml.YAMLError):
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError):
         wrong = f"expected {expected(key.annotation)}"
         return problem(name, value, wrong, f"write e.g. {name}={example(key, value)}")
     return None
 
 
-def open_key(name: str, keys: dict[str, ConfKey]) -> ConfKey | None:
-    """The key for `name` where it lies below one that takes any name (`task_args`)."""
-    above = keys.get(name.partition(".")[0])
-    if above is None or get_origin(above.annotation) is not dict:
-        return None
-    return ConfKey(name, Any, None, above.meaning, {})
+def put_open(free: dict[str, Any], setting: Setting) -> str | None:
+    """Set a value in or below a key that takes any name; return the problem with it."""
+    name = setting.name
+    if "${" in str(setting.value):
+        return problem(name, setting.value, *NO_REFERENCES)
+    try:
+        value = from_word(setting.value)
+    except ValueError as error:
+        return problem(name, setting.value, str(error), "write it once")
+    if name in OPEN and not isinstance(value, dict):
+        wrong = f"expected {expected(dict)}"
+        return problem(name, setting.value, wrong, f"write e.g. {name}={{}}")
+    put(free, name.split("."), value)
+    return None
+
+
+def put(into: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a value in nested mappings; a mapping is merged into one that is there."""
+    first, *rest = path
+    if not rest and not isinstance(value, dict):
+        into[first] = value
+        return
+    if not isinstance(into.get(first), dict):
+        into[first] = {}
+    if rest:
+        put(into[first], [Text(part) for part in rest], value)
+        return
+    for key, item in value.items():
+        put(into[first], [key], item)
 
 
 def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
@@ -250,33 +271,21 @@ def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
 
 
 def typed(value: Any, annotation: Any) -> Any:
-    """A written value as OmegaConf takes it: text as it stands, anything else parsed."""
+    """A written value as OmegaConf takes it: text as it stands, anything else read."""
     kind, optional = alternatives(annotation)
-    if isinstance(value, Quoted):
-        return str(value)
+    if value is None or (isinstance(value, str) and not isinstance(value, Text)):
+        return value
     if kind is str or get_origin(kind) is Literal:
-        return None if optional and value == "null" else value
-    if kind == list[str]:
-        return texts(value)
-    return parsed(value)
+        plain = str(value) if isinstance(value, Text) else value
+        return None if optional and plain == "null" else plain
+    return texts(value) if kind == list[str] else value_as(from_word(value), annotation)
 
 
-def texts(value: Any) -> Any:
+def texts(value: Any) -> list[str]:
     """A list of texts as YAML writes it, each as it stands; any other text is a list of one."""
     if isinstance(value, str):
-        value = yaml.load(value, TextLoader) if value.startswith("[") else [value]
+        value = load_yaml(value)[0] if value.startswith("[") else [value]
     return [str(text) for text in value]
-
-
-def parsed(value: Any) -> Any:
-    """Text read as a YAML scalar, list or mapping with OmegaConf's rules (1e-6 is a number)."""
-    if isinstance(value, Quoted):
-        return str(value)
-    if isinstance(value, list):
-        return [parsed(item) for item in value]
-    if isinstance(value, dict):
-        return {name: parsed(item) for name, item in value.items()}
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index,call-overload]
 
 
 def wants_help(argv: list[str]) -> bool:

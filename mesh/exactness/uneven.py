@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh.tasks import Draw, Task, draw_prompts, load_task
+from mesh.tasks import Draw, Task, draw_prompts, load_task, typed_args
 from mesh.types import Prompt
 
 NAME = "mesh.exactness.uneven:Uneven"
@@ -45,5 +45,5 @@ class Uneven:
 
 def uneven_keys(name: str, args: Mapping[str, Any], workers: int) -> dict[str, Any]:
     """The keys of a run on this task with uneven rewards, scored by as many processes."""
-    wrapped = {"name": name, "args": dict(args)}
+    wrapped = {"name": name, "args": typed_args(name, args)}
     return {"task": NAME, "task_args": wrapped, "reward.workers": workers}

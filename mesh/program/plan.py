@@ -18,6 +18,7 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
 from mesh.layout.meshes import Layout, plan_layout
+from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
 from mesh.rl.step import StepSettings
@@ -168,7 +169,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         loss,
         advantage=conf.advantage,
         aggregation=conf.aggregation,
-        settings={**bounds, **conf.loss_args},
+        settings={**bounds, **typed_settings(loss, conf.loss_args)},
         kl_coef=conf.kl_coef,
         longest_response=conf.generator.max_new_tokens,
         advantage_eps=conf.advantage_eps,

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from mesh.config.keys import shown
-from mesh.program.plan import Plan
+from pathlib import Path
+from typing import Any
+
+from mesh.config.keys import Refusal, shown, value_of
+from mesh.config.loading import read_conf
+from mesh.config.schema import Conf, resolve_path
+from mesh.program.plan import Plan, dtype_of
+from mesh.tasks import all_args
+
+SAMPLED = ("seed", "generator.temperature", "generator.top_k", "generator.top_p")
+"""Keys that decide what is drawn, and nothing about greedy answers."""
+
+EVALUATED = (
+    "task", "eval.num_prompts", "eval.num_samples", *SAMPLED, "generator.max_new_tokens",
+    "generator.dtype", "engine", "vllm.model", "batch_invariant",
+)  # fmt: skip
+"""Keys that, with task_args, decide the numbers of an evaluation of given weights."""
 
 
 def start_warnings(plan: Plan) -> list[str]:
@@ -30,3 +45,54 @@ def truncation_warnings(plan: Plan) -> list[str]:
         "both sides are those of the untruncated one, so the policy gradient is biased although "
         f"logprob_diff does not show it; set {remedy}"
     ]
+
+
+def other_run_warnings(conf: Conf, plan: Plan, names: tuple[str, ...] = EVALUATED) -> list[str]:
+    """Keys `names` that differ from those of the run that wrote model.path: the numbers do not
+    compare with that run's own. A task's settings are looked at with the task.
+    """
+    run_dir = run_of_model(conf)
+    if run_dir is None:
+        return []
+    file, given = run_dir / "config.yaml", f"model.path={conf.model.path}"
+    try:
+        run = read_conf(file)
+        ours, theirs = deciding(conf, plan, names), deciding(run, plan, names)
+    except (Refusal, ValueError) as error:
+        why = " ".join(str(error).split())
+        return [f"warning: {given} is of a run whose {file} cannot be compared with: {why}"]
+    other = [
+        f"{name}={shown(ours.get(name))} (the run: {shown(theirs.get(name))})"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    ]
+    if not other:
+        return []
+    return [
+        f"warning: {given} is of a run with other keys, so results do not compare with its own: "
+        f"{', '.join(other)}; start with conf={file} to have those of the run"
+    ]
+
+
+def run_of_model(conf: Conf) -> Path | None:
+    """The run directory in which model.path lies, as RUN_DIR/model or RUN_DIR/best/step-N."""
+    if conf.model.path is None or conf.model.init == "random":
+        return None
+    path = resolve_path(conf.model.path).resolve()
+    above = path.parent if path.name == "model" else path.parent.parent
+    in_run = path.name == "model" or path.parent.name == "best"
+    return above if in_run and (above / "config.yaml").is_file() else None
+
+
+def deciding(conf: Conf, plan: Plan, names: tuple[str, ...]) -> dict[str, Any]:
+    """The values of keys that decide results, defaults that depend on the device resolved."""
+    values = {name: value_of(conf, name) for name in names}
+    if "generator.dtype" in values:
+        dtype = dtype_of(conf.generator.dtype, plan.device)
+        values["generator.dtype"] = str(dtype).removeprefix("torch.")
+    if conf.engine != "vllm":
+        values.pop("vllm.model", None)
+    if "task" in values:
+        args = all_args(conf.task, conf.task_args)
+        values |= {f"task_args.{key}": value for key, value in args.items()}
+    return values

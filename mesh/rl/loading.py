@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from mesh.config.spelling import nearest
+from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.rl.losses import LOSSES, Loss, Need
 
@@ -47,12 +48,12 @@ def loss_problems(
     name: str, loss: Loss, bounds: Mapping[str, Any], args: Mapping[str, Any], waves: int
 ) -> list[str]:
     """Settings that the loss does not have or whose type is wrong, and needs that cannot be met."""
-    settings, found = settings_of(loss), []
-    given = {key for key, value in {**bounds, **args}.items() if value is not None}
+    settings, hints, found = settings_of(loss), hints_of(loss), []
+    given = {key for key, value in {**bounds, **args}.items() if value not in (None, "null")}
     for key in (key for key in bounds if key in given and key not in settings):
         found.append(f"{key}={bounds[key]}: loss={name} has no such bound; leave it out")
     for key, value in args.items():
-        found += _arg_problems(name, key, value, settings)
+        found += _arg_problems(name, key, value, settings, hints.get(key, Any))
     for key, setting in settings.items():
         if setting.default is setting.empty and key not in {*given, *loss.settings}:
             where = key if key in BOUNDS else f"loss_args.{key}"
@@ -71,8 +72,29 @@ def loss_problems(
     return found
 
 
+def typed_settings(loss: Loss, args: Mapping[str, Any]) -> dict[str, Any]:
+    """`loss_args`, each with the type of its setting. ValueError where one cannot have it."""
+    hints = hints_of(loss)
+    return {str(key): value_as(value, hints.get(key, Any)) for key, value in args.items()}
+
+
+def hints_of(loss: Loss) -> dict[str, Any]:
+    """The type of each setting: its annotation, else that of its default, else any."""
+    try:
+        declared = get_type_hints(loss.surrogate)
+    except (NameError, TypeError):  # a name for type checkers only, or no function
+        declared = {}
+    hints = {}
+    for key, setting in settings_of(loss).items():
+        required = setting.default is setting.empty
+        unknown = Any if required or setting.default is None else type(setting.default)
+        hint = declared.get(key, unknown)
+        hints[key] = hint | None if required else hint  # null: it is missing
+    return hints
+
+
 def _arg_problems(
-    name: str, key: str, value: Any, settings: Mapping[str, inspect.Parameter]
+    name: str, key: str, value: Any, settings: Mapping[str, inspect.Parameter], hint: Any
 ) -> list[str]:
     own = [setting for setting in settings if setting not in BOUNDS]
     if key in BOUNDS:
@@ -80,14 +102,8 @@ def _arg_problems(
     if key not in settings:
         choice = f"it takes {', '.join(own)}" if own else "it takes none"
         return [f"loss_args.{key}={value!r}: loss={name} has no such setting; {choice}"]
-    default = settings[key].default
-    if default is inspect.Parameter.empty or _same_kind(value, default):
-        return []
-    wanted = type(default).__name__
-    return [f"loss_args.{key}={value!r}: this is {type(value).__name__}; give {wanted}"]
-
-
-def _same_kind(value: Any, default: Any) -> bool:
-    if isinstance(default, float) and not isinstance(value, bool):
-        return isinstance(value, int | float)
-    return default is None or type(value) is type(default)
+    try:
+        value_as(value, hint)
+    except ValueError:
+        return [f"loss_args.{key}={value!r}: {mismatch(value, hint)}"]
+    return []

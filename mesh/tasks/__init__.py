@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from types import UnionType
-from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from mesh.config.spelling import nearest
+from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
 from mesh.tasks.spell_backward import SpellBackward
@@ -58,22 +58,51 @@ class Task(Protocol):
         ...
 
 
-def load_task(name: str, seed: int, args: dict[str, Any]) -> Task:
+def load_task(name: str, seed: int, args: Mapping[str, Any]) -> Task:
     """Create the task of `task=name` and `task_args`. Raises ValueError naming the wrong key."""
-    task_class = _import_class(name) if ":" in name else _shipped_class(name)
+    task_class = _class_of(name)
+    values = typed_args(name, args)
+    return call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **values))
+
+
+def typed_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The `task_args` of `task=name`, each with the type of its field. Raises ValueError naming the
+    wrong keys.
+    """
+    task_class = _class_of(name)
     hints = get_type_hints(task_class)
     fields = {
         field.name: field
         for field in dataclasses.fields(task_class)
         if field.init and field.name != "seed"
     }
-    problems = [
-        *(_arg_problem(key, value, name, hints, fields) for key, value in args.items()),
-        *(f"task_args.{key} is missing: task={name} needs it" for key in _required(fields, args)),
-    ]
-    if any(problems):
-        raise ValueError("\n".join(problem for problem in problems if problem))
-    return call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **args))
+    problems, values = [], {}
+    for key, value in args.items():
+        if key not in fields:
+            wrong = f"task={name} has no such key; {_choice(key, fields)}"
+            problems.append(f"task_args.{key}={value!r}: {wrong}")
+            continue
+        try:
+            values[str(key)] = value_as(value, hints[key])
+        except ValueError:
+            problems.append(f"task_args.{key}={value!r}: {mismatch(value, hints[key])}")
+    for key in _required(fields, args):
+        problems.append(f"task_args.{key} is missing: task={name} needs it")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return values
+
+
+def all_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """`typed_args`, and the defaults of the fields that they leave out."""
+    defaults = {
+        field.name: field.default
+        if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(_class_of(name))
+        if field.init and field.name != "seed"
+    }
+    return {**defaults, **typed_args(name, args)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +218,10 @@ def numbered(prompts: Sequence[Prompt], first_id: int = 0) -> list[NumberedPromp
     return [NumberedPrompt(place, prompt) for place, prompt in enumerate(prompts, first_id)]
 
 
+def _class_of(name: str) -> type:
+    return _import_class(name) if ":" in name else _shipped_class(name)
+
+
 def _shipped_class(name: str) -> type:
     if name not in SHIPPED:
         remedy = f"use one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
@@ -217,17 +250,6 @@ def _check_class(name: str, task_class: Any) -> None:
         raise ValueError(f"task={name}: the class lacks {', '.join(missing)}; add what is missing")
 
 
-def _arg_problem(
-    key: str, value: Any, name: str, hints: dict[str, Any], fields: dict[str, Any]
-) -> str:
-    if key not in fields:
-        return f"task_args.{key}={value!r}: task={name} has no such key; {_choice(key, fields)}"
-    if not _fits(value, hints[key]):
-        wanted = getattr(hints[key], "__name__", str(hints[key]))
-        return f"task_args.{key}={value!r}: expected {wanted}, got {type(value).__name__}"
-    return ""
-
-
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
         return "it takes none; leave task_args empty"
@@ -236,27 +258,13 @@ def _choice(key: str, fields: dict[str, Any]) -> str:
     return f"{meant}it has {', '.join(fields)}"
 
 
-def _required(fields: dict[str, Any], args: dict[str, Any]) -> list[str]:
+def _required(fields: dict[str, Any], args: Mapping[str, Any]) -> list[str]:
     nothing = dataclasses.MISSING
     return [
         key
         for key, field in fields.items()
         if field.default is nothing and field.default_factory is nothing and key not in args
     ]
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in get_args(hint))
-    # bool is an int to Python, not to a user
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else origin or hint)
 
 
 def _meant(word: str, choices: Iterable[str]) -> str:

@@ -81,7 +81,7 @@ def test_values_are_read_by_the_type_of_their_key():
 def test_task_args_take_any_name_and_type():
     words = ["task_args.max_length=4", "task_args.names=[a,1]", "task_args.deep.rate=1e-3"]
     _, conf = load_conf(["conf=qwen3_tiny", *words])
-    assert conf.task_args == {"max_length": 4, "names": ["a", 1], "deep": {"rate": 1e-3}}
+    assert conf.task_args == {"max_length": "4", "names": ["a", "1"], "deep": {"rate": "1e-3"}}
 
 
 def test_schema_defaults_are_inside_their_own_ranges():

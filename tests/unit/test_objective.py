@@ -154,6 +154,7 @@ def test_an_advantage_may_be_a_function_of_the_rewards():
         above.advantages(rewards_PG)
 
 
+AS_PYTHON = "give one, with numbers as Python writes them"
 REFUSALS = {  # words, and all lines
     "misspelt": (
         ["loss=grppo"],
@@ -190,14 +191,17 @@ REFUSALS = {  # words, and all lines
     ),
     "wrong types": (
         [f"loss={HERE}:POWERED", "loss_args.scale=fast", "loss_args.power=1.5", "loss_args.name=3"],
-        ["loss_args.scale='fast': this is str; give float",
-         "loss_args.power=1.5: this is float; give int",
-         "loss_args.name=3: this is int; give str"],
+        [f"loss_args.scale=fast: cannot be read as float; {AS_PYTHON}",
+         f"loss_args.power=1.5: cannot be read as int; {AS_PYTHON}"],
     ),
     "a flag for a number": (
         [f"loss={HERE}:POWERED", "loss_args.scale=true", "loss_args.power=false"],
-        ["loss_args.scale=True: this is bool; give float",
-         "loss_args.power=False: this is bool; give int"],
+        [f"loss_args.scale=true: cannot be read as float; {AS_PYTHON}",
+         f"loss_args.power=false: cannot be read as int; {AS_PYTHON}"],
+    ),
+    "a text in quotes": (
+        [f"loss={HERE}:POWERED", "loss_args.power='2'"],
+        ["loss_args.power='2': expected int, got str"],
     ),
     "missing": (
         [f"loss={HERE}:STRENGTH"],

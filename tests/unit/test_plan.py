@@ -124,7 +124,7 @@ def test_every_part_has_the_keys_that_it_uses():
     assert (plan.chunks, plan.strict) == (2, True)
     assert plan.training == TaskSource(
         load_task("spell_backward", 7, {"max_length": 4}),
-        TaskSpec("spell_backward", 7, {"max_length": 4}),
+        TaskSpec("spell_backward", 7, {"max_length": "4"}),
         ScoringSettings(0, 60.0, "stop"),
     )
     held_out = tuple(plan.task.eval_prompts(5))
