@@ -107,7 +107,7 @@ def to_yaml(conf: Conf) -> str:
 
 def from_yaml(text: str) -> Conf:
     """The configuration of a `to_yaml`, without keys that this version does not have."""
-    return merge(flatten("", dict(yaml.load(text, TextLoader)), ""))[0]
+    return merge(flatten("", dict(load_yaml(text)[0]), ""))[0]
 
 
 def save_conf(conf: Conf, path: Path | str) -> None:
