@@ -71,7 +71,7 @@ class BestModel:
             self.process.say(
                 f"checkpoint.best_metric={self.metric}: the best model so far, "
                 f"{self.folder(best.step)}, followed {best.metric}; the next evaluation becomes "
-                "the best, and that one goes with the checkpoints that name it"
+                "the best, and that one is removed with the last checkpoint that names it"
             )
             self.current = None
             return

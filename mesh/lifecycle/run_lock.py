@@ -95,7 +95,7 @@ def _holder(file: int) -> str:
         found = json.loads(os.pread(file, 4096, 0))
         return f"host {found['host']}, pid {found['pid']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "it has not said which process it is"
+        return "which process is not known"
 
 
 def _now() -> str:
