@@ -79,7 +79,8 @@ def differences(
 ) -> tuple[list[str], list[str]]:
     """(problems, warnings) of going on from a checkpoint with these inputs."""
     saved, warnings = index.inputs, []
-    problems = configuration_problems(from_yaml(saved["conf"]), conf)
+    # both as they read back: a 2 of a program is the text 2 of a file
+    problems = configuration_problems(from_yaml(saved["conf"]), from_yaml(to_yaml(conf)))
     for name in other_items(saved["files"], inputs.files):
         wrong = f"{name} is not the file that the run computes with"
         problems.append(f"{path}: {wrong}; restore it, {ANEW}")

@@ -86,7 +86,7 @@ def test_keys_that_were_edited_are_refused_with_both_values(resumed):
     remedy = "; put that back into RUN_DIR/config.yaml, or start a new run"
     assert all(line.endswith(remedy) for line in lines)
     assert [line.removesuffix(remedy) for line in lines] == [
-        "- task_args={'min_length': 3}: the run computes with {min_length: 2}",
+        "- task_args={min_length: 3}: the run computes with {min_length: 2}",
         "- loss=dr_grpo: the run computes with grpo",
         "- trainer.lr=0.006: the run computes with 0.0006",
     ]
