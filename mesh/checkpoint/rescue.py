@@ -43,24 +43,25 @@ WRITE_SECONDS = 600.0  # the longest that writing may take; a signal ends it bef
 @dataclass(frozen=True)
 class Rest:
     """This rank's state between two steps: the index of its checkpoint without files and digests,
-    the lengths of the logs, its shards by kind and name, which only an update changes, and what is
-    still to be logged."""
+    the lengths of the logs, its shards by kind and name, which only an update changes, what was to
+    be logged when it was trained, and whether that is done."""
 
     index: Index
     logs: Mapping[str, int]
     shards: Mapping[str, Mapping[str, Tensor]]
     unlogged: Unlogged | None
+    logged: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all ranks do: finish the checkpoint of step `finish`, write that of step `write`, which
-    is still to be logged if it is `unlogged`, or not, and `why`."""
+    """What all ranks do: finish the checkpoint of step `finish`, write that of step `write`, or
+    not, and `why`. log: resuming has to log that step."""
 
     finish: int | None = None
     write: int | None = None
-    unlogged: bool = False
     why: str = ""
+    log: bool = False
 
 
 class Rescue:
@@ -71,12 +72,19 @@ class Rescue:
         self.rest: Rest | None = None
 
     def note(self, index: Index, logs: Mapping[str, int], unlogged: Unlogged | None) -> None:
-        """Remember the state of the step that has just been trained."""
-        trainer = self.keeper.trainer
+        """Remember the state of the step that has just been trained; no `unlogged`: it is logged.
+
+        Rank 0 writes the logs, and fails at a line that others have passed or not reached. So what
+        was to be logged is kept until the next step.
+        """
+        trainer, before = self.keeper.trainer, self.rest
+        logged = unlogged is None
+        if logged and before is not None and before.index.step == index.step:
+            unlogged = before.unlogged
         with torch.no_grad():
             shards = {kind: local_tensors(part) for kind, part in trainer.state().items()}
             shards["weights"] = local_tensors(trainer.parameters())  # a tied one has both names
-        self.rest = Rest(index, logs, shards, unlogged)
+        self.rest = Rest(index, logs, shards, unlogged, logged)
 
     def __call__(self, meeting: Meeting) -> str:
         """Save what can be saved; what `resume=` will give, and why it is not more."""
@@ -101,7 +109,7 @@ class Rescue:
             "pending": pending and pending.index.step,
             "why": self._hold(rest),
             "saved": self._newest(),
-            "unlogged": rest.unlogged is not None,
+            "logged": rest.logged,
         }
         answers = meeting.answers("rest", mine, ANSWER_SECONDS)
         plan = Plan(**meeting.decide("rest", asdict(plan_of(answers))))
@@ -109,7 +117,7 @@ class Rescue:
         if pending is not None and plan.finish == pending.index.step:
             why = self._complete(meeting, pending, {}) or why
         if plan.write == step:
-            why = self._write(meeting, rest, rest.unlogged if plan.unlogged else None)
+            why = self._write(meeting, rest, plan.log)
         return why
 
     def _hold(self, rest: Rest) -> str:
@@ -126,7 +134,7 @@ class Rescue:
         path = self.keeper.path
         return next(iter(steps_in(path)), None) if path.is_dir() else None
 
-    def _write(self, meeting: Meeting, rest: Rest, unlogged: Unlogged | None) -> str:
+    def _write(self, meeting: Meeting, rest: Rest, log: bool) -> str:
         keeper, step = self.keeper, rest.index.step
         folder = keeper.path / f"step-{step}{PARTIAL}"
         jobs: dict[Path, Callable[[Path], Entry]] = {}
@@ -140,9 +148,9 @@ class Rescue:
         if keeper.own and rest.shards["weights"]:
             file = folder / f"rank-{meeting.rank}.safetensors"
             jobs[file] = partial(self._write_shards, rest.shards, sums)
-        if unlogged is not None:
+        if log and rest.unlogged is not None:
             file = folder / file_name(meeting.rank)
-            jobs[file] = partial(write_unlogged, unlogged)
+            jobs[file] = partial(write_unlogged, rest.unlogged)
         pending = Pending(rest.index, CheckpointWriter(jobs))
         pending.writer.start()
         why = self._complete(meeting, pending, sums)
@@ -212,10 +220,9 @@ def plan_of(answers: Sequence[Mapping[str, Any] | None]) -> Plan:
     whys = [answer["why"] for answer in said if answer["why"]]
     if len(steps) > 1:
         whys.append(f"the ranks have completed different steps, {sorted(steps)}")
-    unlogged = said[0]["unlogged"]  # rank 0 logs, so its logs say which it is
-    if unlogged and not all(answer["unlogged"] for answer in said):
-        whys.append(f"some ranks have logged step {step}, and rank 0 has not")
-    return Plan(finish, why=whys[0]) if whys else Plan(finish, step, unlogged)
+    if whys:
+        return Plan(finish, why=whys[0])
+    return Plan(finish, write=step, log=not said[0]["logged"])  # rank 0 writes the logs
 
 
 def ranks(numbers: Sequence[int]) -> str:

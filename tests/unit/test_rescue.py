@@ -13,7 +13,9 @@ from test_checkpoint import advance, advance_badly, bits_of, conf_of, loaded, na
 
 from mesh.checkpoint.files import read_index
 from mesh.checkpoint.keeper import Checkpointer
+from mesh.checkpoint.rescue import Plan, plan_of
 from mesh.checkpoint.same_run import Inputs
+from mesh.checkpoint.unlogged import Unlogged
 from mesh.lifecycle.meeting import Meeting
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
@@ -110,6 +112,27 @@ def test_a_trained_step_is_logged_by_the_resumed_run_alone(process, tmp_path):
     assert "unlogged-0.json" not in read_index(path / "checkpoints" / "step-3").files
     files = json.loads((path / "checkpoints" / "step-3" / "index.json").read_text())
     assert "unlogged-0.json" not in files["content"]["files"]
+
+
+def test_rank_0_which_writes_the_logs_says_whether_the_step_is_logged():
+    """Others may have passed the line at which it failed, or not reached it."""
+    done = {"step": 3, "pending": None, "why": "", "saved": None, "logged": True}
+    not_yet = done | {"logged": False}
+    assert plan_of([not_yet, done]) == Plan(write=3, log=True)
+    assert plan_of([done, not_yet]) == Plan(write=3, log=False)
+
+
+def test_what_was_to_be_logged_is_kept_until_the_next_step(process, tmp_path):
+    path = tmp_path / "run"
+    keeper, trainer = begun(process, path, 2)
+    advance(trainer, 3)
+    samples = [{"prompt_id": 0, "sample_id": 0}]
+    keeper.trained(3, {"loss": 0.5}, samples)
+    keeper.after(3, stop=False)
+    rest = keeper.rescue.rest
+    assert rest is not None and rest.logged and rest.unlogged == Unlogged({"loss": 0.5}, samples)
+    assert rescued(keeper) == f"resume={path} continues after step 3"
+    assert "unlogged-0.json" not in read_index(path / "checkpoints" / "step-3").files
 
 
 def test_a_disk_that_is_full_is_the_reason(process, tmp_path):
