@@ -99,7 +99,7 @@ def differences(
 
 def configuration_problems(saved: Conf, conf: Conf) -> list[str]:
     """Keys that a command line could not have set, so they were edited in RUN_DIR/config.yaml."""
-    free = [*OF_PLACE, *(RAISABLE if "stop" in (saved.overlong, conf.overlong) else ())]
+    free = [*OF_PLACE, *(RAISABLE if saved.overlong == "stop" else ())]
     same = changed(saved, {name: value_of(conf, name) for name in free})
     return override_problems(same, conf, f"put that back into RUN_DIR/config.yaml, {ANEW}")
 

@@ -8,6 +8,7 @@ stays: removing it would let a third process lock another file of the same name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -63,9 +64,10 @@ class RunLock:
             )
             return ""
         self._files[run_dir.absolute()] = file
-        os.ftruncate(file, 0)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        os.pwrite(file, (json.dumps(mine) + "\n").encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without our name in it
+            os.ftruncate(file, 0)
+            os.pwrite(file, (json.dumps(mine) + "\n").encode(), 0)
         return ""
 
     def release(self) -> None:

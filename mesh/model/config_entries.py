@@ -71,6 +71,8 @@ QWEN3 = Family(
     fixed={
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
+        "use_qk_norm": (True,),
+        "qk_norm": (True,),
         "partial_rotary_factor": (1,),
         **NO_DROPOUT,
     },

@@ -115,6 +115,7 @@ def test_run_directory_and_last_line(runs):
     names = {item.name for item in made.path.iterdir()}
     assert names == {
         "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "model", "tensorboard",
+        "lock",
     }  # fmt: skip
     assert list((made.path / "tensorboard").iterdir())
     assert made.output.splitlines()[-1].startswith("done  3/3 steps  eval ")

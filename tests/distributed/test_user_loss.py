@@ -62,7 +62,7 @@ def test_a_run_minimises_the_users_loss(launched):
         assert line["loss"] == pytest.approx(-mean, rel=1e-6)
         assert line["ratio/max"] == 1 and line["clip_fraction"] == 0
     conf = read_conf(made.path / "config.yaml")
-    assert (conf.loss, conf.loss_args) == ("user_losses:ASYMMETRIC", {"negative": NEGATIVE})
+    assert (conf.loss, conf.loss_args) == ("user_losses:ASYMMETRIC", {"negative": str(NEGATIVE)})
 
 
 def test_a_replay_reruns_the_users_loss(launched):

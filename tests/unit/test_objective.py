@@ -271,16 +271,16 @@ ONE = "return one loss and one bool per token"
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 9", ONE]),
+        ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 99", ONE]),
         ("UNTYPED", ["loss_T of shape (9,) and clipped_T of shape (9,) and torch.float32", ONE]),
         (
             "RAISING",
             [
-                "its surrogate, for 9 tokens raised KeyError: 'nowhere' (",
+                "its surrogate, for 99 tokens raised KeyError: 'nowhere' (",
                 "test_objective.py, line ",
             ],
         ),
-        ("UNDECLARED", ["its surrogate, for 9 tokens raised AssertionError"]),
+        ("UNDECLARED", ["its surrogate, for 99 tokens raised AssertionError"]),
         ("ROWS", ["its advantage gave shape (3,) for rewards of (3, 8); return one advantage per"]),
     ],
 )

@@ -58,6 +58,16 @@ def relative_to_first(tokens: LossTokens) -> Tensor:
     return tokens.advantages_T * (1 + tokens.sequence_T)
 
 
+def detached(tokens: LossTokens) -> TokenLoss:
+    """Has the right value and teaches nothing."""
+    loss_T = -(tokens.ratio_T * tokens.advantages_T).detach()
+    return TokenLoss(loss_T, torch.zeros_like(loss_T, dtype=torch.bool))
+
+
+def whitened_where_many(tokens: LossTokens) -> Tensor:
+    return whitened(tokens) if len(tokens.ratio_T) > 40 else tokens.advantages_T
+
+
 def largest(tokens: LossTokens) -> Tensor:
     return tokens.advantages_T * (tokens.ratio_T / tokens.ratio_T.max()).detach()
 
@@ -68,6 +78,8 @@ def largest_or_none(tokens: LossTokens) -> Tensor:
 
 
 WHITENED = surrogate(whitened)
+WHITENED_WHERE_MANY = surrogate(whitened_where_many)
+DETACHED = Loss(detached)
 CENTRED = surrogate(lambda t: t.advantages_T - (t.advantages_T.mean() if len(t.ratio_T) else 0))
 BY_TOKENS = surrogate(lambda t: t.advantages_T / max(len(t.advantages_T), 1))
 BY_SEQUENCES = surrogate(lambda t: t.advantages_T / max(len(t.sequence_T.unique()), 1))
@@ -76,7 +88,7 @@ BASELINE = surrogate(baseline)
 BY_PLACE = surrogate(relative_to_first)
 CREDITED = Loss(clipped_surrogate, credit=whitened)
 COUPLED = [
-    "WHITENED", "CENTRED", "BY_TOKENS", "BY_SEQUENCES", "BY_MAXIMUM", "BASELINE", "BY_PLACE",
+    "WHITENED", "WHITENED_WHERE_MANY", "CENTRED", "BY_TOKENS", "BY_SEQUENCES", "BY_MAXIMUM", "BASELINE", "BY_PLACE",
     "CREDITED",
 ]  # fmt: skip
 RANDOM = surrogate(lambda t: t.advantages_T * torch.rand_like(t.advantages_T))
@@ -148,12 +160,16 @@ def test_a_surrogate_that_couples_sequences_is_refused(name):
 
 
 def test_the_refusal_shows_the_losses_of_a_token():
-    """Of 9 tokens the loss of one alone is 9 times that; its ratio is exp(-0.6)."""
+    """Of 99 tokens the loss of one alone is 99 times that; its ratio is exp(-0.6)."""
     beside, alone = re.search(
         r"the loss (\S+) beside other sequences and (\S+) without", fault("BY_TOKENS")
     ).groups()
     assert float(alone) == pytest.approx(-1.5 * math.exp(-0.6), rel=1e-5)
-    assert float(beside) == pytest.approx(float(alone) / 9, rel=1e-5)
+    assert float(beside) == pytest.approx(float(alone) / 99, rel=1e-5)
+
+
+def test_a_surrogate_without_a_gradient_is_refused():
+    assert "its surrogate has no gradient" in fault("DETACHED")
 
 
 def test_a_surrogate_that_does_not_repeat_is_refused():
