@@ -272,7 +272,7 @@ ONE = "return one loss and one bool per token"
     ("name", "parts"),
     [
         ("MEAN", ["loss_T of shape () and clipped_T of shape () and torch.bool for 99", ONE]),
-        ("UNTYPED", ["loss_T of shape (9,) and clipped_T of shape (9,) and torch.float32", ONE]),
+        ("UNTYPED", ["loss_T of shape (99,) and clipped_T of shape (99,) and torch.float32", ONE]),
         (
             "RAISING",
             [

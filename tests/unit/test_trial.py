@@ -88,8 +88,8 @@ BASELINE = surrogate(baseline)
 BY_PLACE = surrogate(relative_to_first)
 CREDITED = Loss(clipped_surrogate, credit=whitened)
 COUPLED = [
-    "WHITENED", "WHITENED_WHERE_MANY", "CENTRED", "BY_TOKENS", "BY_SEQUENCES", "BY_MAXIMUM", "BASELINE", "BY_PLACE",
-    "CREDITED",
+    "WHITENED", "WHITENED_WHERE_MANY", "CENTRED", "BY_TOKENS", "BY_SEQUENCES", "BY_MAXIMUM",
+    "BASELINE", "BY_PLACE", "CREDITED",
 ]  # fmt: skip
 RANDOM = surrogate(lambda t: t.advantages_T * torch.rand_like(t.advantages_T))
 NOT_EMPTY = surrogate(largest)
