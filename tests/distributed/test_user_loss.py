@@ -16,7 +16,7 @@ from mesh.config.loading import read_conf
 NEGATIVE = 0.25
 LOSS = ["loss=user_losses:ASYMMETRIC", f"loss_args.negative={NEGATIVE}"]
 SMALL = [
-    "conf=qwen3_tiny", "num_prompts=8", "group_size=4", "log.tensorboard=false",
+    "conf=qwen3_tiny", "num_prompts=16", "group_size=4", "log.tensorboard=false",
     "generator.max_new_tokens=8",
 ]  # fmt: skip
 RUN = [
@@ -57,7 +57,7 @@ def test_a_run_minimises_the_users_loss(launched):
     made: Run = launched["user"]
     for line in made.metrics[1:]:
         advantages = [s["advantage"] for s in made.samples if s["step"] == line["step"]]
-        assert len(advantages) == 32 and min(advantages) < 0 < max(advantages)
+        assert len(advantages) == 64 and min(advantages) < 0 < max(advantages)
         mean = fmean(a if a > 0 else NEGATIVE * a for a in advantages)
         assert line["loss"] == pytest.approx(-mean, rel=1e-6)
         assert line["ratio/max"] == 1 and line["clip_fraction"] == 0
