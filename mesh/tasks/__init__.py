@@ -141,10 +141,21 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
 
 def draw_held_out(task: Task, num: int) -> list[Prompt]:
     """A task's first `num` held-out prompts; ValueError if it does not return them, each with a
-    text of its own, or raises.
+    text of its own, returns others when it is asked again, or raises.
     """
-    prompts = call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
-    prompts = checked(prompts, num, "eval_prompts")
+    drawn, again = (
+        call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
+        for _ in range(2)
+    )
+    prompts = checked(drawn, num, "eval_prompts")
+    for index, pair in enumerate(zip(prompts, checked(again, num, "eval_prompts"), strict=True)):
+        first, second = ((p.text, p.answer) for p in pair)
+        if first != second:
+            raise ValueError(
+                f"the task's eval_prompts gave {first} at index {index} and, asked again, "
+                f"{second}: evaluations of a run and of a resumed one would not compare; take no "
+                "random numbers without a seed, no clock and no state of the task"
+            )
     places: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
         if (first := places.setdefault(prompt.text, index)) != index:

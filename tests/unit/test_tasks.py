@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from mesh.config.schema import Conf
 from mesh.exactness.uneven import uneven_keys
-from mesh.tasks import Draw, Task, TaskSpec, checked, draw_prompts, load_task, numbered
+from mesh.tasks import (
+    Draw,
+    Task,
+    TaskSpec,
+    checked,
+    draw_held_out,
+    draw_prompts,
+    load_task,
+    numbered,
+)
 from mesh.tasks.draw import is_held_out, training_prompts
 from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
 from mesh.types import Prompt
@@ -159,6 +168,23 @@ def test_eval_prompts_are_the_same_for_every_seed_and_a_prefix_of_more(name):
 def test_one_question_in_eight_is_held_out():
     share = sum(is_held_out(f"{number}?") for number in range(20_000)) / 20_000
     assert abs(share - 1 / 8) < 0.01
+
+
+@pytest.mark.parametrize("field", ["text", "answer"])
+def test_held_out_prompts_that_are_others_when_asked_again_are_refused(monkeypatch, field):
+    """As those of random numbers without a seed; both are shown."""
+    calls = iter("ab")
+
+    def eval_prompts(self, num):
+        call = next(calls)
+        last = {"text": "2", "answer": ""} | {field: call}
+        return [Prompt(0, "1", ""), Prompt(1, **last)]
+
+    monkeypatch.setattr(Counting, "eval_prompts", eval_prompts)
+    with pytest.raises(ValueError, match="and, asked again, ") as caught:
+        draw_held_out(Counting(0), 2)
+    assert "at index 1" in str(caught.value)
+    assert str(caught.value).count("'a'") == str(caught.value).count("'b'") == 1
 
 
 def test_too_few_held_out_questions_is_an_error():
