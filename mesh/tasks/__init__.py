@@ -149,11 +149,11 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
     )
     prompts = checked(drawn, num, "eval_prompts")
     for index, pair in enumerate(zip(prompts, checked(again, num, "eval_prompts"), strict=True)):
-        first, second = ((p.text, p.answer) for p in pair)
-        if first != second:
+        before, now = ((p.text, p.answer) for p in pair)
+        if before != now:
             raise ValueError(
-                f"the task's eval_prompts gave {first} at index {index} and, asked again, "
-                f"{second}: evaluations of a run and of a resumed one would not compare; take no "
+                f"the task's eval_prompts gave {before} at index {index} and, asked again, "
+                f"{now}: evaluations of a run and of a resumed one would not compare; take no "
                 "random numbers without a seed, no clock and no state of the task"
             )
     places: dict[str, int] = {}
