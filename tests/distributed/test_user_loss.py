@@ -71,7 +71,7 @@ def test_a_replay_reruns_the_users_loss(launched):
     user, stock = launched["user"], launched["stock"]
     num_metrics = sum("second" not in name for name in user.metrics[2]) - 1
     last = launched["replay"].output.splitlines()[-1]
-    assert last == f"equal to the bit: {num_metrics} metrics, 32 samples"
+    assert last == f"equal to the bit: {num_metrics} metrics, 64 samples"
     assert user.answers(1) == stock.answers(1)
     for mine, theirs in zip(user.metrics[1:], stock.metrics[1:], strict=True):
         for name in ("loss", "grad_norm", "digest/weights"):

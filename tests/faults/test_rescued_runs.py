@@ -112,9 +112,9 @@ def said(
     pending: int | None = None,
     why: str = "",
     saved: int | None = None,
-    unlogged: bool = False,
+    logged: bool = True,
 ):
-    return {"step": step, "pending": pending, "why": why, "saved": saved, "unlogged": unlogged}
+    return {"step": step, "pending": pending, "why": why, "saved": saved, "logged": logged}
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,9 @@ def said(
         ([said(pending=2), said()], Plan(write=4)),
         ([said(saved=4), said(saved=3)], Plan()),  # rank 0 writes, so it knows
         ([said(pending=2), said(why="x", pending=2)], Plan(finish=2, why="x")),
-        ([said(unlogged=True), said(unlogged=True)], Plan(write=4, unlogged=True)),
-        ([said(), said(unlogged=True)], Plan(write=4)),  # rank 0 has logged it
-        (
-            [said(unlogged=True), said()],
-            Plan(why="some ranks have logged step 4, and rank 0 has not"),
-        ),
+        ([said(logged=False), said(logged=False)], Plan(write=4, log=True)),
+        ([said(), said(logged=False)], Plan(write=4)),  # rank 0 has logged it
+        ([said(logged=False), said()], Plan(write=4, log=True)),  # which keeps its samples
     ],
 )
 def test_the_plan_that_follows_from_the_answers(answers, plan):
