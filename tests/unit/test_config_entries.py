@@ -38,6 +38,8 @@ REFUSED = {  # what has no counterpart in our layers, by the entry that a messag
     "use_sliding_window": {"use_sliding_window": True, "sliding_window": 4096},
     "layer_types": {"layer_types": ["full_attention", "sliding_attention"]},
     "is_causal": {"is_causal": False},
+    "use_qk_norm": {"use_qk_norm": False},
+    "qk_norm": {"qk_norm": False},
     "mlp_bias": {"mlp_bias": True},
     "architectures": {"architectures": ["Qwen3ForSequenceClassification"]},
     "final_logit_softcapping": {"final_logit_softcapping": 30.0},

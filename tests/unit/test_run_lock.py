@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -106,6 +107,23 @@ def test_a_file_system_without_locks_is_a_warning(process: Process, tmp_path, ca
     said = capsys.readouterr().out
     assert said.count("warning: the file system of") == 1 and "has no locks (No locks avail" in said
     assert Path(tmp_path, "run", "config.yaml").read_text() == "steps: 1\n"
+
+
+def test_a_full_disk_does_not_end_the_run_at_its_lock(tmp_path):
+    """A limit on the size of files stands for the full disk; the lock holds all the same."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    lock = RunLock()
+    try:
+        assert lock.take("run_dir", tmp_path) == ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / LOCK).read_text() == ""
+    with open(tmp_path / LOCK) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.release()
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -76,6 +76,9 @@ def test_a_longer_context_may_be_given_and_left_out_again(resumed):
     for length, wrong in ((48, "with 64, which a resumed run may raise"), (96, "longer than 64")):
         (line,) = configuration_problems(skips, changed(skips, {"model.max_length": length}))
         assert line.startswith(f"model.max_length={length}: ") and wrong in line
+    # a run that skipped once has left prompts out, whatever it does now
+    stops = changed(skips, {"overlong": "stop", "model.max_length": 96})
+    assert any("longer than 64" in line for line in configuration_problems(skips, stops))
 
 
 def test_keys_that_were_edited_are_refused_with_both_values(resumed):
