@@ -55,8 +55,8 @@ def truncated_text(step: int, metrics: Metrics) -> str:
     return (
         f"warning: {metrics['response/truncated']:.0%} of the responses of step {step} were "
         "truncated: they are unfinished, and so is what was scored; raise "
-        "generator.max_new_tokens, ask for shorter responses, leave them out of the loss "
-        "(truncated=mask), or give them a reward of your own (truncated_reward)"
+        "generator.max_new_tokens, or ask for shorter responses; truncated=mask leaves them out of "
+        "the loss, and truncated_reward gives them a reward of your own"
     )
 
 
