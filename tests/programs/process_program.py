@@ -110,9 +110,16 @@ def train(process: Process) -> None:
     say(f"rank {process.rank} stopped at step {step}")
 
 
+def asked_on_all_ranks(process: Process) -> None:
+    """A rank may leave the first call before another one does, whose guard then obeys no request:
+    the second call waits for all."""
+    process.should_stop()
+    process.should_stop()
+
+
 def train_slowly(process: Process) -> None:
     process.guard.run_dir = "runs/example"
-    process.should_stop()
+    asked_on_all_ranks(process)
     if process.rank == 0:
         say("running")
     in_compute(process)
@@ -120,7 +127,7 @@ def train_slowly(process: Process) -> None:
 
 def export(process: Process) -> None:
     """Stops when asked to, and then needs longer than a step may."""
-    process.should_stop()
+    asked_on_all_ranks(process)
     if process.rank == 0:
         say("running")
     while not process.should_stop():
