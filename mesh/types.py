@@ -7,8 +7,10 @@ S sequences in a decode batch. A suffix names logical dims, never the sharding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "turns", "context"]
 """Reasons for which a rollout ends: a stop token, its longest response, its most turns, or no room
@@ -33,15 +35,37 @@ HEAD_DIMS = (32, 64, 128)
 """Head dims of our attention kernels for Hopper GPUs."""
 
 
+Message = Mapping[str, Any]
+"""A chat message as chat templates read it: `role`, `content`, and what else a template knows."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question of a task. `prompt_id` is the task's own number of it: any integer, each once in
-    a call of the task. `score` and `solution` get the prompt as it is; `answer` is for them.
+    a call of the task. `score`, `reply` and `solution` get the prompt as it is; `answer` is for
+    them, and so is `info`, of JSON values.
+
+    It is given as one of three: `text`, `messages`, which go through the chat template, or
+    `tokens`, which reach the model as they are; `text` is "" beside the other two. `prefill` begins
+    the answer: the model continues it, and it carries no loss.
     """
 
     prompt_id: int
     text: str
     answer: str
+    messages: Sequence[Message] = field(default=(), kw_only=True)
+    tokens: Sequence[int] = field(default=(), kw_only=True)
+    prefill: str = field(default="", kw_only=True)
+    info: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def question(self) -> str:
+        """The prompt as one text: what is shown, and what two equal prompts have in common."""
+        if self.messages:
+            shown = json.dumps([dict(message) for message in self.messages], ensure_ascii=False)
+        else:
+            shown = json.dumps(list(self.tokens)) if self.tokens else self.text
+        return shown + self.prefill
 
 
 @dataclass(frozen=True)

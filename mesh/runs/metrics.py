@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from mesh.config.schema import LogConf
+from mesh.config.sections import LogConf
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
 from mesh.runs.trackers import Feed, TensorBoard, Wandb
 from mesh.runs.warnings import StepWarnings

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mesh.config.schema import LogConf
+from mesh.config.sections import LogConf
 from mesh.lifecycle.timers import Phases, phase_metrics
 from mesh.runs.metrics import MetricsLogger
 from mesh.runs.progress import LiveProgress, Pace, clock, packed, plain_line, thousands

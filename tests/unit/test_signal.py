@@ -16,7 +16,7 @@ from small_trainer import accumulate, conf_of, num_tokens, objective_for, passes
 from small_trainer import trainer_of as trainer_for
 from test_checkpoint import bits_of
 
-from mesh.config.schema import LogConf
+from mesh.config.sections import LogConf
 from mesh.rl.losses import Loss, clipped_surrogate
 from mesh.rl.objective import objective_of
 from mesh.rl.packing import Leaf

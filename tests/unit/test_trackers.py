@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mesh.config.keys import Refusal
-from mesh.config.schema import LogConf
+from mesh.config.sections import LogConf
 from mesh.runs import metrics as metrics_module
 from mesh.runs.metrics import MetricsLogger
 

@@ -1,0 +1,192 @@
+"""The sections of the configuration: `trainer.*`, `generator.*` and so on, each a dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh.config.declare import INF, key
+
+
+@dataclass(frozen=True)
+class InvariantConf:
+    chunks: int = key(4, "largest tensor-parallel degree that the self-test covers", ge=1)
+
+
+@dataclass(frozen=True)
+class MeshConf:
+    mode: Literal["colocated", "split"] = key(
+        "colocated", "trainer and generator on the same ranks, or on disjoint ones"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConf:
+    path: str | None = key(None, "Hugging Face model directory, or package:NAME for a shipped one")
+    flavor: str = key(
+        "0.6B", "Qwen3 size where no model.path gives one: tiny, 0.6B, 1.7B, 4B, 8B, ..."
+    )
+    init: Literal["checkpoint", "random"] = key(
+        "checkpoint", "start from the weights in model.path, or from random ones"
+    )
+    tokenizer: str | None = key(
+        None, "directory with tokenizer.json; unset: model.path, else the shipped characters"
+    )
+    ignore_config: list[str] = key(
+        [], "entries of model.path's config.json that are read as if they were not there"
+    )
+    ignore_tensors: list[str] = key(
+        [], "tensors in model.path that are left out: names, or patterns like score.*"
+    )
+    max_length: int = key(
+        2048, "context: prompt and response together never exceed it [tokens]", ge=2
+    )
+
+
+@dataclass(frozen=True)
+class TrainerConf:
+    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
+    dp_shard: int | None = key(
+        None, "ranks that share one copy (FSDP); unset: fills the submesh", ge=1
+    )
+    tp: int = key(1, "tensor-parallel degree", ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None, "compute dtype over fp32 master weights; unset: bfloat16 on CUDA, float32 on CPU"
+    )
+    lr: float = key(1e-6, "peak learning rate of AdamW", gt=0, lt=INF)
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
+    weight_decay: float = key(
+        0.0, "AdamW's weight decay, of all weights (norms and embeddings too)", ge=0, lt=INF
+    )
+    warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
+    clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
+    microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
+    activation_checkpointing: Literal["none", "selective", "full"] = key(
+        "none", "recompute activations in the backward pass"
+    )
+    sequence_parallel: bool = key(
+        False, "between tensor-parallel layers a rank keeps only its share of the tokens"
+    )
+
+
+@dataclass(frozen=True)
+class GeneratorConf:
+    dp: int | None = key(None, "data-parallel engines; unset: fills the submesh", ge=1)
+    tp: int = key(1, "tensor-parallel degree", ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None, "dtype of weights, activations and KV cache; unset: bfloat16 on CUDA, float32 on CPU"
+    )
+    temperature: float = key(1.0, "sampling temperature of the rollouts", gt=0, lt=INF)
+    top_k: int = key(0, "sample from the k most likely tokens; 0: from all", ge=0)
+    top_p: float = key(
+        1.0, "nucleus: sample from the smallest set with this probability; 1: from all", gt=0, le=1
+    )
+    max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
+    max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
+    kv_tokens: int = key(
+        0,
+        "KV cache of one engine [tokens]; 0: max_sequences full responses, on a GPU with prompts "
+        "of 256 tokens",
+        ge=0,
+    )
+    page_size: int = key(
+        0, "tokens per KV page; 0: 256 on CUDA (required by its kernel), 16 on CPU", ge=0
+    )
+    prefill_tokens: int = key(8192, "max prompt tokens per forward pass [tokens]", ge=1)
+    prefix_cache: bool = key(True, "samples of one prompt share the prompt's KV")
+    cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
+
+
+@dataclass(frozen=True)
+class RewardConf:
+    workers: int | None = key(
+        None, "scoring processes per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+    )
+    timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
+    on_failure: Literal["stop", "zero"] = key(
+        "stop",
+        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0 "
+        "(in its group's mean and deviation too)",
+    )
+
+
+@dataclass(frozen=True)
+class VllmConf:
+    model: Literal["titan", "native"] = key(
+        "titan", "the model that vLLM runs: the trainer's, which can be exact, or vLLM's own"
+    )
+    release: bool = key(True, "colocated on a GPU: free vLLM's KV cache while the trainer trains")
+
+
+@dataclass(frozen=True)
+class SyncConf:
+    verify: Literal["every", "first", "off"] | None = key(
+        None,
+        "compare weight digests after a sync; unset: first with engine=native on CUDA, else every",
+    )
+    bucket_mb: int = key(256, "max size of a point-to-point message [MiB]", ge=1)
+
+
+@dataclass(frozen=True)
+class EvalConf:
+    every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
+    num_prompts: int = key(256, "held-out prompts", ge=1)
+    num_samples: int = key(4, "samples per held-out prompt; k of pass@k", ge=1)
+    output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
+
+
+@dataclass(frozen=True)
+class GenerateConf:
+    prompts: list[str] = key(
+        [], "prompts for recipes/generate.py; -: lines of stdin; unset: held-out prompts"
+    )
+    num_samples: int = key(1, "answers per prompt", ge=1)
+    greedy: bool = key(True, "greedy decoding; false: sample as in training")
+
+
+@dataclass(frozen=True)
+class SFTConf:
+    steps: int = key(75, "supervised steps", ge=1)
+    batch_size: int = key(128, "examples per step", ge=1)
+    lr: float = key(1e-3, "learning rate of AdamW", gt=0, lt=INF)
+    output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
+
+
+@dataclass(frozen=True)
+class ValidateConf:
+    steps: int = key(3, "training steps that recipes/validate.py compares", ge=1)
+    sequences: int = key(257, "sequences of the batch that every rung generates", ge=2)
+    layouts: Literal["all", "cover", "own"] = key(
+        "cover",
+        "L3: all pairs of layouts, each layout of a role at least once, or only the run's own",
+    )
+    control: bool = key(
+        False, "repeat with ordinary kernels, as a control that differences are detected"
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConf:
+    every: int = key(
+        0,
+        "steps between checkpoints, and one after the last; 0: only where a run stops or fails",
+        ge=0,
+    )
+    keep: int = key(2, "number of complete checkpoints to keep, the newest", ge=1)
+    best: bool = key(
+        True, "with checkpoint.every: keep the model of the best evaluation in RUN_DIR/best"
+    )
+    best_metric: str = key(
+        "eval/accuracy",
+        "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
+        "eval/accuracy_greedy; the largest value is the best",
+    )
+
+
+@dataclass(frozen=True)
+class LogConf:
+    progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
+    tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
+    wandb: str | None = key(None, "Weights & Biases project to log to")
+    samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)

@@ -1,0 +1,83 @@
+"""Responses as a task sees them, and what its `score` and `reply` may return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mesh.types import FinishReason, Message
+
+
+@dataclass(frozen=True)
+class TurnText:
+    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
+
+    text: of all its tokens but the stop token that ended it; plain: without special tokens.
+    finish_reason: of a sampled turn.
+    """
+
+    text: str
+    sampled: bool
+    plain: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Response(str):
+    """What the policy answered. As a string it is the text of its last turn: all tokens but the
+    stop token that ended it, special tokens included.
+
+    plain: that text without special tokens; tokens: of that turn, the stop token included;
+    finish_reason: of the rollout; turns: the whole conversation after the prompt, in order. Where
+    there is one turn, it is that one.
+    """
+
+    plain: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    turns: tuple[TurnText, ...]
+
+    def __new__(
+        cls,
+        text: str,
+        plain: str | None = None,
+        tokens: Sequence[int] = (),
+        finish_reason: FinishReason = "stop",
+        turns: Sequence[TurnText] = (),
+    ) -> Response:
+        self = super().__new__(cls, text)
+        self.plain = text if plain is None else plain
+        self.tokens, self.finish_reason = tuple(tokens), finish_reason
+        one = TurnText(text, True, self.plain, self.tokens, finish_reason)
+        self.turns = tuple(turns) or (one,)
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.plain, self.tokens, self.finish_reason, self.turns
+
+    @property
+    def text(self) -> str:
+        """The string itself, as a plain `str`."""
+        return str(self)
+
+    @property
+    def transcript(self) -> str:
+        """The texts of all turns, one after the other."""
+        return "".join(turn.text for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward with what is known of it. parts: each becomes the metric `reward/NAME`; correct:
+    what an evaluation counts, None: the task's `is_correct`, or else a reward of 1.
+    """
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    correct: bool | None = None
+
+
+Reply = str | Message | Sequence[Message] | None
+"""What `reply` may return: a text, which is appended as it is; a message or several, which go
+through the chat template; None: the conversation is over."""
