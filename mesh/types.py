@@ -69,6 +69,26 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TurnText:
+    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
+
+    text: of all its tokens but the stop token that ended it; plain: without special tokens.
+    finish_reason: of a sampled turn.
+    """
+
+    text: str
+    sampled: bool
+    plain: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+Reply = str | Message | Sequence[Message] | None
+"""What `reply` may return: a text, which is appended as it is; a message or several, which go
+through the chat template; None: the conversation is over."""
+
+
+@dataclass(frozen=True)
 class NumberedPrompt:
     """A prompt and its place in the step, counted from 0. The place is the `prompt_id` of every
     other noun here, of logs and of messages.
@@ -79,7 +99,8 @@ class NumberedPrompt:
 
     @property
     def text(self) -> str:
-        return self.prompt.text
+        """The prompt as one text, to show it."""
+        return self.prompt.question
 
 
 @dataclass(frozen=True)

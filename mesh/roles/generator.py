@@ -19,7 +19,7 @@ from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.scorer import Scorer
-from mesh.text.tokenizer import Tokenizer
+from mesh.text.encoding import PromptEncoder
 from mesh.types import (
     TRUNCATED,
     Completion,
@@ -59,9 +59,10 @@ class Generator:
         settings: GeneratorSettings,
         meshes: Meshes,
         device: torch.device,
-        tokenizer: Tokenizer,
+        encoder: PromptEncoder,
     ) -> None:
-        self.settings, self.device, self.tokenizer = settings, device, tokenizer
+        self.settings, self.device, self.encoder = settings, device, encoder
+        self.tokenizer = encoder.tokenizer
         mesh = meshes.generator_mesh
         self.replicas = meshes.layout.generator.dp
         self.replica = dp_rank(mesh)
@@ -131,7 +132,7 @@ class Generator:
     def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:
         """The requests that `complete` makes of the engine; empty off the generator."""
         return [
-            Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
+            Request(p.prompt_id, self.encoder.tokens(p.prompt), num_samples)
             for p in self._share(prompts)
         ]
 

@@ -149,7 +149,7 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
     )
     prompts = checked(drawn, num, "eval_prompts")
     for index, pair in enumerate(zip(prompts, checked(again, num, "eval_prompts"), strict=True)):
-        before, now = ((p.text, p.answer) for p in pair)
+        before, now = ((p.question, p.answer) for p in pair)
         if before != now:
             raise ValueError(
                 f"the task's eval_prompts gave {before} at index {index} and, asked again, "
@@ -158,11 +158,12 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
             )
     places: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
-        if (first := places.setdefault(prompt.text, index)) != index:
+        if (first := places.setdefault(prompt.question, index)) != index:
             raise ValueError(
-                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.text!r} "
-                f"twice, at index {first} and {index} ({len({p.text for p in prompts})} texts in "
-                "all): return distinct prompts, or lower eval.num_prompts to as many as there are"
+                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.question!r} "
+                f"twice, at index {first} and {index} ({len({p.question for p in prompts})} texts "
+                "in all): return distinct prompts, or lower eval.num_prompts to as many as there "
+                "are"
             )
     return prompts
 

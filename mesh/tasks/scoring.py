@@ -90,7 +90,7 @@ def describe_failure(task: Any, prompt: Prompt, response: str, problem: str) -> 
     """Format a failed score with all its inputs."""
     return (
         f"the score function of {task!r} {problem}\n"
-        f"  prompt:   {prompt.text!r}\n"
+        f"  prompt:   {prompt.question!r}\n"
         f"  response: {response!r}\n"
         f"  answer:   {prompt.answer!r}"
     )
