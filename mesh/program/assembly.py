@@ -220,7 +220,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
-    generator = Generator(plan.generator, meshes, process.device, plan.tokenizer)
+    generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
     scorers = [scorer, *(one for one in others.values() if one is not scorer)]
@@ -266,12 +266,5 @@ def save_model(program: Program, path: Path) -> None:
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
-    export(
-        path,
-        trainer.parameters(),
-        plan.shape,
-        plan.tokenizer_directory,
-        plan.tokenizer.eos_ids,
-        write=dist.get_rank() == plan.layout.trainer_ranks[0],
-        model=plan.trainer.start.path,
-    )
+    write = dist.get_rank() == plan.layout.trainer_ranks[0]
+    export(path, trainer.parameters(), plan.shape, plan.export, write)
