@@ -20,6 +20,7 @@ from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.scorer import Scorer
 from mesh.text.encoding import PromptEncoder
+from mesh.text.stopping import StopStrings
 from mesh.types import (
     TRUNCATED,
     Completion,
@@ -48,6 +49,7 @@ class GeneratorSettings:
     top_p: float
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    stops: StopStrings | None
     timeout_seconds: int
 
 
@@ -119,6 +121,7 @@ class Generator:
             top_k=0 if greedy else settings.top_k,
             top_p=1.0 if greedy else settings.top_p,
             stop_tokens=settings.stop_tokens,
+            stops=settings.stops,
         )
 
     def complete(

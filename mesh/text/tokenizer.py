@@ -87,11 +87,12 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def response(self, answer: Completion | Rollout) -> str:
-        """The text that is scored, logged and shown: all tokens but the one that ended it.
+        """The text that is scored, logged and shown: all tokens but the stop token that ended it.
 
-        Special tokens stay, since they are trained on; a stop token goes, special or not.
+        Special tokens stay, since they are trained on; a stop token goes, special or not. A stop
+        string stays, with what its last token holds beside it.
         """
-        stopped = answer.finish_reason == "stop"
+        stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids
         return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
 
 
