@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
+from mesh.program.encoding import prompt_encoder, stop_strings
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -168,6 +168,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
+        stops=stop_strings(conf, tokenizer),
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -212,11 +213,6 @@ def prompt_source(
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
     encoder = prompt_encoder(conf, tokenizer)
     return PromptSource(task, encoder, conf.overlong, *lengths, held_out=HeldOut(held_out))
-
-
-def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
-    """How prompts become tokens."""
-    return PromptEncoder(tokenizer, date.today())
 
 
 def start_path(conf: Conf) -> Path | None:
