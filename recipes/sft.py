@@ -141,7 +141,7 @@ def train_step(conf: Conf, program: Program, process: Process, step: int) -> dic
 
 def example(plan: Plan, prompt: NumberedPrompt) -> Rollout:
     """The rollout of a generator that knows the solution."""
-    question = tuple(plan.tokenizer.encode(prompt.text))
+    question = plan.encoder.tokens(prompt.prompt)
     answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt.prompt)))
     tokens = (*answer, answer_end(plan))
     unknown = (0.0,) * len(tokens)

@@ -53,7 +53,7 @@ def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
     total = conf.validate.sequences
     drawn, _ = step_prompts(plan.prompts, process, Draw(0, plan.step.num_prompts))
     prompts = drawn[: -(-total // SAMPLES)]
-    texts = [tuple(plan.tokenizer.encode(prompt.text)) for prompt in prompts]
+    texts = [plan.encoder.tokens(prompt.prompt) for prompt in prompts]
     room = min(plan.trainer.max_length - plan.generator.max_new_tokens, LONGEST)
     numbers = random.Random(conf.seed)
     lengths = [1, room, *(numbers.randint(1, room) for _ in prompts)][: len(prompts)]

@@ -220,7 +220,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
-    generator = Generator(plan.generator, meshes, process.device, plan.tokenizer)
+    generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
     scorers = [scorer, *(one for one in others.values() if one is not scorer)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
@@ -86,6 +88,11 @@ class Plan:
     def task(self) -> Task:
         """The task that is trained on."""
         return self.training.task
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """How prompts become tokens."""
+        return self.prompts.encoder
 
 
 def resolve(
@@ -203,7 +210,13 @@ def prompt_source(
 ) -> PromptSource:
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    return PromptSource(task, tokenizer, conf.overlong, *lengths, held_out=HeldOut(held_out))
+    encoder = prompt_encoder(conf, tokenizer)
+    return PromptSource(task, encoder, conf.overlong, *lengths, held_out=HeldOut(held_out))
+
+
+def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
+    """How prompts become tokens."""
+    return PromptEncoder(tokenizer, date.today())
 
 
 def start_path(conf: Conf) -> Path | None:

@@ -32,7 +32,7 @@ def prompt_warnings(
     if source.teaches:
         texts = [solution_of(source.task, prompt) for prompt in prompts]
         return text_warnings(process, source.tokenizer, "solution", texts)
-    return text_warnings(process, source.tokenizer, "prompt", [p.text for p in prompts])
+    return text_warnings(process, source.tokenizer, "prompt", [p.question for p in prompts])
 
 
 def text_warnings(

@@ -15,6 +15,7 @@ from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
+from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import NumberedPrompt, Prompt
 
@@ -53,8 +54,10 @@ class Task(Protocol):
         """A correct response, for the supervised warm start."""
         ...
 
-    def score(self, prompt: Prompt, response: str) -> float:
-        """Reward of a response: a finite number, as a scalar of Python, numpy or torch."""
+    def score(self, prompt: Prompt, response: Response) -> float | Score:
+        """Reward of a response: a finite number, as a scalar of Python, numpy or torch; or a
+        `Score`, which has one, named parts, and whether the response is correct.
+        """
         ...
 
 
@@ -149,7 +152,7 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
     )
     prompts = checked(drawn, num, "eval_prompts")
     for index, pair in enumerate(zip(prompts, checked(again, num, "eval_prompts"), strict=True)):
-        before, now = ((p.text, p.answer) for p in pair)
+        before, now = ((p.question, p.answer) for p in pair)
         if before != now:
             raise ValueError(
                 f"the task's eval_prompts gave {before} at index {index} and, asked again, "
@@ -158,11 +161,12 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
             )
     places: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
-        if (first := places.setdefault(prompt.text, index)) != index:
+        if (first := places.setdefault(prompt.question, index)) != index:
             raise ValueError(
-                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.text!r} "
-                f"twice, at index {first} and {index} ({len({p.text for p in prompts})} texts in "
-                "all): return distinct prompts, or lower eval.num_prompts to as many as there are"
+                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.question!r} "
+                f"twice, at index {first} and {index} ({len({p.question for p in prompts})} texts "
+                "in all): return distinct prompts, or lower eval.num_prompts to as many as there "
+                "are"
             )
     return prompts
 

@@ -19,7 +19,8 @@ from mesh.lifecycle.agreement import Part, difference, text_of
 from mesh.lifecycle.process import Process
 from mesh.tasks import Draw, Task, draw_prompts, numbered, solution_of
 from mesh.tasks.held_out import HeldOut
-from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, UnknownText
+from mesh.text.encoding import PromptEncoder
+from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, Unencodable
 from mesh.types import NumberedPrompt, Prompt
 
 Overlong = Literal["stop", "skip"]
@@ -45,7 +46,7 @@ class PromptSource:
     """
 
     task: Task
-    tokenizer: Tokenizer
+    encoder: PromptEncoder
     overlong: Overlong
     max_length: int
     max_positions: int
@@ -53,17 +54,21 @@ class PromptSource:
     teaches: bool = False
     held_out: HeldOut = field(default_factory=HeldOut, compare=False)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
+
     def fault(self, prompt: Prompt) -> Fault | None:
         """Why a prompt cannot be used; None: it can."""
         try:
-            tokens = len(self.tokenizer.encode(prompt.text))
+            tokens = len(self.encoder.tokens(prompt))
             response = self.max_new_tokens
             if self.teaches:
                 response = len(self.tokenizer.encode(solution_of(self.task, prompt))) + 1
-        except UnknownText as error:
+        except Unencodable as error:
             return Fault(error.wrong)
         if not tokens:
-            return Fault(f"the prompt {prompt.text!r} has no token")
+            return Fault(f"the prompt {prompt.question!r} has no token")
         if tokens + response <= self.max_length:
             return None
         length = (
@@ -72,7 +77,7 @@ class PromptSource:
             else f"{tokens} tokens, which with generator.max_new_tokens={response} is longer than "
             "the context"
         )
-        return Fault(f"the prompt {prompt.text[:SHOWN]!r} has {length}", tokens + response)
+        return Fault(f"the prompt {prompt.question[:SHOWN]!r} has {length}", tokens + response)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_a_checked_plan_is_the_resolved_one(process: Process):
     """`check` reads the model, the task and the loss that a configuration names."""
     plan = check(conf_of("loss=dr_grpo"), process)
     expected = planned("loss=dr_grpo")
-    prompts = replace(plan.prompts, tokenizer=expected.tokenizer)
+    prompts = replace(plan.prompts, encoder=expected.encoder)
     assert replace(plan, tokenizer=expected.tokenizer, prompts=prompts) == expected
 
 
