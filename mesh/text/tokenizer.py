@@ -91,8 +91,15 @@ class Tokenizer:
 
         Special tokens stay, since they are trained on; a stop token goes, special or not.
         """
-        stopped = answer.finish_reason == "stop"
-        return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
+        return self.decode(_before_stop(answer))
+
+    def plain(self, answer: Completion | Rollout) -> str:
+        """`response` without special tokens."""
+        return self.backend.decode(list(_before_stop(answer)), skip_special_tokens=True)
+
+
+def _before_stop(answer: Completion | Rollout) -> tuple[int, ...]:
+    return answer.tokens[:-1] if answer.finish_reason == "stop" else answer.tokens
 
 
 def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenizer:
