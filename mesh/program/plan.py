@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
+from mesh.program.encoding import prompt_encoder, stop_strings
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -34,6 +34,7 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
@@ -168,6 +169,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
+        stops=stop_strings(conf, tokenizer),
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -211,12 +213,8 @@ def prompt_source(
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
     encoder = prompt_encoder(conf, tokenizer)
-    return PromptSource(task, encoder, conf.overlong, *lengths, held_out=HeldOut(held_out))
-
-
-def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
-    """How prompts become tokens."""
-    return PromptEncoder(tokenizer, date.today())
+    stops, held = stop_strings(task), HeldOut(held_out)
+    return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 
 def start_path(conf: Conf) -> Path | None:

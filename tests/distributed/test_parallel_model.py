@@ -37,10 +37,13 @@ RANKS = range(4)
 # a width that four ranks do not share evenly, and heads that they do; a pad id in the shard of the
 # second of two ranks, the third of four
 TIED = Variant(0, tied=True, kv_heads=4, dim=66, pad_id=69)
+# q, k and v have biases, queries and keys no norms
+BIASED = replace(TIED, seed=3, tied=False, family="qwen2")
 # fewer kv heads than ranks
-KV1, KV2 = replace(TIED, seed=3, kv_heads=1), replace(TIED, seed=4, kv_heads=2)
+KV1, KV2 = replace(BIASED, seed=4, kv_heads=1), replace(TIED, seed=5, kv_heads=2)
 # batch-invariant, the width is shared, too; on four ranks, so are the kv heads
 EVEN = Variant(2, tied=False, kv_heads=2, dim=64)
+TIED_CHECKPOINTS = ("tied", "kv2")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,7 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
     save_checkpoint(directory / "tied", TIED)
     save_checkpoint(directory / "untied", replace(TIED, seed=1, tied=False))
+    save_checkpoint(directory / "biased", BIASED)
     save_checkpoint(directory / "even", EVEN)
     save_checkpoint(directory / "kv1", KV1)
     save_checkpoint(directory / "kv2", KV2)
@@ -93,7 +97,7 @@ def step_alone(model) -> dict:
 def alone(root, solo_mesh):
     """What the program says of each checkpoint, from one process: alone[checkpoint]."""
     expected = {}
-    for checkpoint in ("tied", "untied", "kv1", "kv2"):
+    for checkpoint in ("tied", "untied", "biased", "kv1", "kv2"):
         model, _ = load_role(root / checkpoint, solo_mesh)
         loaded = {n: p.detach().clone() for n, p in named_weights(model).items()}
         with torch.no_grad():
@@ -102,7 +106,7 @@ def alone(root, solo_mesh):
         shapes = {n: tuple(p.shape) for n, p in loaded.items()}
         blocks = {n: Block((0,) * len(s), s) for n, s in shapes.items()}
         random = {n: torch.empty(s) for n, s in shapes.items()}
-        if checkpoint != "untied":
+        if checkpoint in TIED_CHECKPOINTS:
             random["lm_head.weight"] = random["tok_embeddings.weight"]
         random_weights(random, shapes, blocks, SEED)
         expected[checkpoint]["random"] = random
@@ -143,7 +147,7 @@ def test_the_embedding_of_the_pad_id_learns_through_a_tied_head_only(results, al
     for name, seen, _ in pairs(results, alone, case, "gradients"):
         if name == "tok_embeddings.weight":
             learned = bool(seen[TIED.pad_id].any())
-            assert learned == (TRAINERS[case][0] != "untied")
+            assert learned == (TRAINERS[case][0] in TIED_CHECKPOINTS)
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -160,7 +164,7 @@ def test_metrics_of_an_update_are_those_of_one_process(results, alone, case):
 
 
 def tied_twice(case, name):
-    return TRAINERS[case][0] != "untied" and name == "lm_head.weight"
+    return TRAINERS[case][0] in TIED_CHECKPOINTS and name == "lm_head.weight"
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -183,6 +187,8 @@ def test_weights_have_the_same_bits_in_every_layout(results, alone, case, key):
 def test_random_weights_are_normal_and_differ_by_name(alone):
     weights = alone["untied"]["random"]
     assert torch.equal(weights["norm.weight"], torch.ones(66))
+    bias = alone["biased"]["random"]["layers.1.attention.qkv_linear.wk.bias"]
+    assert torch.equal(bias, torch.zeros(96))
     for name, tensor in weights.items():
         if tensor.ndim == 2:
             assert tensor.std().item() == pytest.approx(STD, rel=0.1), name

@@ -1,8 +1,9 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with checkpoints `tied`, `untied` and `even`; each rank writes what it saw of
-every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even` is also
-scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for bit.
+Arguments: a directory with the checkpoints that TRAINERS names, and `even`. Each rank writes what it
+saw of every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even`
+is also scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for
+bit.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel
     "untied_fsdp2_tp2": ("untied", 1, 2, 2),
     "fsdp2_sp2": ("tied", 1, 2, 2, True),
     "untied_sp4": ("untied", 1, 1, 4, True),
+    "biased_fsdp4": ("biased", 1, 4, 1),
+    "biased_fsdp2_sp2": ("biased", 1, 2, 2, True),
+    "biased_tp4": ("biased", 1, 1, 4),
     # fewer kv heads than ranks
     "kv1_fsdp2_tp2": ("kv1", 1, 2, 2),
     "kv1_tp4": ("kv1", 1, 1, 4),
