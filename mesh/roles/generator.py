@@ -21,8 +21,8 @@ from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
 from mesh.text.encoding import PromptEncoder
-from mesh.text.tokenizer import Tokenizer
 from mesh.text.stopping import StopStrings
+from mesh.text.tokenizer import Tokenizer
 from mesh.types import (
     TRUNCATED,
     Completion,
@@ -72,7 +72,7 @@ class Generator:
         self.replica = dp_rank(mesh)
         shape, kind, sizes = settings.shape, settings.kind, settings.engine
         self.layouts: list[ParamLayout] = role_layouts(
-            shape, sizes.max_length, mesh.mesh, fsdp=False
+            shape, sizes.max_length, mesh.mesh, fsdp=False, sliced=not kind.runs_policy
         )
         self.binds = kind.may_alias(device.type, sizes.cuda_graphs)
         if kind.own_buffers:
