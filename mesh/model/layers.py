@@ -28,7 +28,7 @@ from mesh.invariant.linear import gathered_linear
 from mesh.invariant.switch import current
 from mesh.model.logprobs import TokenScores, token_logprobs
 from mesh.model.lookup import lookup
-from mesh.model.parallel import copy_to, enter, leave, local
+from mesh.model.parallel import copy_to, enter, leave, local, own_part
 from mesh.types import IdSpans
 
 
@@ -79,32 +79,30 @@ def rotate_both(
     return q, k
 
 
-def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Cosines and sines of every position, fp32 [max_length, 2 * head_dim].
-
-    Computed on the CPU for any device, so that all ranks and roles have the same bits.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    angles = torch.outer(torch.arange(max_length, device="cpu").float(), inverse)
-    angles = torch.cat([angles, angles], dim=-1)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
-
-
 class ColumnLinear(TitanLinear):
-    """Linear with output features sharded over tp. Its inputs have gone through `enter`."""
+    """Linear with output features sharded over tp, with or without a bias. Its inputs have gone
+    through `enter`. The bias is added to the rounded product, in both roles.
+
+    parts: the heads that the features consist of, where there may be fewer of them than ranks.
+    """
 
     tp_dim = 0
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanLinear.Config):
-        pass
+        parts: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
+        self.tp_parts = config.parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, local(self.weight))
+        out = F.linear(x, self._own(self.weight))
+        return out if self.bias is None else out + self._own(self.bias)
+
+    def _own(self, parameter: torch.Tensor) -> torch.Tensor:
+        return own_part(parameter, self.tp_parts, self.tp_group)
 
 
 class RowLinear(TitanLinear):

@@ -18,6 +18,10 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
 from mesh.layout.meshes import Layout, plan_layout
+from mesh.model.exported import Export, planned_export, source_entries
+from mesh.model.families import config_entries
+from mesh.model.weight_checks import exact_dtype
+from mesh.program.encoding import prompt_encoder, turn_ends
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -30,11 +34,14 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.text.encoding import PromptEncoder
+from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
 
 Device = Literal["cpu", "cuda"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Plan:
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
     tokenizer: Tokenizer
-    tokenizer_directory: Path
+    export: Export
     verify: Verify
     bucket_bytes: int
     timeout_seconds: int
@@ -83,6 +90,11 @@ class Plan:
         """The task that is trained on."""
         return self.training.task
 
+    @property
+    def encoder(self) -> PromptEncoder:
+        """How prompts become tokens."""
+        return self.prompts.encoder
+
 
 def resolve(
     conf: Conf, found: Found, world_size: int, device: Device, training: bool = True
@@ -96,21 +108,23 @@ def resolve(
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     evaluations = evaluation_sets(conf, source, found.held_out)
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
+    ends = turn_ends(conf, found.task)
     return Plan(
         device=device,
         layout=layout,
         trainer=trainer_settings(conf, shape, device, objective if training else None),
-        generator=generator_settings(conf, shape, found.tokenizer, device),
+        generator=generator_settings(conf, shape, found.tokenizer, device, ends),
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
+            conf.log.tokens,
         ),
         training=source,
         prompts=prompt_source(conf, found.task, found.tokenizer, found.shape, held_out),
         evaluations=evaluations,
         tokenizer=found.tokenizer,
-        tokenizer_directory=tokenizer_directory(conf),
+        export=export_plan(conf, found.shape, found.tokenizer),
         verify=conf.sync.verify or kind.verify[device],
         bucket_bytes=conf.sync.bucket_mb << 20,
         timeout_seconds=conf.timeout_seconds,
@@ -142,9 +156,9 @@ def trainer_settings(
 
 
 def generator_settings(
-    conf: Conf, shape: ModelShape, tokenizer: Tokenizer, device: Device
+    conf: Conf, shape: ModelShape, tokenizer: Tokenizer, device: Device, ends: Sequence[str] = ()
 ) -> GeneratorSettings:
-    """The generator's part."""
+    """The generator's part. ends: texts that end a turn, beside the tokenizer's stop tokens."""
     keys = conf.generator
     return GeneratorSettings(
         shape=shape,
@@ -157,6 +171,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
+        stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -199,7 +214,9 @@ def prompt_source(
 ) -> PromptSource:
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    return PromptSource(task, tokenizer, conf.overlong, *lengths, held_out=HeldOut(held_out))
+    encoder = prompt_encoder(conf, tokenizer)
+    stops, held = turn_ends(conf, task), HeldOut(held_out)
+    return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 
 def start_path(conf: Conf) -> Path | None:
@@ -208,6 +225,20 @@ def start_path(conf: Conf) -> Path | None:
         return None
     assert conf.model.path is not None, "check let init=checkpoint without a path through"
     return resolve_path(conf.model.path)
+
+
+def export_plan(conf: Conf, shape: ModelShape, tokenizer: Tokenizer) -> Export:
+    """What exported models have beside their weights' values."""
+    start, eos_ids = start_path(conf), tokenizer.eos_ids
+    if conf.model.path is None:
+        config = config_entries(shape, eos_ids)
+    else:
+        config = source_entries(resolve_path(conf.model.path), conf.model.ignore_config)
+    if conf.export.dtype is not None:
+        dtype = DTYPES[conf.export.dtype]
+    else:
+        dtype = torch.float32 if start is None else exact_dtype(start, shape)
+    return planned_export(config, eos_ids, dtype, tokenizer_directory(conf), start)
 
 
 def tokenizer_directory(conf: Conf) -> Path:
@@ -220,4 +251,4 @@ def dtype_of(name: str | None, device: Device) -> torch.dtype:
     """The dtype that a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
     if name is None:
         return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return DTYPES[name]

@@ -161,7 +161,7 @@ def test_unknown_config_names_the_nearest(refusal):
 def test_unknown_task_and_task_key_name_the_nearest(refusal):
     assert "did you mean spell_backward?" in refusal("task=spell_backwards")
     assert "did you mean task_args.max_length?" in refusal("task_args.maxlength=4")
-    far = refusal("task=chess", "task_args.colour=red")
+    far = refusal("task=zebra_xyz", "task_args.colour=red")
     assert "did you mean" not in far and "no such task; use one of spell_backward" in far
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 
@@ -212,10 +212,14 @@ def test_truncated_weights_are_found_before_anything_is_loaded(refusal, model):
         ("{", "config.json is not JSON"),
         ("[]", "config.json is not a JSON object"),
         ("[" * 10_000, "config.json is not JSON"),
-        ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
+        (
+            '{"model_type": "gemma3"}',
+            "model_type 'gemma3' is not supported; use one of the dense decoders with plain, "
+            "linear or llama3 RoPE: qwen3 (dense Qwen3), qwen2 (Qwen2, Qwen2.5), llama (Llama 2 ",
+        ),
     ],
 )
-def test_config_json_that_describes_no_qwen3(refusal, model, content, wrong):
+def test_config_json_that_describes_none_of_our_families(refusal, model, content, wrong):
     (model / "config.json").write_text(content)
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(f"model.path={model}: {wrong}")
