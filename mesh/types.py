@@ -8,7 +8,7 @@ S sequences in a decode batch. A suffix names logical dims, never the sharding.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -121,6 +121,9 @@ class Sampling:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
     token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
+
+    A turn ends with one of `stop_tokens`, or where `stops(tokens, start)` says so: the last of the
+    tokens completes a stop string in the text from index `start` on, where the turn began.
     """
 
     temperature: float
@@ -130,6 +133,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    stops: Callable[[Sequence[int], int], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ class GeneratorConf:
     top_p: float = key(
         1.0, "nucleus: sample from the smallest set with this probability; 1: from all", gt=0, le=1
     )
+    stop: list[str] = key(
+        [], "texts that end a response, beside the model's end tokens, e.g. [</calc>]"
+    )
     max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
     max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
     kv_tokens: int = key(

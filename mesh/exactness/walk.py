@@ -72,7 +72,7 @@ def _tokens(texts: Sequence[tuple[int, ...]], first: int, length: int) -> tuple[
 
 def sampling_of(generator: Generator) -> Sampling:
     """Sampling of the batch: as rollouts are drawn, but every response to its full length."""
-    return replace(generator.sampling(0), stop_tokens=())
+    return replace(generator.sampling(0), stop_tokens=(), stops=None)
 
 
 def part_of(requests: Sequence[Request], size: int) -> list[Request]:

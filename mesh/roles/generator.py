@@ -21,6 +21,7 @@ from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
 from mesh.text.encoding import PromptEncoder
+from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import Tokenizer
 from mesh.types import (
     TRUNCATED,
@@ -50,6 +51,7 @@ class GeneratorSettings:
     top_p: float
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    stops: StopStrings | None
     timeout_seconds: int
 
 
@@ -121,6 +123,7 @@ class Generator:
             top_k=0 if greedy else settings.top_k,
             top_p=1.0 if greedy else settings.top_p,
             stop_tokens=settings.stop_tokens,
+            stops=settings.stops,
         )
 
     def complete(

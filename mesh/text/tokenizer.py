@@ -87,19 +87,20 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def response(self, answer: Completion | Rollout) -> str:
-        """The text that is scored, logged and shown: all tokens but the one that ended it.
+        """The text that is scored, logged and shown: all tokens but the stop token that ended it.
 
-        Special tokens stay, since they are trained on; a stop token goes, special or not.
+        Special tokens stay, since they are trained on; a stop token goes, special or not. A stop
+        string stays, with what its last token holds beside it.
         """
-        return self.decode(_before_stop(answer))
+        return self.decode(self._before_stop(answer))
 
     def plain(self, answer: Completion | Rollout) -> str:
         """`response` without special tokens."""
-        return self.backend.decode(list(_before_stop(answer)), skip_special_tokens=True)
+        return self.backend.decode(list(self._before_stop(answer)), skip_special_tokens=True)
 
-
-def _before_stop(answer: Completion | Rollout) -> tuple[int, ...]:
-    return answer.tokens[:-1] if answer.finish_reason == "stop" else answer.tokens
+    def _before_stop(self, answer: Completion | Rollout) -> tuple[int, ...]:
+        stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids
+        return answer.tokens[:-1] if stopped else answer.tokens
 
 
 def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenizer:
