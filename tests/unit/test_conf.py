@@ -12,7 +12,7 @@ from mesh.config.loading import load_conf, read_conf, save_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.config.spelling import MOST, OTHER_SYSTEMS, near_keys, nearest
 
-NAMES = ["qwen3", "qwen3_split", "qwen3_tiny", "qwen3_tiny_split"]
+NAMES = ["calculator_tiny", "qwen3", "qwen3_split", "qwen3_tiny", "qwen3_tiny_split"]
 CONFIGS = f"name one of {', '.join(NAMES)}, or a path to a .yaml"
 
 
