@@ -97,14 +97,17 @@ def serving_problems(vllm_config: VllmConfig) -> list[str]:
     ]
     if not Path(config.model).is_dir():
         wrong = "is not a directory of this machine"
-        return [*found, problem("model", config.model, wrong, "download it, and name the directory")]
+        return [
+            *found,
+            problem("model", config.model, wrong, "download it, and name the directory"),
+        ]
     try:
         shape = served_shape(config)
     except ValueError as error:
         return [*found, *str(error).splitlines()]
     remedy = "serve a directory with all weights of its config.json"
-    wrong = weight_problems(Path(config.model), shape)
-    found += [problem("model", config.model, line, remedy) for line in wrong]
+    unread = weight_problems(Path(config.model), shape)
+    found += [problem("model", config.model, line, remedy) for line in unread]
     tp = vllm_config.parallel_config.tensor_parallel_size
     found += tp_problems("tensor_parallel_size", tp, shape)
     if not setting_problems(vllm_config.additional_config):
