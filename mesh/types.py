@@ -8,7 +8,7 @@ S sequences in a decode batch. A suffix names logical dims, never the sharding.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -72,6 +72,26 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TurnText:
+    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
+
+    text: of all its tokens but the stop token that ended it; plain: without special tokens.
+    finish_reason: of a sampled turn.
+    """
+
+    text: str
+    sampled: bool
+    plain: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+Reply = str | Message | Sequence[Message] | None
+"""What `reply` may return: a text, which is appended as it is; a message or several, which go
+through the chat template; None: the conversation is over."""
+
+
+@dataclass(frozen=True)
 class NumberedPrompt:
     """A prompt and its place in the step, counted from 0. The place is the `prompt_id` of every
     other noun here, of logs and of messages.
@@ -82,7 +102,8 @@ class NumberedPrompt:
 
     @property
     def text(self) -> str:
-        return self.prompt.text
+        """The prompt as one text, to show it."""
+        return self.prompt.question
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,9 @@ class Sampling:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
     token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
+
+    A turn ends with one of `stop_tokens`, or where `stops(tokens, start)` says so: the last of the
+    tokens completes a stop string in the text from index `start` on, where the turn began.
     """
 
     temperature: float
@@ -109,6 +133,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    stops: Callable[[Sequence[int], int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -228,12 +253,29 @@ IdSpans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the context that a model was pretrained on.
+
+    linear: all are divided by `factor`. llama3: those whose wavelength is above `original_positions
+    / low_freq_factor` are; below `original_positions / high_freq_factor` they stay; in between they
+    are interpolated.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A model by its sizes, which a layout has to divide, and the constants of its maths.
+    """A model by its sizes, which a layout has to divide, and what else its maths depends on.
 
     `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
     not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
-    has no token, whose probability is exactly 0.
+    has no token, whose probability is exactly 0; `family`: its model_type in a config.json;
+    `qk_norm`: queries and keys are normed; `qkv_bias`: q, k and v have biases.
     """
 
     vocab_size: int
@@ -249,3 +291,7 @@ class ModelShape:
     max_positions: int = 32768
     pad_id: int | None = None
     textless: IdSpans = ()
+    family: str = "qwen3"
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None

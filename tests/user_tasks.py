@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh.tasks.draw import is_held_out
-from mesh.tasks.response import Reply, TurnText
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt
+from mesh.types import Prompt, Reply, TurnText
 
 ORPHAN = "import subprocess; print(subprocess.Popen(['sleep', '1000'], stdout=2).pid)"
 

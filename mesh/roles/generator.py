@@ -20,7 +20,9 @@ from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
+from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import Tokenizer
+from mesh.text.stopping import StopStrings
 from mesh.types import (
     TRUNCATED,
     Completion,
@@ -49,6 +51,7 @@ class GeneratorSettings:
     top_p: float
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    stops: StopStrings | None
     timeout_seconds: int
 
 
@@ -60,9 +63,10 @@ class Generator:
         settings: GeneratorSettings,
         meshes: Meshes,
         device: torch.device,
-        tokenizer: Tokenizer,
+        encoder: PromptEncoder,
     ) -> None:
-        self.settings, self.device, self.tokenizer = settings, device, tokenizer
+        self.settings, self.device, self.encoder = settings, device, encoder
+        self.tokenizer = encoder.tokenizer
         mesh = meshes.generator_mesh
         self.replicas = meshes.layout.generator.dp
         self.replica = dp_rank(mesh)
@@ -119,6 +123,7 @@ class Generator:
             top_k=0 if greedy else settings.top_k,
             top_p=1.0 if greedy else settings.top_p,
             stop_tokens=settings.stop_tokens,
+            stops=settings.stops,
         )
 
     def complete(
@@ -132,7 +137,7 @@ class Generator:
     def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:
         """The requests that `complete` makes of the engine; empty off the generator."""
         return [
-            Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
+            Request(p.prompt_id, self.encoder.tokens(p.prompt), num_samples)
             for p in self._share(prompts)
         ]
 

@@ -17,9 +17,8 @@ from mesh.lifecycle.heartbeat import heartbeat
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.handle import Job
 from mesh.tasks.pool import Pool
-from mesh.tasks.response import Reply, TurnText
 from mesh.tasks.scoring import OUTCOMES, Outcome, describe_failure
-from mesh.types import Prompt
+from mesh.types import Prompt, Reply, TurnText
 
 REMEDIES = {
     "score": "make it return one finite number (bool, int, float, Decimal, Fraction, or a numpy or "

@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mesh.tasks.response import Reply
 from mesh.tasks.returned import Unusable, shown
-from mesh.types import Message
+from mesh.types import Message, Reply
 
 METHOD = "reply"
 FORMS = "a reply is a text, a message, several messages, or None, which ends the conversation"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.tasks.replying import reply_of, seed_of
-from mesh.tasks.response import Reply, Response, Score, TurnText
+from mesh.tasks.response import Response, Score
 from mesh.tasks.returned import Unusable, score_of
-from mesh.types import Prompt
+from mesh.types import Prompt, Reply, TurnText
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
 NO_SCORE = Score(0.0)

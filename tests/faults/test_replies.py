@@ -17,9 +17,9 @@ from mesh.config.schema import Conf, RewardConf
 from mesh.program.plan import task_spec
 from mesh.tasks import TaskSpec, load_task
 from mesh.tasks.calls import Replied, TaskSource
-from mesh.tasks.response import Response, Score, TurnText
+from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer, checked_task, scoring_of
-from mesh.types import Prompt
+from mesh.types import Prompt, TurnText
 
 PROMPT = Prompt(0, "abc>", "cba")
 MESSAGES = [{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": "abc?"}]

@@ -175,7 +175,8 @@ def _append(sequence: Sequence, token: int, logprob: float, sampling: Sampling) 
     """Append a drawn token, and finish the sequence if it is its last."""
     sequence.tokens.append(token)
     sequence.logprobs.append(logprob)
-    if token in sampling.stop_tokens:
+    stops = sampling.stops
+    if token in sampling.stop_tokens or (stops is not None and stops(sequence.tokens, 0)):
         sequence.finish_reason = "stop"
     elif len(sequence.tokens) == sampling.max_new_tokens:
         sequence.finish_reason = "length"

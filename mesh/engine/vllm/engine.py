@@ -187,6 +187,7 @@ class VllmEngine:
         for request in requests:
             added += core_requests(self.core, request, sampling, self.version, self.serial)
             self.serial += 1
+        self.core.scheduler.stops = sampling.stops
         self.sampler.expect([request.request_id for request in added], sampling)
         for one in added:
             self.core.add_request(one)
