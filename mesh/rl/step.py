@@ -159,7 +159,7 @@ def samples_of(
     advantages: Advantages,
     response: Callable[[Rollout], str],
 ) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages.
+    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
     response: the text of a rollout, as it was scored. `task_prompt_id`: the id that the task gave,
     where that is not the prompt's place in the step.
@@ -177,6 +177,8 @@ def samples_of(
             "advantage": advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
+        | ({"parts": dict(r.parts)} if r.parts else {})
+        | ({} if r.correct is None else {"correct": r.correct})
         | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
         for wave in waves
         for r in wave.rollouts

@@ -97,7 +97,10 @@ def serving_problems(vllm_config: VllmConfig) -> list[str]:
     ]
     if not Path(config.model).is_dir():
         wrong = "is not a directory of this machine"
-        return [*found, problem("model", config.model, wrong, "download it, and name the directory")]
+        return [
+            *found,
+            problem("model", config.model, wrong, "download it, and name the directory"),
+        ]
     try:
         shape = served_shape(config)
     except ValueError as error:
