@@ -6,8 +6,9 @@ from datetime import date
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
+from mesh.tasks import Task
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
-from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import Tokenizer, UnknownText
 
 
@@ -16,10 +17,9 @@ def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
     return PromptEncoder(tokenizer, date.today())
 
 
-def stop_strings(conf: Conf, tokenizer: Tokenizer) -> StopStrings | None:
-    """The texts that end a response; None: there are none."""
-    stop = conf.generator.stop
-    return StopStrings(tuple(stop), tokenizer) if stop else None
+def turn_ends(conf: Conf, task: Task) -> tuple[str, ...]:
+    """The texts that end a turn: those of generator.stop, and the task's own."""
+    return tuple(dict.fromkeys((*conf.generator.stop, *stop_strings(task))))
 
 
 def stop_problems(conf: Conf, tokenizer: Tokenizer) -> list[str]:

@@ -21,8 +21,8 @@ from mesh.model.layouts import role_layouts, weight_names
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
 from mesh.text.encoding import PromptEncoder
-from mesh.text.tokenizer import Tokenizer
 from mesh.text.stopping import StopStrings
+from mesh.text.tokenizer import Tokenizer
 from mesh.types import (
     TRUNCATED,
     Completion,

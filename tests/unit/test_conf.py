@@ -9,10 +9,10 @@ import pytest
 from mesh.config.changes import changed
 from mesh.config.keys import Refusal, conf_keys, range_problems, refuse, value_of
 from mesh.config.loading import load_conf, read_conf, save_conf
-from mesh.config.schema import Conf, resolve_path
+from mesh.config.schema import CONF_DIR, Conf, resolve_path
 from mesh.config.spelling import MOST, OTHER_SYSTEMS, near_keys, nearest
 
-NAMES = ["qwen3", "qwen3_split", "qwen3_tiny", "qwen3_tiny_split"]
+NAMES = sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
 CONFIGS = f"name one of {', '.join(NAMES)}, or a path to a .yaml"
 
 
