@@ -295,3 +295,9 @@ class ModelShape:
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """The kv heads of one of `tp` ranks. Where there are fewer heads than ranks, several ranks
+        have the same one.
+        """
+        return max(self.num_kv_heads // tp, 1)

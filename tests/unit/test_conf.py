@@ -305,12 +305,12 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     assert caught.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "usage: RECIPE conf=NAME [key=value ...]"
-    assert [line.split()[0] for line in lines[3:7]] == NAMES
+    assert [line.split()[0] for line in lines[3 : 3 + len(NAMES)]] == NAMES
     assert (
         "qwen3_split qwen3 with trainer and generator on disjoint ranks (2 GPUs or more)" in lines
     )
     assert "trainer.lr=1e-06 peak learning rate of AdamW (> 0 and finite)" in lines
-    listed = {line.partition("=")[0] for line in lines[9:]}
+    listed = {line.partition("=")[0] for line in lines[5 + len(NAMES) :]}
     assert listed == set(conf_keys())
 
 
