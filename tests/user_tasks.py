@@ -306,3 +306,15 @@ class Troubled(SpellBackward):
 def pair_of_ids() -> list[int]:
     """This process and its parent, the supervisor."""
     return [os.getpid(), os.getppid()]
+
+
+def num_letters(prompt: Prompt, response: str) -> int:
+    return len(response)
+
+
+def share(prompt: Prompt, response: str) -> float:
+    return 0.5
+
+
+def fails_over_z(answer: str, response: str) -> float | None:
+    return None if "z" in response else float(answer == "cba")

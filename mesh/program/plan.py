@@ -193,8 +193,10 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
 
 
 def task_spec(conf: Conf) -> TaskSpec:
-    """The task by name."""
-    return TaskSpec(conf.task, conf.seed, conf.task_args)
+    """The task by name, with the functions that are added to its score."""
+    weights = conf.score_weights or [1.0] * len(conf.scores)
+    scores = dict(zip(conf.scores, weights, strict=False))
+    return TaskSpec(conf.task, conf.seed, conf.task_args, scores)
 
 
 def evaluation_sets(

@@ -15,6 +15,7 @@ from mesh.tasks.replying import signature_problem
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE
 from mesh.tasks.stops import stop_strings
+from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt
 
 
@@ -56,10 +57,10 @@ class Scorer:
 
 
 def num_workers(conf: Conf) -> int:
-    """Scoring processes per engine: `reward.workers`, else one if the task is user code."""
+    """Scoring processes per engine: `reward.workers`, else one if a score is user code."""
     if conf.reward.workers is not None:
         return conf.reward.workers
-    return 1 if ":" in conf.task else 0
+    return 1 if ":" in conf.task or conf.scores else 0
 
 
 def scoring_of(conf: Conf) -> ScoringSettings:
@@ -76,6 +77,7 @@ def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
     stop_strings(task)
+    with_scores(task, spec.scores)
     if wrong := signature_problem(task):
         raise ValueError(f"task={spec.name}: {wrong}")
     if workers:
@@ -85,10 +87,15 @@ def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list
 
 
 def reward_problems(conf: Conf) -> list[str]:
-    """A time limit for scores beyond what the waiting ranks allow."""
+    """Weights that are not one for each function, and a time limit beyond that of waiting ranks."""
     limit, found = conf.reward.timeout_seconds, []
+    if conf.score_weights and len(conf.score_weights) != len(conf.scores):
+        wrong = f"scores has {len(conf.scores)} functions, and this {len(conf.score_weights)}"
+        found.append(problem("score_weights", conf.score_weights, wrong, "give one for each"))
+    if len(set(conf.scores)) < len(conf.scores):
+        found.append(problem("scores", conf.scores, "names a function twice", "name it once"))
     if not num_workers(conf):
-        return []
+        return found
     for name in ("timeout_seconds", "stall_seconds"):
         longest = getattr(conf, name)
         if longest and limit >= longest:  # stall_seconds=0: no limit
