@@ -22,16 +22,20 @@ def turn_ends(conf: Conf, task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*conf.generator.stop, *stop_strings(task))))
 
 
-def stop_problems(conf: Conf, tokenizer: Tokenizer) -> list[str]:
+def stop_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
     """Stop strings that end every answer at once, or that no answer has."""
     name, value = "generator.stop", conf.generator.stop
     if not all(value):
         wrong = "the empty text would end every response at its first token"
         return [problem(name, value, wrong, "leave it out")]
-    for text in value:
+    for text in turn_ends(conf, task):
         try:
             tokenizer.encode(text)
         except UnknownText as error:
             wrong = f"no response could end with it: {error.wrong}"
-            return [problem(name, value, wrong, "leave it out, or set model.tokenizer to another")]
+            if text in value:
+                remedy = "leave it out, or set model.tokenizer to another"
+                return [problem(name, value, wrong, remedy)]
+            wrong = f"its stop_strings has {text!r}, and {wrong}"
+            return [problem("task", conf.task, wrong, "set model.tokenizer to another")]
     return []

@@ -1,9 +1,9 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with the checkpoints that TRAINERS names, and `even`. Each rank writes what it
-saw of every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even`
-is also scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for
-bit.
+Arguments: a directory with the checkpoints that TRAINERS names, and `even`. Each rank writes what
+it saw of every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`.
+`even` is also scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit
+for bit.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from chat_tokenizer import CHATML, IM_END, saved
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.program.assembly import check
+from mesh.program.encoding import stop_problems, turn_ends
 from mesh.recipes.sft import example, examples_of, prompts_of, scheduled, teaching
 from mesh.roles.optimizer import OptimizerSettings, lr_at
 from mesh.tasks import numbered
@@ -148,6 +149,15 @@ def test_stop_strings_that_are_no_texts_are_refused(stops):
     with pytest.raises(ValueError, match="the task's stop_strings is"):
         stop_strings(Solved(0, stop_strings=stops))
     assert stop_strings(SpellBackward(0)) == ()
+
+
+def test_the_stop_strings_a_task_are_added_to_those_of_the_configuration():
+    conf = load_conf(["conf=qwen3_tiny", "generator.stop=[x,;]"])[1]
+    task, tokenizer = Solved(0, stop_strings=[";", "é"]), load_tokenizer(CHARACTERS)
+    assert turn_ends(conf, task) == ("x", ";", "é")
+    (line,) = stop_problems(conf, tokenizer, task)
+    assert line.startswith("task=spell_backward: its stop_strings has 'é', and no response could")
+    assert stop_problems(conf, tokenizer, Solved(0, stop_strings=["!"])) == []
 
 
 @pytest.mark.parametrize(("num", "size"), [(10, 4), (8, 4), (3, 4), (1, 1)])

@@ -282,6 +282,10 @@ def test_samples_carry_the_advantages_of_whole_groups():
     scored = replace(waves[0].rollouts[0], parts=(("format", 0.5), ("x", 2.0)), correct=False)
     (sample,) = samples_of(prompts, [Wave([], [scored])], advantages, str)
     assert (sample["parts"], sample["correct"]) == ({"format": 0.5, "x": 2.0}, False)
+    tokens = samples_of(prompts, waves, advantages, str, with_tokens=True)
+    assert [(s["prompt_tokens"], s["tokens"], s["logprobs"]) for s in tokens] == [
+        (list(r.prompt_tokens), list(r.tokens), list(r.logprobs)) for r in waves[0].rollouts
+    ]
     (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, str)
     assert (equal["prompt_id"], equal["advantage"], equal["prompt"]) == (5, 0.0, "50>")
     assert equal["task_prompt_id"] == 50, "the task's own id is kept"
