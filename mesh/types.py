@@ -25,6 +25,9 @@ end that was planned."""
 RolloutKey = tuple[int, int]
 """(prompt_id, sample_id): names a rollout within its step."""
 
+Parts = tuple[tuple[str, float], ...]
+"""Named parts of a score, in the task's order."""
+
 MAX_TP = 8
 """The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
 
@@ -159,7 +162,8 @@ class Rollout:
     """A scored sequence of one prompt: the unit that goes from generator to trainer.
 
     `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
-    tokens carry loss; `logprobs[i]` belongs to the i-th of them.
+    tokens carry loss; `logprobs[i]` belongs to the i-th of them. `parts` and `correct`: of its
+    score, if it has them.
     """
 
     prompt_id: int
@@ -170,6 +174,8 @@ class Rollout:
     reward: float
     finish_reason: FinishReason
     turns: tuple[Turn, ...] = ()
+    parts: Parts = ()
+    correct: bool | None = None
 
     @property
     def key(self) -> RolloutKey:
@@ -215,6 +221,8 @@ class Outline:
     num_tokens: int
     reward: float
     finish_reason: FinishReason
+    parts: Parts = ()
+    correct: bool | None = None
 
     @property
     def key(self) -> RolloutKey:
@@ -224,7 +232,8 @@ class Outline:
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
     r = rollout
-    return Outline(r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward, r.finish_reason)
+    sizes = r.length, r.num_tokens
+    return Outline(*r.key, *sizes, r.reward, r.finish_reason, r.parts, r.correct)
 
 
 @dataclass(frozen=True)
@@ -244,12 +253,29 @@ IdSpans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the context that a model was pretrained on.
+
+    linear: all are divided by `factor`. llama3: those whose wavelength is above `original_positions
+    / low_freq_factor` are; below `original_positions / high_freq_factor` they stay; in between they
+    are interpolated.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A model by its sizes, which a layout has to divide, and the constants of its maths.
+    """A model by its sizes, which a layout has to divide, and what else its maths depends on.
 
     `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
     not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
-    has no token, whose probability is exactly 0.
+    has no token, whose probability is exactly 0; `family`: its model_type in a config.json;
+    `qk_norm`: queries and keys are normed; `qkv_bias`: q, k and v have biases.
     """
 
     vocab_size: int
@@ -265,3 +291,7 @@ class ModelShape:
     max_positions: int = 32768
     pad_id: int | None = None
     textless: IdSpans = ()
+    family: str = "qwen3"
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None

@@ -188,6 +188,15 @@ class CheckpointConf:
 
 
 @dataclass(frozen=True)
+class ExportConf:
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None,
+        "dtype of the weights in exported models; unset: bfloat16 if all those in model.path are, "
+        "else float32",
+    )
+
+
+@dataclass(frozen=True)
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")

@@ -268,12 +268,5 @@ def save_model(program: Program, path: Path) -> None:
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
-    export(
-        path,
-        trainer.parameters(),
-        plan.shape,
-        plan.tokenizer_directory,
-        plan.tokenizer.eos_ids,
-        write=dist.get_rank() == plan.layout.trainer_ranks[0],
-        model=plan.trainer.start.path,
-    )
+    write = dist.get_rank() == plan.layout.trainer_ranks[0]
+    export(path, trainer.parameters(), plan.shape, plan.export, write)

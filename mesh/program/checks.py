@@ -20,7 +20,7 @@ from mesh.model.weight_checks import weight_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.types import HEAD_DIMS, ModelShape
 
-NO_CODE = "code that ships with a model is never run (trust_remote_code): use a plain Qwen3"
+NO_CODE = "code that ships with a model is never run (trust_remote_code): use a model without any"
 
 
 def check_start(

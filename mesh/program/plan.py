@@ -18,6 +18,9 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
 from mesh.layout.meshes import Layout, plan_layout
+from mesh.model.exported import Export, planned_export, source_entries
+from mesh.model.families import config_entries
+from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, stop_strings
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
@@ -37,6 +40,7 @@ from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
 
 Device = Literal["cpu", "cuda"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Plan:
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
     tokenizer: Tokenizer
-    tokenizer_directory: Path
+    export: Export
     verify: Verify
     bucket_bytes: int
     timeout_seconds: int
@@ -117,7 +121,7 @@ def resolve(
         prompts=prompt_source(conf, found.task, found.tokenizer, found.shape, held_out),
         evaluations=evaluations,
         tokenizer=found.tokenizer,
-        tokenizer_directory=tokenizer_directory(conf),
+        export=export_plan(conf, found.shape, found.tokenizer),
         verify=conf.sync.verify or kind.verify[device],
         bucket_bytes=conf.sync.bucket_mb << 20,
         timeout_seconds=conf.timeout_seconds,
@@ -219,6 +223,20 @@ def start_path(conf: Conf) -> Path | None:
     return resolve_path(conf.model.path)
 
 
+def export_plan(conf: Conf, shape: ModelShape, tokenizer: Tokenizer) -> Export:
+    """What exported models have beside their weights' values."""
+    start, eos_ids = start_path(conf), tokenizer.eos_ids
+    if conf.model.path is None:
+        config = config_entries(shape, eos_ids)
+    else:
+        config = source_entries(resolve_path(conf.model.path), conf.model.ignore_config)
+    if conf.export.dtype is not None:
+        dtype = DTYPES[conf.export.dtype]
+    else:
+        dtype = torch.float32 if start is None else exact_dtype(start, shape)
+    return planned_export(config, eos_ids, dtype, tokenizer_directory(conf), start)
+
+
 def tokenizer_directory(conf: Conf) -> Path:
     """The tokenizer's directory: model.tokenizer, else model.path, else the shipped one."""
     named = conf.model.tokenizer or conf.model.path
@@ -229,4 +247,4 @@ def dtype_of(name: str | None, device: Device) -> torch.dtype:
     """The dtype that a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
     if name is None:
         return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return DTYPES[name]

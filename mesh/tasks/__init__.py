@@ -15,6 +15,7 @@ from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
+from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import NumberedPrompt, Prompt
 
@@ -53,8 +54,10 @@ class Task(Protocol):
         """A correct response, for the supervised warm start."""
         ...
 
-    def score(self, prompt: Prompt, response: str) -> float:
-        """Reward of a response: a finite number, as a scalar of Python, numpy or torch."""
+    def score(self, prompt: Prompt, response: Response) -> float | Score:
+        """Reward of a response: a finite number, as a scalar of Python, numpy or torch; or a
+        `Score`, which has one, named parts, and whether the response is correct.
+        """
         ...
 
 

@@ -38,8 +38,12 @@ class Response(str):
         self.turns = tuple(turns) or (one,)
         return self
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.plain, self.tokens, self.finish_reason, self.turns
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its arguments, each text once: responses are sent to the processes that score."""
+        one = TurnText(self, True, self.plain, self.tokens, self.finish_reason)
+        plain = None if self.plain == self else self.plain
+        turns = () if self.turns == (one,) else self.turns
+        return Response, (self.text, plain, self.tokens, self.finish_reason, turns)
 
     @property
     def text(self) -> str:

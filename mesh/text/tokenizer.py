@@ -92,8 +92,15 @@ class Tokenizer:
         Special tokens stay, since they are trained on; a stop token goes, special or not. A stop
         string stays, with what its last token holds beside it.
         """
+        return self.decode(self._before_stop(answer))
+
+    def plain(self, answer: Completion | Rollout) -> str:
+        """`response` without special tokens."""
+        return self.backend.decode(list(self._before_stop(answer)), skip_special_tokens=True)
+
+    def _before_stop(self, answer: Completion | Rollout) -> tuple[int, ...]:
         stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids
-        return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
+        return answer.tokens[:-1] if stopped else answer.tokens
 
 
 def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenizer:

@@ -22,6 +22,7 @@ from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, build_meshes, plan_layout
+from mesh.model.exported import planned_export, source_entries
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layers import RMSNorm
@@ -134,9 +135,10 @@ def train(root: Path, case: str) -> dict:
     trainer = Trainer(replace(random, start=Start(path, 0), optimizer=adamw), meshes, CPU)
     seen: dict = {"loaded": whole(trainer.parameters())}
     write = dist.get_rank() == 0
-    tokenizer = root  # has no tokenizer files
     shape = random.shape
-    export(root / "exports" / case, trainer.parameters(), shape, tokenizer, (1,), write)
+    # the tokenizer's directory has no files of one
+    plan = planned_export(source_entries(path), (1,), torch.float32, root)
+    export(root / "exports" / case, trainer.parameters(), shape, plan, write)
     with torch.no_grad():
         seen["scores"] = tuple(packed(SEQUENCES).scores(trainer.model, TEMPERATURE))
     passes, objective = my_passes(trainer), Objective(Loss(reinforce))
