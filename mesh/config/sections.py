@@ -151,8 +151,14 @@ class GenerateConf:
 @dataclass(frozen=True)
 class SFTConf:
     steps: int = key(75, "supervised steps", ge=1)
+    epochs: int | None = key(
+        None, "in place of sft.steps: passes over everything that the task's all_prompts has", ge=1
+    )
     batch_size: int = key(128, "examples per step", ge=1)
-    lr: float = key(1e-3, "learning rate of AdamW", gt=0, lt=INF)
+    lr: float = key(1e-3, "peak learning rate of AdamW", gt=0, lt=INF)
+    decay: Literal["none", "linear", "cosine"] = key(
+        "none", "learning rate after trainer.warmup_steps: constant, or down to 0 at the end"
+    )
     output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
 
 

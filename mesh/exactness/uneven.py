@@ -7,7 +7,7 @@ change no weight would compare nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Uneven:
     def eval_prompts(self, num: int) -> list[Prompt]:
         return self.inner.eval_prompts(num)
 
-    def solution(self, prompt: Prompt) -> str:
+    def solution(self, prompt: Prompt) -> str | Sequence[Any]:
         return self.inner.solution(prompt)
 
     def score(self, prompt: Prompt, response: Response) -> float | Score:

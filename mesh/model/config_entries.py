@@ -99,7 +99,7 @@ def _defaults(**of_family: Any) -> dict[str, Any]:
 FAMILIES = {
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        models="Qwen3 (dense)",
+        models="dense Qwen3",
         qk_norm=True,
         qkv_bias=False,
         defaults=_defaults(head_dim=128, num_key_value_heads=32, max_position_embeddings=32768),

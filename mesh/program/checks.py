@@ -159,8 +159,8 @@ def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     limit, response = conf.model.max_length, conf.generator.max_new_tokens
     found = []
     if shape is not None and limit > shape.max_positions:
-        own = shape.max_positions
-        wrong = f"the model's own context is {own} tokens (max_position_embeddings)"
+        own, entries = shape.max_positions, "max_position_embeddings, or a sliding_window"
+        wrong = f"the model's own context is {own} tokens ({entries})"
         found.append(problem("model.max_length", limit, wrong, f"use at most {own}"))
     if response >= limit:
         wrong = f"leaves no room for a prompt in model.max_length={limit}"

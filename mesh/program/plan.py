@@ -34,6 +34,7 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
@@ -212,7 +213,8 @@ def prompt_source(
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
     encoder = prompt_encoder(conf, tokenizer)
-    return PromptSource(task, encoder, conf.overlong, *lengths, held_out=HeldOut(held_out))
+    stops, held = stop_strings(task), HeldOut(held_out)
+    return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 
 def start_path(conf: Conf) -> Path | None:

@@ -15,11 +15,18 @@ from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
+from mesh.tasks.calculator import Calculator
+from mesh.tasks.guess import Guess
 from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import NumberedPrompt, Prompt
 
-SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arithmetic}
+SHIPPED: dict[str, type] = {
+    "spell_backward": SpellBackward,
+    "arithmetic": Arithmetic,
+    "calculator": Calculator,
+    "guess": Guess,
+}
 METHODS = ("train_prompts", "eval_prompts", "solution", "score")
 T = TypeVar("T")
 
@@ -50,8 +57,10 @@ class Task(Protocol):
         """Distinct held-out prompts, never drawn in training. Raises ValueError if too few."""
         ...
 
-    def solution(self, prompt: Prompt) -> str:
-        """A correct response, for the supervised warm start."""
+    def solution(self, prompt: Prompt) -> str | Sequence[Any]:
+        """A correct response, for the supervised warm start: a text, or turns in order, each
+        (text, True) for what the policy says and (reply, False) for what follows it.
+        """
         ...
 
     def score(self, prompt: Prompt, response: Response) -> float | Score:
@@ -182,14 +191,6 @@ def data_set(task: Task) -> list[Prompt]:
     if not prompts:
         raise ValueError("the task's all_prompts returned no prompt; return all, or leave it out")
     return checked(prompts, len(prompts), "all_prompts")
-
-
-def solution_of(task: Task, prompt: Prompt) -> str:
-    """The task's solution; ValueError where it raises or is no text."""
-    text = call_user_code(f"solution of {task!r}", lambda: task.solution(prompt))
-    if not isinstance(text, str):
-        raise ValueError(f"the task's solution returned {text!r}; return a text")
-    return text
 
 
 def _takes_round(task: Task) -> bool:

@@ -19,6 +19,7 @@ from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE, Outcome, describe_failure, outcome_of
+from mesh.tasks.stops import stop_strings
 from mesh.types import Prompt
 
 STOP = (
@@ -130,11 +131,12 @@ def scoring_of(conf: Conf) -> ScoringSettings:
 def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list[str]]:
     """(a task, texts of `num` prompts of the first step as a scoring process draws them; none
     without `workers`). Raises ValueError if it cannot be created here or, with `workers`, in a
-    scoring process, or if it cannot say what is correct.
+    scoring process, or if it cannot say what is correct or what ends a turn.
     """
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
+    stop_strings(task)
     if workers:
         with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
             drawn = pool.start(num)

@@ -29,7 +29,7 @@ class PromptEncoder:
             raise Unencodable(wrong, "give it as one of the three")
         encode = self.tokenizer.encode
         if prompt.tokens:
-            return (*map(int, prompt.tokens), *self._continuation(prompt.prefill))
+            return (*map(int, prompt.tokens), *self.continuation(prompt.prefill))
         if prompt.messages:
             return tuple(encode(self._rendered(prompt.messages, generation=True) + prompt.prefill))
         return tuple(encode(prompt.text + prompt.prefill))
@@ -44,7 +44,7 @@ class PromptEncoder:
         """
         assert reply is not None, "the conversation is over"
         if isinstance(reply, str):
-            return self._continuation(reply)
+            return self.continuation(reply)
         messages = [reply] if isinstance(reply, dict) else list(reply)  # type: ignore[arg-type]
         question = list(prompt.messages) or [{"role": "user", "content": prompt.question}]
         answer = {"role": "assistant", "content": ANSWER}
@@ -56,7 +56,7 @@ class PromptEncoder:
         end = self.tokenizer.decode(last) if last and last[0] in self.tokenizer.eos_ids else ""
         if end and rest.lstrip().startswith(end):
             rest = rest.lstrip().removeprefix(end)
-        return self._continuation(rest)
+        return self.continuation(rest)
 
     def _rendered(self, messages: Sequence[Message], generation: bool) -> str:
         try:
@@ -79,7 +79,7 @@ class PromptEncoder:
         return Unencodable(f"the chat template in {self.tokenizer.directory}: {wrong}",
                            "correct the messages or the template")  # fmt: skip
 
-    def _continuation(self, text: str) -> tuple[int, ...]:
+    def continuation(self, text: str) -> tuple[int, ...]:
         """Tokens of a text that continues another: without the space that some tokenizers put in
         front of a first word."""
         if not text:

@@ -1,6 +1,6 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with checkpoints `tied`, `untied` and `even`; each rank writes what it saw of
+Arguments: a directory with checkpoints `tied`, `untied`, `biased` and `even`; each rank writes what it saw of
 every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even` is also
 scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for bit.
 """
@@ -47,6 +47,9 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel
     "untied_fsdp2_tp2": ("untied", 1, 2, 2),
     "fsdp2_sp2": ("tied", 1, 2, 2, True),
     "untied_sp4": ("untied", 1, 1, 4, True),
+    "biased_fsdp4": ("biased", 1, 4, 1),
+    "biased_fsdp2_sp2": ("biased", 1, 2, 2, True),
+    "biased_tp4": ("biased", 1, 1, 4),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 SHARDED_ROWS = {37: [21, 2, 13, 1], 3: [2, 1], 1: [1]}  # none divides by 2 or 4

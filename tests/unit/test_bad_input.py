@@ -215,7 +215,7 @@ def test_truncated_weights_are_found_before_anything_is_loaded(refusal, model):
         (
             '{"model_type": "gemma3"}',
             "model_type 'gemma3' is not supported; use one of the dense decoders with plain, "
-            "linear or llama3 RoPE: qwen3 (Qwen3 (dense)), qwen2 (Qwen2, Qwen2.5), llama (Llama 2 ",
+            "linear or llama3 RoPE: qwen3 (dense Qwen3), qwen2 (Qwen2, Qwen2.5), llama (Llama 2 ",
         ),
     ],
 )
