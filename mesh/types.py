@@ -37,7 +37,6 @@ LARGEST_REWARD = 1e100
 HEAD_DIMS = (32, 64, 128)
 """Head dims of our attention kernels for Hopper GPUs."""
 
-
 Message = Mapping[str, Any]
 """A chat message as chat templates read it: `role`, `content`, and what else a template knows."""
 
@@ -295,3 +294,7 @@ class ModelShape:
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """The kv heads of one of `tp` ranks. Several may share one."""
+        return max(self.num_kv_heads // tp, 1)

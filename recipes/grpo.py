@@ -138,7 +138,7 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, advantages, plan.tokenizer.response)
+    samples = samples_of(prompts, waves, advantages, plan.tokenizer.response, keys.log_tokens)
     return metrics, samples
 
 

@@ -232,3 +232,4 @@ class LogConf:
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
+    tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")

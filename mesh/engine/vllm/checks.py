@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
@@ -34,7 +35,7 @@ def vllm_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str
     return [*install_problems(device), *other_switch_problems("engine", "vllm")]
 
 
-def other_switch_problems(name: str, value: str) -> list[str]:
+def other_switch_problems(name: str, value: Any) -> list[str]:
     """vLLM's own switch, beside which ours would not decide."""
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") in ("", "0"):
         return []

@@ -46,7 +46,8 @@ def unfused(
     """
     refuse_copies(model)
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    width, kv = (n * shape.head_dim // tp for n in (shape.num_heads, shape.num_kv_heads))
+    heads = (shape.num_heads // tp, shape.kv_heads_of_rank(tp))
+    width, kv = (count * shape.head_dim for count in heads)
     rows = {"self_attn.qkv_proj": [width, kv, kv], "mlp.gate_up_proj": [shape.ffn_dim // tp] * 2}
     found = {}
     for prefix, theirs_prefix in _prefixes(shape):
