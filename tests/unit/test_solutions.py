@@ -23,7 +23,7 @@ from mesh.tasks.epochs import batch_of, steps_per_epoch
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.solution import Solution, solution_of, taught
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.tasks.stops import stop_strings
+from mesh.tasks.stops import stop_strings_of
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Unencodable, load_tokenizer
 from mesh.types import Prompt, Turn, TurnText
@@ -147,8 +147,8 @@ def test_an_example_carries_loss_on_what_the_policy_says(process):
 @pytest.mark.parametrize("stops", [5, "x", [""], [5], None])
 def test_stop_strings_that_are_no_texts_are_refused(stops):
     with pytest.raises(ValueError, match="the task's stop_strings is"):
-        stop_strings(Solved(0, stop_strings=stops))
-    assert stop_strings(SpellBackward(0)) == ()
+        stop_strings_of(Solved(0, stop_strings=stops))
+    assert stop_strings_of(SpellBackward(0)) == ()
 
 
 def test_the_stop_strings_a_task_are_added_to_those_of_the_configuration():
