@@ -84,11 +84,30 @@ class NumberedPrompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to an engine: `num_samples` independent completions of one prompt."""
+    """A request to an engine: `num_samples` independent completions of one prompt. `keeps`: each is
+    the first turn of a conversation, which is continued or dropped.
+    """
 
     prompt_id: int
     tokens: tuple[int, ...]
     num_samples: int
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The next turn of a kept sample: the tokens of `reply` follow those that it has, then at most
+    `max_new_tokens` are sampled.
+    """
+
+    prompt_id: int
+    sample_id: int
+    reply: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,8 @@ class Sampling:
     """The sampling of an engine.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
-    token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
+    token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else; positions
+    count from the end of the prompt, replies included.
     """
 
     temperature: float
@@ -110,8 +130,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `logprobs[i]` belongs to `tokens[i]`: log_softmax(logits / temperature)
-    before any truncation (temperature 1 where sampling is greedy). A stop token is in `tokens`.
+    """One sampled answer, of a conversation one turn. `logprobs[i]` belongs to `tokens[i]`:
+    log_softmax(logits / temperature) before any truncation (temperature 1 where sampling is
+    greedy). A stop token is in `tokens`.
     """
 
     prompt_id: int
@@ -119,6 +140,10 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
 
 
 @dataclass(frozen=True)

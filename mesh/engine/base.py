@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.model.policy import Policy
-from mesh.types import Completion, ModelShape, Request, Sampling
+from mesh.types import Completion, Continuation, ModelShape, Request, RolloutKey, Sampling
 
 Row = tuple[int, int | None, int]
 """(prompt_id, sample_id, position) of a row of a forward pass; sample_id None: it serves all."""
@@ -56,9 +56,16 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> bool: ...
 
+    @property
+    def kept(self) -> Collection[RolloutKey]: ...
+
     def add(self, requests: Collection[Request], sampling: Sampling) -> None: ...
 
     def step(self) -> list[Completion]: ...
+
+    def extend(self, continuations: Collection[Continuation]) -> None: ...
+
+    def drop(self, keys: Collection[RolloutKey]) -> None: ...
 
     def generate(self, requests: Collection[Request], sampling: Sampling) -> list[Completion]: ...
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mesh.config.schema import Conf
 from mesh.engine.base import Engine
+from mesh.engine.conversation import scripted
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
@@ -91,11 +92,4 @@ def generate(
     engine: Engine, requests: Sequence[Request], sampling: Sampling
 ) -> dict[RolloutKey, Rollout]:
     """The engine's completions of the requests as rollouts, without rewards."""
-    prompts = {request.prompt_id: request.tokens for request in requests}
-    return {
-        (c.prompt_id, c.sample_id): Rollout(
-            c.prompt_id, c.sample_id, prompts[c.prompt_id], c.tokens, c.logprobs, 0.0,
-            c.finish_reason,
-        )
-        for c in engine.generate(requests, sampling)
-    }  # fmt: skip
+    return {r.key: r for r in scripted(engine, requests, sampling)}
