@@ -8,31 +8,28 @@ S sequences in a decode batch. A suffix names logical dims, never the sharding.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-FinishReason = Literal["stop", "length", "turns", "context"]
-"""Reasons for which a rollout ends: a stop token, its longest response, its most turns, or no room
-in the context for another turn."""
+FinishReason = Literal["stop", "length", "turns", "context", "tokens"]
+"""Reasons for which a rollout ends: a stop token (of a conversation: no reply), its longest turn,
+its most turns, no room in the context for another one, or its most tokens in all."""
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
-TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context"})
+TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context", "tokens"})
 """Reasons that cut a rollout before its end: what is scored is unfinished. The most turns are an
 end that was planned."""
 
 RolloutKey = tuple[int, int]
 """(prompt_id, sample_id): names a rollout within its step."""
 
-MAX_TP = 8
-"""The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
+Parts = tuple[tuple[str, float], ...]
+"""Named parts of a score, in the task's order."""
 
 LARGEST_REWARD = 1e100
 """The largest magnitude of a reward: sums of squares of such differences stay finite in float64."""
-
-HEAD_DIMS = (32, 64, 128)
-"""Head dims of our attention kernels for Hopper GPUs."""
 
 
 Message = Mapping[str, Any]
@@ -69,6 +66,26 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TurnText:
+    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
+
+    text: of all its tokens but the stop token that ended it; plain: without special tokens.
+    finish_reason: of a sampled turn.
+    """
+
+    text: str
+    sampled: bool
+    plain: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+Reply = str | Message | Sequence[Message] | None
+"""What `reply` may return: a text, which is appended as it is; a message or several, which go
+through the chat template; None: the conversation is over."""
+
+
+@dataclass(frozen=True)
 class NumberedPrompt:
     """A prompt and its place in the step, counted from 0. The place is the `prompt_id` of every
     other noun here, of logs and of messages.
@@ -79,7 +96,8 @@ class NumberedPrompt:
 
     @property
     def text(self) -> str:
-        return self.prompt.text
+        """The prompt as one text, to show it."""
+        return self.prompt.question
 
 
 @dataclass(frozen=True)
@@ -95,28 +113,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """The next turn of a kept sample: the tokens of `reply` follow those that it has, then at most
-    `max_new_tokens` are sampled.
-    """
-
-    prompt_id: int
-    sample_id: int
-    reply: tuple[int, ...]
-    max_new_tokens: int
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
-
-
-@dataclass(frozen=True)
 class Sampling:
     """The sampling of an engine.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
     token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else; positions
     count from the end of the prompt, replies included.
+
+    A turn ends with one of `stop_tokens`, or where `stops(tokens, start)` says so: the last of the
+    tokens completes a stop string in the text from index `start` on, where the turn began.
     """
 
     temperature: float
@@ -126,6 +131,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    stops: Callable[[Sequence[int], int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class Rollout:
     """A scored sequence of one prompt: the unit that goes from generator to trainer.
 
     `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
-    tokens carry loss; `logprobs[i]` belongs to the i-th of them.
+    tokens carry loss; `logprobs[i]` belongs to the i-th of them. `parts` and `correct`: of its
+    score, if it has them.
     """
 
     prompt_id: int
@@ -170,6 +177,8 @@ class Rollout:
     reward: float
     finish_reason: FinishReason
     turns: tuple[Turn, ...] = ()
+    parts: Parts = ()
+    correct: bool | None = None
 
     @property
     def key(self) -> RolloutKey:
@@ -215,6 +224,8 @@ class Outline:
     num_tokens: int
     reward: float
     finish_reason: FinishReason
+    parts: Parts = ()
+    correct: bool | None = None
 
     @property
     def key(self) -> RolloutKey:
@@ -224,7 +235,8 @@ class Outline:
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
     r = rollout
-    return Outline(r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward, r.finish_reason)
+    sizes = r.length, r.num_tokens
+    return Outline(*r.key, *sizes, r.reward, r.finish_reason, r.parts, r.correct)
 
 
 @dataclass(frozen=True)
@@ -244,12 +256,29 @@ IdSpans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the context that a model was pretrained on.
+
+    linear: all are divided by `factor`. llama3: those whose wavelength is above `original_positions
+    / low_freq_factor` are; below `original_positions / high_freq_factor` they stay; in between they
+    are interpolated.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A model by its sizes, which a layout has to divide, and the constants of its maths.
+    """A model by its sizes, which a layout has to divide, and what else its maths depends on.
 
     `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
     not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
-    has no token, whose probability is exactly 0.
+    has no token, whose probability is exactly 0; `family`: its model_type in a config.json;
+    `qk_norm`: queries and keys are normed; `qkv_bias`: q, k and v have biases.
     """
 
     vocab_size: int
@@ -265,3 +294,7 @@ class ModelShape:
     max_positions: int = 32768
     pad_id: int | None = None
     textless: IdSpans = ()
+    family: str = "qwen3"
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None

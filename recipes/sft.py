@@ -1,21 +1,24 @@
-"""Supervised warm start: train a random model until it answers some prompts correctly.
+"""Supervised learning: train a model until it answers some prompts as the task's solutions do.
 
-    torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny
+    torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny model.init=random
 
 prompts -> solutions -> pack -> forward, cross entropy, backward -> optimizer -> saved model.
 
 It reads the configuration of the GRPO run that it prepares, with three differences. It takes
 sft.steps steps of sft.batch_size examples at learning rate sft.lr, not `steps` of `num_prompts` at
-trainer.lr (the other trainer.* keys hold). It starts from random weights: model.path, where it is
-set, gives shape and tokenizer, and its weights are not read. There is no reference model. A word of
-the command line that cannot be obeyed for that reason is refused.
+trainer.lr (the other trainer.* keys hold); with sft.epochs it takes everything that the task's
+`all_prompts` returns, once in each epoch. There is no reference model. A word of the command line
+that cannot be obeyed for that reason is refused.
 
-The cross entropy is that of the policy at generator.temperature, so that rollouts drawn at this
-temperature have the probabilities that were taught.
+An example has the tokens of a rollout whose policy says the solution: what the policy says carries
+loss, with the token that ends each of its turns, and what a reply says does not. The cross entropy
+is that of the policy at generator.temperature, so that rollouts drawn at this temperature have the
+probabilities that were taught.
 
-Left out: starting from a checkpoint, epochs, learning-rate decay, packing by length; the warm start
-of a small task needs none of them. It also made the checkpoint that ships with the package (one
-process, `sft.output=mesh/data/qwen3_tiny`, and `model.path=null` where there was none yet).
+Left out: checkpoints and resuming, evaluations between the first and the last step, packing by
+length; a warm start of minutes needs none of them. It also made the checkpoint that ships with the
+package (one process, `model.init=random sft.output=mesh/data/qwen3_tiny`, and `model.path=null`
+where there was none yet).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -53,9 +57,10 @@ from mesh.rl.packing import leaves
 from mesh.rl.step import passes_of
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
-from mesh.tasks import Draw, solution_of
-from mesh.tasks.prompts import step_prompts
-from mesh.types import NumberedPrompt, Rollout
+from mesh.tasks import Draw, data_set, numbered
+from mesh.tasks.epochs import batch_of, steps_per_epoch
+from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
+from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
@@ -64,7 +69,6 @@ INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
-    "model.init": "leave it out, the weights start random",
     "check": "leave it out, there is no generator to agree with",
 }
 
@@ -74,13 +78,13 @@ def main(argv: list[str]) -> None:
     with launch(conf) as process:
         conf = supervised(conf, argv)
         plan = check(conf, process)
-        trainer = replace(plan.trainer, reference=False)
-        prompts = replace(plan.prompts, teaches=True)
-        plan = replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY), prompts=prompts)
         with refusing():  # what does not fit is refused before anything is built
             end = answer_end(plan)
-            refuse(training_problems(process, prompts, conf.sft.batch_size))
-        for line in prompt_warnings(process, prompts, (), conf.sft.batch_size):
+            plan = teaching(plan)
+            refuse(training_problems(process, plan.prompts, conf.sft.batch_size))
+            examples = examples_of(conf, plan.prompts, process)
+        conf, plan = scheduled(conf, plan, len(examples))
+        for line in prompt_warnings(process, plan.prompts, (), conf.sft.batch_size):
             process.say(line)
         process.say(f"an answer ends with {plan.tokenizer.backend.id_to_token(end)!r} (id {end})")
         run_dir = create_run_dir(process, conf.run_dir, f"sft-{name}", to_yaml(conf))
@@ -89,9 +93,12 @@ def main(argv: list[str]) -> None:
         words = asdict(conf)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
             process.listen()
+            sync(program)
+            logger.log(0, held_out(program, process))
             for step in range(conf.steps):
+                prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
                 with phases("train"):
-                    metrics = train_step(conf, program, process, step)
+                    metrics = drawn | train_step(program, prompts)
                 seconds = phases.seconds(process.cpu_group)
                 metrics |= phase_metrics(seconds, {"train": int(metrics.get("tokens/trained", 0))})
                 if step + 1 == conf.steps:
@@ -106,25 +113,72 @@ def main(argv: list[str]) -> None:
 
 
 def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
-    """The configuration with the supervised steps and learning rate, from random weights.
+    """The configuration with the supervised steps and learning rate.
 
     Raises ValueError that lists the arguments of `argv` which this overrides.
     """
     words, _ = read_words(list(argv))
-    typed = {word.name: value_of(conf, word.name) for word in words if word.name in INSTEAD}
-    conf = changed(conf, {
-        "steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "model.init": "random",
-    })  # fmt: skip
+    names = {word.name for word in words}
+    typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
+    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
+    conf = changed(conf, keys)
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
-    refuse([problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled])
+    found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]
+    if conf.sft.epochs and "sft.steps" in names:
+        wrong = f"sft.epochs={conf.sft.epochs} says how long to train"
+        found.append(problem("sft.steps", conf.sft.steps, wrong, "leave out one of the two"))
+    refuse(found)
     return conf
 
 
-def train_step(conf: Conf, program: Program, process: Process, step: int) -> dict[str, float]:
-    """Cross entropy of the solutions of one batch of training prompts, and one update."""
+def teaching(plan: Plan) -> Plan:
+    """The plan with the cross entropy of solutions as its objective, and no reference model."""
+    trainer, prompts = replace(plan.trainer, reference=False), replace(plan.prompts, teaches=True)
+    return replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY), prompts=prompts)
+
+
+def scheduled(conf: Conf, plan: Plan, num_examples: int) -> tuple[Conf, Plan]:
+    """Both with the number of steps that sft.epochs makes of the examples, where it is set, and
+    with the schedule of the learning rate over them.
+    """
+    if conf.sft.epochs:
+        steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
+        conf = changed(conf, {"steps": steps})
+    keys = plan.trainer.optimizer
+    assert keys is not None, "a plan of a program that trains has an optimizer"
+    optimizer = replace(keys, decay=conf.sft.decay, steps=conf.steps)
+    return conf, replace(plan, trainer=replace(plan.trainer, optimizer=optimizer))
+
+
+def examples_of(conf: Conf, source: PromptSource, process: Process) -> list[Prompt]:
+    """Everything that is trained on in an epoch; nothing without sft.epochs. ValueError where the
+    task has no data set. Collective.
+    """
+    if not conf.sft.epochs:
+        return []
+    examples = data_set(source.task)
+    if not examples:
+        wrong = f"task={conf.task} draws prompts without end: it has no all_prompts"
+        refuse([problem("sft.epochs", conf.sft.epochs, wrong, "set sft.steps instead")])
+    return usable(source, process, examples)
+
+
+def prompts_of(
+    conf: Conf, source: PromptSource, process: Process, examples: Sequence[Prompt], step: int
+) -> tuple[list[NumberedPrompt], dict[str, Any]]:
+    """The prompts of a step, drawn or by their turn in the epoch, and the metrics of that."""
+    size = conf.sft.batch_size
+    if not examples:
+        return step_prompts(source, process, Draw(step, size))
+    prompts = [examples[i] for i in batch_of(len(examples), size, conf.seed, step)]
+    epoch = (step + 1) / steps_per_epoch(len(examples), size)
+    return numbered(prompts), {"digest/prompts": digest_of(prompts), "epoch": epoch}
+
+
+def train_step(program: Program, prompts: Sequence[NumberedPrompt]) -> dict[str, Any]:
+    """Cross entropy of the solutions of these prompts, and one update."""
     plan, trainer = program.plan, program.trainer
-    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, conf.sft.batch_size))
     rollouts = [example(plan, prompt) for prompt in prompts]
     ones_R = torch.ones(len(rollouts))
     batch = leaves(rollouts, ones_R, ones_R)
@@ -135,17 +189,16 @@ def train_step(conf: Conf, program: Program, process: Process, step: int) -> dic
     passes = passes_of(shares[rank], counts, rank, plan.step.pass_tokens)
     trainer.accumulate(passes, plan.objective, trainer.score(passes, plan.objective.needs))
     metrics = trainer.update(plan.objective.normaliser(tokens, len(rollouts)), tokens)
-    metrics = {k: value for k, value in metrics.items() if not k.startswith(OF_A_GENERATOR)}
-    return metrics | drawn
+    return {k: value for k, value in metrics.items() if not k.startswith(OF_A_GENERATOR)}
 
 
 def example(plan: Plan, prompt: NumberedPrompt) -> Rollout:
-    """The rollout of a generator that knows the solution."""
-    question = tuple(plan.tokenizer.encode(prompt.text))
-    answer = tuple(plan.tokenizer.encode(solution_of(plan.task, prompt.prompt)))
-    tokens = (*answer, answer_end(plan))
-    unknown = (0.0,) * len(tokens)
-    return Rollout(prompt.prompt_id, 0, question, tokens, unknown, 1.0, "stop")
+    """The rollout of a policy that says the solution."""
+    question, taught = plan.encoder.tokens(prompt.prompt), plan.prompts.taught(prompt.prompt)
+    made = Rollout(
+        prompt.prompt_id, 0, question, taught.tokens, (), 1.0, "stop", turns=taught.turns
+    )
+    return replace(made, logprobs=(0.0,) * made.length)  # unknown
 
 
 def answer_end(plan: Plan) -> int:

@@ -40,7 +40,7 @@ COVERED = {
     "torchrun --nproc-per-node=2 recipes/evaluate.py conf=qwen3_tiny "
     "model.path=RUN_DIR/best/step-N":
         f"{RECIPES}::test_evaluate_alone_gives_the_numbers_of_the_run",
-    "torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny":
+    "torchrun --nproc-per-node=2 recipes/sft.py conf=qwen3_tiny model.init=random":
         f"{PROGRAMS}::test_supervised_steps_lower_the_cross_entropy",
     "cat questions.txt | torchrun recipes/generate.py conf=qwen3_tiny generate.prompts=-":
         f"{PROGRAMS}::test_generate_reads_stdin_and_samples",

@@ -1,15 +1,17 @@
-"""Random Qwen3 checkpoints made by `transformers`, and our model loaded from them.
+"""Random checkpoints made by `transformers`, Qwen3's or another family's, and our model loaded from
+them.
 
-Weights are large enough that greedy decoding wanders, and norm weights are not ones, so that a
-norm which is left out or misplaced shows.
+Weights are large enough that greedy decoding wanders, and norm weights are not ones nor biases
+zeros, so that one which is left out or misplaced shows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,7 +25,7 @@ from mesh.model.policy import Policy, build_policy, named_weights
 from mesh.types import ModelShape
 
 if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
+    from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 128
@@ -31,7 +33,9 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs between checkpoints."""
+    """What differs between checkpoints. rope: parameters of RoPE beside its base; others: further
+    entries of the family's configuration.
+    """
 
     seed: int = 0
     tied: bool = True
@@ -41,38 +45,47 @@ class Variant:
     vocab_size: int = 96
     dim: int = 64
     pad_id: int | None = None
+    family: str = "qwen3"
+    head_dim: int | None = 24
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(path: Path, variant: Variant, **options) -> Qwen3ForCausalLM:
+def save_checkpoint(path: Path, variant: Variant, **options) -> PreTrainedModel:
     """Write a random checkpoint to `path` and return `transformers`' model of it."""
     # imported here because four ranks of a program, which only load, need not wait for it
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(variant.seed)
-    config = Qwen3Config(
+    of_head = {} if variant.head_dim is None else {"head_dim": variant.head_dim}
+    config = AutoConfig.for_model(
+        variant.family,
         vocab_size=variant.vocab_size,
         hidden_size=variant.dim,
         num_hidden_layers=2,
         num_attention_heads=variant.heads,
         num_key_value_heads=variant.kv_heads,
-        head_dim=24,
         intermediate_size=80,
         tie_word_embeddings=variant.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": variant.theta},
+        rope_parameters={**variant.rope, "rope_theta": variant.theta},
         initializer_range=0.2,
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=variant.pad_id,
+        **of_head,
+        **variant.others,
     )
-    model = Qwen3ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         if variant.pad_id is not None:  # zero in a new model
             model.model.embed_tokens.weight[variant.pad_id].normal_(0, 0.2)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.uniform_(-0.5, 0.5)
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(path, **options)
     return model

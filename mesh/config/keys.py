@@ -45,6 +45,7 @@ HOW_IT_RUNS = (
     "sync.",
     "eval.",
     "checkpoint.",
+    "export.",
     "log.",
 )
 

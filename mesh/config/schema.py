@@ -12,6 +12,7 @@ from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
     EvalConf,
+    ExportConf,
     GenerateConf,
     GeneratorConf,
     InvariantConf,
@@ -112,6 +113,7 @@ class Conf:
     sft: SFTConf = field(default_factory=SFTConf)
     validate: ValidateConf = field(default_factory=ValidateConf)
     checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
+    export: ExportConf = field(default_factory=ExportConf)
     log: LogConf = field(default_factory=LogConf)
 
 

@@ -82,6 +82,9 @@ class GeneratorConf:
     top_p: float = key(
         1.0, "nucleus: sample from the smallest set with this probability; 1: from all", gt=0, le=1
     )
+    stop: list[str] = key(
+        [], "texts that end a response, beside the model's end tokens, e.g. [</calc>]"
+    )
     max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
     max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
     kv_tokens: int = key(
@@ -148,8 +151,14 @@ class GenerateConf:
 @dataclass(frozen=True)
 class SFTConf:
     steps: int = key(75, "supervised steps", ge=1)
+    epochs: int | None = key(
+        None, "in place of sft.steps: passes over everything that the task's all_prompts has", ge=1
+    )
     batch_size: int = key(128, "examples per step", ge=1)
-    lr: float = key(1e-3, "learning rate of AdamW", gt=0, lt=INF)
+    lr: float = key(1e-3, "peak learning rate of AdamW", gt=0, lt=INF)
+    decay: Literal["none", "linear", "cosine"] = key(
+        "none", "learning rate after trainer.warmup_steps: constant, or down to 0 at the end"
+    )
     output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
 
 
@@ -181,6 +190,15 @@ class CheckpointConf:
         "eval/accuracy",
         "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
         "eval/accuracy_greedy; the largest value is the best",
+    )
+
+
+@dataclass(frozen=True)
+class ExportConf:
+    dtype: Literal["float32", "bfloat16"] | None = key(
+        None,
+        "dtype of the weights in exported models; unset: bfloat16 if all those in model.path are, "
+        "else float32",
     )
 
 

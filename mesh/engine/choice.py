@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mesh.engine.sampler import draw
+from mesh.engine.sampler import draw, gather_shards
 from mesh.model.logprobs import score_tiles, shard_of
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
@@ -64,3 +64,22 @@ def choose(
     pieces = [([0, *(last for _, last in tiles)], logits_SV)]
     scores = score_tiles(pieces, tokens_S - first, temperature, group, with_entropy=False)
     return tokens_S, scores[0]
+
+
+def whole_logprobs(
+    logits_SV: torch.Tensor,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    textless: IdSpans,
+) -> torch.Tensor:
+    """Logprobs of every id, fp32 [S, V], with the bits that `choose` gives the drawn one.
+
+    logits_SV: this rank's vocabulary shard of logits. Consumes them, as `choose` does.
+    """
+    shard, num_shards = shard_of(group)
+    mask_ids(logits_SV, textless, shard * logits_SV.shape[-1])
+    tiles = vocab_tiles(logits_SV.shape[-1] * num_shards, num_shards)
+    pieces = [([0, *(last for _, last in tiles)], logits_SV)]
+    nobody_S = torch.zeros(len(logits_SV), dtype=torch.int64, device=logits_SV.device)
+    logsumexp_S = score_tiles(pieces, nobody_S, temperature, group, with_entropy=False)[2]
+    return gather_shards(logits_SV.float() / temperature - logsumexp_S[:, None], group)

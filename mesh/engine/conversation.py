@@ -6,11 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from mesh.engine.base import Engine
+from mesh.engine.base import Continuation, Engine
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.types import (
     Completion,
-    Continuation,
     FinishReason,
     Request,
     Rollout,

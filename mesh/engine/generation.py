@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from mesh.engine.base import Engine
+from mesh.engine.base import Continuation, Engine
 from mesh.lifecycle.heartbeat import heartbeat
-from mesh.types import Completion, Continuation, Request, RolloutKey, Sampling
+from mesh.types import Completion, Request, RolloutKey, Sampling
 
 
 def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) -> list[Completion]:

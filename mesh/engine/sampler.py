@@ -107,7 +107,7 @@ def truncate(logits_SV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return torch.full_like(logits_SV, -torch.inf).scatter(-1, order, ordered)
 
 
-def _gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Concatenate the ranks' parts along the last dim."""
     if group is None:
         return part_SX
@@ -130,7 +130,7 @@ def draw(
     """
     shard, _ = shard_of(group)
     if sampling.top_k > 0 or sampling.top_p < 1.0:
-        logits_SV, shard, group = _gather_shards(logits_SV, group), 0, None
+        logits_SV, shard, group = gather_shards(logits_SV, group), 0, None
         logits_SV = truncate(logits_SV.float() / divisor, sampling.top_k, sampling.top_p)
         divisor = 1.0
     first = shard * logits_SV.shape[-1]
@@ -138,8 +138,8 @@ def draw(
     best_S, token_S = _draw_shard(logits_SV, keys_S, first, noise, divisor)
     if group is None:
         return token_S
-    best_SX = _gather_shards(best_S[:, None], group)
-    token_SX = _gather_shards(token_S[:, None] + first, group)
+    best_SX = gather_shards(best_S[:, None], group)
+    token_SX = gather_shards(token_S[:, None] + first, group)
     return token_SX.gather(-1, best_SX.argmax(-1, keepdim=True))[:, 0]
 
 

@@ -7,11 +7,12 @@ change no weight would compare nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mesh.tasks import Draw, Task, draw_prompts, load_task, typed_args
+from mesh.tasks.response import Response, Score
 from mesh.types import Prompt
 
 NAME = "mesh.exactness.uneven:Uneven"
@@ -36,11 +37,14 @@ class Uneven:
     def eval_prompts(self, num: int) -> list[Prompt]:
         return self.inner.eval_prompts(num)
 
-    def solution(self, prompt: Prompt) -> str:
+    def solution(self, prompt: Prompt) -> str | Sequence[Any]:
         return self.inner.solution(prompt)
 
-    def score(self, prompt: Prompt, response: str) -> float:
-        return self.inner.score(prompt, response) + zlib.crc32(response.encode()) * SCALE
+    def score(self, prompt: Prompt, response: Response) -> float | Score:
+        found, more = self.inner.score(prompt, response), zlib.crc32(response.encode()) * SCALE
+        if isinstance(found, Score):
+            return replace(found, reward=found.reward + more)
+        return found + more
 
 
 def uneven_keys(name: str, args: Mapping[str, Any], workers: int) -> dict[str, Any]:

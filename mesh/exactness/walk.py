@@ -54,7 +54,7 @@ def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
     total = conf.validate.sequences
     drawn, _ = step_prompts(plan.prompts, process, Draw(0, plan.step.num_prompts))
     prompts = drawn[: -(-total // SAMPLES)]
-    texts = [tuple(plan.tokenizer.encode(prompt.text)) for prompt in prompts]
+    texts = [plan.encoder.tokens(prompt.prompt) for prompt in prompts]
     room = min(plan.trainer.max_length - plan.generator.max_new_tokens, LONGEST)
     numbers = random.Random(conf.seed)
     lengths = [1, room, *(numbers.randint(1, room) for _ in prompts)][: len(prompts)]
@@ -73,7 +73,7 @@ def _tokens(texts: Sequence[tuple[int, ...]], first: int, length: int) -> tuple[
 
 def sampling_of(generator: Generator) -> Sampling:
     """Sampling of the batch: as rollouts are drawn, but every response to its full length."""
-    return replace(generator.sampling(0), stop_tokens=())
+    return replace(generator.sampling(0), stop_tokens=(), stops=None)
 
 
 def part_of(requests: Sequence[Request], size: int) -> list[Request]:

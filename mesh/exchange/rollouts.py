@@ -8,6 +8,7 @@ starts the next wave while the trainer works on this one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -18,8 +19,12 @@ from mesh.layout.meshes import Layout
 from mesh.rl.cutting import owner
 from mesh.types import FINISH_REASONS, Outline, Rollout, Turn, Wave, outline
 
-COLUMNS = 8
-"""Of the table that a replica sends: an outline, then the lengths of what its tokens come in."""
+COLUMNS = 10
+"""Of the table that a replica sends: an outline, then the lengths of what its tokens come in, and
+of the text of its parts."""
+
+VERDICTS = (None, False, True)
+"""Values of `correct`, by their number in the table."""
 
 
 def replica_of(prompt_id: int, num_replicas: int) -> int:
@@ -72,10 +77,11 @@ class Exchange:
         return [r for r in rollouts if owner(r.prompt_id, self.layout.trainer.dp) == dp]
 
     def _send(self, rollouts: Sequence[Rollout]) -> None:
-        table = _table(rollouts)
+        table, parts = _table(rollouts), _parts(rollouts)
         for target in self.layout.trainer_ranks:
             if target != self.rank:
                 self._isend(table, target)
+                self._isend(parts, target)
                 owned = self._owned(rollouts, target)
                 tokens, logprobs = _payload(owned)
                 self._isend(tokens, target)
@@ -87,38 +93,61 @@ class Exchange:
 
     def _receive(self, source: int, num_prompts: int) -> tuple[list[Outline], list[Rollout]]:
         table = torch.empty(num_prompts * self.group_size, COLUMNS, dtype=torch.float64)
-        if table.numel():
-            dist.recv(table, source, group=self.group)
-        dp = self._trainer_dp(self.rank)
-        rows = table.tolist()
-        owned = [row for row in rows if owner(int(row[0]), self.layout.trainer.dp) == dp]
-        tokens = torch.empty(sum(map(_payload_length, owned)), dtype=torch.int64)
-        logprobs = torch.empty(sum(int(row[2]) for row in owned), dtype=torch.float32)
-        for tensor in (tokens, logprobs):
-            if tensor.numel():
-                dist.recv(tensor, source, group=self.group)
-        return [_outline(row) for row in rows], _unpack(owned, tokens, logprobs)
+        self._recv(table, source)
+        parts = torch.empty(int(table[:, -1].sum()), dtype=torch.uint8)
+        self._recv(parts, source)
+        outlines, dp = _outlines(table, parts), self._trainer_dp(self.rank)
+        owned = [
+            (one, row)
+            for one, row in zip(outlines, table.tolist(), strict=True)
+            if owner(one.prompt_id, self.layout.trainer.dp) == dp
+        ]
+        tokens = torch.empty(sum(_payload_length(row) for _, row in owned), dtype=torch.int64)
+        logprobs = torch.empty(sum(one.length for one, _ in owned), dtype=torch.float32)
+        self._recv(tokens, source)
+        self._recv(logprobs, source)
+        return outlines, _unpack(owned, tokens, logprobs)
+
+    def _recv(self, tensor: torch.Tensor, source: int) -> None:
+        if tensor.numel():
+            dist.recv(tensor, source, group=self.group)
 
 
 def _table(rollouts: Sequence[Rollout]) -> torch.Tensor:
     """One row per rollout, float64 [rollouts, COLUMNS]."""
     rows = [
         (r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward,
-         FINISH_REASONS.index(r.finish_reason), len(r.prompt_tokens), len(r.turns))
+         FINISH_REASONS.index(r.finish_reason), VERDICTS.index(r.correct),
+         len(r.prompt_tokens), len(r.turns), len(_parts_text(r)))
         for r in rollouts
     ]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float64).view(-1, COLUMNS)
 
 
-def _outline(row: Sequence[float]) -> Outline:
-    prompt, sample, length, num_tokens, reward, reason = row[:6]
-    finish_reason = FINISH_REASONS[int(reason)]
-    return Outline(int(prompt), int(sample), int(length), int(num_tokens), reward, finish_reason)
+def _parts_text(rollout: Rollout) -> bytes:
+    return json.dumps(rollout.parts).encode() if rollout.parts else b""
+
+
+def _parts(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """The parts of all rollouts as texts, one after the other: names differ by prompt and task."""
+    return torch.tensor(list(b"".join(map(_parts_text, rollouts))), dtype=torch.uint8)
+
+
+def _outlines(table: torch.Tensor, parts: torch.Tensor) -> list[Outline]:
+    found, texts, start = [], bytes(parts.tolist()), 0
+    for row in table.tolist():
+        prompt, sample, length, num_tokens = map(int, row[:4])
+        text = texts[start : start + int(row[9])]
+        start += len(text)
+        pairs = tuple((name, value) for name, value in json.loads(text)) if text else ()
+        reason, correct = FINISH_REASONS[int(row[5])], VERDICTS[int(row[6])]
+        found.append(Outline(prompt, sample, length, num_tokens, row[4], reason, pairs, correct))
+    return found
 
 
 def _payload_length(row: Sequence[float]) -> int:
     """Integers that a rollout takes: its tokens, and two for each turn."""
-    return int(row[3]) + 2 * int(row[7])
+    return int(row[3]) + 2 * int(row[8])
 
 
 def _payload(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,13 +160,13 @@ def _payload(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _unpack(
-    rows: Sequence[Sequence[float]], numbers: torch.Tensor, logprobs: torch.Tensor
+    owned: Sequence[tuple[Outline, Sequence[float]]], numbers: torch.Tensor, logprobs: torch.Tensor
 ) -> list[Rollout]:
+    """owned: outlines with their rows of the table."""
     number_list, logprob_list = numbers.tolist(), logprobs.tolist()
     rollouts, n, a = [], 0, 0
-    for row in rows:
-        one = _outline(row)
-        middle, end = n + int(row[6]), n + one.num_tokens
+    for one, row in owned:
+        middle, end = n + int(row[7]), n + one.num_tokens
         turns = number_list[end : n + _payload_length(row)]
         rollouts.append(
             Rollout(
@@ -148,6 +177,8 @@ def _unpack(
                 one.reward,
                 one.finish_reason,
                 tuple(Turn(*pair) for pair in zip(turns[::2], map(bool, turns[1::2]), strict=True)),
+                one.parts,
+                one.correct,
             )
         )
         n, a = n + _payload_length(row), a + one.length

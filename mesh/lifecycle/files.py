@@ -47,6 +47,6 @@ def sync_path(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory of files to the disk."""
-    for item in (*path.iterdir(), path):
+    """Flush a directory, and all that is in it, to the disk."""
+    for item in (*path.rglob("*"), path):
         sync_path(item)

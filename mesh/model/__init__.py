@@ -1,1 +1,1 @@
-"""The policy: torchtitan's Qwen3 with our own leaf modules, the same object in both roles."""
+"""The policy: torchtitan's decoder with our own leaf modules, the same object in both roles."""

@@ -1,4 +1,9 @@
-"""The files of a model directory beside its weights: what an export copies, writes and removes.
+"""The files of a model directory beside its weights: what an export keeps of the directory that a
+run started from, and what it removes.
+
+An exported model is the same function in `transformers` as here. So config.json has every entry of
+the source's, but for those that were read as if they were not there, and only the end ids and the
+dtype are ours. What is read of the source is read at the start: it may be gone at the end.
 
 A directory that is exported into may hold an older model. What is left of that one is read with the
 new one: an old shard, an end token, a chat template, an adapter that `transformers` would apply.
@@ -10,10 +15,14 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mesh.lifecycle.json_files import read_object
+from mesh.model.config_entries import FAMILIES, ROPE_DICTS, Entries, without
 from mesh.model.safetensors_files import INDEX, SINGLE
 
 COPIED_FILES = (
@@ -22,37 +31,94 @@ COPIED_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
-GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+"""The folder of further chat templates, by their names."""
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
 OF_A_MODEL = (
-    *(GENERATION, "config.json", *COPIED_FILES),
+    *(GENERATION, CONFIG, *COPIED_FILES),
     *(SINGLE, INDEX),
     *("adapter_config.json", "adapter_model.safetensors", "hf_quant_config.json"),
 )
 """Names that belong to a model whoever wrote them; a shard's is the other one."""
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+DTYPES = ("dtype", "torch_dtype")
+"""Names of the entry for the dtype of the weights: the present one and that of transformers 4."""
 
 
-def write_text_files(
-    path: Path, tokenizer: Path, model: Path | None, eos_ids: tuple[int, ...]
-) -> None:
-    """Copy the tokenizer's files, and write generation_config.json with these end ids.
-
-    Its other entries are those of the tokenizer's directory and, first, of `model`, the directory
-    whose weights training started from.
+@dataclass(frozen=True)
+class Export:
+    """An exported directory but for its weights' values. config, generation: the entries of the two
+    JSON files; files: those that are copied from the directory `tokenizer`; dtype: of the weights.
     """
-    for name in COPIED_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, path / name)
-    directories = [tokenizer] if model is None else [tokenizer, model]
-    entries = generation_entries([directory / GENERATION for directory in directories])
-    entries["eos_token_id"] = one_or_list(eos_ids)
-    (path / GENERATION).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+    config: Entries
+    generation: Entries
+    dtype: torch.dtype
+    files: tuple[str, ...]
+    tokenizer: Path = field(repr=False)  # its place may differ between machines
+
+
+def source_entries(directory: Path, ignored: Collection[str] = ()) -> dict[str, Any]:
+    """The entries of a directory's config.json that describe its model as it was read: without the
+    `ignored` ones (model.ignore_config).
+    """
+    read = without(read_object(directory / CONFIG), ignored)
+    for name in ROPE_DICTS:
+        if name in ignored and name in read:  # what still counts of it, in the other form
+            read["rope_theta"] = read.pop(name)["rope_theta"]
+    if read.get("architectures") is None:  # vLLM asks for it
+        read["architectures"] = [FAMILIES[read["model_type"]].architecture]
+    return read
+
+
+def planned_export(
+    config: Entries,
+    eos_ids: tuple[int, ...],
+    dtype: torch.dtype,
+    tokenizer: Path,
+    start: Path | None = None,
+) -> Export:
+    """The export of a model that `config` describes.
+
+    `tokenizer`: the directory whose tokenizer files are copied; `start`: that of the weights which
+    training started from, whose generation_config.json counts first, before the tokenizer's.
+    """
+    ends, name = one_or_list(eos_ids), str(dtype).removeprefix("torch.")
+    directories = [tokenizer] if start is None else [tokenizer, start]
+    generation = generation_entries([directory / GENERATION for directory in directories])
+    named = [entry for entry in DTYPES if entry in config] or DTYPES[:1]
+    return Export(
+        {**config, "eos_token_id": ends, **dict.fromkeys(named, name)},
+        {**generation, "eos_token_id": ends},
+        dtype,
+        tokenizer_files(tokenizer),
+        tokenizer,
+    )
+
+
+def tokenizer_files(directory: Path) -> tuple[str, ...]:
+    """Paths, within the directory, of the files that belong to its tokenizer and its templates."""
+    templates = sorted((directory / TEMPLATES).glob("*.jinja"))
+    names = [*COPIED_FILES, *(f"{TEMPLATES}/{template.name}" for template in templates)]
+    return tuple(name for name in names if (directory / name).is_file())
+
+
+def write_text_files(path: Path, export: Export) -> None:
+    """Write all but the weights. Raises FileNotFoundError for a file that is gone since the
+    start."""
+    for name in export.files:
+        (path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(export.tokenizer / name, path / name)
+    for name, entries in ((CONFIG, export.config), (GENERATION, export.generation)):
+        (path / name).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def generation_entries(files: Iterable[Path]) -> dict[str, Any]:
@@ -75,3 +141,8 @@ def remove_older_model(path: Path, kept: Collection[str]) -> None:
         of_a_model = file.name in OF_A_MODEL or SHARD.fullmatch(file.name)
         if of_a_model and file.name not in kept and not file.is_dir():
             file.unlink()
+    folder = path / TEMPLATES
+    if folder.is_symlink():
+        folder.unlink()
+    for template in folder.glob("*.jinja"):
+        template.unlink()

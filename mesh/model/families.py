@@ -1,33 +1,41 @@
-"""Model families: from a `config.json` or a flavor's name to a `ModelShape`.
+"""Model families: from a `config.json` or a flavor's name to a `ModelShape`, and back.
 
-A family is read from `model_type`, becomes a shape, and is written back by `config_entries`;
-torchtitan's state-dict adapter maps its weights to Hugging Face's names. One so far: dense Qwen3.
+A family is what its `model_type` means (`FAMILIES` in `config_entries.py`). It is configuration:
+one model is built from every shape, and one table maps its weights to Hugging Face's names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchtitan.models.qwen3 import qwen3_configs
-from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
 from mesh.lifecycle.json_files import read_object
 from mesh.model.config_entries import (
     FAMILIES,
     QUANTISED,
+    SUPPORTED,
     Family,
-    contradictions,
+    filled,
+    head_dim,
     malformed,
-    rope_theta,
+    max_positions,
     shown,
-    stale,
     unsupported,
     without,
 )
 from mesh.model.policy import Policy, model_config, named_weights
+from mesh.model.rope_entries import (
+    contradictions,
+    rope_scaling,
+    rope_theta,
+    stale,
+    written_scaling,
+)
 from mesh.types import ModelShape
 
 TINY = ModelShape(
@@ -86,28 +94,32 @@ def shape_of_directory(path: Path, ignored: Collection[str] = ()) -> ModelShape:
     if family is None:
         raise ValueError(
             f"model.path={path}: model_type {model_type!r} is not supported; "
-            "use a dense Qwen3 checkpoint (model_type qwen3)"
+            f"use one of the {SUPPORTED}"
         )
-    entries = without(entries, ignored)
-    wrong = [f"{line}; copy it again, or correct it" for line in malformed(entries)]
+    entries = filled(without(entries, ignored), family)
+    wrong = [f"{line}; copy it again, or correct it" for line in malformed(entries, family)]
     if not wrong:
         wrong = [*contradictions(entries), *refusals(entries, family)]
     if wrong:
         raise ValueError("\n".join(f"model.path={path}: {line}" for line in wrong))
-    heads, pad = entries["num_attention_heads"], entries.get("pad_token_id")
+    heads, pad = entries["num_attention_heads"], entries["pad_token_id"]
     return ModelShape(
         vocab_size=entries["vocab_size"],
         dim=entries["hidden_size"],
         num_layers=entries["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=entries["num_key_value_heads"] or heads,
-        head_dim=entries.get("head_dim", 128),
+        head_dim=head_dim(entries),
         ffn_dim=entries["intermediate_size"],
         rope_theta=float(rope_theta(entries)),
-        norm_eps=entries.get("rms_norm_eps", 1e-6),
-        tied=entries.get("tie_word_embeddings", False),
-        max_positions=entries.get("max_position_embeddings", 32768),
+        norm_eps=entries["rms_norm_eps"],
+        tied=entries["tie_word_embeddings"],
+        max_positions=max_positions(entries, family),
         pad_id=None if pad is None else pad % entries["vocab_size"],
+        family=str(model_type),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        rope_scaling=rope_scaling(entries),
     )
 
 
@@ -119,9 +131,9 @@ def refusals(entries: Mapping[str, Any], family: Family) -> list[str]:
     listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
     names = ",".join(found)
     quantised = any(name in QUANTISED for name in found)
-    use = "the unquantised weights" if quantised else "a dense Qwen3 checkpoint without it"
+    use = "the unquantised weights" if quantised else f"one of the {SUPPORTED}"
     return [
-        f"config.json has what this program does not implement: {listed}; use {use}, or, if the "
+        f"config.json has what this program does not implement: {listed}; use {use}; or, if the "
         f"model is the same without them, set model.ignore_config=[{names}]"
     ]
 
@@ -134,9 +146,10 @@ def directory_warnings(path: Path, ignored: Collection[str] = ()) -> list[str]:
 
 def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
     """The `config.json` with which `transformers` builds a model of this shape."""
+    family = FAMILIES[shape.family]
     return {
-        "architectures": [FAMILIES["qwen3"].architecture],
-        "model_type": "qwen3",
+        "architectures": [family.architecture],
+        "model_type": shape.family,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.dim,
         "num_hidden_layers": shape.num_layers,
@@ -149,24 +162,48 @@ def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, obj
         "tie_word_embeddings": shape.tied,
         "max_position_embeddings": shape.max_positions,
         "hidden_act": "silu",
-        "attention_bias": False,
+        **family.written,
+        **written_scaling(shape.rope_scaling),
         "eos_token_id": list(eos_ids) if len(eos_ids) != 1 else eos_ids[0],
         "dtype": "float32",
     } | ({} if shape.pad_id is None else {"pad_token_id": shape.pad_id})
 
 
-def adapter(shape: ModelShape) -> Qwen3StateDictAdapter:
-    """torchtitan's mapping between its parameter names and Hugging Face's."""
-    return Qwen3StateDictAdapter(model_config(shape, 1), None)
+HF_MODULES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.qkv_linear.wq": "self_attn.q_proj",
+    "attention.qkv_linear.wk": "self_attn.k_proj",
+    "attention.qkv_linear.wv": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+"""Hugging Face's module for each of torchtitan's, in every family; those of a layer without its
+prefix."""
 
 
-def hf_names(names: list[str], shape: ModelShape) -> dict[str, str]:
+def hf_names(names: Iterable[str], shape: ModelShape) -> dict[str, str]:
     """Hugging Face's name of every weight, by torchtitan's. A tied head maps to the embedding."""
-    marked = {name: name for name in names}
-    theirs = {ours: name for name, ours in adapter(shape).to_hf(marked).items()}
+    theirs = {name: _hf_name(name) for name in names}
     if shape.tied:
         theirs["lm_head.weight"] = theirs["tok_embeddings.weight"]
     return theirs
+
+
+def _hf_name(name: str) -> str:
+    """layers.3.attention.wo.weight -> model.layers.3.self_attn.o_proj.weight"""
+    module, _, parameter = name.rpartition(".")
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if layer is None:
+        return f"{HF_MODULES[module]}.{parameter}"
+    return f"model.layers.{layer[1]}.{HF_MODULES[layer[2]]}.{parameter}"
 
 
 def global_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

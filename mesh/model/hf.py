@@ -20,8 +20,8 @@ from mesh.layout.reshard import Block
 from mesh.lifecycle.files import sync_directory
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.lifecycle.json_files import read_object
-from mesh.model.exported import remove_older_model, write_text_files
-from mesh.model.families import config_entries, hf_names
+from mesh.model.exported import Export, remove_older_model, write_text_files
+from mesh.model.families import hf_names
 from mesh.model.safetensors_files import INDEX, SINGLE, weight_files
 from mesh.model.weight_checks import weight_problems
 from mesh.types import ModelShape
@@ -73,7 +73,7 @@ def load_weights(
 
 
 def _full_weights(
-    weights: Mapping[str, torch.Tensor], shape: ModelShape
+    weights: Mapping[str, torch.Tensor], shape: ModelShape, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, full tensor on the CPU), one at a time. Collective over the mesh."""
     theirs = hf_names(list(weights), shape)
@@ -81,14 +81,18 @@ def _full_weights(
         if shape.tied and name == "lm_head.weight":
             continue
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield theirs[name], full.detach().cpu()
+        yield theirs[name], full.detach().to(dtype).cpu()
 
 
 @torch.no_grad()
 def save_weights(
-    path: Path, weights: Mapping[str, torch.Tensor], shape: ModelShape, write: bool
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    shape: ModelShape,
+    write: bool,
+    dtype: torch.dtype,
 ) -> None:
-    """Write `weights` as safetensors files of at most 4 GiB and their index, in their dtype.
+    """Write `weights`, rounded to `dtype`, as safetensors files of at most 4 GiB and their index.
 
     Collective over the ranks that hold the weights; the one with `write` writes. A tied head is
     left out, as in `transformers`.
@@ -97,7 +101,7 @@ def save_weights(
     files: list[Path] = []
     placed: dict[str, int] = {}
     room = SHARD_BYTES
-    for name, tensor in _full_weights(weights, shape):
+    for name, tensor in _full_weights(weights, shape, dtype):
         if not write:
             continue
         if shards[-1] and tensor.nbytes > room:
@@ -141,26 +145,20 @@ def export(
     path: Path,
     weights: Mapping[str, torch.Tensor],
     shape: ModelShape,
-    tokenizer: Path,
-    eos_ids: tuple[int, ...],
+    plan: Export,
     write: bool,
-    model: Path | None = None,
 ) -> None:
     """Write a Hugging Face directory that `transformers` loads: weights, config, tokenizer files.
 
-    `tokenizer`: the directory whose tokenizer files are copied; `model`: that of the weights which
-    training started from. An older model in `path` is replaced, files of other names stay.
-    Collective, as `save_weights`. An interrupted export leaves `path`.partial behind and `path`
-    unchanged.
+    An older model in `path` is replaced, files of other names stay. Collective, as `save_weights`.
+    An interrupted export leaves `path`.partial behind and `path` unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     if write:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config = json.dumps(config_entries(shape, eos_ids), indent=2)
-        (partial / "config.json").write_text(config + "\n")
-        write_text_files(partial, tokenizer, model, eos_ids)
-    save_weights(partial, weights, shape, write)
+        write_text_files(partial, plan)
+    save_weights(partial, weights, shape, write, plan.dtype)
     if write:
         sync_directory(partial)  # before the rename marks it complete
         _publish(partial, path)
@@ -172,6 +170,9 @@ def _publish(partial: Path, path: Path) -> None:
         partial.rename(path)
         return
     remove_older_model(path, kept={file.name for file in partial.iterdir()} - {SINGLE, INDEX})
-    for file in partial.iterdir():
-        file.replace(path / file.name)
-    partial.rmdir()
+    for file in sorted(partial.rglob("*")):
+        if file.is_file():
+            target = path / file.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    shutil.rmtree(partial)

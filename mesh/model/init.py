@@ -19,7 +19,8 @@ def random_weights(
     blocks: Mapping[str, Block | None],
     seed: int,
 ) -> None:
-    """Fill local shards: norms with ones, the rest from N(0, 0.02^2), Qwen3's `initializer_range`.
+    """Fill local shards: norms with ones, biases with zeros, the rest from N(0, 0.02^2), the
+    `initializer_range` of every family.
 
     Each weight has its own random stream, seeded by (seed, name); it is drawn whole on the tensor's
     device and sliced, one weight at a time. Names are filled in order, so tied weights, which share
@@ -28,7 +29,7 @@ def random_weights(
     for name in sorted(tensors):
         target, block = tensors[name], blocks[name]
         if len(shapes[name]) == 1:
-            target.fill_(1.0)
+            target.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator(target.device).manual_seed(int.from_bytes(digest, "little"))

@@ -79,19 +79,10 @@ def rotate_both(
     return q, k
 
 
-def rope_table(head_dim: int, max_length: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Cosines and sines of every position, fp32 [max_length, 2 * head_dim].
-
-    Computed on the CPU for any device, so that all ranks and roles have the same bits.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    angles = torch.outer(torch.arange(max_length, device="cpu").float(), inverse)
-    angles = torch.cat([angles, angles], dim=-1)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
-
-
 class ColumnLinear(TitanLinear):
-    """Linear with output features sharded over tp. Its inputs have gone through `enter`."""
+    """Linear with output features sharded over tp, with or without a bias. Its inputs have gone
+    through `enter`. The bias is added to the rounded product, in both roles.
+    """
 
     tp_dim = 0
 
@@ -104,7 +95,8 @@ class ColumnLinear(TitanLinear):
         self.tp_group: dist.ProcessGroup | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, local(self.weight))
+        out = F.linear(x, local(self.weight))
+        return out if self.bias is None else out + local(self.bias)
 
 
 class RowLinear(TitanLinear):

@@ -1,8 +1,9 @@
 """The policy: torchtitan's decoder, built from a shape with our leaf modules.
 
 The only importer of torchtitan's model, FSDP and activation checkpointing; nothing outside this
-room names a model class or a family. Left out: mixture of experts, biases, RoPE scaling, pipeline
-and context parallelism.
+room names a model class. What differs between families is configuration of the one model: norms of
+queries and keys, biases, scaled RoPE, tying. Left out: mixture of experts, sliding windows,
+pipeline and context parallelism.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from mesh.model.layers import (
     Rotary,
     RowLinear,
     TransformerBlock,
-    rope_table,
 )
 from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import apply_tp, replicate
+from mesh.model.rope import rope_table
 from mesh.types import ModelShape
 
 
@@ -50,7 +51,6 @@ class Policy(Qwen3Model):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         shape = config.shape
-        self.rope_args = (shape.head_dim, config.max_length, shape.rope_theta)
         table = torch.empty(config.max_length, 2 * shape.head_dim)
         self.register_buffer("rope_table", table, persistent=False)
         self.token_group: dist.ProcessGroup | None = None
@@ -80,23 +80,26 @@ class Policy(Qwen3Model):
 
 
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
-    def column(outputs: int) -> ColumnLinear.Config:
-        return ColumnLinear.Config(in_features=shape.dim, out_features=outputs)
+    def column(outputs: int, bias: bool = False) -> ColumnLinear.Config:
+        return ColumnLinear.Config(in_features=shape.dim, out_features=outputs, bias=bias)
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=shape.dim, eps=shape.norm_eps)
 
     heads, kv_heads = (n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads))
+    head_norm = HeadRMSNorm.Config(normalized_shape=shape.head_dim, eps=shape.norm_eps)
     attention = GQAttention.Config(
         n_heads=shape.num_heads,
         n_kv_heads=shape.num_kv_heads,
         dim=shape.dim,
         head_dim=shape.head_dim,
         qkv_linear=QKVLinear.Config(
-            head_dim=shape.head_dim, wq=column(heads), wkv=column(kv_heads)
+            head_dim=shape.head_dim,
+            wq=column(heads, shape.qkv_bias),
+            wkv=column(kv_heads, shape.qkv_bias),
         ),
         wo=RowLinear.Config(in_features=heads, out_features=shape.dim),
-        qk_norm=HeadRMSNorm.Config(normalized_shape=shape.head_dim, eps=shape.norm_eps),
+        qk_norm=head_norm if shape.qk_norm else None,
         inner_attention=PackedAttention.Config(layer=layer),
         rope=Rotary.Config(dim=shape.head_dim, max_seq_len=0, theta=shape.rope_theta),
     )
@@ -154,7 +157,9 @@ def build_policy(
     model.to_empty(device=device)
     if shape.tied:
         model.tok_embeddings.weight = model.lm_head.weight
-    model.rope_table = rope_table(*model.rope_args, device)
+    model.rope_table = rope_table(
+        shape.head_dim, max_length, shape.rope_theta, device, shape.rope_scaling
+    )
     return model
 
 

@@ -17,7 +17,8 @@ from mesh.model.attention import (
     attention,
     packed_context,
 )
-from mesh.model.layers import rms_norm, rope_table, rotate_both, swiglu
+from mesh.model.layers import rms_norm, rotate_both, swiglu
+from mesh.model.rope import rope_table
 from mesh.types import ModelShape
 
 LENGTHS = (3, 40, 300)  # of sequences; on CPU more than 256 keys span several blocks
@@ -35,7 +36,7 @@ def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
     x, weight = rows(shape.dim), rows(shape.dim)[0]
     gate, up = rows(shape.ffn_dim), rows(shape.ffn_dim)
     q, k = rows(shape.num_heads, shape.head_dim), rows(shape.num_kv_heads, shape.head_dim)
-    table = rope_table(shape.head_dim, len(x), shape.rope_theta, device)
+    table = rope_table(shape.head_dim, len(x), shape.rope_theta, device, shape.rope_scaling)
     normed, gated = rms_norm(x, weight, shape.norm_eps), swiglu(gate, up)
     rotated = rotate_both(q[None], k[None], table)[0]
     for part in PARTS:

@@ -55,6 +55,15 @@ def weight_problems(path: Path, shape: ModelShape | None, ignored: Sequence[str]
     return found
 
 
+def exact_dtype(path: Path, shape: ModelShape) -> torch.dtype:
+    """The dtype of exports that holds the weights of a directory: bfloat16 if the model's are all
+    of it, else float32.
+    """
+    stored, _ = stored_tensors(path)
+    names = hf_names(list(global_shapes(shape)), shape).values()
+    return torch.bfloat16 if all(stored[n].dtype == "BF16" for n in names) else torch.float32
+
+
 def _mismatches(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Weights that are missing, or of another shape or dtype than can be read."""
     missing = [name for name in expected if name not in stored]

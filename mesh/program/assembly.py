@@ -28,6 +28,7 @@ from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, json_problem
 from mesh.program.connect import connect
+from mesh.program.encoding import stop_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -123,6 +124,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             asked = process, source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, *asked) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size)
+        wrong += stop_problems(conf, tokenizer)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)
@@ -220,7 +222,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
-    generator = Generator(plan.generator, meshes, process.device, plan.tokenizer)
+    generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
     scorers = [scorer, *(one for one in others.values() if one is not scorer)]
@@ -266,12 +268,5 @@ def save_model(program: Program, path: Path) -> None:
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
-    export(
-        path,
-        trainer.parameters(),
-        plan.shape,
-        plan.tokenizer_directory,
-        plan.tokenizer.eos_ids,
-        write=dist.get_rank() == plan.layout.trainer_ranks[0],
-        model=plan.trainer.start.path,
-    )
+    write = dist.get_rank() == plan.layout.trainer_ranks[0]
+    export(path, trainer.parameters(), plan.shape, plan.export, write)

@@ -15,12 +15,13 @@ from mesh.engine.kinds import engine_problems, kind_of
 from mesh.layout.meshes import layout_problems
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.json_files import read_object
+from mesh.model.attention import HEAD_DIMS
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
 from mesh.tasks.scorer import reward_problems
-from mesh.types import HEAD_DIMS, ModelShape
+from mesh.types import ModelShape
 
-NO_CODE = "code that ships with a model is never run (trust_remote_code): use a plain Qwen3"
+NO_CODE = "code that ships with a model is never run (trust_remote_code): use a model without any"
 
 
 def check_start(
@@ -159,8 +160,8 @@ def length_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
     limit, response = conf.model.max_length, conf.generator.max_new_tokens
     found = []
     if shape is not None and limit > shape.max_positions:
-        own = shape.max_positions
-        wrong = f"the model's own context is {own} tokens (max_position_embeddings)"
+        own, entries = shape.max_positions, "max_position_embeddings, or a sliding_window"
+        wrong = f"the model's own context is {own} tokens ({entries})"
         found.append(problem("model.max_length", limit, wrong, f"use at most {own}"))
     if response >= limit:
         wrong = f"leaves no room for a prompt in model.max_length={limit}"

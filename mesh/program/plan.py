@@ -18,6 +18,10 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
 from mesh.layout.meshes import Layout, plan_layout
+from mesh.model.exported import Export, planned_export, source_entries
+from mesh.model.families import config_entries
+from mesh.model.weight_checks import exact_dtype
+from mesh.program.encoding import prompt_encoder, stop_strings
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -30,11 +34,14 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.stops import stop_strings
+from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
 
 Device = Literal["cpu", "cuda"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Plan:
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
     tokenizer: Tokenizer
-    tokenizer_directory: Path
+    export: Export
     verify: Verify
     bucket_bytes: int
     timeout_seconds: int
@@ -82,6 +89,11 @@ class Plan:
     def task(self) -> Task:
         """The task that is trained on."""
         return self.training.task
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """How prompts become tokens."""
+        return self.prompts.encoder
 
 
 def resolve(
@@ -110,7 +122,7 @@ def resolve(
         prompts=prompt_source(conf, found.task, found.tokenizer, found.shape, held_out),
         evaluations=evaluations,
         tokenizer=found.tokenizer,
-        tokenizer_directory=tokenizer_directory(conf),
+        export=export_plan(conf, found.shape, found.tokenizer),
         verify=conf.sync.verify or kind.verify[device],
         bucket_bytes=conf.sync.bucket_mb << 20,
         timeout_seconds=conf.timeout_seconds,
@@ -157,6 +169,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
+        stops=stop_strings(conf, tokenizer),
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -199,7 +212,9 @@ def prompt_source(
 ) -> PromptSource:
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    return PromptSource(task, tokenizer, conf.overlong, *lengths, held_out=HeldOut(held_out))
+    encoder = prompt_encoder(conf, tokenizer)
+    stops, held = stop_strings(task), HeldOut(held_out)
+    return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 
 def start_path(conf: Conf) -> Path | None:
@@ -208,6 +223,20 @@ def start_path(conf: Conf) -> Path | None:
         return None
     assert conf.model.path is not None, "check let init=checkpoint without a path through"
     return resolve_path(conf.model.path)
+
+
+def export_plan(conf: Conf, shape: ModelShape, tokenizer: Tokenizer) -> Export:
+    """What exported models have beside their weights' values."""
+    start, eos_ids = start_path(conf), tokenizer.eos_ids
+    if conf.model.path is None:
+        config = config_entries(shape, eos_ids)
+    else:
+        config = source_entries(resolve_path(conf.model.path), conf.model.ignore_config)
+    if conf.export.dtype is not None:
+        dtype = DTYPES[conf.export.dtype]
+    else:
+        dtype = torch.float32 if start is None else exact_dtype(start, shape)
+    return planned_export(config, eos_ids, dtype, tokenizer_directory(conf), start)
 
 
 def tokenizer_directory(conf: Conf) -> Path:
@@ -220,4 +249,4 @@ def dtype_of(name: str | None, device: Device) -> torch.dtype:
     """The dtype that a configuration asks for; unset: bfloat16 on CUDA, float32 on CPU."""
     if name is None:
         return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return DTYPES[name]

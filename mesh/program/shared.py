@@ -34,7 +34,7 @@ ENVIRONMENT = (
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-OF_TASKS = ("training", "prompts", "evaluations", "tokenizer", "tokenizer_directory")
+OF_TASKS = ("training", "prompts", "evaluations", "tokenizer")
 """Parts of a plan that hold a task or a tokenizer, which are compared by their sources."""
 
 SAMPLES, SAMPLE = 64, 4096  # pieces of a large file that are hashed, and their size [bytes]

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 
 from mesh.lifecycle.process import Process
-from mesh.tasks import Draw, data_set, draw_prompts, solution_of
+from mesh.tasks import Draw, data_set, draw_prompts
 from mesh.tasks.prompts import SHOWN, PromptSource
+from mesh.tasks.solution import solution_of
 from mesh.text.fidelity import Controls, control_ids, read_text
 from mesh.text.tokenizer import Tokenizer
 from mesh.types import Prompt
@@ -30,9 +31,10 @@ def prompt_warnings(
     training = [] if num == 0 else data_set(source.task) or draw_prompts(source.task, Draw(0, num))
     prompts = [*held_out, *training]
     if source.teaches:
-        texts = [solution_of(source.task, prompt) for prompt in prompts]
+        solutions = [solution_of(source.task, prompt) for prompt in prompts]
+        texts = [text for solution in solutions for text in solution.texts]
         return text_warnings(process, source.tokenizer, "solution", texts)
-    return text_warnings(process, source.tokenizer, "prompt", [p.text for p in prompts])
+    return text_warnings(process, source.tokenizer, "prompt", [p.question for p in prompts])
 
 
 def text_warnings(

@@ -16,7 +16,7 @@ SAMPLED = ("seed", "generator.temperature", "generator.top_k", "generator.top_p"
 
 EVALUATED = (
     "task", "eval.num_prompts", "eval.num_samples", *SAMPLED, "generator.max_new_tokens",
-    "generator.dtype", "engine", "vllm.model", "batch_invariant",
+    "generator.stop", "generator.dtype", "engine", "vllm.model", "batch_invariant",
 )  # fmt: skip
 """Keys that, with task_args, decide the numbers of an evaluation of given weights."""
 

@@ -80,7 +80,7 @@ def answer_table(
     last = held_out.num_samples
     rows = [[(0.0, 0.0, 0.0)] * (last + 1) for _ in range(len(held_out.prompts))]
     for rollout in (*sampled, *(replace(r, sample_id=last) for r in greedy)):
-        correct = is_correct(held_out.source.task, rollout.reward)
+        correct = is_correct(held_out.source.task, rollout.reward, rollout.correct)
         rows[rollout.prompt_id][rollout.sample_id] = (1.0, rollout.reward, float(correct))
     return torch.tensor(rows, dtype=torch.float64)
 

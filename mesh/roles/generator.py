@@ -18,7 +18,10 @@ from mesh.exchange.rollouts import replica_of
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
+from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
+from mesh.text.encoding import PromptEncoder
+from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import Tokenizer
 from mesh.types import (
     TRUNCATED,
@@ -48,6 +51,7 @@ class GeneratorSettings:
     top_p: float
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    stops: StopStrings | None
     timeout_seconds: int
 
 
@@ -59,9 +63,10 @@ class Generator:
         settings: GeneratorSettings,
         meshes: Meshes,
         device: torch.device,
-        tokenizer: Tokenizer,
+        encoder: PromptEncoder,
     ) -> None:
-        self.settings, self.device, self.tokenizer = settings, device, tokenizer
+        self.settings, self.device, self.encoder = settings, device, encoder
+        self.tokenizer = encoder.tokenizer
         mesh = meshes.generator_mesh
         self.replicas = meshes.layout.generator.dp
         self.replica = dp_rank(mesh)
@@ -118,6 +123,7 @@ class Generator:
             top_k=0 if greedy else settings.top_k,
             top_p=1.0 if greedy else settings.top_p,
             stop_tokens=settings.stop_tokens,
+            stops=settings.stops,
         )
 
     def complete(
@@ -131,7 +137,7 @@ class Generator:
     def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:
         """The requests that `complete` makes of the engine; empty off the generator."""
         return [
-            Request(p.prompt_id, tuple(self.tokenizer.encode(p.text)), num_samples)
+            Request(p.prompt_id, self.encoder.tokens(p.prompt), num_samples)
             for p in self._share(prompts)
         ]
 
@@ -154,41 +160,47 @@ class Generator:
         tokens = {request.prompt_id: request.tokens for request in requests}
         by_id = {p.prompt_id: p.prompt for p in self._share(prompts)}
         asked = [by_id[c.prompt_id] for c in completions]
-        rewards = self._rewards(scorer, asked, completions, truncated_reward)
+        scores = self._scores(scorer, asked, completions, truncated_reward)
         return [
-            Rollout(c.prompt_id, c.sample_id, tokens[c.prompt_id], c.tokens, c.logprobs, reward,
-                    c.finish_reason)
-            for c, reward in zip(completions, rewards, strict=True)
+            Rollout(c.prompt_id, c.sample_id, tokens[c.prompt_id], c.tokens, c.logprobs,
+                    score.reward, c.finish_reason, (), tuple(score.parts.items()), score.correct)
+            for c, score in zip(completions, scores, strict=True)
         ]  # fmt: skip
 
-    def _rewards(
+    def _scores(
         self,
         scorer: Scorer,
         prompts: Sequence[Prompt],
         completions: Sequence[Completion],
         truncated_reward: float | None,
-    ) -> list[float]:
-        """The reward of each completion. One rank of a replica scores and tells the others: what
+    ) -> list[Score]:
+        """The score of each completion. One rank of a replica scores and tells the others: what
         depends on the clock, as a score that hangs does, may not make them differ.
         """
         fixed = frozenset() if truncated_reward is None else TRUNCATED
-        rewards = [truncated_reward or 0.0] * len(completions)
+        scores = [Score(truncated_reward or 0.0)] * len(completions)
         if self.speaks:
             asked = [i for i, c in enumerate(completions) if c.finish_reason not in fixed]
-            texts = [self.tokenizer.response(completions[i]) for i in asked]
-            scores = scorer.score([prompts[i] for i in asked], texts)
-            for i, score in zip(asked, scores, strict=True):
-                rewards[i] = score
-        if self.group is None or not rewards:
-            return rewards
-        rewards_R = torch.tensor(rewards, dtype=torch.float64, device=self.device)
-        dist.broadcast(rewards_R, group=self.group, group_src=0)
-        return rewards_R.tolist()
+            responses = [response_of(self.tokenizer, completions[i]) for i in asked]
+            found = scorer.score([prompts[i] for i in asked], responses)
+            for i, score in zip(asked, found, strict=True):
+                scores[i] = score
+        if self.group is None or not scores:
+            return scores
+        shared = [scores]
+        dist.broadcast_object_list(shared, group=self.group, group_src=0, device=self.device)
+        return shared[0]
 
     def _share(self, prompts: Sequence[NumberedPrompt]) -> list[NumberedPrompt]:
         if self.engine is None:
             return []
         return [p for p in prompts if replica_of(p.prompt_id, self.replicas) == self.replica]
+
+
+def response_of(tokenizer: Tokenizer, completion: Completion) -> Response:
+    """A completion as its task sees it."""
+    text, plain = tokenizer.response(completion), tokenizer.plain(completion)
+    return Response(text, plain, completion.tokens, completion.finish_reason)
 
 
 def failed_scores(scorer: Scorer, name: str, cpu_group: dist.ProcessGroup) -> dict[str, float]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Decay = Literal["none", "linear", "cosine"]
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none."""
+    """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none;
+    decay: from the peak to 0 over the rest of `steps`.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -20,15 +26,25 @@ class OptimizerSettings:
     weight_decay: float
     warmup_steps: int
     clip_norm: float
+    decay: Decay = "none"
+    steps: int = 0
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Kinds of state that an update needs beside the weights, each in their shape and dtype."""
 
 
-def lr_at(step: int, peak: float, warmup_steps: int) -> float:
-    """Linear warm-up to the peak, then constant. The first of `warmup_steps` gets peak / steps."""
-    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+def lr_at(step: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up to the peak, then constant or decaying. The first of `warmup_steps` gets
+    peak / warmup_steps, and the step after the last would get 0.
+    """
+    warmup = settings.warmup_steps
+    if step < warmup or settings.decay == "none":
+        return settings.lr * min(1.0, (step + 1) / max(warmup, 1))
+    left = max(settings.steps - step, 0) / max(settings.steps - warmup, 1)
+    if settings.decay == "linear":
+        return settings.lr * left
+    return settings.lr * (1 - math.cos(math.pi * left)) / 2
 
 
 class Optimizer:
@@ -52,7 +68,7 @@ class Optimizer:
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that follows `step` steps."""
-        return lr_at(step, self.settings.lr, self.settings.warmup_steps)
+        return lr_at(step, self.settings)
 
     def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
         """Clip the gradients (the local shards of the parameters' own) to the bound, and update.

@@ -15,10 +15,18 @@ from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code, import_named
 from mesh.tasks.arithmetic import Arithmetic
+from mesh.tasks.calculator import Calculator
+from mesh.tasks.guess import Guess
+from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import NumberedPrompt, Prompt
 
-SHIPPED: dict[str, type] = {"spell_backward": SpellBackward, "arithmetic": Arithmetic}
+SHIPPED: dict[str, type] = {
+    "spell_backward": SpellBackward,
+    "arithmetic": Arithmetic,
+    "calculator": Calculator,
+    "guess": Guess,
+}
 METHODS = ("train_prompts", "eval_prompts", "solution", "score")
 T = TypeVar("T")
 
@@ -49,12 +57,16 @@ class Task(Protocol):
         """Distinct held-out prompts, never drawn in training. Raises ValueError if too few."""
         ...
 
-    def solution(self, prompt: Prompt) -> str:
-        """A correct response, for the supervised warm start."""
+    def solution(self, prompt: Prompt) -> str | Sequence[Any]:
+        """A correct response, for the supervised warm start: a text, or turns in order, each
+        (text, True) for what the policy says and (reply, False) for what follows it.
+        """
         ...
 
-    def score(self, prompt: Prompt, response: str) -> float:
-        """Reward of a response: a finite number, as a scalar of Python, numpy or torch."""
+    def score(self, prompt: Prompt, response: Response) -> float | Score:
+        """Reward of a response: a finite number, as a scalar of Python, numpy or torch; or a
+        `Score`, which has one, named parts, and whether the response is correct.
+        """
         ...
 
 
@@ -149,7 +161,7 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
     )
     prompts = checked(drawn, num, "eval_prompts")
     for index, pair in enumerate(zip(prompts, checked(again, num, "eval_prompts"), strict=True)):
-        before, now = ((p.text, p.answer) for p in pair)
+        before, now = ((p.question, p.answer) for p in pair)
         if before != now:
             raise ValueError(
                 f"the task's eval_prompts gave {before} at index {index} and, asked again, "
@@ -158,11 +170,12 @@ def draw_held_out(task: Task, num: int) -> list[Prompt]:
             )
     places: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
-        if (first := places.setdefault(prompt.text, index)) != index:
+        if (first := places.setdefault(prompt.question, index)) != index:
             raise ValueError(
-                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.text!r} "
-                f"twice, at index {first} and {index} ({len({p.text for p in prompts})} texts in "
-                "all): return distinct prompts, or lower eval.num_prompts to as many as there are"
+                f"the task's eval_prompts was asked for {num} prompts and gave {prompt.question!r} "
+                f"twice, at index {first} and {index} ({len({p.question for p in prompts})} texts "
+                "in all): return distinct prompts, or lower eval.num_prompts to as many as there "
+                "are"
             )
     return prompts
 
@@ -178,14 +191,6 @@ def data_set(task: Task) -> list[Prompt]:
     if not prompts:
         raise ValueError("the task's all_prompts returned no prompt; return all, or leave it out")
     return checked(prompts, len(prompts), "all_prompts")
-
-
-def solution_of(task: Task, prompt: Prompt) -> str:
-    """The task's solution; ValueError where it raises or is no text."""
-    text = call_user_code(f"solution of {task!r}", lambda: task.solution(prompt))
-    if not isinstance(text, str):
-        raise ValueError(f"the task's solution returned {text!r}; return a text")
-    return text
 
 
 def _takes_round(task: Task) -> bool:

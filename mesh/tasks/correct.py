@@ -1,7 +1,7 @@
 """Correctness of a response in an evaluation: the task's to say, or else a reward of 1.
 
-A task that has `is_correct(reward: float) -> bool` is asked. It runs in the rank's own process, as
-it is to compare one number.
+A score that says `correct` is believed. Else a task that has `is_correct(reward: float) -> bool` is
+asked. It runs in the rank's own process, as it is to compare one number.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ ALMOST_ONE = 1 - 1e-6
 1 in float64, and such sums in float32 are off by 1e-7."""
 
 
-def is_correct(task: Any, reward: float) -> bool:
-    """True if a response with this reward is correct. Raises ValueError if the task's method raises
-    or returns no bool.
+def is_correct(task: Any, reward: float, correct: bool | None = None) -> bool:
+    """True if a response with this reward is correct; `correct`: what its score says of it, which
+    counts where it is not None. Raises ValueError if the task's method raises or returns no bool.
     """
+    if correct is not None:
+        return correct
     if not hasattr(task, METHOD):
         return reward >= ALMOST_ONE
     what = f"{METHOD}({reward!r}) of {task!r}"

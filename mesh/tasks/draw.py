@@ -43,8 +43,8 @@ def held_out_prompts(draw: MakePrompt, num: int) -> list[Prompt]:
         if len(found) >= num:
             break
         prompt = draw(len(found), _counter_random("held-out", attempt))
-        if is_held_out(prompt.text):
-            found.setdefault(prompt.text, prompt)
+        if is_held_out(prompt.question):
+            found.setdefault(prompt.question, prompt)
     if len(found) < num:
         raise ValueError(
             f"eval.num_prompts={num}: found only {len(found)} held-out questions; "
@@ -63,11 +63,11 @@ def _training_prompt(draw: MakePrompt, index: int, counter: tuple[int | str, ...
     numbers = _counter_random(*counter, index)
     for _ in range(MAX_DRAWS):
         prompt = draw(index, numbers)
-        if not is_held_out(prompt.text):
+        if not is_held_out(prompt.question):
             return prompt
     raise ValueError(
         f"task_args: {MAX_DRAWS} draws gave no question to train on: all are held out for "
-        f"evaluation, e.g. {prompt.text!r}; widen the task with task_args"
+        f"evaluation, e.g. {prompt.question!r}; widen the task with task_args"
     )
 
 

@@ -23,12 +23,12 @@ class HeldOut:
     """
 
     def __init__(self, prompts: Iterable[Prompt] = ()) -> None:
-        self.texts = frozenset(prompt.text for prompt in prompts)
+        self.texts = frozenset(prompt.question for prompt in prompts)
         self.warned = False
 
     def among(self, prompts: Sequence[Prompt]) -> list[int]:
         """Indices of the prompts whose text is held out."""
-        return [index for index, prompt in enumerate(prompts) if prompt.text in self.texts]
+        return [index for index, prompt in enumerate(prompts) if prompt.question in self.texts]
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The number of these prompts that are held out; none where nothing is evaluated."""
@@ -41,6 +41,6 @@ class HeldOut:
         if not found or self.warned:
             return []
         self.warned = True
-        first = f"prompt {found[0]} ({prompts[found[0]].text[:200]!r})"
+        first = f"prompt {found[0]} ({prompts[found[0]].question[:200]!r})"
         which = f"{len(found)} of {len(prompts)} {name} are held-out prompts, the first is {first}"
         return [f"warning: {which}; {REMEDY}; prompts/held_out counts them"]

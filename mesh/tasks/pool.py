@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from mesh.tasks.response import Score
 from mesh.tasks.scoring import MAX_DETAIL, Outcome
 from mesh.tasks.worker import HEADER, KILL, send
 
@@ -232,7 +233,8 @@ class Pool:
         if worker.ready:
             job = worker.jobs[0]
             worker.advance()
-            return job, Outcome(**message)
+            score = Score(*message.pop("score", (0.0,)))
+            return job, Outcome(score, **message)
         if message["problem"]:
             self._drop(worker)
             raise ValueError(_refusal(self.task[0], message))

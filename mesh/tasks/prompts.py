@@ -17,9 +17,11 @@ import torch.distributed as dist
 from mesh.config.keys import problem
 from mesh.lifecycle.agreement import Part, difference, text_of
 from mesh.lifecycle.process import Process
-from mesh.tasks import Draw, Task, draw_prompts, numbered, solution_of
+from mesh.tasks import Draw, Task, draw_prompts, numbered
 from mesh.tasks.held_out import HeldOut
-from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, UnknownText
+from mesh.tasks.solution import Taught, solution_of, taught
+from mesh.text.encoding import PromptEncoder
+from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, Unencodable
 from mesh.types import NumberedPrompt, Prompt
 
 Overlong = Literal["stop", "skip"]
@@ -40,30 +42,41 @@ class PromptSource:
     """The task that is trained on, and the prompts of it that can be used.
 
     A prompt and its response take at most `max_length` tokens, which the model allows up to
-    `max_positions`; a response takes `max_new_tokens`, or (`teaches`) it is the task's solution and
-    one token that ends it. held_out: what is evaluated on, which training should not draw.
+    `max_positions`; a response takes `max_new_tokens`, or (`teaches`) it is the task's solution
+    with the ends of its turns. stops: strings that end a turn. held_out: what is evaluated on,
+    which training should not draw.
     """
 
     task: Task
-    tokenizer: Tokenizer
+    encoder: PromptEncoder
     overlong: Overlong
     max_length: int
     max_positions: int
     max_new_tokens: int
     teaches: bool = False
+    stops: tuple[str, ...] = ()
     held_out: HeldOut = field(default_factory=HeldOut, compare=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
+
+    def taught(self, prompt: Prompt) -> Taught:
+        """The tokens of the task's solution. Raises ValueError where it has none."""
+        solution = solution_of(self.task, prompt)
+        return taught(self.encoder, prompt, solution, self.tokenizer.eos_ids[0], self.stops)
 
     def fault(self, prompt: Prompt) -> Fault | None:
         """Why a prompt cannot be used; None: it can."""
         try:
-            tokens = len(self.tokenizer.encode(prompt.text))
+            tokens = len(self.encoder.tokens(prompt))
             response = self.max_new_tokens
             if self.teaches:
-                response = len(self.tokenizer.encode(solution_of(self.task, prompt))) + 1
-        except UnknownText as error:
+                response = len(self.taught(prompt).tokens)
+        except Unencodable as error:
             return Fault(error.wrong)
         if not tokens:
-            return Fault(f"the prompt {prompt.text!r} has no token")
+            return Fault(f"the prompt {prompt.question!r} has no token")
         if tokens + response <= self.max_length:
             return None
         length = (
@@ -72,7 +85,7 @@ class PromptSource:
             else f"{tokens} tokens, which with generator.max_new_tokens={response} is longer than "
             "the context"
         )
-        return Fault(f"the prompt {prompt.text[:SHOWN]!r} has {length}", tokens + response)
+        return Fault(f"the prompt {prompt.question[:SHOWN]!r} has {length}", tokens + response)
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,14 @@ def faults_of(
         raise ValueError(wrong)
     shares = process.gather(mine) if any(counts) else []
     return {index: share[index] for share in shares for index in sorted(share)}
+
+
+def usable(source: PromptSource, process: Process, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """These prompts without those that overlong=skip leaves out. Collective."""
+    if source.overlong == "stop":  # whoever checked them has refused what cannot be used
+        return list(prompts)
+    faults = faults_of(source, process, prompts, "prompts of the data set")
+    return [prompt for index, prompt in enumerate(prompts) if index not in faults]
 
 
 def texts_of(source: PromptSource, prompts: Sequence[Prompt]) -> dict[str, str]:

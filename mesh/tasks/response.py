@@ -1,4 +1,4 @@
-"""Responses as a task sees them, and what its `score` and `reply` may return."""
+"""Responses as a task sees them, and what its `score` may return."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh.types import FinishReason, Message
-
-
-@dataclass(frozen=True)
-class TurnText:
-    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
-
-    text: of all its tokens but the stop token that ended it; plain: without special tokens.
-    finish_reason: of a sampled turn.
-    """
-
-    text: str
-    sampled: bool
-    plain: str = ""
-    tokens: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
+from mesh.types import FinishReason, TurnText
 
 
 class Response(str):
@@ -53,8 +38,12 @@ class Response(str):
         self.turns = tuple(turns) or (one,)
         return self
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.plain, self.tokens, self.finish_reason, self.turns
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its arguments, each text once: responses are sent to the processes that score."""
+        one = TurnText(self, True, self.plain, self.tokens, self.finish_reason)
+        plain = None if self.plain == self else self.plain
+        turns = () if self.turns == (one,) else self.turns
+        return Response, (self.text, plain, self.tokens, self.finish_reason, turns)
 
     @property
     def text(self) -> str:
@@ -76,8 +65,3 @@ class Score:
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
     correct: bool | None = None
-
-
-Reply = str | Message | Sequence[Message] | None
-"""What `reply` may return: a text, which is appended as it is; a message or several, which go
-through the chat template; None: the conversation is over."""

@@ -17,7 +17,9 @@ from mesh.lifecycle.heartbeat import heartbeat
 from mesh.tasks import Task, TaskSpec, load_task
 from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
-from mesh.tasks.scoring import Outcome, describe_failure, outcome_of
+from mesh.tasks.response import Response, Score
+from mesh.tasks.scoring import NO_SCORE, Outcome, describe_failure, outcome_of
+from mesh.tasks.stops import stop_strings
 from mesh.types import Prompt
 
 STOP = (
@@ -60,22 +62,22 @@ class Scorer:
         self._failures = 0
         self._example = ""
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One reward per response; `responses[i]` answers `prompts[i]`.
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Score]:
+        """One score per response; `responses[i]` answers `prompts[i]`.
 
         With `on_failure=stop`, raises ValueError with task, prompt, response and failure.
         """
         assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
         pairs = list(zip(prompts, responses, strict=True))
-        rewards = [0.0] * len(pairs)
+        scores = [NO_SCORE] * len(pairs)
         with closing(self._outcomes(pairs)) as outcomes:
             for index, outcome in outcomes:
                 heartbeat()
-                rewards[index] = outcome.reward
+                scores[index] = outcome.score
                 if outcome.problem:
                     shown = describe_failure(self.task, *pairs[index], outcome.problem)
                     self._failed(shown, outcome)
-        return rewards
+        return scores
 
     def failures(self) -> tuple[int, str]:
         """Number of failed scores since the last call, and one of them."""
@@ -89,7 +91,7 @@ class Scorer:
             self.pool.close()
 
     def _outcomes(
-        self, pairs: Sequence[tuple[Prompt, str]]
+        self, pairs: Sequence[tuple[Prompt, Response]]
     ) -> Generator[tuple[int, Outcome], None, None]:
         if self.pool is None:
             return ((i, outcome_of(self.task, *pair)) for i, pair in enumerate(pairs))
@@ -129,11 +131,12 @@ def scoring_of(conf: Conf) -> ScoringSettings:
 def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list[str]]:
     """(a task, texts of `num` prompts of the first step as a scoring process draws them; none
     without `workers`). Raises ValueError if it cannot be created here or, with `workers`, in a
-    scoring process, or if it cannot say what is correct.
+    scoring process, or if it cannot say what is correct or what ends a turn.
     """
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
+    stop_strings(task)
     if workers:
         with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
             drawn = pool.start(num)

@@ -1,26 +1,33 @@
-"""Outcome of one call of a task's score function, in any process."""
+"""Outcome of one call of a task's score function, in any process: a score or a problem."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import re
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mesh.tasks.response import Response, Score
 from mesh.types import LARGEST_REWARD, Prompt
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
 MAX_SHOWN = 300  # characters shown of what is no reward
+NO_SCORE = Score(0.0)
+OUR_PARTS = ("mean", "std", "failed", "correct")
+"""Names of our own metrics `reward/NAME`."""
+PART_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A reward; or a `problem`: what the score function did, with its traceback or stack
+    """A score; or a `problem`: what the score function did, with its traceback or stack
     (`detail`) and, if raised in this process, the exception.
     """
 
-    reward: float = 0.0
+    score: Score = NO_SCORE
     problem: str = ""
     detail: str = ""
     error: BaseException | None = None
@@ -30,12 +37,12 @@ class NoReward(ValueError):
     """A value that cannot be a reward; the message says why."""
 
 
-def outcome_of(task: Any, prompt: Prompt, response: str) -> Outcome:
+def outcome_of(task: Any, prompt: Prompt, response: Response) -> Outcome:
     """Call `task.score`. What is no reward is a problem: a made-up one would be trained on
     unnoticed.
     """
     try:
-        return Outcome(reward_of(task.score(prompt, response)))
+        return Outcome(score_of(task.score(prompt, response)))
     except NoReward as wrong:
         return Outcome(problem=str(wrong))
     except (Exception, SystemExit) as error:  # user code may raise anything
@@ -43,6 +50,46 @@ def outcome_of(task: Any, prompt: Prompt, response: str) -> Outcome:
         lines = traceback.format_exception(type(error), error, inside)
         problem = f"raised {type(error).__name__}: {error}"
         return Outcome(problem=problem, detail="".join(lines)[-MAX_DETAIL:], error=error)
+
+
+def score_of(value: Any) -> Score:
+    """The score that a score function returned, with plain floats: a `Score`, or a reward alone.
+
+    Raises NoReward for a reward or a part that is none (`reward_of`), for a name of a part that no
+    metric can have or that is ours, and for a `correct` that is neither True, False nor None.
+    """
+    if not isinstance(value, Score):
+        return Score(reward_of(value))
+    reward = _inside("reward", value.reward, reward_of)
+    if not isinstance(value.parts, Mapping):
+        raise NoReward(f"{_returned(value.parts)} as the parts of a Score; give a dict of numbers")
+    for name in value.parts:
+        _check_name(name)
+    parts = {name: _inside(f"part {name}", v, reward_of) for name, v in value.parts.items()}
+    return Score(reward, parts, _inside("correct", value.correct, _correct_of))
+
+
+def _inside(what: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except NoReward as wrong:
+        raise NoReward(f"{wrong}, as the {what} of a Score") from None
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not PART_NAME.fullmatch(name):
+        wrong = "names have letters, digits, _, - and . only"
+        raise NoReward(f"returned a Score with a part {name!r}; {wrong}")
+    if name in OUR_PARTS:
+        wrong = f"reward/{name} is a metric of ours; rename the part"
+        raise NoReward(f"returned a Score with a part {name!r}, but {wrong}")
+
+
+def _correct_of(value: Any) -> bool | None:
+    scalar = _only_element(value)
+    if scalar is not None and not isinstance(scalar, bool):
+        raise NoReward(f"{_returned(value)}, which is neither True, False nor None")
+    return scalar
 
 
 def reward_of(value: Any) -> float:
@@ -90,7 +137,7 @@ def describe_failure(task: Any, prompt: Prompt, response: str, problem: str) -> 
     """Format a failed score with all its inputs."""
     return (
         f"the score function of {task!r} {problem}\n"
-        f"  prompt:   {prompt.text!r}\n"
+        f"  prompt:   {prompt.question!r}\n"
         f"  response: {response!r}\n"
         f"  answer:   {prompt.answer!r}"
     )

@@ -102,8 +102,9 @@ def first_prompts(task: Any, num: int) -> list[str]:
 
 def as_json(outcome: Outcome) -> bytes:
     """Serialise all but the exception, which stays in this process."""
-    fields = {"reward": outcome.reward, "problem": outcome.problem, "detail": outcome.detail}
-    return json.dumps(fields).encode()
+    score = outcome.score
+    fields = {"score": [score.reward, dict(score.parts), score.correct]}
+    return json.dumps(fields | {"problem": outcome.problem, "detail": outcome.detail}).encode()
 
 
 def send(channel: socket.socket, content: bytes) -> None:

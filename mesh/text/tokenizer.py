@@ -18,6 +18,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from mesh.lifecycle.json_files import read_object
+from mesh.text.template import ChatTemplate, read_template
 from mesh.text.turn import turn_end
 from mesh.types import Completion, IdSpans, Rollout
 
@@ -30,12 +31,19 @@ OTHER_TOKENIZER = "set model.tokenizer to one that can"
 CACHED_WORDS = 4096  # of the 10,000 that the library keeps for ever, 300 bytes each
 
 
-class UnknownText(ValueError):
-    """A text with a part that the tokenizer does not know. wrong: the message without a remedy."""
+class Unencodable(ValueError):
+    """A prompt without tokens for it. wrong: the message without a remedy."""
+
+    def __init__(self, wrong: str, remedy: str) -> None:
+        super().__init__(f"{wrong}: {remedy}")
+        self.wrong, self.remedy = wrong, remedy
+
+
+class UnknownText(Unencodable):
+    """A text with a part that the tokenizer does not know."""
 
     def __init__(self, wrong: str) -> None:
-        super().__init__(f"{wrong}: change the text, or {OTHER_TOKENIZER}")
-        self.wrong = wrong
+        super().__init__(wrong, f"change the text, or {OTHER_TOKENIZER}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Tokenizer:
 
     `eos_ids` end a response: all those named in the files of its directory and of the model's. The
     first is the one to teach: with what the chat template ends an assistant's turn, else the first
-    that generation_config.json names. `template_problem`: why the template could not be rendered.
+    that generation_config.json names. `template`: of chats, if there is one;
+    `template_problem`: why it could not be read, or rendered for a question and its answer.
     """
 
     directory: Path
@@ -52,6 +61,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     unknown_id: int | None
     template_problem: str = ""
+    template: ChatTemplate | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -77,12 +87,20 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def response(self, answer: Completion | Rollout) -> str:
-        """The text that is scored, logged and shown: all tokens but the one that ended it.
+        """The text that is scored, logged and shown: all tokens but the stop token that ended it.
 
-        Special tokens stay, since they are trained on; a stop token goes, special or not.
+        Special tokens stay, since they are trained on; a stop token goes, special or not. A stop
+        string stays, with what its last token holds beside it.
         """
-        stopped = answer.finish_reason == "stop"
-        return self.decode(answer.tokens[:-1] if stopped else answer.tokens)
+        return self.decode(self._before_stop(answer))
+
+    def plain(self, answer: Completion | Rollout) -> str:
+        """`response` without special tokens."""
+        return self.backend.decode(list(self._before_stop(answer)), skip_special_tokens=True)
+
+    def _before_stop(self, answer: Completion | Rollout) -> tuple[int, ...]:
+        stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids
+        return answer.tokens[:-1] if stopped else answer.tokens
 
 
 def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenizer:
@@ -112,14 +130,15 @@ def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenize
         _read_json(directory / "tokenizer_config.json"),
         _named_eos(directory, backend, model or directory),
     )
-    first, problem = [], ""
+    first, problem, template = [], "", None
     try:
-        end = turn_end(directory, settings, backend, named)
+        template = read_template(directory, settings)
+        end = turn_end(template, backend, named)
         first = [] if end is None else [end]
     except ValueError as error:  # whoever needs the end of a turn reports it
         problem = str(error)
     eos_ids = tuple(dict.fromkeys([*first, *named]))
-    return Tokenizer(directory, backend, eos_ids, _unknown_id(path, backend), problem)
+    return Tokenizer(directory, backend, eos_ids, _unknown_id(path, backend), problem, template)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:

@@ -37,6 +37,8 @@ RANKS = range(4)
 # a width that four ranks do not share evenly, and heads that they do; a pad id in the shard of the
 # second of two ranks, the third of four
 TIED = Variant(0, tied=True, kv_heads=4, dim=66, pad_id=69)
+# q, k and v have biases, queries and keys no norms
+BIASED = replace(TIED, seed=3, tied=False, family="qwen2")
 # batch-invariant, the width is shared, too
 EVEN = Variant(2, tied=False, kv_heads=4, dim=64)
 
@@ -47,6 +49,7 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
     save_checkpoint(directory / "tied", TIED)
     save_checkpoint(directory / "untied", replace(TIED, seed=1, tied=False))
+    save_checkpoint(directory / "biased", BIASED)
     save_checkpoint(directory / "even", EVEN)
     launch("tests/programs/parallel_program.py", 1, str(directory))
     return directory
@@ -89,7 +92,7 @@ def step_alone(model) -> dict:
 def alone(root, solo_mesh):
     """What the program says of each checkpoint, from one process: alone[checkpoint]."""
     expected = {}
-    for checkpoint in ("tied", "untied"):
+    for checkpoint in ("tied", "untied", "biased"):
         model, _ = load_role(root / checkpoint, solo_mesh)
         loaded = {n: p.detach().clone() for n, p in named_weights(model).items()}
         with torch.no_grad():
@@ -179,6 +182,8 @@ def test_weights_have_the_same_bits_in_every_layout(results, alone, case, key):
 def test_random_weights_are_normal_and_differ_by_name(alone):
     weights = alone["untied"]["random"]
     assert torch.equal(weights["norm.weight"], torch.ones(66))
+    bias = alone["biased"]["random"]["layers.1.attention.qkv_linear.wk.bias"]
+    assert torch.equal(bias, torch.zeros(96))
     for name, tensor in weights.items():
         if tensor.ndim == 2:
             assert tensor.std().item() == pytest.approx(STD, rel=0.1), name

@@ -23,7 +23,8 @@ SHIPPED = PACKAGE_DATA / "qwen3_tiny"
 
 
 TEXTS = ["abc>", "hello>", "xyz>", "1e3>", "tomat>"]
-ONE_STEP = ["conf=qwen3_tiny", "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
+RANDOM = ["conf=qwen3_tiny", "model.init=random"]
+ONE_STEP = [*RANDOM, "sft.steps=1", "sft.batch_size=4", "eval.num_prompts=8"]
 SHORTEST = [
     *ONE_STEP, "generator.max_new_tokens=1", "task_args.min_length=5", "task_args.max_length=5",
     "model.max_length=12",
@@ -41,7 +42,7 @@ def alone(tmp_path_factory) -> dict[str, Run]:
         "shortest": ("sft", SHORTEST),
         "path": ("sft", ONE_STEP),
         "flavor": ("sft", [*ONE_STEP, "model.path=null"]),
-        "shipped": ("sft", ["conf=qwen3_tiny", "log.tensorboard=false"]),
+        "shipped": ("sft", [*RANDOM, "log.tensorboard=false"]),
         "qwen3": ("grpo", ["conf=qwen3", *LARGE]),
     }
     return runs(tmp_path_factory.mktemp("alone"), 1, asked)
@@ -55,7 +56,8 @@ def on_two(tmp_path_factory) -> dict[str, Run]:
     thirty = ["steps=30", "eval.every=0", "log.tensorboard=false"]
     asked = {
         "generate": ("generate", ["conf=qwen3_tiny_split", texts]),
-        "sft": ("sft", ["conf=qwen3_tiny", *supervised]),
+        "sft": ("sft", [*RANDOM, *supervised]),
+        "continued": ("sft", ["conf=qwen3_tiny", "sft.steps=3", "eval.num_prompts=64"]),
         "thirty": ("grpo", ["conf=qwen3_tiny", *thirty]),
         "qwen3_split": ("grpo", ["conf=qwen3_split", *LARGE]),
     }
@@ -97,18 +99,25 @@ def test_generate_reads_stdin_and_samples(tmp_path):
 
 def test_supervised_steps_lower_the_cross_entropy(on_two):
     made = on_two["sft"]
-    losses = [line["loss"] for line in made.metrics]
-    assert [line["step"] for line in made.metrics] == list(range(1, 13))
+    losses = [line["loss"] for line in made.metrics[1:]]
+    assert [line["step"] for line in made.metrics] == list(range(13))
     assert losses[0] == pytest.approx(torch.tensor(128.0).log().item(), abs=0.3)
     assert losses[-1] < losses[0] - 0.5
-    assert made.metrics[-1].keys() >= EVAL
+    assert [bool(line.keys() & EVAL) for line in made.metrics] == [True, *[False] * 11, True]
     others = {"logprob_diff/max", "ratio/max", "clip_fraction", "digest/weights"}
     assert not any(line.keys() & others for line in made.metrics)
     AutoModelForCausalLM.from_pretrained(made.path / "model")
 
 
+def test_supervised_steps_continue_from_a_directory(on_two):
+    """The shipped model, which is right three times in ten, not random weights."""
+    before, first = on_two["continued"].metrics[:2]
+    assert 0.15 < before["eval/accuracy"] < 0.45
+    assert first["loss"] < 1, "that of random weights is 4.9"
+
+
 def test_a_supervised_example_may_fill_the_context(alone):
-    assert alone["shortest"].metrics[0]["tokens/trained"] == 4 * 6
+    assert alone["shortest"].metrics[1]["tokens/trained"] == 4 * 6
 
 
 def test_supervised_needs_no_directory_for_shape_and_tokenizer(alone):

@@ -16,7 +16,12 @@ def test_a_model_of_sft_stops_at_the_end_of_a_turn(tmp_path: Path):
     lowest id."""
     tokenizer, model = saved(tmp_path / "tokenizer", CHATML, eos=[END_OF_TEXT]), tmp_path / "model"
     words = ["conf=qwen3_tiny", *WORDS, "sft.steps=30", "sft.batch_size=32"]
-    words += [f"model.tokenizer={tokenizer}", f"sft.output={model}", "model.path=null"]
+    words += [
+        f"model.tokenizer={tokenizer}",
+        f"sft.output={model}",
+        "model.path=null",
+        "model.init=random",
+    ]
     made = launch("recipes/sft.py", 1, *words, f"run_dir={tmp_path / 'sft'}")
     assert f"an answer ends with '<|im_end|>' (id {IM_END})" in made.stdout
     config = json.loads((model / "config.json").read_text())

@@ -13,11 +13,12 @@ import torch
 from small_engines import GREEDY, MAX_LENGTH, SAMPLED, policy, requests
 from tiny_qwen3 import packed
 
+from mesh.engine.base import Continuation
 from mesh.engine.conversation import Scripted, converse, script_of
 from mesh.engine.vllm.checks import install_problems
 from mesh.exactness.trace import first_difference, trace_generation
 from mesh.invariant.switch import batch_invariant
-from mesh.types import Completion, Continuation
+from mesh.types import Completion
 
 pytestmark = pytest.mark.timeout(600)  # vLLM's first start takes most of a minute
 

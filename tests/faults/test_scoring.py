@@ -23,6 +23,7 @@ from mesh.config.schema import Conf, RewardConf
 from mesh.lifecycle.ending import alive
 from mesh.program.plan import task_spec
 from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import (
     Scorer,
     TaskSource,
@@ -63,7 +64,8 @@ class Scoring:
         self.scorer = Scorer(TaskSource(self.task, task_spec(conf), scoring_of(conf)))
 
     def __call__(self, *responses: str, prompt: Prompt = PROMPT) -> list[float]:
-        return self.scorer.score([prompt] * len(responses), responses)
+        scores = self.scorer.score([prompt] * len(responses), [*map(Response, responses)])
+        return [score.reward for score in scores]
 
 
 @pytest.fixture
@@ -186,6 +188,7 @@ def test_close_leaves_no_process(scoring, tmp_path):
 RANK = """
 import signal, sys
 from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.response import Response
 from mesh.tasks.scorer import Scorer, ScoringSettings, TaskSource
 from mesh.types import Prompt
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -193,7 +196,8 @@ spec = TaskSpec("user_tasks:Obedient", 0, {"notes": sys.argv[1]})
 task = load_task(spec.name, spec.seed, spec.args)
 scoring = ScoringSettings(workers=len(sys.argv) - 2, timeout_seconds=60.0, on_failure="zero")
 scorer, responses = Scorer(TaskSource(task, spec, scoring)), sys.argv[2:]
-print(scorer.score([Prompt(0, "", "")] * len(responses), responses), flush=True)
+scores = scorer.score([Prompt(0, "", "")] * len(responses), [*map(Response, responses)])
+print([score.reward for score in scores], flush=True)
 input()
 """
 
@@ -289,7 +293,7 @@ def test_processes_are_for_user_code_and_start_when_they_are_needed(scoring):
     assert ask() == [] and ask.scorer.pool.workers == []
     conf = Conf(reward=RewardConf(workers=1))
     scorer = Scorer(TaskSource(SpellBackward(0), task_spec(conf), scoring_of(conf)))
-    assert scorer.score([PROMPT] * 2, ["cba", "abc"]) == [1.0, 0.0]
+    assert scorer.score([PROMPT] * 2, [Response("cba"), Response("abc")]) == [Score(1), Score(0)]
     assert scorer.pool is not None and len(scorer.pool.workers) == 1
     scorer.close()
 

@@ -27,6 +27,7 @@ from mesh.rl.losses import LOSSES
 from mesh.tasks import Draw, Task
 from mesh.tasks.prompts import PromptSource, step_prompts
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 
 REPEATS = 50
@@ -109,7 +110,8 @@ def several_ranks(process: Process, conf: Conf, plan: Plan, last: bool, root: Pa
 
 def prompts_of(task: Task, step: int, **keys: Any) -> Callable[..., Any]:
     def drawn(process: Process, conf: Conf, plan: Plan, last: bool, root: Path) -> Any:
-        source = PromptSource(task, load_tokenizer(CHARACTERS), "skip", 32, 4096, 8, **keys)
+        encoder = PromptEncoder(load_tokenizer(CHARACTERS))
+        source = PromptSource(task, encoder, "skip", 32, 4096, 8, **keys)
         try:
             return [p.text for p in step_prompts(source, process, Draw(step, 8))[0]]
         except ValueError as error:

@@ -42,8 +42,8 @@ def prompt_ids(conf: Conf, wave: int) -> list[int]:
 
 
 def rollout(prompt_id: int, sample_id: int) -> Rollout:
-    """A rollout that tells which it is; some are empty, as a dropped or cut one may be, and some
-    have tokens of an environment, which have no logprobs.
+    """A rollout that tells which it is; some are empty, as a dropped or cut one may be, some have
+    tokens of an environment, which have no logprobs, and some have a score with parts.
     """
     length = (prompt_id * 5 + sample_id * 3) % 7
     prompt = tuple(range(prompt_id + 1, prompt_id + 2 + prompt_id % 3))
@@ -54,8 +54,11 @@ def rollout(prompt_id: int, sample_id: int) -> Rollout:
     sampled = length - 2 if turns else length
     logprobs = tuple(-(1 + prompt_id + i / 64) for i in range(sampled))
     finish: FinishReason = "length" if length == 6 else "turns" if turns else "stop"
+    parts = (("sample", float(sample_id)), ("é", -prompt_id / 6)) if prompt_id % 4 == 0 else ()
+    correct = (None, False, True)[(prompt_id + 2 * sample_id) % 3]
+    reward = prompt_id / 3 + sample_id
     return Rollout(
-        prompt_id, sample_id, prompt, tokens, logprobs, prompt_id / 3 + sample_id, finish, turns
+        prompt_id, sample_id, prompt, tokens, logprobs, reward, finish, turns, parts, correct
     )
 
 

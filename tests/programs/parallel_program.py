@@ -1,6 +1,6 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with checkpoints `tied`, `untied` and `even`; each rank writes what it saw of
+Arguments: a directory with checkpoints `tied`, `untied`, `biased` and `even`; each rank writes what it saw of
 every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even` is also
 scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for bit.
 """
@@ -22,6 +22,7 @@ from mesh.engine.native.engine import EngineSettings, NativeEngine
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, build_meshes, plan_layout
+from mesh.model.exported import planned_export, source_entries
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layers import RMSNorm
@@ -46,6 +47,9 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel
     "untied_fsdp2_tp2": ("untied", 1, 2, 2),
     "fsdp2_sp2": ("tied", 1, 2, 2, True),
     "untied_sp4": ("untied", 1, 1, 4, True),
+    "biased_fsdp4": ("biased", 1, 4, 1),
+    "biased_fsdp2_sp2": ("biased", 1, 2, 2, True),
+    "biased_tp4": ("biased", 1, 1, 4),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 SHARDED_ROWS = {37: [21, 2, 13, 1], 3: [2, 1], 1: [1]}  # none divides by 2 or 4
@@ -134,9 +138,10 @@ def train(root: Path, case: str) -> dict:
     trainer = Trainer(replace(random, start=Start(path, 0), optimizer=adamw), meshes, CPU)
     seen: dict = {"loaded": whole(trainer.parameters())}
     write = dist.get_rank() == 0
-    tokenizer = root  # has no tokenizer files
     shape = random.shape
-    export(root / "exports" / case, trainer.parameters(), shape, tokenizer, (1,), write)
+    # the tokenizer's directory has no files of one
+    plan = planned_export(source_entries(path), (1,), torch.float32, root)
+    export(root / "exports" / case, trainer.parameters(), shape, plan, write)
     with torch.no_grad():
         seen["scores"] = tuple(packed(SEQUENCES).scores(trainer.model, TEMPERATURE))
     passes, objective = my_passes(trainer), Objective(Loss(reinforce))

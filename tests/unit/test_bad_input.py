@@ -212,10 +212,14 @@ def test_truncated_weights_are_found_before_anything_is_loaded(refusal, model):
         ("{", "config.json is not JSON"),
         ("[]", "config.json is not a JSON object"),
         ("[" * 10_000, "config.json is not JSON"),
-        ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
+        (
+            '{"model_type": "gemma3"}',
+            "model_type 'gemma3' is not supported; use one of the dense decoders with plain, "
+            "linear or llama3 RoPE: qwen3 (dense Qwen3), qwen2 (Qwen2, Qwen2.5), llama (Llama 2 ",
+        ),
     ],
 )
-def test_config_json_that_describes_no_qwen3(refusal, model, content, wrong):
+def test_config_json_that_describes_none_of_our_families(refusal, model, content, wrong):
     (model / "config.json").write_text(content)
     (line,) = lines(refusal(f"model.path={model}"))
     assert line.startswith(f"model.path={model}: {wrong}")

@@ -248,7 +248,8 @@ def test_context_longer_than_the_models_own():
     conf = random_conf(model=ModelConf(init="random", max_length=4097))
     shape = dataclasses.replace(TINY, max_positions=4096)
     assert conf_problems(conf, shape) == [
-        "model.max_length=4097: the model's own context is 4096 tokens (max_position_embeddings); "
+        "model.max_length=4097: the model's own context is 4096 tokens "
+        "(max_position_embeddings, or a sliding_window); "
         "use at most 4096"
     ]
     assert conf_problems(changed(conf, {"model.max_length": 4096}), shape) == []

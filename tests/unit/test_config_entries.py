@@ -10,7 +10,7 @@ import torch
 from tiny_qwen3 import Variant, load_role, packed, random_sequences, save_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from mesh.model.config_entries import QUANTISED, QWEN3, unsupported
+from mesh.model.config_entries import FAMILIES, QUANTISED, unsupported
 from mesh.model.families import config_entries, directory_warnings, shape_of_directory
 from mesh.types import ModelShape
 
@@ -51,7 +51,9 @@ REFUSED = {  # what has no counterpart in our layers, by the entry that a messag
     "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
     "compression_config": {"compression_config": {"format": "float-quantized"}},
     "rope_scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "rope_scaling old": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rope_scaling old": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "rope_scaling linear": {"rope_scaling": {"type": "linear"}},
+    "rope_scaling other": {"rope_scaling": {"type": "linear", "factor": 2.0, "truncate": True}},
     "rope_scaling llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "rope_scaling mrope": {"rope_scaling": {"type": "default", "mrope_section": [4, 2, 2]}},
     "rope_scaling text": {"rope_scaling": "dynamic"},
@@ -120,7 +122,7 @@ def test_entries_without_effect_are_read_past(tmp_path):
 def test_all_entries_that_transformers_writes_are_known(version):
     config = Qwen3Config(**config_entries(SHAPE, (1,)))
     entries = config.to_dict() if version == "all" else config.to_diff_dict()
-    assert len(entries) > 20 and unsupported(entries, QWEN3) == {}
+    assert len(entries) > 20 and unsupported(entries, FAMILIES["qwen3"]) == {}
 
 
 MALFORMED = {

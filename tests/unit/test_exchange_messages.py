@@ -11,7 +11,8 @@ from programs.exchange_program import rollout
 from mesh.exchange.rollouts import (
     COLUMNS,
     _merge,
-    _outline,
+    _outlines,
+    _parts,
     _payload,
     _payload_length,
     _table,
@@ -46,6 +47,8 @@ def rollouts(draw) -> list[Rollout]:
                 draw(st.floats(-10, 10)),
                 draw(st.sampled_from(FINISH_REASONS)),
                 turns,
+                tuple(draw(st.dictionaries(st.text(), st.floats(-1e100, 1e100))).items()),
+                draw(st.sampled_from([None, False, True])),
             )
         )
     return found
@@ -53,10 +56,12 @@ def rollouts(draw) -> list[Rollout]:
 
 @given(rollouts())
 def test_what_is_unpacked_was_packed(sent):
-    rows, payload = _table(sent).tolist(), _payload(sent)
-    assert _unpack(rows, *payload) == sent
-    assert [_outline(row) for row in rows] == [outline(r) for r in sent]
+    table, parts, payload = _table(sent), _parts(sent), _payload(sent)
+    outlines, rows = _outlines(table, parts), table.tolist()
+    assert outlines == [outline(r) for r in sent]
+    assert _unpack(list(zip(outlines, rows, strict=True)), *payload) == sent
     # what the receiver has room for
+    assert len(parts) == table[:, -1].sum()
     assert len(payload[0]) == sum(map(_payload_length, rows))
     assert len(payload[1]) == sum(r.length for r in sent)
 
@@ -65,7 +70,8 @@ def test_outline_by_hand():
     sent = rollout(4, 2)
     table = _table([sent])
     assert table.shape == (1, COLUMNS) and table.dtype == torch.float64
-    assert _outline(table[0].tolist()) == Outline(4, 2, 5, 7, 4 / 3 + 2, "stop") == outline(sent)
+    by_hand = Outline(4, 2, 5, 7, 4 / 3 + 2, "stop", (("sample", 2.0), ("é", -2 / 3)), True)
+    assert _outlines(table, _parts([sent])) == [by_hand] == [outline(sent)]
 
 
 def test_merged_outlines_are_in_order_and_counted():

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model import hf
-from mesh.model.exported import write_text_files
-from mesh.model.families import TINY, shape_of_directory, shape_of_flavor
+from mesh.model.exported import planned_export, write_text_files
+from mesh.model.families import TINY, config_entries, shape_of_directory, shape_of_flavor
 from mesh.model.policy import named_weights
 from mesh.model.safetensors_files import INDEX
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
@@ -31,8 +31,9 @@ def checkpoint(request, tmp_path):
 
 
 def export(path, model, shape, eos_ids=(1,), tokenizer=CHARACTERS):
-    weights = named_weights(model)
-    hf.export(path, weights, shape, tokenizer, eos_ids, write=True)
+    entries = config_entries(shape, eos_ids)
+    plan = planned_export(entries, eos_ids, torch.float32, tokenizer)
+    hf.export(path, named_weights(model), shape, plan, write=True)
 
 
 def equal_files(path, other):
@@ -77,7 +78,7 @@ def test_the_shape_comes_back_from_our_config(tmp_path, solo_mesh):
     shape = ModelShape(
         96, 64, 3, 8, 2, 24, 80, rope_theta=3e4, norm_eps=1e-5, tied=False, max_positions=777
     )
-    entries = hf.config_entries(shape, (1,))
+    entries = config_entries(shape, (1,))
     (tmp_path / "config.json").write_text(json.dumps(entries))
     assert shape_of_directory(tmp_path) == shape
 
@@ -169,7 +170,8 @@ def test_the_generation_config_of_the_weights_goes_before_that_of_the_tokenizer(
     tokenizer = saved(tmp_path / "tokenizer", eos=1)
     (tokenizer / "generation_config.json").write_text('{"top_k": 5, "top_p": 0.5}')
     (tmp_path / "ours").mkdir()
-    write_text_files(tmp_path / "ours", tokenizer, model, (2, 9))
+    plan = planned_export({}, (2, 9), torch.float32, tokenizer, start=model)
+    write_text_files(tmp_path / "ours", plan)
     written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
     assert written == {"top_k": 20, "top_p": 0.5, "eos_token_id": [2, 9]}
 

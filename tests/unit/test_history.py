@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_checkpoint import RANK_0, advance, conf_of, flip, names_in, rewritten, trainer_of
 
@@ -18,9 +19,12 @@ from mesh.checkpoint.logs import KEPT_LOGS
 from mesh.checkpoint.same_run import Inputs
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
-from mesh.model.families import TINY
+from mesh.model.exported import planned_export
+from mesh.model.families import TINY, config_entries
 from mesh.model.hf import export
 from mesh.text.tokenizer import CHARACTERS
+
+EXPORT = planned_export(config_entries(TINY, (1,)), (1,), torch.float32, CHARACTERS)
 
 
 class Small:
@@ -44,7 +48,7 @@ class Small:
         self.keeper.consider(self.step, metrics, self.save)
 
     def save(self, path: Path) -> None:
-        export(path, self.trainer.parameters(), TINY, CHARACTERS, (1,), write=True)
+        export(path, self.trainer.parameters(), TINY, EXPORT, write=True)
 
     def take(self, steps: int, values: dict[int, float] | None = None, odd: str = "") -> None:
         """`values`: evaluations by step; `odd`: a log with a line of the odd steps alone."""
@@ -287,7 +291,7 @@ def test_no_best_model_is_kept_where_none_is_asked_for(process, tmp_path, word):
 
 
 def exported(path: Path, run: Small) -> None:
-    export(path, run.trainer.parameters(), TINY, CHARACTERS, (1,), write=True)
+    export(path, run.trainer.parameters(), TINY, EXPORT, write=True)
 
 
 def test_a_reference_whose_weights_have_changed_is_refused(process, tmp_path):

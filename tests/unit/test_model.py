@@ -14,9 +14,10 @@ from tiny_qwen3 import save_checkpoint as save
 
 from mesh.invariant.switch import batch_invariant
 from mesh.model.attention import AttentionContext, KVCache, attention
-from mesh.model.layers import rope_table, rotate, rotate_both
+from mesh.model.layers import rotate, rotate_both
 from mesh.model.logprobs import token_logprobs
 from mesh.model.policy import named_weights
+from mesh.model.rope import rope_table
 from mesh.model.vocabulary import MAX_TILE, vocab_products, vocab_tiles
 
 VARIANTS = [

@@ -140,8 +140,8 @@ def test_the_defaults_leave_out_what_is_not_asked_for():
     assert plan.trainer.start.path is not None and plan.trainer.start.path.name == "qwen3_tiny"
     random = planned("model.init=random", "seed=5")
     assert random.trainer.start == Start(None, 5)
-    assert random.tokenizer_directory == plan.tokenizer_directory == plan.trainer.start.path
-    assert planned("model.path=null", "model.init=random").tokenizer_directory == CHARACTERS
+    assert random.export.tokenizer == plan.export.tokenizer == plan.trainer.start.path
+    assert planned("model.path=null", "model.init=random").export.tokenizer == CHARACTERS
 
 
 def test_a_program_that_only_generates_has_neither_optimizer_nor_reference():
@@ -180,7 +180,7 @@ def test_a_checked_plan_is_the_resolved_one(process: Process):
     """`check` reads the model, the task and the loss that a configuration names."""
     plan = check(conf_of("loss=dr_grpo"), process)
     expected = planned("loss=dr_grpo")
-    prompts = replace(plan.prompts, tokenizer=expected.tokenizer)
+    prompts = replace(plan.prompts, encoder=expected.encoder)
     assert replace(plan, tokenizer=expected.tokenizer, prompts=prompts) == expected
 
 

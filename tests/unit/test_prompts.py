@@ -25,6 +25,7 @@ from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import MAX_ROUNDS, PromptSource, digest_of, step_prompts
 from mesh.tasks.scorer import checked_task
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt
 
@@ -66,7 +67,7 @@ class RoundlessFinite(Finite):
 
 def source(task: Task, **keys) -> PromptSource:
     known = {"overlong": "stop", "max_length": 32, "max_positions": 4096, "max_new_tokens": 8}
-    return PromptSource(task, load_tokenizer(CHARACTERS), **(known | keys))
+    return PromptSource(task, PromptEncoder(load_tokenizer(CHARACTERS)), **(known | keys))
 
 
 def refused(process: Process, task: Task, num: int = 4, step: int = 2, **keys) -> str:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.engine.base import num_pages
+from mesh.engine.base import Continuation, num_pages
 from mesh.engine.native.cache import BlockManager, Sequence
 from mesh.engine.native.scheduler import Fill, Scheduler
-from mesh.types import Continuation, Request
+from mesh.types import Request
 
 
 class Memory:

@@ -27,14 +27,26 @@ def refusal(tmp_path, capsys, unlaunched):
 
 
 def test_words_that_it_does_not_obey(refusal):
-    words = ["steps=7", "trainer.lr=5", "kl_coef=0.1", "model.init=checkpoint", "seed=3"]
+    words = ["steps=7", "trainer.lr=5", "kl_coef=0.1", "check=strict", "seed=3"]
     assert refusal(*words, "trainer.warmup_steps=2") == [
         "- steps=7: recipes/sft.py does not read it; set sft.steps",
         "- trainer.lr=5.0: recipes/sft.py does not read it; set sft.lr",
         "- kl_coef=0.1: recipes/sft.py does not read it; leave it out, there is no reference model",
-        "- model.init=checkpoint: recipes/sft.py does not read it; leave it out, the weights start "
-        "random",
+        "- check=strict: recipes/sft.py does not read it; leave it out, there is no generator to "
+        "agree with",
     ]
+
+
+def test_epochs_and_steps_exclude_each_other(refusal):
+    assert refusal("sft.steps=7", "sft.epochs=2") == [
+        "- sft.steps=7: sft.epochs=2 says how long to train; leave out one of the two",
+    ]
+
+
+def test_epochs_of_what_has_no_end(refusal):
+    """The configuration's own sft.steps is not in the way."""
+    (line,) = refusal("sft.epochs=2")
+    assert line.startswith("- sft.epochs=2: task=spell_backward draws prompts without end")
 
 
 def test_what_every_recipe_refuses(refusal):

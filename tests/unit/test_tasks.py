@@ -29,6 +29,7 @@ from mesh.tasks import (
     numbered,
 )
 from mesh.tasks.draw import is_held_out, training_prompts
+from mesh.tasks.response import Response
 from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
 from mesh.types import Prompt
 
@@ -206,7 +207,8 @@ def test_a_task_whose_every_question_is_held_out_is_refused():
 def score_all(task: Task, prompts: list[Prompt], responses: list[str]) -> list[float]:
     """The rewards as a rank gets them that scores in its own process."""
     unused = TaskSpec("spell_backward", 0)  # a process that scores would make its own from it
-    return Scorer(TaskSource(task, unused, scoring_of(Conf()))).score(prompts, responses)
+    scorer = Scorer(TaskSource(task, unused, scoring_of(Conf())))
+    return [score.reward for score in scorer.score(prompts, [*map(Response, responses)])]
 
 
 def prompts_with(*ids: int) -> list[Prompt]:

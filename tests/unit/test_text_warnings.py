@@ -14,6 +14,7 @@ from mesh.program.assembly import check
 from mesh.program.text_warnings import prompt_warnings, text_warnings
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.encoding import PromptEncoder
 from mesh.text.fidelity import lost
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, load_tokenizer, make_character_tokenizer
 from mesh.types import Prompt
@@ -123,7 +124,8 @@ def test_a_long_text_is_shown_where_it_first_differs():
 
 
 def source(task, **keys) -> PromptSource:
-    return PromptSource(task, load_tokenizer(CHARACTERS), "stop", 32, 4096, 8, **keys)
+    encoder = PromptEncoder(load_tokenizer(CHARACTERS))
+    return PromptSource(task, encoder, "stop", 32, 4096, 8, **keys)
 
 
 def test_solutions_are_looked_at_where_they_are_taught(process, monkeypatch):

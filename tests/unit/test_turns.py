@@ -27,7 +27,7 @@ from mesh.exactness.strict import message, report, to_json
 from mesh.exactness.trace import trace_training
 from mesh.exactness.trainer import scored
 from mesh.exactness.verdict import Verdict
-from mesh.exchange.rollouts import _outline, _payload, _table, _unpack
+from mesh.exchange.rollouts import _outlines, _parts, _payload, _table, _unpack
 from mesh.layout.holdings import local_tensors
 from mesh.model.attention import packed_context
 from mesh.model.families import TINY
@@ -145,9 +145,11 @@ def test_statistics_count_loss_tokens_and_every_end_but_a_stop_is_truncated():
 @pytest.mark.parametrize("reason", FINISH_REASONS)
 def test_the_exchange_carries_turns_and_every_finish_reason(reason):
     sent = [PLAIN, replace(TURNED, finish_reason=reason), one_turn(replace(PLAIN, sample_id=2))]
-    rows = _table(sent).tolist()
-    assert _unpack(rows, *_payload(sent)) == sent
-    assert [_outline(row) for row in rows] == [outline(r) for r in sent]
+    table = _table(sent)
+    outlines = _outlines(table, _parts(sent))
+    assert outlines == [outline(r) for r in sent]
+    owned = list(zip(outlines, table.tolist(), strict=True))
+    assert _unpack(owned, *_payload(sent)) == sent
 
 
 def compared(logprobs: tuple[float, ...]) -> Tally:

@@ -18,6 +18,7 @@ from mesh.lifecycle.process import Process, start
 from mesh.model.families import shape_of_flavor
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
+from mesh.program.encoding import prompt_encoder
 from mesh.program.plan import generator_settings, tokenizer_directory
 from mesh.roles.generator import Generator
 from mesh.text.tokenizer import load_tokenizer
@@ -56,7 +57,7 @@ def ready(conf: Conf, process: Process, shape: ModelShape) -> Engine:
         chunks = conf.invariant.chunks
         process.say(self_test_of(shape, chunks, settings.dtype, device, process.cpu_group))
     meshes = build_meshes(plan_layout(conf, process.world_size), device.type)
-    engine = Generator(settings, meshes, device, tokenizer).engine
+    engine = Generator(settings, meshes, device, prompt_encoder(conf, tokenizer)).engine
     assert engine is not None, "a world of one process generates"
     names = weight_names(shape)
     for name, weight in engine.weights().items():

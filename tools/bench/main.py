@@ -150,10 +150,10 @@ def bench_engine() -> list[str]:
 
 def tokens_per_second(program: Program) -> float:
     """Rate of prefill and decode of a full batch; without a stop token it stays full."""
-    engine, encode = program.generator.engine, program.plan.tokenizer.encode
+    engine, encoder = program.generator.engine, program.plan.encoder
     assert engine is not None, "a world of one process is both trainer and generator"
     prompts = program.plan.task.train_prompts(0, BATCH)
-    requests = [Request(p.prompt_id, tuple(encode(p.text)), num_samples=1) for p in prompts]
+    requests = [Request(p.prompt_id, encoder.tokens(p), num_samples=1) for p in prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0, step=0)
     began = time.perf_counter()
     completions = engine.generate(requests, sampling)

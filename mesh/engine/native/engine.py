@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings, Row, num_pages
+from mesh.engine.base import Continuation, EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, choose, live_weights, tile_logits
 from mesh.engine.generation import (
     check_continuations,
@@ -35,7 +35,7 @@ from mesh.engine.native.scheduler import Scheduled, Scheduler
 from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
-from mesh.types import Completion, Continuation, ModelShape, Request, RolloutKey, Sampling
+from mesh.types import Completion, ModelShape, Request, RolloutKey, Sampling
 
 
 class NativeEngine:
@@ -201,7 +201,10 @@ def _append(sequence: Sequence, token: int, logprob: float, sampling: Sampling) 
     """Append a drawn token, and finish the sequence if it is its last."""
     sequence.tokens.append(token)
     sequence.logprobs.append(logprob)
-    if token in sampling.stop_tokens:
+    stops = sampling.stops
+    if token in sampling.stop_tokens or (
+        stops is not None and stops(sequence.tokens, sequence.turn)
+    ):
         sequence.finish_reason = "stop"
     elif len(sequence.logprobs) == (sequence.max_new_tokens or sampling.max_new_tokens):
         sequence.finish_reason = "length"

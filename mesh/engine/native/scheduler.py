@@ -12,9 +12,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mesh.engine.base import num_pages
+from mesh.engine.base import Continuation, num_pages
 from mesh.engine.native.cache import BlockManager, Sequence
-from mesh.types import Continuation, Request, RolloutKey
+from mesh.types import Request, RolloutKey
 
 
 @dataclass

@@ -31,30 +31,42 @@ def releases_cache(conf: Conf, device: str) -> bool:
 
 def vllm_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
     """Everything that keeps vLLM from starting with the trainer's own model."""
-    found = install_problems(device)
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        wrong = "VLLM_BATCH_INVARIANT is set, which overrides operators of the whole process"
-        remedy = "unset it; batch_invariant=true is this program's own switch"
-        found.append(problem("engine", "vllm", wrong, remedy))
-    return found
+    return [*install_problems(device), *other_switch_problems("engine", "vllm")]
+
+
+def other_switch_problems(name: str, value: str) -> list[str]:
+    """vLLM's own switch, beside which ours would not decide."""
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") in ("", "0"):
+        return []
+    wrong = "VLLM_BATCH_INVARIANT is set, which overrides operators of the whole process"
+    remedy = "unset it; batch_invariant=true is this program's own switch"
+    return [problem(name, value, wrong, remedy)]
 
 
 def install_problems(device: str) -> list[str]:
     """A missing vLLM, one of another version, or CUDA builds beside its CPU build."""
     package, command = PACKAGES[device], INSTALL[device]
     try:
-        installed = version(package)
+        found = version_problems("engine", "vllm", device, version(package))
     except PackageNotFoundError:
         return [problem("engine", "vllm", f"{package} is not installed", f"run {command}")]
-    if installed.partition("+")[0] != VERSION:
-        wrong = f"{package} {installed} is installed, and this program is written for {VERSION}"
-        return [problem("engine", "vllm", wrong, f"run {command}")]
+    if found:
+        return found
     broken = [name for name in UNWANTED if device == "cpu" and _is_cuda_build(name)]
     if not broken:
         return []
     wrong = f"{', '.join(broken)} are builds for CUDA, with which the CPU build cannot be imported"
     remedy = f"run pip uninstall -y {' '.join(broken)}"
     return [problem("engine", "vllm", wrong, remedy)]
+
+
+def version_problems(name: str, value: str, device: str, installed: str) -> list[str]:
+    """A vLLM of another version than this program is written for."""
+    if installed.partition("+")[0] == VERSION:
+        return []
+    package = PACKAGES[device]
+    wrong = f"{package} {installed} is installed, and this program is written for {VERSION}"
+    return [problem(name, value, wrong, f"run {INSTALL[device]}")]
 
 
 def _is_cuda_build(package: str) -> bool:

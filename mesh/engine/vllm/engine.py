@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings, Row, num_pages
+from mesh.engine.base import Continuation, EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, live_weights
 from mesh.engine.generation import (
     check_continuations,
@@ -37,7 +37,6 @@ from mesh.model.layouts import weight_names
 from mesh.model.policy import Policy
 from mesh.types import (
     Completion,
-    Continuation,
     ModelShape,
     Request,
     RolloutKey,
@@ -233,6 +232,7 @@ class VllmEngine:
             request = core_request(self.core, sample, sampling, most, self.version, self.serial)
             turns[request] = sample
             self.serial += 1
+        self.core.scheduler.stops = sampling.stops
         self.sampler.expect({r.request_id: sample for r, sample in turns.items()}, sampling)
         for request in turns:
             self.core.add_request(request)

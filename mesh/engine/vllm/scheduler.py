@@ -9,6 +9,7 @@ steps are read here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -42,6 +43,7 @@ class DecodeScheduler(AsyncScheduler):
         )
         self.page_size = managers[0].block_size
         self.finished: list[Request] = []
+        self.stops: Callable[[Sequence[int], int], bool] | None = None  # of all requests
 
     def take_finished(self) -> list[Request]:
         """The requests that have finished since the last call, in the order of their ends."""
@@ -132,7 +134,7 @@ class DecodeScheduler(AsyncScheduler):
                 continue  # amid its prompt
             running = request.status == RequestStatus.RUNNING
             self._append(request, drawn[0], stale)
-            if check_stop(request, self.max_model_len):
+            if self._is_stopped(request) or check_stop(request, self.max_model_len):
                 self._free_request(request)
                 self.finished.append(request)
                 (ended if running else ended_waiting).add(request)
@@ -141,6 +143,13 @@ class DecodeScheduler(AsyncScheduler):
         if ended_waiting:
             self.waiting.remove_requests(ended_waiting)
         return {}
+
+    def _is_stopped(self, request: Request) -> bool:
+        """True if its last token completes a stop string, which comes before its longest length."""
+        if self.stops is None or not self.stops(request.output_token_ids, 0):
+            return False
+        request.status = RequestStatus.FINISHED_STOPPED
+        return True
 
     def _append(self, request: Request, token: int, stale: bool) -> None:
         """Append a token, and cache the page that it has filled for the prefix cache."""

@@ -33,7 +33,8 @@ from mesh.model.parallel import local
 from mesh.model.policy import Policy
 from mesh.types import ModelShape
 
-ARCHITECTURE = "MeshPolicy"
+ARCHITECTURE = "MeshGenerator"
+"""The model inside a run; `plugin.ARCHITECTURE` is served alone."""
 
 Blueprint = tuple[Policy, ModelShape, dist.ProcessGroup | None]
 """(model, its shape, the tp ranks; None: one) of the engine that is being built."""
@@ -125,17 +126,23 @@ class PagedLayer(AttentionLayerBase):
         self.pages = list(memory.reshape(-1).view(shape).unbind())
 
 
-class TitanModel(nn.Module):
-    """The trainer's model behind vLLM's model interface.
+class PagedPolicy(nn.Module):
+    """A policy behind vLLM's model interface. group: its tp ranks; None: one.
 
     `observer`, where there is one, is called with context and positions of every forward pass.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        shape: ModelShape,
+        group: dist.ProcessGroup | None,
+        vllm_config: VllmConfig,
+    ) -> None:
         super().__init__()
-        self.policy, shape, self.group = blueprint.get()
+        self.policy, self.shape, self.group = policy, shape, group
         self.observer: Callable[[AttentionContext, torch.Tensor], None] | None = None
-        tp = 1 if self.group is None else dist.get_world_size(self.group)
+        tp = 1 if group is None else dist.get_world_size(group)
         dtype = vllm_config.model_config.dtype
         spec = FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
@@ -162,10 +169,6 @@ class TitanModel(nn.Module):
         """Hidden states [T, D] of the scheduled tokens."""
         return self.policy.hidden(input_ids, positions, self._context(positions))
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """The hidden states unchanged: the product is a part of our draws."""
-        return hidden_SD
-
     def head(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Logits [S, V / tp] of this rank's vocabulary shard."""
         return tile_logits(hidden_SD, local(self.policy.lm_head.weight), self.group)
@@ -184,3 +187,14 @@ class TitanModel(nn.Module):
         assert context.slots_T is not None
         # rows that pad a captured batch have no slot: they write page 0, which vLLM never allocates
         return replace(context, cache=self.cache, slots_T=context.slots_T.clamp(min=0))
+
+
+class TitanModel(PagedPolicy):
+    """The generator's model inside a run; the weight bridge writes its weights."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(*blueprint.get(), vllm_config)
+
+    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """The hidden states unchanged: the product is a part of our draws."""
+        return hidden_SD
