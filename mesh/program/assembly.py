@@ -124,7 +124,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             asked = process, source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, *asked) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size)
-        wrong += stop_problems(conf, tokenizer)
+        wrong += stop_problems(conf, tokenizer, task)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)

@@ -21,7 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
-from mesh.program.encoding import prompt_encoder, stop_strings
+from mesh.program.encoding import prompt_encoder, stop_strings, stop_texts
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -34,7 +34,6 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import TaskSource, scoring_of
-from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
@@ -112,7 +111,7 @@ def resolve(
         device=device,
         layout=layout,
         trainer=trainer_settings(conf, shape, device, objective if training else None),
-        generator=generator_settings(conf, shape, found.tokenizer, device),
+        generator=generator_settings(conf, shape, found.tokenizer, device, found.task),
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
@@ -154,9 +153,13 @@ def trainer_settings(
 
 
 def generator_settings(
-    conf: Conf, shape: ModelShape, tokenizer: Tokenizer, device: Device
+    conf: Conf,
+    shape: ModelShape,
+    tokenizer: Tokenizer,
+    device: Device,
+    task: Task | None = None,
 ) -> GeneratorSettings:
-    """The generator's part."""
+    """The generator's part. task: which says what else ends a turn."""
     keys = conf.generator
     return GeneratorSettings(
         shape=shape,
@@ -169,7 +172,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
-        stops=stop_strings(conf, tokenizer),
+        stops=stop_strings(conf, tokenizer, task),
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -213,7 +216,7 @@ def prompt_source(
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
     encoder = prompt_encoder(conf, tokenizer)
-    stops, held = stop_strings(task), HeldOut(held_out)
+    stops, held = stop_texts(conf, task), HeldOut(held_out)
     return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 

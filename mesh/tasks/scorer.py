@@ -19,7 +19,7 @@ from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE, Outcome, describe_failure, outcome_of
-from mesh.tasks.stops import stop_strings
+from mesh.tasks.stops import stop_strings_of
 from mesh.types import Prompt
 
 STOP = (
@@ -136,7 +136,7 @@ def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
-    stop_strings(task)
+    stop_strings_of(task)
     if workers:
         with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
             drawn = pool.start(num)
