@@ -31,9 +31,10 @@ from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
-from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.scorer import scoring_of
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
 from mesh.tasks import Task, numbered
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.correct import METHOD, correctness_rule, is_correct
-from mesh.tasks.scorer import Scorer, TaskSource
+from mesh.tasks.scorer import Scorer
 from mesh.types import Prompt, Rollout
 
 

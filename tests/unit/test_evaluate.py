@@ -24,8 +24,8 @@ from mesh.roles.evaluation import (
     pass_at_k,
 )
 from mesh.tasks import TaskSpec, draw_held_out
+from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.correct import is_correct
-from mesh.tasks.scorer import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt, Rollout
 
