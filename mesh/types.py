@@ -135,21 +135,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Completion:
+class Sample:
+    """One sample of a prompt, by its name in the step."""
+
+    prompt_id: int
+    sample_id: int
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
+
+
+@dataclass(frozen=True)
+class Completion(Sample):
     """One sampled answer, of a conversation one turn. `logprobs[i]` belongs to `tokens[i]`:
     log_softmax(logits / temperature) before any truncation (temperature 1 where sampling is
     greedy). A stop token is in `tokens`.
     """
 
-    prompt_id: int
-    sample_id: int
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Sample):
     """A scored sequence of one prompt: the unit that goes from generator to trainer.
 
     `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
@@ -169,8 +175,6 @@ class Rollout:
     score, if it has them.
     """
 
-    prompt_id: int
-    sample_id: int
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -179,10 +183,6 @@ class Rollout:
     turns: tuple[Turn, ...] = ()
     parts: Parts = ()
     correct: bool | None = None
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:
@@ -212,31 +212,29 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Outline:
+class Outline(Sample):
     """A rollout without its tokens, as every trainer rank knows it.
 
-    length: its loss tokens; num_tokens: of the whole sequence.
+    length: its loss tokens; num_tokens: of the whole sequence; turns: those of a conversation that
+    were sampled, 0: it is none; replied: tokens of its other turns.
     """
 
-    prompt_id: int
-    sample_id: int
     length: int
     num_tokens: int
     reward: float
     finish_reason: FinishReason
     parts: Parts = ()
     correct: bool | None = None
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
+    turns: int = 0
+    replied: int = 0
 
 
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
     r = rollout
-    sizes = r.length, r.num_tokens
-    return Outline(*r.key, *sizes, r.reward, r.finish_reason, r.parts, r.correct)
+    said = sum(turn.sampled for turn in r.turns)
+    more = r.parts, r.correct, said, len(r.tokens) - r.length
+    return Outline(*r.key, r.length, r.num_tokens, r.reward, r.finish_reason, *more)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
+    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -105,6 +106,7 @@ class Conf:
     model: ModelConf = field(default_factory=ModelConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    conversation: ConversationConf = field(default_factory=ConversationConf)
     reward: RewardConf = field(default_factory=RewardConf)
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)

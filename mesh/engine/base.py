@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.model.policy import Policy
-from mesh.types import Completion, ModelShape, Request, RolloutKey, Sampling
+from mesh.types import Completion, ModelShape, Request, RolloutKey, Sample, Sampling
 
 Row = tuple[int, int | None, int]
 """(prompt_id, sample_id, position) of a row of a forward pass; sample_id None: it serves all."""
@@ -35,19 +35,13 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class Continuation:
+class Continuation(Sample):
     """The next turn of a kept sample: the tokens of `reply` follow those that it has, then at most
     `max_new_tokens` are sampled.
     """
 
-    prompt_id: int
-    sample_id: int
     reply: tuple[int, ...]
     max_new_tokens: int
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
 
 
 class Engine(Protocol):

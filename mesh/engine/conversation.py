@@ -121,11 +121,12 @@ class Scripted:
         return found
 
 
-def script_of(rollouts: Collection[Rollout]) -> Script:
+def script_of(rollouts: Collection[Rollout]) -> Script | None:
     """The script of conversations that have been held: their replies, and turns as long as theirs.
-
-    A rollout without turns is one without a reply.
+    None: they are single answers.
     """
+    if not any(r.turns for r in rollouts):
+        return None
     script: dict[RolloutKey, list[Continuation]] = {}
     for r in rollouts:
         place, replies = 0, []

@@ -29,6 +29,7 @@ from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, json_problem
 from mesh.program.connect import connect
 from mesh.program.encoding import stop_problems
+from mesh.program.limits import limit_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -124,7 +125,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             asked = process, source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, *asked) or []
         wrong += check_vocabulary(tokenizer, shape.vocab_size)
-        wrong += stop_problems(conf, tokenizer, task)
+        wrong += stop_problems(conf, tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)
