@@ -102,9 +102,7 @@ class NumberedPrompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to an engine: `num_samples` independent completions of one prompt. `keeps`: each is
-    the first turn of a conversation, which is continued or dropped.
-    """
+    """`num_samples` independent completions of a prompt; `keeps`: they go on, or are dropped."""
 
     prompt_id: int
     tokens: tuple[int, ...]
@@ -231,8 +229,7 @@ class Outline(Sample):
 
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
-    r = rollout
-    said = sum(turn.sampled for turn in r.turns)
+    r, said = rollout, sum(turn.sampled for turn in rollout.turns)
     more = r.parts, r.correct, said, len(r.tokens) - r.length
     return Outline(*r.key, r.length, r.num_tokens, r.reward, r.finish_reason, *more)
 
@@ -296,3 +293,7 @@ class ModelShape:
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """The kv heads of one of `tp` ranks. Several may share one."""
+        return max(self.num_kv_heads // tp, 1)

@@ -138,7 +138,9 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, advantages, partial(shown, plan.tokenizer))
+    samples = samples_of(
+        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
+    )
     return metrics, samples
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh.tasks.draw import is_held_out
+from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt, Reply, TurnText
 
@@ -130,6 +131,21 @@ class Shouts(SpellBackward):
 class AsksForMore(SpellBackward):
     def reply(self, prompt: Prompt, turns: Sequence[TurnText], mood: str) -> Reply:
         return mood
+
+
+@dataclass(frozen=True)
+class Parted(SpellBackward):
+    """Its reward has parts, one of which only some responses have. What is correct is not what has
+    a reward of 1."""
+
+    def score(self, prompt: Prompt, response: Response) -> Score:
+        right = [a == b for a, b in zip(response, prompt.answer, strict=False)]
+        share = sum(right) / len(prompt.answer)
+        parts = {"share": share, "tokens": len(response.tokens)}
+        if response:
+            parts["first"] = float(right[0])
+        correct = sum(right) >= 2 and response.finish_reason == "stop"
+        return Score(0.9 * share, parts, correct)
 
 
 @dataclass(frozen=True)
@@ -290,3 +306,15 @@ class Troubled(SpellBackward):
 def pair_of_ids() -> list[int]:
     """This process and its parent, the supervisor."""
     return [os.getpid(), os.getppid()]
+
+
+def num_letters(prompt: Prompt, response: str) -> int:
+    return len(response)
+
+
+def share(prompt: Prompt, response: str) -> float:
+    return 0.5
+
+
+def fails_over_z(answer: str, response: str) -> float | None:
+    return None if "z" in response else float(answer == "cba")

@@ -117,7 +117,10 @@ class ConversationConf:
 @dataclass(frozen=True)
 class RewardConf:
     workers: int | None = key(
-        None, "scoring processes per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+        None,
+        "scoring processes per engine; 0: none; unset: 1 for code of others (MODULE:CLASS, "
+        "reasoning_gym, a judge of your own, regex, math), else 0",
+        ge=0,
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
@@ -221,3 +224,4 @@ class LogConf:
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
+    tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")

@@ -14,7 +14,7 @@ from typing import Any
 from mesh.tasks import Draw, Task, draw_prompts, load_task, typed_args
 from mesh.tasks.replying import converses, seed_of
 from mesh.tasks.response import Response, Score
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.types import Prompt, Reply, TurnText
 
 SCALE = 2.0**-34  # of a 32-bit checksum: at most a quarter
@@ -40,16 +40,14 @@ class Uneven:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return stop_strings_of(self.inner)
+        return stop_strings(self.inner)
 
     def solution(self, prompt: Prompt) -> str | Sequence[Any]:
         return self.inner.solution(prompt)
 
     def score(self, prompt: Prompt, response: Response) -> float | Score:
-        found, more = (
-            self.inner.score(prompt, response),
-            zlib.crc32(response.transcript.encode()) * SCALE,
-        )
+        found = self.inner.score(prompt, response)
+        more = zlib.crc32(response.transcript.encode()) * SCALE
         if isinstance(found, Score):
             return replace(found, reward=found.reward + more)
         return found + more

@@ -29,12 +29,14 @@ Comparisons = Iterator[Comparison]
 
 
 class Product(NamedTuple):
-    """A linear layer as a matrix product. sharded: its outputs are split over tp ranks."""
+    """A linear layer as a matrix product. sharded: its outputs are split over tp ranks, into at
+    most so many `parts` (None: as many as there are ranks)."""
 
     inputs: int
     outputs: int
     name: str
     sharded: bool = True
+    parts: int | None = None
 
 
 class Finding(NamedTuple):
@@ -113,14 +115,16 @@ def worst_over_ranks(findings: list[Finding], group: dist.ProcessGroup) -> list[
 
 def shard_sizes(product: Product, degrees: Sequence[int]) -> list[int]:
     """Output features per rank at every tp degree, unsharded first."""
-    return [product.outputs // d for d in sorted({1, *degrees}) if product.sharded or d == 1]
+    counts = {1, *degrees} if product.sharded else {1}
+    most = product.parts or max(counts)
+    return [product.outputs // count for count in sorted({min(d, most) for d in counts})]
 
 
 def _distinct(products: Sequence[Product]) -> list[Product]:
-    names: dict[tuple[int, int, bool], list[str]] = {}
+    alike: dict[Product, list[str]] = {}
     for p in products:
-        names.setdefault((p.inputs, p.outputs, p.sharded), []).append(p.name)
-    return [Product(k, n, ", ".join(same), cut) for (k, n, cut), same in names.items()]
+        alike.setdefault(p._replace(name=""), []).append(p.name)
+    return [p._replace(name=", ".join(names)) for p, names in alike.items()]
 
 
 def _finding(product: Product, compared: Iterable[Comparison]) -> Finding:

@@ -124,20 +124,25 @@ class Message:
 
 
 def shard_blocks(
-    shape: Sequence[int], ranks_grid: ArrayLike, splits: Sequence[tuple[int, int]]
+    shape: Sequence[int],
+    ranks_grid: ArrayLike,
+    splits: Sequence[tuple[int, int]],
+    parts: int | None = None,
 ) -> dict[int, Block]:
     """Each rank's block of a tensor of `shape`, by global rank; ranks left with nothing are absent.
 
     `ranks_grid` has one array axis per mesh axis. `splits` lists (mesh axis, tensor dim) in order
     of application: each splits what the earlier ones left, as TP and then FSDP2 do. Mesh axes not
-    listed replicate.
+    listed replicate. `parts`: of the first split, where several ranks in a row have the same one.
     """
     grid = np.asarray(ranks_grid)
     blocks = {}
     for coordinate in np.ndindex(*grid.shape):
         block = Block((0,) * len(shape), tuple(shape))
-        for axis, dim in splits:
-            block = block.chunk(dim, grid.shape[axis], coordinate[axis])
+        for number, (axis, dim) in enumerate(splits):
+            size, index = grid.shape[axis], coordinate[axis]
+            count = parts if parts is not None and number == 0 else size
+            block = block.chunk(dim, count, index * count // size)
         if block.numel:
             blocks[int(grid[coordinate])] = block
     return blocks
@@ -149,20 +154,23 @@ def layouts_of(
     grid: ArrayLike,
     fsdp: bool,
     buffers: Collection[str] = (),
+    tp_parts: Mapping[str, int] | None = None,
 ) -> list[ParamLayout]:
     """One role's layouts, sorted by name, on ranks `grid[dp_replicate, dp_shard, tp]`.
 
     `tp_dims`: the tensor dim that TP shards (absent or None: replicated). With `fsdp`, dim 0 of the
-    TP shard is sharded over dp_shard, except for `buffers`, which FSDP leaves whole.
+    TP shard is sharded over dp_shard, except for `buffers`, which FSDP leaves whole. `tp_parts`:
+    parts of the weights that have fewer than there are tp ranks.
     """
-    layouts = []
+    layouts: list[ParamLayout] = []
+    parts = tp_parts or {}
     for name in sorted(shapes):
         tp_dim = tp_dims.get(name)
         splits = [] if tp_dim is None else [(2, tp_dim)]
         if fsdp and name not in buffers:
             splits.append((1, 0))
         shape = tuple(shapes[name])
-        layouts.append(ParamLayout(name, shape, shard_blocks(shape, grid, splits)))
+        layouts.append(ParamLayout(name, shape, shard_blocks(shape, grid, splits, parts.get(name))))
     return layouts
 
 

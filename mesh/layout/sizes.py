@@ -141,19 +141,26 @@ def ranks(count: int) -> str:
 
 def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
     """The problem of a degree that does not shard heads, feed-forward columns and vocabulary into
-    equal parts."""
+    equal parts, or that has more ranks than kv heads and cannot give each rank one of them."""
+    uneven = uneven_parts(tp, shape)
+    if not uneven and MAX_TP % tp == 0:
+        return []
+    fit = [n for n in range(1, MAX_TP + 1) if MAX_TP % n == 0 and not uneven_parts(n, shape)]
+    wrong = f"does not divide the model's {', '.join(uneven)}"
+    if not uneven:
+        wrong = f"does not divide {MAX_TP}, the number of vocabulary shards at the largest tp"
+    return [problem(name, tp, wrong, f"choose one of {', '.join(map(str, fit))}")]
+
+
+def uneven_parts(tp: int, shape: ModelShape) -> list[str]:
+    """What a model has a number of that `tp` ranks do not share evenly. A kv head may have several
+    ranks."""
     parts = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,
         "ffn columns": shape.ffn_dim,
         "vocabulary entries": shape.vocab_size,
     }
-    uneven = [f"{count} {what}" for what, count in parts.items() if count % tp]
-    if not uneven and MAX_TP % tp == 0:
-        return []
-    common = math.gcd(MAX_TP, *parts.values())
-    choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-    wrong = f"does not divide the model's {', '.join(uneven)}"
-    if not uneven:
-        wrong = f"does not divide {MAX_TP}, the number of vocabulary shards at the largest tp"
-    return [problem(name, tp, wrong, f"choose one of {choices}")]
+    if tp % shape.num_kv_heads == 0:
+        del parts["kv heads"]
+    return [f"{count} {what}" for what, count in parts.items() if count % tp]

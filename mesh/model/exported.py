@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from mesh.lifecycle.json_files import read_object
-from mesh.model.config_entries import FAMILIES, ROPE_DICTS, Entries, without
+from mesh.model.config_entries import FAMILIES, Entries, without
+from mesh.model.rope_entries import ROPE_DICTS
 from mesh.model.safetensors_files import INDEX, SINGLE
 
 COPIED_FILES = (

@@ -28,7 +28,7 @@ from mesh.invariant.linear import gathered_linear
 from mesh.invariant.switch import current
 from mesh.model.logprobs import TokenScores, token_logprobs
 from mesh.model.lookup import lookup
-from mesh.model.parallel import copy_to, enter, leave, local
+from mesh.model.parallel import copy_to, enter, leave, local, own_part
 from mesh.types import IdSpans
 
 
@@ -82,21 +82,27 @@ def rotate_both(
 class ColumnLinear(TitanLinear):
     """Linear with output features sharded over tp, with or without a bias. Its inputs have gone
     through `enter`. The bias is added to the rounded product, in both roles.
+
+    parts: the heads that the features consist of, where there may be fewer of them than ranks.
     """
 
     tp_dim = 0
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanLinear.Config):
-        pass
+        parts: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tp_group: dist.ProcessGroup | None = None
+        self.tp_parts = config.parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, local(self.weight))
-        return out if self.bias is None else out + local(self.bias)
+        out = F.linear(x, self._own(self.weight))
+        return out if self.bias is None else out + self._own(self.bias)
+
+    def _own(self, parameter: torch.Tensor) -> torch.Tensor:
+        return own_part(parameter, self.tp_parts, self.tp_group)
 
 
 class RowLinear(TitanLinear):

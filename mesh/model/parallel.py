@@ -13,7 +13,7 @@ shards of them; full recomputation saves no more than the shards between blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,20 +125,51 @@ def replicate(
     return _Gather.apply(x, num_tokens, token_group, shard_tokens)
 
 
-def tp_dims(model: nn.Module) -> dict[str, int | None]:
-    """Dim that tensor parallelism shards, for every parameter and buffer by name.
+def tp_dim(module: nn.Module, tp: int) -> int | None:
+    """Dim that `tp` tensor-parallel ranks shard of a module's own parameters; None: replicated.
 
-    None: replicated. A module declares it as `tp_dim`; without that attribute its parameters are
+    A module declares it as `tp_dim`, and as `tp_parts` into how many parts the dim can be cut at
+    most: with more ranks than parts the parameters are replicated, and each rank uses one part.
+    """
+    parts = getattr(module, "tp_parts", None)
+    return None if parts is not None and parts < tp else getattr(module, "tp_dim", None)
+
+
+def own_part(
+    parameter: torch.Tensor, parts: int | None, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """This rank's rows of a parameter that is sharded over the group's ranks or, where it has fewer
+    parts than ranks, replicated: then ranks share a part, and their gradients of it are summed.
+    """
+    tensor = local(parameter)
+    if group is None or parts is None or group.size() <= parts:
+        return tensor
+    first = group.rank() * parts // group.size()
+    rows = len(tensor) // parts
+    return copy_to(tensor, group)[first * rows : (first + 1) * rows]
+
+
+def tp_dims(model: nn.Module, tp: int) -> dict[str, int | None]:
+    """Dim that `tp` tensor-parallel ranks shard, for every parameter and buffer by name. None:
     replicated.
     """
-    dims: dict[str, int | None] = {}
+    return {name: tp_dim(module, tp) for name, module in _owners(model)}
+
+
+def tp_parts(model: nn.Module, tp: int) -> dict[str, int]:
+    """The number of parts of those parameters that have fewer of them than ranks, by name."""
+    parts = {name: getattr(module, "tp_parts", None) for name, module in _owners(model)}
+    return {name: count for name, count in parts.items() if count is not None and count < tp}
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every parameter and buffer by name, with its module."""
     for prefix, module in model.named_modules():
         for name, _ in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
-            dims[f"{prefix}.{name}" if prefix else name] = getattr(module, "tp_dim", None)
-    return dims
+            yield f"{prefix}.{name}" if prefix else name, module
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
@@ -153,7 +184,7 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, sequence_parallel: bool = Fa
             setattr(module, "tp_group", group)  # noqa: B010
         if sequence_parallel and hasattr(module, "token_group"):
             setattr(module, "token_group", group)  # noqa: B010
-        dim = getattr(module, "tp_dim", None)
+        dim = tp_dim(module, tp_mesh.size())
         placement = Replicate() if dim is None else Shard(dim)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in done:

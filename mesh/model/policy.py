@@ -80,8 +80,10 @@ class Policy(Qwen3Model):
 
 
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
-    def column(outputs: int, bias: bool = False) -> ColumnLinear.Config:
-        return ColumnLinear.Config(in_features=shape.dim, out_features=outputs, bias=bias)
+    def column(outputs: int, bias: bool = False, parts: int | None = None) -> ColumnLinear.Config:
+        return ColumnLinear.Config(
+            in_features=shape.dim, out_features=outputs, bias=bias, parts=parts
+        )
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=shape.dim, eps=shape.norm_eps)
@@ -96,7 +98,7 @@ def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:
         qkv_linear=QKVLinear.Config(
             head_dim=shape.head_dim,
             wq=column(heads, shape.qkv_bias),
-            wkv=column(kv_heads, shape.qkv_bias),
+            wkv=column(kv_heads, shape.qkv_bias, parts=shape.num_kv_heads),
         ),
         wo=RowLinear.Config(in_features=heads, out_features=shape.dim),
         qk_norm=head_norm if shape.qk_norm else None,

@@ -11,18 +11,19 @@ from mesh.model.vocabulary import is_one_product, vocab_tiles
 from mesh.types import ModelShape
 
 
-def products_of(shape: ModelShape) -> list[Product]:
+def products_of(shape: ModelShape, max_tp: int = 1) -> list[Product]:
     """The linear layers of one block, and the vocabulary projection: whole, or as tiles, which tp
-    does not split further.
+    does not split further. Neither does it split a kv head.
     """
     head = [Product(shape.dim, width, "lm_head", sharded=False) for width in tile_widths(shape)]
     if is_one_product(shape.vocab_size):
         head = [Product(shape.dim, shape.vocab_size, "lm_head")]
+    parts = shape.num_kv_heads if shape.num_kv_heads < max_tp else None
     heads, kv_heads = (n * shape.head_dim for n in (shape.num_heads, shape.num_kv_heads))
     return [
         Product(shape.dim, heads, "wq"),
-        Product(shape.dim, kv_heads, "wk"),
-        Product(shape.dim, kv_heads, "wv"),
+        Product(shape.dim, kv_heads, "wk", parts=parts),
+        Product(shape.dim, kv_heads, "wv", parts=parts),
         Product(heads, shape.dim, "wo"),
         Product(shape.dim, shape.ffn_dim, "w1"),
         Product(shape.dim, shape.ffn_dim, "w3"),
@@ -49,5 +50,7 @@ def self_test_of(
     over `group`.
     """
     degrees = [degree for degree in range(1, max_tp + 1) if max_tp % degree == 0]
-    others = compared_rows(shape, dtype, device)
-    return self_test(products_of(shape), tile_widths(shape), degrees, dtype, device, group, others)
+    others = compared_rows(shape, max_tp, dtype, device)
+    return self_test(
+        products_of(shape, max_tp), tile_widths(shape), degrees, dtype, device, group, others
+    )

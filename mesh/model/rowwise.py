@@ -26,8 +26,10 @@ PARTS = (slice(0, 1), slice(5, 12), slice(100, 133))
 
 
 @torch.no_grad()
-def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Comparisons:
-    """Compare RMSNorm, SwiGLU, RoPE and attention at the model's sizes."""
+def compared_rows(
+    shape: ModelShape, max_tp: int, dtype: torch.dtype, device: torch.device
+) -> Comparisons:
+    """Compare RMSNorm, SwiGLU, RoPE and attention at the model's sizes, on up to `max_tp` ranks."""
     draw = torch.Generator(device).manual_seed(0)
 
     def rows(*size: int) -> torch.Tensor:
@@ -44,7 +46,9 @@ def compared_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
         yield "SwiGLU", swiglu(gate[part], up[part]), gated[part]
         some = rotate_both(q[None, part], k[None, part], table[part])[0]
         yield "RoPE", some, rotated[:, part]
-    yield from attention_rows(q, k, rows(shape.num_kv_heads, shape.head_dim))
+    v = rows(shape.num_kv_heads, shape.head_dim)
+    yield from attention_rows(q, k, v)
+    yield from shared_heads(q, k, v, max_tp)
 
 
 def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Comparisons:
@@ -60,6 +64,21 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Compari
         context = decode_context(k[part], v[part])
         result = attention(q[last], k[last], v[last], context, 0, scale)
         yield f"attention, token {length} decoded", result, packed[last]
+
+
+def shared_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_tp: int) -> Comparisons:
+    """Compare the queries of ranks that share a kv head with all that the head has."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    scale, bounds = q.shape[-1] ** -0.5, torch.tensor([0, *LENGTHS], device=q.device).cumsum(0)
+    context = packed_context(bounds.int(), max(LENGTHS))
+    whole = attention(q, k, v, context, 0, scale)
+    for tp in range(kv_heads + 1, max_tp + 1):
+        if tp % kv_heads or heads % tp:
+            continue
+        own = slice(0, heads // tp)
+        mine, key, value = (x.contiguous() for x in (q[:, own], k[:, :1], v[:, :1]))
+        result = attention(mine, key, value, context, 0, scale)
+        yield f"attention of one kv head on {tp} ranks", result, whole[:, own]
 
 
 def spans() -> Iterator[tuple[slice, int]]:

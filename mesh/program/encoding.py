@@ -7,9 +7,8 @@ from datetime import date
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.tasks import Task
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
-from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import Tokenizer, UnknownText
 
 
@@ -18,16 +17,9 @@ def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
     return PromptEncoder(tokenizer, date.today())
 
 
-def stop_texts(conf: Conf, task: Task | None = None) -> tuple[str, ...]:
-    """The texts that end a response: generator.stop, and what the task adds."""
-    added = () if task is None else stop_strings_of(task)
-    return tuple(dict.fromkeys([*conf.generator.stop, *added]))
-
-
-def stop_strings(conf: Conf, tokenizer: Tokenizer, task: Task | None = None) -> StopStrings | None:
-    """The texts that end a response, as tokens complete them; None: there are none."""
-    stop = stop_texts(conf, task)
-    return StopStrings(stop, tokenizer) if stop else None
+def turn_ends(conf: Conf, task: Task) -> tuple[str, ...]:
+    """The texts that end a turn: those of generator.stop, and the task's own."""
+    return tuple(dict.fromkeys((*conf.generator.stop, *stop_strings(task))))
 
 
 def stop_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
@@ -36,7 +28,7 @@ def stop_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
     if not all(value):
         wrong = "the empty text would end every response at its first token"
         return [problem(name, value, wrong, "leave it out")]
-    for text in stop_texts(conf, task):
+    for text in turn_ends(conf, task):
         try:
             tokenizer.encode(text)
         except UnknownText as error:

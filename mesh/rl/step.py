@@ -29,7 +29,8 @@ Pass = list[Leaf]
 class StepSettings:
     """Sizes of a step, and what counts. pass_tokens: most tokens of a forward pass; a group of more
     is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
-    their group's statistics; truncated_reward: theirs, in place of their score.
+    their group's statistics; truncated_reward: theirs, in place of their score. log_tokens: samples
+    have token ids and logprobs.
     """
 
     num_prompts: int
@@ -39,6 +40,7 @@ class StepSettings:
     pass_tokens: int
     mask_truncated: bool = False
     truncated_reward: float | None = None
+    log_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,12 @@ def samples_of(
     waves: Sequence[Wave],
     advantages: Advantages,
     shown: Callable[[Rollout], Mapping[str, Any]],
+    with_tokens: bool = False,
 ) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages.
+    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
-    shown: the fields of a rollout's text, as it was scored. `task_prompt_id`: the id that the task
-    gave, where that is not the prompt's place in the step.
+    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too.
+    `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
     """
     by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
     own = {place: int(p.prompt_id) for place, p in by_id.items() if p.prompt_id != place}
@@ -177,7 +180,19 @@ def samples_of(
             "advantage": advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
+        | ({"parts": dict(r.parts)} if r.parts else {})
+        | ({} if r.correct is None else {"correct": r.correct})
         | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
+        | (tokens_of(r) if with_tokens else {})
         for wave in waves
         for r in wave.rollouts
     ]
+
+
+def tokens_of(rollout: Rollout) -> dict[str, Any]:
+    """What the engine saw and drew; a logprob for each token that was sampled."""
+    return {
+        "prompt_tokens": list(rollout.prompt_tokens),
+        "tokens": list(rollout.tokens),
+        "logprobs": list(rollout.logprobs),
+    }

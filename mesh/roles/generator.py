@@ -79,7 +79,7 @@ class Generator:
         self.replica = dp_rank(mesh)
         shape, kind, sizes = settings.shape, settings.kind, settings.engine
         self.layouts: list[ParamLayout] = role_layouts(
-            shape, sizes.max_length, mesh.mesh, fsdp=False
+            shape, sizes.max_length, mesh.mesh, fsdp=False, sliced=not kind.runs_policy
         )
         self.binds = kind.may_alias(device.type, sizes.cuda_graphs)
         if kind.own_buffers:

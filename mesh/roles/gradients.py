@@ -41,7 +41,7 @@ def gradient_norm(
 
     bad: float64 scalar, above 0 where this rank's loss or logprobs are not finite.
     """
-    dims, first_tp = tp_dims(model), mesh.get_local_rank("tp") == 0
+    dims, first_tp = tp_dims(model, mesh["tp"].size()), mesh.get_local_rank("tp") == 0
     total, copies = torch.zeros(2, dtype=torch.float64, device=bad.device)
     for name, gradient in gradients.items():
         counts = first_tp or dims[name] is not None

@@ -18,6 +18,7 @@ from mesh.tasks import Task, TaskSpec
 from mesh.tasks.handle import Job
 from mesh.tasks.pool import Pool
 from mesh.tasks.scoring import OUTCOMES, Outcome, describe_failure
+from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt, Reply, TurnText
 
 REMEDIES = {
@@ -54,7 +55,8 @@ class Calls:
     """
 
     def __init__(self, source: TaskSource) -> None:
-        self.task, self.settings = source.task, source.scoring
+        self.task = with_scores(source.task, source.spec.scores)
+        self.settings = source.scoring
         self.pool: Pool | None = None
         if self.settings.workers:
             self.pool = Pool(source.spec, self.settings.workers, self.settings.timeout_seconds)

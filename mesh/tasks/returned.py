@@ -33,8 +33,8 @@ def score_of(value: Any) -> Score:
     reward = _inside("reward", value.reward, reward_of)
     if not isinstance(value.parts, Mapping):
         raise Unusable(f"{shown(value.parts)} as the parts of a Score; give a dict of numbers")
-    for name in value.parts:
-        _check_name(name)
+    if wrong := [text for name in value.parts if (text := name_problem(name))]:
+        raise Unusable(f"returned a Score of which {wrong[0]}")
     parts = {name: _inside(f"part {name}", v, reward_of) for name, v in value.parts.items()}
     return Score(reward, parts, _inside("correct", value.correct, _correct_of))
 
@@ -46,7 +46,7 @@ def reward_of(value: Any) -> float:
     Raises Unusable for anything else, for what is not finite or beyond LARGEST_REWARD, and for an
     integer that float64 does not have: two rewards that differ must not become equal.
     """
-    scalar = _only_element(value)
+    scalar = only_element(value)
     if isinstance(scalar, str | bytes | bytearray) or not hasattr(type(scalar), "__float__"):
         raise Unusable(f"{shown(value)}, which is no real number")
     try:
@@ -78,23 +78,23 @@ def _inside(what: str, value: Any, check: Callable[[Any], Any]) -> Any:
         raise Unusable(f"{wrong}, as the {what} of a Score") from None
 
 
-def _check_name(name: Any) -> None:
+def name_problem(name: Any) -> str:
+    """Why a part cannot have this name; nothing where it can."""
     if not isinstance(name, str) or not PART_NAME.fullmatch(name):
-        wrong = "a name has letters, digits, _, - and . only"
-        raise Unusable(f"returned a Score with a part {name!r}; {wrong}")
+        return f"a part is called {name!r}; a name has letters, digits, _, - and . only"
     if name in OUR_PARTS:
-        wrong = f"reward/{name} is a metric of ours; rename the part"
-        raise Unusable(f"returned a Score with a part {name!r}, but {wrong}")
+        return f"a part is called {name!r}, but reward/{name} is a metric of ours; rename the part"
+    return ""
 
 
 def _correct_of(value: Any) -> bool | None:
-    scalar = _only_element(value)
+    scalar = only_element(value)
     if scalar is not None and not isinstance(scalar, bool):
         raise Unusable(f"{shown(value)}, which is neither True, False nor None")
     return scalar
 
 
-def _only_element(value: Any) -> Any:
+def only_element(value: Any) -> Any:
     """The element of an array or tensor as a Python scalar, of whatever library; else `value`."""
     shape = getattr(value, "shape", None)
     if not isinstance(shape, tuple) or not hasattr(value, "item"):

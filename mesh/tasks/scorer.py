@@ -7,14 +7,16 @@ from contextlib import closing
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.tasks import Task, TaskSpec, load_task
+from mesh.tasks import Task, TaskSpec, load_task, prepare
 from mesh.tasks.calls import Calls, Replies, ScoringSettings, TaskSource
+from mesh.tasks.classes import scored_apart
 from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
 from mesh.tasks.replying import signature_problem
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
+from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt
 
 
@@ -56,10 +58,10 @@ class Scorer:
 
 
 def num_workers(conf: Conf) -> int:
-    """Scoring processes per engine: `reward.workers`, else one if the task is user code."""
+    """Scoring processes per engine: `reward.workers`, else one where a score may hang."""
     if conf.reward.workers is not None:
         return conf.reward.workers
-    return 1 if ":" in conf.task else 0
+    return int(bool(conf.scores) or scored_apart(conf.task, conf.task_args))
 
 
 def scoring_of(conf: Conf) -> ScoringSettings:
@@ -67,15 +69,21 @@ def scoring_of(conf: Conf) -> ScoringSettings:
     return ScoringSettings(num_workers(conf), conf.reward.timeout_seconds, conf.reward.on_failure)
 
 
-def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list[str]]:
+def checked_task(
+    spec: TaskSpec, workers: int, num: int = 0, reads: bool = True
+) -> tuple[Task, list[str]]:
     """(a task, texts of `num` prompts of the first step as a scoring process draws them; none
     without `workers`). Raises ValueError if it cannot be created here or, with `workers`, in a
-    scoring process, or if it cannot say what is correct or what ends a turn.
+    scoring process, or if it cannot say what is correct or what ends a turn. reads: it will be
+    asked for prompts, so its data, where it has some, is read and checked here.
     """
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
-    stop_strings_of(task)
+    stop_strings(task)
+    if reads:
+        prepare(task)
+    with_scores(task, spec.scores)
     if wrong := signature_problem(task):
         raise ValueError(f"task={spec.name}: {wrong}")
     if workers:
@@ -85,10 +93,15 @@ def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list
 
 
 def reward_problems(conf: Conf) -> list[str]:
-    """A time limit for scores beyond what the waiting ranks allow."""
+    """Weights that are not one for each function, and a time limit beyond that of waiting ranks."""
     limit, found = conf.reward.timeout_seconds, []
+    if conf.score_weights and len(conf.score_weights) != len(conf.scores):
+        wrong = f"scores has {len(conf.scores)} functions, and this {len(conf.score_weights)}"
+        found.append(problem("score_weights", conf.score_weights, wrong, "give one for each"))
+    if len(set(conf.scores)) < len(conf.scores):
+        found.append(problem("scores", conf.scores, "names a function twice", "name it once"))
     if not num_workers(conf):
-        return []
+        return found
     for name in ("timeout_seconds", "stall_seconds"):
         longest = getattr(conf, name)
         if longest and limit >= longest:  # stall_seconds=0: no limit

@@ -34,6 +34,7 @@ from typing import Any
 from mesh.lifecycle.agreement import text_of
 from mesh.tasks import load_task
 from mesh.tasks.scoring import OUTCOMES, as_message
+from mesh.tasks.weighted import with_scores
 
 KILL = b"k"  # from the rank, over `liveness`
 GRACE_SECONDS = 2.0  # for atexit handlers, after the rank has hung up
@@ -77,9 +78,9 @@ def serve(channel: socket.socket, stacks: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
-    name, seed, args, num = pickle.loads(receive(channel) or b"")
+    name, seed, args, scores, num = pickle.loads(receive(channel) or b"")
     try:
-        task, problem = load_task(name, seed, args), ""
+        task, problem = with_scores(load_task(name, seed, args), scores), ""
     except Exception as error:  # a task's module and class are user code
         ours = isinstance(error, ValueError)
         task, problem = None, str(error) if ours else f"{type(error).__name__}: {error}"

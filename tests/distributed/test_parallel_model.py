@@ -39,8 +39,11 @@ RANKS = range(4)
 TIED = Variant(0, tied=True, kv_heads=4, dim=66, pad_id=69)
 # q, k and v have biases, queries and keys no norms
 BIASED = replace(TIED, seed=3, tied=False, family="qwen2")
-# batch-invariant, the width is shared, too
-EVEN = Variant(2, tied=False, kv_heads=4, dim=64)
+# fewer kv heads than ranks
+KV1, KV2 = replace(BIASED, seed=4, kv_heads=1), replace(TIED, seed=5, kv_heads=2)
+# batch-invariant, the width is shared, too; on four ranks, so are the kv heads
+EVEN = Variant(2, tied=False, kv_heads=2, dim=64)
+TIED_CHECKPOINTS = ("tied", "kv2")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,8 @@ def root(tmp_path_factory):
     save_checkpoint(directory / "untied", replace(TIED, seed=1, tied=False))
     save_checkpoint(directory / "biased", BIASED)
     save_checkpoint(directory / "even", EVEN)
+    save_checkpoint(directory / "kv1", KV1)
+    save_checkpoint(directory / "kv2", KV2)
     launch("tests/programs/parallel_program.py", 1, str(directory))
     return directory
 
@@ -92,7 +97,7 @@ def step_alone(model) -> dict:
 def alone(root, solo_mesh):
     """What the program says of each checkpoint, from one process: alone[checkpoint]."""
     expected = {}
-    for checkpoint in ("tied", "untied", "biased"):
+    for checkpoint in ("tied", "untied", "biased", "kv1", "kv2"):
         model, _ = load_role(root / checkpoint, solo_mesh)
         loaded = {n: p.detach().clone() for n, p in named_weights(model).items()}
         with torch.no_grad():
@@ -101,7 +106,7 @@ def alone(root, solo_mesh):
         shapes = {n: tuple(p.shape) for n, p in loaded.items()}
         blocks = {n: Block((0,) * len(s), s) for n, s in shapes.items()}
         random = {n: torch.empty(s) for n, s in shapes.items()}
-        if checkpoint == "tied":
+        if checkpoint in TIED_CHECKPOINTS:
             random["lm_head.weight"] = random["tok_embeddings.weight"]
         random_weights(random, shapes, blocks, SEED)
         expected[checkpoint]["random"] = random
@@ -142,7 +147,7 @@ def test_the_embedding_of_the_pad_id_learns_through_a_tied_head_only(results, al
     for name, seen, _ in pairs(results, alone, case, "gradients"):
         if name == "tok_embeddings.weight":
             learned = bool(seen[TIED.pad_id].any())
-            assert learned == (TRAINERS[case][0] == "tied")
+            assert learned == (TRAINERS[case][0] in TIED_CHECKPOINTS)
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -159,7 +164,7 @@ def test_metrics_of_an_update_are_those_of_one_process(results, alone, case):
 
 
 def tied_twice(case, name):
-    return TRAINERS[case][0] == "tied" and name == "lm_head.weight"
+    return TRAINERS[case][0] in TIED_CHECKPOINTS and name == "lm_head.weight"
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -254,7 +259,7 @@ def test_recomputation_keeps_the_bits_of_sequence_parallel_gradients(results, re
 @pytest.mark.parametrize("case", ENGINES)
 @pytest.mark.parametrize("sampling", ["greedy", "sampled", "truncated"])
 def test_tensor_parallel_engines_draw_the_same_tokens(results, case, sampling):
-    expected = results[0]["engine_tp1"][sampling]
+    expected = results[0][one_rank(case)][sampling]
     assert len({token for c in expected for token in c.tokens}) > 10
     for rank in RANKS:
         completions = results[rank][case][sampling]
@@ -266,12 +271,22 @@ def test_tensor_parallel_engines_draw_the_same_tokens(results, case, sampling):
         assert results[rank][case]["preemptions"] > 0
 
 
-@pytest.mark.parametrize(("case", "tp"), ENGINES.items())
-def test_tensor_parallel_engines_hold_their_share(results, case, tp):
+def one_rank(case):
+    """The engine of the same checkpoint without tensor parallelism."""
+    return next(name for name, engine in ENGINES.items() if engine == (ENGINES[case][0], 1))
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_tensor_parallel_engines_hold_their_share(results, case):
+    """Of two kv heads, each of four ranks holds both."""
+    checkpoint, tp = ENGINES[case]
     for rank in RANKS:
-        whole, part = results[0]["engine_tp1"]["sizes"], results[rank][case]["sizes"]
+        whole, part = results[0][one_rank(case)]["sizes"], results[rank][case]["sizes"]
         shared = {name for name in whole if whole[name] != part[name]}
-        assert shared == ({n for n in whole if is_matrix(n)} if tp > 1 else set())
+        cut = {name for name in whole if is_matrix(name)}
+        if checkpoint == "kv2":
+            cut -= {name for name in whole if ".wk." in name or ".wv." in name}
+        assert shared == (cut if tp > 1 else set())
         assert all(part[name] * tp == whole[name] for name in shared)
 
 

@@ -54,13 +54,16 @@ def test_three_steps_with_vllm_are_those_with_the_native_engine(program, layout)
     assert len(program[0][3][f"vllm {layout}"]["generated"][0]["tokens"]) > 0
 
 
-def test_vllms_own_model_trains_with_synced_weights(program):
-    """Fused weights of two tensor-parallel ranks follow every step: digests, and close logprobs."""
+@pytest.mark.parametrize("name", ["own", "own shared"])
+def test_vllms_own_model_trains_with_synced_weights(program, name):
+    """Fused weights of two tensor-parallel ranks follow every step: digests, and close logprobs.
+    Where the ranks share a kv head, vLLM holds a copy of it on each.
+    """
     for rank, seen in enumerate(program[0]):
-        for metrics in seen["own"]["metrics"]:
-            assert rank > 1 or 0 < metrics["logprob_diff/max"] < 1e-4
-        assert len({m["digest/weights"] for m in seen["own"]["metrics"]}) == STEPS
-    assert program[0][2]["own"]["generated"] == program[0][3]["own"]["generated"] != []
+        for metrics in seen[name]["metrics"]:
+            assert (rank > 1 and name == "own") or 0 < metrics["logprob_diff/max"] < 1e-4
+        assert len({m["digest/weights"] for m in seen[name]["metrics"]}) == STEPS
+    assert program[0][2][name]["generated"] == program[0][3][name]["generated"] != []
 
 
 def test_an_engine_that_fails_ends_all_ranks_with_its_message(program):

@@ -1,8 +1,9 @@
 """Four gloo ranks that load, score, train and export one model in one layout after another.
 
-Arguments: a directory with checkpoints `tied`, `untied`, `biased` and `even`; each rank writes what it saw of
-every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`. `even` is also
-scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit for bit.
+Arguments: a directory with the checkpoints that TRAINERS names, and `even`. Each rank writes what
+it saw of every case to `RANK.pt` there, and every trainer layout its export to `exports/CASE`.
+`even` is also scored batch-invariant, by sequence-parallel ranks and without tp, to be compared bit
+for bit.
 """
 
 from __future__ import annotations
@@ -50,11 +51,22 @@ TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel
     "biased_fsdp4": ("biased", 1, 4, 1),
     "biased_fsdp2_sp2": ("biased", 1, 2, 2, True),
     "biased_tp4": ("biased", 1, 1, 4),
+    # fewer kv heads than ranks
+    "kv1_fsdp2_tp2": ("kv1", 1, 2, 2),
+    "kv1_tp4": ("kv1", 1, 1, 4),
+    "kv1_ddp2_sp2": ("kv1", 2, 1, 2, True),
+    "kv2_tp4": ("kv2", 1, 1, 4),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 SHARDED_ROWS = {37: [21, 2, 13, 1], 3: [2, 1], 1: [1]}  # none divides by 2 or 4
 RECOMPUTED = ("full", "selective")
-ENGINES = {"engine_tp1": 1, "engine_tp2": 2, "engine_tp4": 4}
+ENGINES = {  # case: (checkpoint, tp)
+    "engine_tp1": ("tied", 1),
+    "engine_tp2": ("tied", 2),
+    "engine_tp4": ("tied", 4),
+    "kv2_engine_tp1": ("kv2", 1),
+    "kv2_engine_tp4": ("kv2", 4),
+}
 SAMPLINGS = {
     "greedy": Sampling(temperature=0.0, max_new_tokens=8, seed=0, step=0),
     "sampled": Sampling(temperature=1.2, max_new_tokens=8, seed=1, step=4, stop_tokens=(7,)),
@@ -152,10 +164,10 @@ def train(root: Path, case: str) -> dict:
     return seen | {"random": whole(Trainer(random, meshes, CPU).parameters())}
 
 
-def generate(root: Path, tp: int) -> dict:
+def generate(root: Path, checkpoint: str, tp: int) -> dict:
     """Completions of every sampling, and this rank's elements of the weights."""
     mesh = meshes_of(1, 4 // tp, tp).generator_mesh
-    model, shape = load_role(root / "tied", mesh, dist.get_rank())
+    model, shape = load_role(root / checkpoint, mesh, dist.get_rank())
     settings = EngineSettings(MAX_LENGTH, 6, 68, 4, 16, prefix_cache=True, cuda_graphs=False)
     engine = NativeEngine(model, shape, settings, mesh.get_group("tp") if tp > 1 else None)
     engine.reset(version=0)
@@ -229,7 +241,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     seen = {case: train(root, case) for case in TRAINERS}
-    seen |= {case: generate(root, tp) for case, tp in ENGINES.items()}
+    seen |= {case: generate(root, *engine) for case, engine in ENGINES.items()}
     seen |= {f"rows_tp{tp}": sharded_rows(root, tp) for tp in (1, 4)}
     seen["rows_tp2"] = sharded_rows(root, 2, RECOMPUTED)
     torch.save(seen, root / f"{dist.get_rank()}.pt")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import run_ranks
+from shared_heads import one_kv_head
 
 from mesh.config.changes import changed
 from mesh.config.schema import Conf
@@ -35,11 +36,16 @@ LAYOUTS = {
     "colocated_dp": ("colocated", 4, 1),
 }
 """(mode, generator.dp, generator.tp)"""
+SHARED = "colocated_tp"
+"""The layout in which both roles' tensor-parallel ranks share the one kv head of the model, which
+also has biases."""
 
 
-def laid_out(conf: Conf, engine: str, layout: str) -> Conf:
+def laid_out(conf: Conf, engine: str, layout: str, one_head: Conf) -> Conf:
     mode, dp, tp = LAYOUTS[layout]
     keys = {"engine": engine, "mesh.mode": mode, "generator.dp": dp, "generator.tp": tp}
+    if layout == SHARED:
+        conf, keys["trainer.tp"] = one_head, 2
     return changed(conf, keys)
 
 
@@ -67,24 +73,25 @@ def name_of(program: Program) -> str:
     return type(program.generator.engine).__name__
 
 
-def main(directory: Path, words: list[str]) -> None:
+def main(directory: Path, words: list[str], shared: list[str]) -> None:
     _, conf = read_command(words)
+    _, one_head = read_command([*words, *shared])
     found: dict[str, Any] = {}
     with ExitStack() as switch:
         switch.enter_context(batch_invariant(True, "cpu", conf.invariant.chunks))
         with start("cpu", conf.timeout_seconds) as process:
             for layout in LAYOUTS:
                 for engine in ("native", "vllm"):
-                    plan = planned(laid_out(conf, engine, layout), process)
+                    plan = planned(laid_out(conf, engine, layout, one_head), process)
                     found[f"{engine} {layout}"] = steps(plan, process)
             switch.close()
             keys = {"batch_invariant": False, "vllm.model": "native"}
-            plain = changed(laid_out(conf, "vllm", "split_2_2_tp"), keys)
-            found["own"] = steps(planned(plain, process), process)
+            for name, layout in (("own", "split_2_2_tp"), ("own shared", SHARED)):
+                plain = changed(laid_out(conf, "vllm", layout, one_head), keys)
+                found[name] = steps(planned(plain, process), process)
             (directory / f"{process.rank}.json").write_text(json.dumps(found))
-            with built(
-                planned(laid_out(conf, "vllm", "colocated_tp"), process), process
-            ) as program:
+            failing = laid_out(conf, "vllm", "colocated_tp", one_head)
+            with built(planned(failing, process), process) as program:
                 if process.rank == 2:
                     program.generator.engine.core.step_fn = fail
                 train_step(program, process, Phases(process.device), 0)
@@ -98,4 +105,7 @@ if __name__ == "__main__":
     prepare()
     import mesh.engine.vllm.engine  # noqa: F401  # 9 s of CPU time, once instead of on every rank
 
-    run_ranks(4, partial(main, Path(sys.argv[1]), sys.argv[2:]))
+    directory = Path(sys.argv[1])
+    biased = {"family": "qwen2", "qk_norm": False, "qkv_bias": True}
+    shared = one_kv_head(directory / "one-head", **biased)
+    run_ranks(4, partial(main, directory, sys.argv[2:], shared))

@@ -161,7 +161,7 @@ def test_unknown_config_names_the_nearest(refusal):
 def test_unknown_task_and_task_key_name_the_nearest(refusal):
     assert "did you mean spell_backward?" in refusal("task=spell_backwards")
     assert "did you mean task_args.max_length?" in refusal("task_args.maxlength=4")
-    far = refusal("task=chess", "task_args.colour=red")
+    far = refusal("task=zebra_xyz", "task_args.colour=red")
     assert "did you mean" not in far and "no such task; use one of spell_backward" in far
     assert "task=nowhere:Chess: cannot import nowhere" in refusal("task=nowhere:Chess")
 

@@ -9,10 +9,10 @@ import pytest
 from mesh.config.changes import changed
 from mesh.config.keys import Refusal, conf_keys, range_problems, refuse, value_of
 from mesh.config.loading import load_conf, read_conf, save_conf
-from mesh.config.schema import Conf, resolve_path
+from mesh.config.schema import CONF_DIR, Conf, resolve_path
 from mesh.config.spelling import MOST, OTHER_SYSTEMS, near_keys, nearest
 
-NAMES = ["qwen3", "qwen3_split", "qwen3_tiny", "qwen3_tiny_split"]
+NAMES = sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
 CONFIGS = f"name one of {', '.join(NAMES)}, or a path to a .yaml"
 
 
@@ -173,7 +173,7 @@ def test_a_far_choice_is_not_suggested():
         (
             "log=3",
             "log=3: a group of keys; set one of log.progress, log.tensorboard, log.wandb, "
-            "log.samples",
+            "log.samples, log.tokens",
         ),
         ("steps=3.5", "steps=3.5: expected an integer; write e.g. steps=100"),
         ("steps=true", "steps=true: expected an integer; write e.g. steps=100"),
@@ -305,12 +305,12 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     assert caught.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "usage: RECIPE conf=NAME [key=value ...]"
-    assert [line.split()[0] for line in lines[3:7]] == NAMES
+    assert [line.split()[0] for line in lines[3 : 3 + len(NAMES)]] == NAMES
     assert (
         "qwen3_split qwen3 with trainer and generator on disjoint ranks (2 GPUs or more)" in lines
     )
     assert "trainer.lr=1e-06 peak learning rate of AdamW (> 0 and finite)" in lines
-    listed = {line.partition("=")[0] for line in lines[9:]}
+    listed = {line.partition("=")[0] for line in lines[5 + len(NAMES) :]}
     assert listed == set(conf_keys())
 
 
@@ -336,7 +336,7 @@ def test_every_key_has_a_meaning_and_its_default():
         assert key.meaning and key.default == value_of(conf, key.name)
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
-        "invariant", "mesh", "model", "trainer", "generator", "reward", "vllm", "sync", "eval",
+        "invariant", "mesh", "model", "trainer", "generator", "conversation", "reward", "vllm", "sync", "eval",
         "generate", "sft", "validate", "checkpoint", "export", "log",
     ]  # fmt: skip
 

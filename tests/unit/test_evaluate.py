@@ -174,7 +174,7 @@ def test_rewards_that_differ_and_none_correct_are_warned_of_once(process, capsys
     assert said.count("warning") == 1 and said.startswith(
         "warning: eval: no response was correct, though rewards differ, up to 0.9: a response is "
         "correct where its reward is at least 0.999999; if less is right, give the task a method "
-        "is_correct(reward) -> bool. "
+        "is_correct(reward) -> bool, or return Score(reward, correct=...). "
     )
     assert [metrics[f"eval/{name}"] for name in ("accuracy", "pass@2", "accuracy_greedy")] == [
         0

@@ -7,66 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_tokenizer import CHATML, END_OF_TEXT, IM_END, saved
+from chat_tokenizer import CHATML, END_OF_TEXT, IM_END
+from model_sources import FAMILIES, GENERATION, TOOL_USE, exported, planned, source
 from safetensors.torch import load_file, save_file
-from tiny_qwen3 import Variant, load_role, random_sequences, save_checkpoint
+from tiny_qwen3 import MAX_LENGTH, load_role, random_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mesh.config.loading import load_conf
 from mesh.model.exported import TEMPLATES
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layouts import role_layouts
 from mesh.model.policy import named_weights
-from mesh.program.plan import export_plan
-from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape
 from mesh.weights.digest import local_digests, total_digest
-
-ENTRIES = {
-    "_name_or_path": "acme/one",
-    "architectures": ["Qwen3ForCausalLM"],
-    "initializer_range": 0.03,
-    "max_window_layers": 7,
-    "rope_parameters": None,
-    "rope_scaling": {"type": "default", "rope_theta": 3e4},
-    "sliding_window": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": False,
-}
-GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "transformers_version": "4.51.0"}
-TOOL_USE = "{{ tools }}"
-
-
-def source(path: Path, dtype: torch.dtype = torch.bfloat16, **entries: object) -> Path:
-    """A directory as people have them: weights of `dtype`, entries of its own, two templates."""
-    save_checkpoint(path, Variant(5, vocab_size=112))
-    tensors = load_file(path / "model.safetensors")
-    save_file({n: x.to(dtype) for n, x in tensors.items()}, path / "model.safetensors")
-    saved(path, CHATML, file=True)
-    (path / TEMPLATES).mkdir()
-    (path / TEMPLATES / "tool_use.jinja").write_text(TOOL_USE)
-    config = json.loads((path / "config.json").read_text()) | ENTRIES | entries
-    del config["dtype"]
-    (path / "config.json").write_text(json.dumps(config))
-    ends = {"eos_token_id": [IM_END, END_OF_TEXT]}
-    (path / "generation_config.json").write_text(json.dumps(GENERATION | ends))
-    return path
-
-
-def planned(path: Path, *words: str):
-    """(shape, plan of the exports) of a run that starts from a directory."""
-    _, conf = load_conf(["conf=qwen3_tiny", f"model.path={path}", *words])
-    shape = shape_of_directory(path, conf.model.ignore_config)
-    return shape, export_plan(conf, shape, load_tokenizer(path, path))
-
-
-def exported(path: Path, target: Path, mesh, *words: str) -> Path:
-    """The model of a directory, exported as a run that starts from it would."""
-    shape, plan = planned(path, *words)
-    export(target, named_weights(load_role(path, mesh)[0]), shape, plan, write=True)
-    return target
 
 
 def entries_of(path: Path, name: str = "config.json") -> dict:
@@ -74,8 +27,9 @@ def entries_of(path: Path, name: str = "config.json") -> dict:
 
 
 @torch.no_grad()
-def test_an_export_has_all_that_its_source_has(tmp_path, solo_mesh):
-    theirs = source(tmp_path / "theirs")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_has_all_that_its_source_has(tmp_path, solo_mesh, family):
+    theirs = source(tmp_path / "theirs", family=family)
     ours = exported(theirs, tmp_path / "ours", solo_mesh)
     ends = {"eos_token_id": [IM_END, END_OF_TEXT, 1]}
     assert entries_of(ours) == entries_of(theirs) | ends
@@ -86,13 +40,14 @@ def test_an_export_has_all_that_its_source_has(tmp_path, solo_mesh):
     for name in [*copied, f"{TEMPLATES}/tool_use.jinja"]:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     before, after = (load_file(path / "model.safetensors") for path in (theirs, ours))
+    assert ("model.layers.0.self_attn.q_proj.bias" in after) == (family == "qwen2")
     assert before.keys() == after.keys()
     assert all(x.dtype == torch.bfloat16 and torch.equal(x, after[n]) for n, x in before.items())
     model, report = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
     assert not any(report.values()), report
     original = AutoModelForCausalLM.from_pretrained(theirs)
     assert model.dtype == original.dtype == torch.bfloat16
-    tokens = torch.tensor(random_sequences([40]))
+    tokens = torch.tensor(random_sequences([MAX_LENGTH]))
     assert torch.equal(model(tokens).logits, original(tokens).logits)
     assert AutoTokenizer.from_pretrained(ours).chat_template == {
         "default": CHATML, "tool_use": TOOL_USE,

@@ -93,8 +93,10 @@ def test_candidates_are_every_layout_that_fits():
     for role in ("trainer", "generator"):
         roles = [{(c.mode, getattr(c, role)) for c in found} for found in (everything, cover)]
         assert roles[0] == roles[1]
-    fewer = candidates(conf_of("validate.layouts=all"), "cpu", 4, replace(TINY, num_kv_heads=2))
+    fewer = candidates(conf_of("validate.layouts=all"), "cpu", 4, replace(TINY, vocab_size=130))
     assert {c.trainer.tp for c in fewer} == {c.generator.tp for c in fewer} == {1, 2}
+    shared = candidates(conf_of("validate.layouts=all"), "cpu", 4, replace(TINY, num_kv_heads=1))
+    assert shared == everything
     conf = conf_of("validate.layouts=own", "mesh.mode=split", "generator.tp=2")
     assert candidates(conf, "cpu", 4, TINY) == [own_layout(conf, 4)]
     assert str(own_layout(conf, 4)) == "split 2+2: trainer dp 1x2 tp 1, generator dp 1 tp 2"

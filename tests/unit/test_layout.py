@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -262,6 +264,26 @@ def test_a_split_is_refused_only_where_no_sizes_fit(trainer_tp, generator_tp, wo
     else:
         with pytest.raises(ValueError, match="mesh.mode=split"):
             plan_layout(conf, world)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tp", "wrong"),
+    [
+        (8, 1, 8, None),  # a kv head may have several ranks
+        (8, 2, 4, None),
+        (8, 4, 2, None),
+        (12, 3, 4, "3 kv heads; choose one of 1"),
+        (9, 3, 2, "9 heads, 3 kv heads; choose one of 1"),
+        (4, 1, 8, "4 heads; choose one of 1, 2, 4"),
+        (12, 6, 4, "6 kv heads; choose one of 1, 2"),
+        (12, 2, 8, "12 heads; choose one of 1, 2, 4"),
+    ],
+)
+def test_ranks_have_whole_heads_and_may_share_kv_heads(heads, kv_heads, tp, wrong):
+    shape = replace(TINY, num_heads=heads, num_kv_heads=kv_heads)
+    problems = layout_problems(conf_of("colocated", (1, None, tp), num_prompts=8), 8, shape)
+    expected = [] if wrong is None else [f"trainer.tp={tp}: does not divide the model's {wrong}"]
+    assert problems == expected
 
 
 def test_parallelism_counts():

@@ -14,6 +14,7 @@ from mesh.layout.reshard import (
     Block,
     ParamLayout,
     buckets,
+    check_tiling,
     layouts_of,
     plan,
     shard_blocks,
@@ -223,3 +224,17 @@ def test_layouts_of_a_generator_replicate_over_dp():
     (wq,) = layouts_of({"wq": (5, 4)}, {"wq": 0}, [[[4, 5], [6, 7]]], fsdp=False)
     assert wq.blocks[4] == wq.blocks[6] == Block((0, 0), (3, 4))
     assert wq.blocks[5] == wq.blocks[7] == Block((3, 0), (2, 4))
+
+
+def test_ranks_share_the_parts_of_a_weight_that_has_fewer_than_there_are_ranks():
+    """Two kv heads of two rows on four ranks: each has the one that its queries use."""
+    grid = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    (wk,) = layouts_of({"wk": (4, 3)}, {"wk": 0}, grid, fsdp=False, tp_parts={"wk": 2})
+    first, second = Block((0, 0), (2, 3)), Block((2, 0), (2, 3))
+    assert [wk.blocks[rank] for rank in range(8)] == [first, first, second, second] * 2
+    check_tiling(wk)
+    whole = layouts_of({"wk": (4, 3)}, {}, [[[8]]], fsdp=False)
+    copies = plan(whole, [wk])
+    assert {(c.dst_rank, c.source.offset) for c in copies} == {
+        (rank, wk.blocks[rank].offset) for rank in range(8)
+    }

@@ -5,6 +5,7 @@ to our kernel on every rank, and refuses what depends on it there too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from broken_kernels import BROKEN, SOUND, many_rows, vendor
 
-from mesh.invariant.selftest import Product, check_products, operands, self_test
+from mesh.invariant.selftest import (
+    Product,
+    check_products,
+    operands,
+    self_test,
+    shard_sizes,
+)
 from mesh.invariant.switch import batch_invariant, current
 from mesh.model import rowwise
 from mesh.model.families import TINY, shape_of_flavor
@@ -90,6 +97,25 @@ def test_an_operation_that_depends_on_the_rows_is_refused_by_its_name(alone, nam
     said = {"rms_norm": "RMSNorm", "swiglu": "SwiGLU", "attention": "attention, 3 tokens"}[name]
     with batch_invariant(True, "cpu"), pytest.raises(RuntimeError, match=said):
         self_test_of(TINY, 4, torch.float32, CPU, alone)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_ranks_that_share_a_kv_head_are_tested_as_such(alone, kv_heads, monkeypatch):
+    """No rank multiplies by less than a head, and its queries are fewer than the head has."""
+    shape = replace(TINY, num_kv_heads=kv_heads)
+    keys = next(p for p in products_of(shape, 4) if p.name == "wk")
+    assert shard_sizes(keys, (1, 2, 4)) == [32 * n for n in range(kv_heads, 0, -1)]
+    whole, groups = rowwise.attention, set()
+
+    def watched(q, k, *rest):
+        groups.add((q.shape[1], k.shape[1]))
+        return whole(q, k, *rest) * (1 + 2**-10 if q.shape[1] == 1 else 1)
+
+    monkeypatch.setattr(rowwise, "attention", watched)
+    said = "attention of one kv head on 4 ranks"
+    with batch_invariant(True, "cpu"), pytest.raises(RuntimeError, match=said):
+        self_test_of(shape, 4, torch.float32, CPU, alone)
+    assert groups == {(4, kv_heads), (1, 1)} | ({(2, 1)} if kv_heads == 1 else set())
 
 
 def test_the_operands_show_another_order_in_bfloat16_as_well():

@@ -95,7 +95,7 @@ def allocate(
     shape: ModelShape, tp: int, pages: int, page_size: int, device: torch.device, dtype: torch.dtype
 ) -> KVCache:
     """A zeroed cache of `pages` pages for this rank's kv heads."""
-    size = (pages, page_size, shape.num_kv_heads // tp, shape.head_dim)
+    size = (pages, page_size, shape.kv_heads_of_rank(tp), shape.head_dim)
     layers = range(shape.num_layers)
     return KVCache(
         [torch.zeros(size, device=device, dtype=dtype) for _ in layers],

@@ -32,7 +32,7 @@ def engine_options(
     ours: the model is the trainer's, which vLLM does not compile.
     """
     blocks = 1 + num_pages(settings.kv_tokens, settings.page_size)
-    token = 2 * shape.num_layers * (shape.num_kv_heads // tp) * shape.head_dim * dtype.itemsize
+    token = 2 * shape.num_layers * shape.kv_heads_of_rank(tp) * shape.head_dim * dtype.itemsize
     graphs = settings.cuda_graphs and device.type == "cuda"
     compiled = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} if ours and graphs else {}
     return {

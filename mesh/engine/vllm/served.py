@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from mesh.config.keys import problem, refuse
 from mesh.engine.choice import whole_logprobs
-from mesh.engine.vllm.serving import Serving, served_shape, serving_of
+from mesh.engine.vllm.serving import COMPLETE, Serving, served_shape, serving_of
 from mesh.engine.vllm.titan import PagedPolicy
 from mesh.invariant.switch import batch_invariant, current
 from mesh.layout.holdings import local_tensors
@@ -80,10 +80,8 @@ class ServedModel(PagedPolicy):
                 mine[ours].copy_(tensor[layout.blocks[rank].slices])
                 unwritten.discard(ours)
         missing = sorted({theirs[ours] for ours in unwritten})
-        wrong = other or [f"weights were left uninitialised: {', '.join(missing)}"]
-        if missing:
-            remedy = "serve a directory with all weights of its config.json"
-            refuse([problem("model", self.directory, line, remedy) for line in wrong])
+        wrong = [f"weights were left uninitialised: {', '.join(missing)}"] if missing else []
+        refuse([problem("model", self.directory, line, COMPLETE) for line in other or wrong])
         return {f"policy.{ours}" for ours in mine}
 
 

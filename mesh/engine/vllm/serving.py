@@ -8,15 +8,16 @@ all its processes get.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from mesh.config.declare import INF
 from mesh.config.keys import problem, refuse
 from mesh.config.schema import Conf
 from mesh.config.spelling import near_keys
@@ -29,6 +30,7 @@ from mesh.text.tokenizer import load_tokenizer, textless_ids
 from mesh.types import ModelShape
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+COMPLETE = "serve a directory with all weights of its config.json"
 FORMATS = ("auto", "hf", "safetensors")
 """vLLM's load formats that read the files and hand the weights to the model."""
 
@@ -42,12 +44,22 @@ class Serving:
     temperature: float = 1.0
 
 
-KEYS: Mapping[str, tuple[str, tuple[type, ...], str]] = {
-    "batch_invariant": ("batch_invariant", (bool,), "true or false"),
-    "invariant.chunks": ("chunks", (int,), "a number of ranks"),
-    "generator.temperature": ("temperature", (int, float), "a number above 0"),
+class Key(NamedTuple):
+    """An entry of additional_config: its field of `Serving`, and what it may be."""
+
+    field: str
+    fits: Callable[[Any], bool]
+    meaning: str
+
+
+KEYS = {
+    "batch_invariant": Key("batch_invariant", lambda x: type(x) is bool, "true or false"),
+    "invariant.chunks": Key("chunks", lambda x: type(x) is int and x > 0, "a number of ranks"),
+    "generator.temperature": Key(
+        "temperature", lambda x: type(x) in (int, float) and 0 < x < INF, "a number above 0"
+    ),
 }
-"""By the run's key: the field of `Serving`, its types, and how they read."""
+"""By the key of the run."""
 
 
 def choose_runner(config: ModelConfig) -> None:
@@ -75,7 +87,7 @@ def serving_of(vllm_config: VllmConfig) -> Serving:
     """The settings in additional_config, which `configure` has checked."""
     given = vllm_config.additional_config
     assert isinstance(given, Mapping)
-    return Serving(**{KEYS[name][0]: value for name, value in given.items()})
+    return Serving(**{KEYS[name].field: value for name, value in given.items()})
 
 
 def served_shape(config: ModelConfig) -> ModelShape:
@@ -89,31 +101,35 @@ def served_shape(config: ModelConfig) -> ModelShape:
 
 def serving_problems(vllm_config: VllmConfig) -> list[str]:
     """Everything that keeps a directory from being served as it was trained."""
-    config = vllm_config.model_config
+    settings = setting_problems(vllm_config.additional_config)
     found = [
-        *setting_problems(vllm_config.additional_config),
+        *settings,
         *option_problems(vllm_config),
-        *other_switch_problems("VLLM_BATCH_INVARIANT", "1"),
+        *other_switch_problems("batch_invariant", True),
     ]
-    if not Path(config.model).is_dir():
-        wrong = "is not a directory of this machine"
-        return [
-            *found,
-            problem("model", config.model, wrong, "download it, and name the directory"),
-        ]
+    serving = Serving() if settings else serving_of(vllm_config)
+    return found + model_problems(vllm_config, serving)
+
+
+def model_problems(vllm_config: VllmConfig, serving: Serving) -> list[str]:
+    """A directory that is not there or whose files are not those of a model of ours, and a layout
+    that does not fit it.
+    """
+    config, path = vllm_config.model_config, Path(vllm_config.model_config.model)
+    if not path.is_dir():
+        wrong, remedy = "is not a directory of this machine", "download it, and name the directory"
+        return [problem("model", config.model, wrong, remedy)]
     try:
         shape = served_shape(config)
     except ValueError as error:
-        return [*found, *str(error).splitlines()]
-    remedy = "serve a directory with all weights of its config.json"
-    wrong = weight_problems(Path(config.model), shape)
-    found += [problem("model", config.model, line, remedy) for line in wrong]
+        return str(error).splitlines()
     tp = vllm_config.parallel_config.tensor_parallel_size
-    found += tp_problems("tensor_parallel_size", tp, shape)
-    if not setting_problems(vllm_config.additional_config):
-        serving = serving_of(vllm_config)
-        found += exact_problems(serving, shape, tp, config.dtype)
-    return found
+    lines = weight_problems(path, shape)
+    return [
+        *(problem("model", config.model, line, COMPLETE) for line in lines),
+        *tp_problems("tensor_parallel_size", tp, shape),
+        *(exact_problems(serving, shape, tp, config.dtype) if serving.batch_invariant else []),
+    ]
 
 
 def setting_problems(given: Any) -> list[str]:
@@ -126,11 +142,9 @@ def setting_problems(given: Any) -> list[str]:
             near = " or ".join(near_keys(name, KEYS)) or f"one of {', '.join(KEYS)}"
             found.append(problem(f"additional_config.{name}", value, "is no key", f"use {near}"))
             continue
-        _, types, meaning = KEYS[name]
-        right = type(value) in types and (value is False or value > 0)
-        if not right:
-            wrong, remedy = f"is not {meaning}", "correct it"
-            found.append(problem(f"additional_config.{name}", value, wrong, remedy))
+        if not KEYS[name].fits(value):
+            wrong = f"is not {KEYS[name].meaning}"
+            found.append(problem(f"additional_config.{name}", value, wrong, "correct it"))
     return found
 
 
@@ -138,8 +152,9 @@ def option_problems(vllm_config: VllmConfig) -> list[str]:
     """Options of vLLM that our model does not follow, and that would be silently lost."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, load = vllm_config.cache_config, vllm_config.load_config
-    overrides = config.hf_overrides if isinstance(config.hf_overrides, Mapping) else {"*": "..."}
-    others = {name: value for name, value in overrides.items() if name != "architectures"}
+    others: Any = config.hf_overrides
+    if isinstance(others, Mapping):
+        others = {name: value for name, value in others.items() if name != "architectures"}
     page = cache.block_size if cache.user_specified_block_size else CUDA_PAGE
     dtype = str(config.dtype).removeprefix("torch.")
     options = {  # name: (value, is it followed, what to do)
@@ -149,7 +164,7 @@ def option_problems(vllm_config: VllmConfig) -> list[str]:
         "kv_cache_dtype": (
             cache.cache_dtype, cache.cache_dtype in ("auto", dtype), "leave it out"
         ),
-        "hf_overrides": (dict(others), not others, "change config.json"),
+        "hf_overrides": (others, not others, "change config.json"),
         "pipeline_parallel_size": (
             parallel.pipeline_parallel_size, parallel.pipeline_parallel_size == 1,
             "use tensor_parallel_size",
@@ -167,8 +182,6 @@ def option_problems(vllm_config: VllmConfig) -> list[str]:
 
 def exact_problems(serving: Serving, shape: ModelShape, tp: int, dtype: torch.dtype) -> list[str]:
     """What cannot have the bits of training."""
-    if not serving.batch_invariant:
-        return []
     found = []
     if serving.chunks % tp:
         wrong = f"does not divide invariant.chunks={serving.chunks}"

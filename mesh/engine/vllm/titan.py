@@ -146,7 +146,7 @@ class PagedPolicy(nn.Module):
         dtype = vllm_config.model_config.dtype
         spec = FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=shape.num_kv_heads // tp,
+            num_kv_heads=shape.kv_heads_of_rank(tp),
             head_size=shape.head_dim,
             dtype=dtype,
         )
