@@ -27,6 +27,7 @@ from mesh.program.encoding import (
     stop_texts,
     tokenizer_directory,
 )
+from mesh.program.limits import limits_of
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -181,6 +182,7 @@ def generator_settings(
         stop_tokens=tokenizer.eos_ids,
         stops=stop_strings(conf, tokenizer, task),
         timeout_seconds=conf.timeout_seconds,
+        limits=limits_of(conf),
     )
 
 
