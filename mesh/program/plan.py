@@ -108,6 +108,7 @@ def resolve(
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     evaluations = evaluation_sets(conf, source, found.held_out)
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
+    ends = turn_ends(conf, found.task)
     return Plan(
         device=device,
         layout=layout,
