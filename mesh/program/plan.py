@@ -22,6 +22,7 @@ from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, turn_ends
+from mesh.program.limits import limits_of
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -174,6 +175,7 @@ def generator_settings(
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
+        limits=limits_of(conf),
     )
 
 
