@@ -15,7 +15,7 @@ from mesh.tasks.pool import Pool
 from mesh.tasks.replying import signature_problem
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt
 
@@ -80,7 +80,7 @@ def checked_task(
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
-    stop_strings_of(task)
+    stop_strings(task)
     if reads:
         prepare(task)
     with_scores(task, spec.scores)

@@ -20,7 +20,7 @@ from mesh.tasks.expression import MAX_CHARACTERS, evaluated
 from mesh.tasks.guess import Guess
 from mesh.tasks.response import Response, Score
 from mesh.tasks.solution import Solution, solution_of
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.types import Prompt, TurnText
 
 Policy = Callable[[Sequence[TurnText]], str]
@@ -160,17 +160,17 @@ def test_the_calculator_s_solution_is_a_conversation_with_its_own_tool(args):
         response = played(task, prompt, says)
         assert [turn.text for turn in response.turns if not turn.sampled] == list(solution.replies)
         assert task.score(prompt, response) == Score(1.0, {"used": 1.0}, True)
-        assert stop_strings_of(task) == ("</calc>",) and solution.texts[0].endswith("</calc>")
+        assert stop_strings(task) == ("</calc>",) and solution.texts[0].endswith("</calc>")
 
 
 def test_the_calculator_asks_what_its_settings_say():
-    asked = [p.info["question"] for p in Calculator(0).train_prompts(0, 400)]
+    asked = [p.info["question"] for p in Calculator(0, digits=3, terms=3).train_prompts(0, 400)]
     parts = [question.replace("*", "+").split("+") for question in asked]
     assert {len(terms) for terms in parts} == {2, 3}
     assert {len(term) for terms in parts for term in terms} == {1, 2, 3}
     assert all(not term.startswith("0") for terms in parts for term in terms)
     assert {bool("*" in q) + 2 * bool("+" in q) for q in asked} == {1, 2}, "one operation each"
-    one = [p.text for p in Calculator(0, digits=1, terms=2, operations="-").train_prompts(0, 50)]
+    one = [p.text for p in Calculator(0, digits=1, operations="-").train_prompts(0, 50)]
     assert all(len(text) == 4 and text[1::2] == "-=" for text in one)
 
 
@@ -200,7 +200,7 @@ def test_halving_finds_every_number(chat):
         counts.append(score.parts["guesses"])
         assert score.reward == 1 - (counts[-1] - 1) / 14
     assert 1 < max(counts) <= 7, "99 numbers are halved 7 times"
-    assert stop_strings_of(task) == (() if chat else ("?",))
+    assert stop_strings(task) == (() if chat else ("?",))
     assert bool(prompt.messages) is chat and bool(prompt.text) is not chat
 
 

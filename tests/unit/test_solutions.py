@@ -23,7 +23,7 @@ from mesh.tasks.epochs import batch_of, steps_per_epoch
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.solution import Solution, solution_of, taught
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Unencodable, load_tokenizer
 from mesh.types import Prompt, Turn, TurnText
@@ -69,7 +69,8 @@ def of_turns(turns: Any) -> Solution:
 
 
 @pytest.mark.parametrize(
-    "turns", [CALL, tuple(CALL), [TurnText(text, sampled) for text, sampled in CALL]]
+    "turns",
+    [CALL, tuple(CALL), list(map(list, CALL)), [TurnText(text, said) for text, said in CALL]],
 )
 def test_a_solution_is_a_text_or_turns_that_alternate(turns):
     assert of_turns("2") == Solution(("2",))
@@ -92,7 +93,9 @@ def test_a_solution_of_another_form_is_refused(turns):
 
 @pytest.mark.parametrize("reply", [None, 5, [], ["x"], [{"role": "user"}, 5]], ids=repr)
 def test_a_reply_of_another_form_is_refused(reply):
-    with pytest.raises(ValueError, match=r"has the reply .*; a reply is a text, a message"):
+    with pytest.raises(
+        ValueError, match="the task's solution has a reply that cannot be used: ret"
+    ):
         of_turns([("a", True), (reply, False), ("b", True)])
 
 
@@ -147,8 +150,8 @@ def test_an_example_carries_loss_on_what_the_policy_says(process):
 @pytest.mark.parametrize("stops", [5, "x", [""], [5], None])
 def test_stop_strings_that_are_no_texts_are_refused(stops):
     with pytest.raises(ValueError, match="the task's stop_strings is"):
-        stop_strings_of(Solved(0, stop_strings=stops))
-    assert stop_strings_of(SpellBackward(0)) == ()
+        stop_strings(Solved(0, stop_strings=stops))
+    assert stop_strings(SpellBackward(0)) == ()
 
 
 def test_the_stop_strings_a_task_are_added_to_those_of_the_configuration():
