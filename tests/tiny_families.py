@@ -24,3 +24,9 @@ VARIANTS = {
                                          others={"sliding_window": MAX_LENGTH}),
     "qwen3 scaled": Variant(7, heads=8, kv_heads=1, rope=LLAMA3, vocab_size=97),
 }  # fmt: skip
+
+OF_CHARACTERS = {"vocab_size": 128, "kv_heads": 2, "head_dim": None}
+RUNNING = {  # which the shipped tokenizer fits, and two or four ranks
+    "llama": Variant(0, family="llama", heads=6, dim=96, rope=LLAMA3, **OF_CHARACTERS),
+    "qwen2": Variant(1, family="qwen2", tied=False, **OF_CHARACTERS),
+}

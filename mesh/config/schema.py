@@ -44,9 +44,15 @@ class Conf:
     )
     engine: Literal["native", "vllm"] = key("native", "generation engine")
     task: str = key(
-        "spell_backward", "spell_backward, arithmetic, or MODULE:CLASS for a task of your own"
+        "spell_backward",
+        "spell_backward, arithmetic, calculator, guess, dataset, gsm8k, reasoning_gym, or "
+        "MODULE:CLASS for a task of your own",
     )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
+    scores: list[str] = key(
+        [], "MODULE:FUNCTION of score functions of your own, which are added to the task's score"
+    )
+    score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
     overlong: Literal["stop", "skip"] = key(
         "stop",

@@ -128,7 +128,10 @@ class GeneratorConf:
 @dataclass(frozen=True)
 class RewardConf:
     workers: int | None = key(
-        None, "scoring processes per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+        None,
+        "scoring processes per engine; 0: none; unset: 1 for code of others (MODULE:CLASS, "
+        "reasoning_gym, a judge of your own, regex, math), else 0",
+        ge=0,
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(

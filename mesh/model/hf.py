@@ -62,14 +62,16 @@ def load_weights(
     if wrong:
         raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a complete checkpoint")
     theirs = hf_names(list(tensors), shape)
+    # a tied weight, which has two names, is read once
+    wanted = {(theirs[n], x.data_ptr()): (x, blocks[n]) for n, x in tensors.items() if x.numel()}
     for file in weight_files(path):
         with safe_open(file, framework="pt") as handle:
             held = set(handle.keys())
-            for name in tensors:
+            for (name, _), (tensor, block) in wanted.items():
                 heartbeat()
-                block = blocks[name]
-                if theirs[name] in held and block is not None and tensors[name].numel():
-                    tensors[name].copy_(handle.get_slice(theirs[name])[block.slices])
+                if name in held and block is not None:
+                    stored = handle.get_slice(name)[block.slices]
+                    tensor.copy_(stored.to(tensor.device))  # a GPU casts what it has been sent
 
 
 def _full_weights(

@@ -52,7 +52,7 @@ from mesh.rl.objective import Objective
 from mesh.rl.trial import trial
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
-from mesh.tasks import draw_held_out
+from mesh.tasks import draw_held_out, task_notes
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -115,10 +115,11 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     tokenizer = attempt(wrong, read_tokenizer, conf)
     workers = num_workers(conf) if training or held_out else 0
     drawn = conf.num_prompts if training else 0
-    made = attempt(wrong, checked_task, task_spec(conf), workers, drawn)
+    asked_for = task_spec(conf), workers, drawn, training or held_out
+    made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    refuse_differences(process, of_user_code(task, loss, wrong))
+    refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
     wrong += best_metric_problems(conf) if training else []
     prompts: list[Prompt] = []
     if task is not None and held_out:
@@ -147,7 +148,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
-    for line in prompt_warnings(process, plan.prompts, prompts, num):
+    notes = task_notes(task) if training or held_out else []
+    for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
 

@@ -12,11 +12,10 @@ from mesh.config.schema import Conf, resolve_path
 from mesh.config.text import value_as
 from mesh.lifecycle.process import Process
 from mesh.tasks import Task
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder, PromptForm
 from mesh.text.few_shot import Shot, read_shots
 from mesh.text.files import read_settings
-from mesh.text.stopping import StopStrings
 from mesh.text.template import GIVEN, read_template
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, UnknownText
 
@@ -93,16 +92,9 @@ def form_problems(conf: Conf, encoder: PromptEncoder) -> list[str]:
     return found
 
 
-def stop_texts(conf: Conf, task: Task | None = None) -> tuple[str, ...]:
-    """The texts that end a response: generator.stop, and what the task adds."""
-    added = () if task is None else stop_strings_of(task)
-    return tuple(dict.fromkeys([*conf.generator.stop, *added]))
-
-
-def stop_strings(conf: Conf, tokenizer: Tokenizer, task: Task | None = None) -> StopStrings | None:
-    """The texts that end a response, as tokens complete them; None: there are none."""
-    stop = stop_texts(conf, task)
-    return StopStrings(stop, tokenizer) if stop else None
+def turn_ends(conf: Conf, task: Task) -> tuple[str, ...]:
+    """The texts that end a turn: those of generator.stop, and the task's own."""
+    return tuple(dict.fromkeys((*conf.generator.stop, *stop_strings(task))))
 
 
 def stop_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
@@ -111,7 +103,7 @@ def stop_problems(conf: Conf, tokenizer: Tokenizer, task: Task) -> list[str]:
     if not all(value):
         wrong = "the empty text would end every response at its first token"
         return [problem(name, value, wrong, "leave it out")]
-    for text in stop_texts(conf, task):
+    for text in turn_ends(conf, task):
         try:
             tokenizer.encode(text)
         except UnknownText as error:

@@ -21,12 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
-from mesh.program.encoding import (
-    prompt_encoder,
-    stop_strings,
-    stop_texts,
-    tokenizer_directory,
-)
+from mesh.program.encoding import prompt_encoder, tokenizer_directory, turn_ends
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -36,10 +31,12 @@ from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
-from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.scorer import scoring_of
 from mesh.text.encoding import PromptEncoder
+from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
@@ -111,12 +108,13 @@ def resolve(
     objective, encoder = run_objective(conf, found.loss), prompt_encoder(conf, found.tokenizer)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     evaluations = evaluation_sets(conf, source, found.held_out)
+    ends = turn_ends(conf, found.task)
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
     return Plan(
         device=device,
         layout=layout,
         trainer=trainer_settings(conf, shape, device, objective if training else None),
-        generator=generator_settings(conf, shape, found.tokenizer, device, found.task),
+        generator=generator_settings(conf, shape, found.tokenizer, device, ends),
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
@@ -159,13 +157,9 @@ def trainer_settings(
 
 
 def generator_settings(
-    conf: Conf,
-    shape: ModelShape,
-    tokenizer: Tokenizer,
-    device: Device,
-    task: Task | None = None,
+    conf: Conf, shape: ModelShape, tokenizer: Tokenizer, device: Device, ends: Sequence[str] = ()
 ) -> GeneratorSettings:
-    """The generator's part. task: which says what else ends a turn."""
+    """The generator's part. ends: texts that end a turn, beside the tokenizer's stop tokens."""
     keys = conf.generator
     return GeneratorSettings(
         shape=shape,
@@ -178,7 +172,7 @@ def generator_settings(
         top_p=keys.top_p,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
-        stops=stop_strings(conf, tokenizer, task),
+        stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
     )
 
@@ -199,8 +193,10 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
 
 
 def task_spec(conf: Conf) -> TaskSpec:
-    """The task by name."""
-    return TaskSpec(conf.task, conf.seed, conf.task_args)
+    """The task by name, with the functions that are added to its score."""
+    weights = conf.score_weights or [1.0] * len(conf.scores)
+    scores = dict(zip(conf.scores, weights, strict=False))
+    return TaskSpec(conf.task, conf.seed, conf.task_args, scores)
 
 
 def evaluation_sets(
@@ -221,7 +217,7 @@ def prompt_source(
 ) -> PromptSource:
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    stops, held = stop_texts(conf, task), HeldOut(held_out)
+    stops, held = turn_ends(conf, task), HeldOut(held_out)
     return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
 

@@ -9,7 +9,7 @@ from mesh.config.user_code import call_user_code
 ATTRIBUTE = "stop_strings"
 
 
-def stop_strings_of(task: Any) -> tuple[str, ...]:
+def stop_strings(task: Any) -> tuple[str, ...]:
     """The task's `stop_strings`, which are added to generator.stop; none where it has none. Raises
     ValueError where they are no texts.
     """

@@ -58,8 +58,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "additional_config.generator.temperature=0: is not a number above 0",
     ),
     "tp": (
-        {"tensor_parallel_size": 4},
-        "tensor_parallel_size=4: does not divide the model's 2 kv heads; choose one of 1, 2",
+        {"tensor_parallel_size": 3},
+        "tensor_parallel_size=3: does not divide the model's 4 heads, 2 kv heads",
     ),
     "chunks": (
         {"tensor_parallel_size": 2, "additional_config": {"batch_invariant": True,

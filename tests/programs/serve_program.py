@@ -2,9 +2,9 @@
 
 python tests/programs/serve_program.py DIR TP ASKED.json ANSWERS.json
 
-ASKED: {"scored": [token ids], "prompts": [token ids], "settings": additional_config}. ANSWERS: the
-logprobs of each scored sequence but its first token, and (tokens, logprobs) of each prompt's
-continuation, drawn and greedy.
+ASKED: {"scored": [token ids], "prompts": [token ids], "settings": additional_config, "options": of
+LLM}. ANSWERS: the logprobs of each scored sequence but its first token; (tokens, logprobs) of each
+prompt's continuation, drawn and greedy; and the logprobs of the drawn ones scored afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-KV_BYTES = 1 << 24
 
 
 def main(directory: str, tp: str, asked: str, answers: str) -> None:
@@ -26,21 +24,24 @@ def main(directory: str, tp: str, asked: str, answers: str) -> None:
         hf_overrides={"architectures": ["MeshPolicy"]},
         additional_config=question["settings"],
         tensor_parallel_size=int(tp),
-        dtype="float32",
-        max_num_seqs=16,
-        kv_cache_memory_bytes=KV_BYTES,
+        **question["options"],
     )
-    scored = [{"prompt_token_ids": tokens} for tokens in question["scored"]]
-    prompts = [{"prompt_token_ids": tokens} for tokens in question["prompts"]]
     whole = SamplingParams(max_tokens=1, prompt_logprobs=0)
     drawn = SamplingParams(max_tokens=20, temperature=1.0, seed=3, logprobs=0, ignore_eos=True)
     greedy = SamplingParams(max_tokens=20, temperature=0.0, logprobs=2, ignore_eos=True)
+    prompts = question["prompts"]
     found = {
-        "scored": [prompt_logprobs(output) for output in llm.generate(scored, whole)],
-        "drawn": [continuation(output) for output in llm.generate(prompts, drawn)],
-        "greedy": [continuation(output) for output in llm.generate(prompts, greedy)],
+        "scored": [prompt_logprobs(x) for x in llm.generate(given(question["scored"]), whole)],
+        "drawn": [continuation(x) for x in llm.generate(given(prompts), drawn)],
+        "greedy": [continuation(x) for x in llm.generate(given(prompts), greedy)],
     }
+    texts = [prompt + tokens for prompt, (tokens, _) in zip(prompts, found["drawn"], strict=True)]
+    found["again"] = [prompt_logprobs(x)[-20:] for x in llm.generate(given(texts), whole)]
     Path(answers).write_text(json.dumps(found))
+
+
+def given(sequences: list[list[int]]) -> list[Any]:
+    return [{"prompt_token_ids": tokens} for tokens in sequences]
 
 
 def prompt_logprobs(output: Any) -> list[float]:

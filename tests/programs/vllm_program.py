@@ -37,7 +37,8 @@ LAYOUTS = {
 }
 """(mode, generator.dp, generator.tp)"""
 SHARED = "colocated_tp"
-"""The layout in which both roles' tensor-parallel ranks share the one kv head of the model."""
+"""The layout in which both roles' tensor-parallel ranks share the one kv head of the model, which
+also has biases."""
 
 
 def laid_out(conf: Conf, engine: str, layout: str, one_head: Conf) -> Conf:
@@ -105,5 +106,6 @@ if __name__ == "__main__":
     import mesh.engine.vllm.engine  # noqa: F401  # 9 s of CPU time, once instead of on every rank
 
     directory = Path(sys.argv[1])
-    shared = one_kv_head(directory / "one-head")
+    biased = {"family": "qwen2", "qk_norm": False, "qkv_bias": True}
+    shared = one_kv_head(directory / "one-head", **biased)
     run_ranks(4, partial(main, directory, sys.argv[2:], shared))

@@ -20,7 +20,7 @@ from mesh.tasks.expression import MAX_CHARACTERS, evaluated
 from mesh.tasks.guess import Guess
 from mesh.tasks.response import Response, Score
 from mesh.tasks.solution import Solution, solution_of
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.types import Prompt, TurnText
 
 Policy = Callable[[Sequence[TurnText]], str]
@@ -160,7 +160,7 @@ def test_the_calculator_s_solution_is_a_conversation_with_its_own_tool(args):
         response = played(task, prompt, says)
         assert [turn.text for turn in response.turns if not turn.sampled] == list(solution.replies)
         assert task.score(prompt, response) == Score(1.0, {"used": 1.0}, True)
-        assert stop_strings_of(task) == ("</calc>",) and solution.texts[0].endswith("</calc>")
+        assert stop_strings(task) == ("</calc>",) and solution.texts[0].endswith("</calc>")
 
 
 def test_the_calculator_asks_what_its_settings_say():
@@ -200,7 +200,7 @@ def test_halving_finds_every_number(chat):
         counts.append(score.parts["guesses"])
         assert score.reward == 1 - (counts[-1] - 1) / 14
     assert 1 < max(counts) <= 7, "99 numbers are halved 7 times"
-    assert stop_strings_of(task) == (() if chat else ("?",))
+    assert stop_strings(task) == (() if chat else ("?",))
     assert bool(prompt.messages) is chat and bool(prompt.text) is not chat
 
 

@@ -15,7 +15,7 @@ from chat_tokenizer import CHATML, IM_END, saved
 from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.program.assembly import check
-from mesh.program.encoding import stop_problems, stop_texts
+from mesh.program.encoding import stop_problems, turn_ends
 from mesh.recipes.sft import example, examples_of, prompts_of, scheduled, teaching
 from mesh.roles.optimizer import OptimizerSettings, lr_at
 from mesh.tasks import numbered
@@ -23,7 +23,7 @@ from mesh.tasks.epochs import batch_of, steps_per_epoch
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.solution import Solution, solution_of, taught
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.tasks.stops import stop_strings_of
+from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import CHARACTERS, Unencodable, load_tokenizer
 from mesh.types import Prompt, Turn, TurnText
@@ -147,14 +147,14 @@ def test_an_example_carries_loss_on_what_the_policy_says(process):
 @pytest.mark.parametrize("stops", [5, "x", [""], [5], None])
 def test_stop_strings_that_are_no_texts_are_refused(stops):
     with pytest.raises(ValueError, match="the task's stop_strings is"):
-        stop_strings_of(Solved(0, stop_strings=stops))
-    assert stop_strings_of(SpellBackward(0)) == ()
+        stop_strings(Solved(0, stop_strings=stops))
+    assert stop_strings(SpellBackward(0)) == ()
 
 
-def test_the_stop_strings_of_a_task_are_added_to_those_of_the_configuration():
+def test_the_stop_strings_a_task_are_added_to_those_of_the_configuration():
     conf = load_conf(["conf=qwen3_tiny", "generator.stop=[x,;]"])[1]
     task, tokenizer = Solved(0, stop_strings=[";", "é"]), load_tokenizer(CHARACTERS)
-    assert stop_texts(conf, task) == ("x", ";", "é")
+    assert turn_ends(conf, task) == ("x", ";", "é")
     (line,) = stop_problems(conf, tokenizer, task)
     assert line.startswith("task=spell_backward: its stop_strings has 'é', and no response could")
     assert stop_problems(conf, tokenizer, Solved(0, stop_strings=["!"])) == []

@@ -103,3 +103,12 @@ def test_a_vocabulary_that_ranks_split_inside_the_padding_is_refused():
     assert conf_problems(conf_of("native", generator=GeneratorConf(tp=1)), "cpu", shape) == []
     (found,) = conf_problems(conf_of("native", generator=GeneratorConf(tp=2)), "cpu", shape)
     assert "before it splits it over 2 ranks" in found
+
+
+def test_heads_that_vllms_own_model_would_make_smaller(complete):
+    qwen2 = replace(TINY, family="qwen2", qk_norm=False, qkv_bias=True)
+    assert conf_problems(conf_of("native"), "cpu", qwen2) == []
+    wide = replace(qwen2, head_dim=64)
+    (found,) = conf_problems(conf_of("native"), "cpu", wide)
+    assert "vLLM's qwen2 has heads of hidden_size / heads, and the model's are of 64" in found
+    assert conf_problems(conf_of("native"), "cpu", replace(wide, family="llama")) == []

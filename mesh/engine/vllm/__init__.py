@@ -7,6 +7,7 @@ core        vLLM's engine core in this process, its groups on the replica's rank
 titan       the trainer's own model over vLLM's paged KV cache
 fused       vLLM's own model, and the trainer's weights as views of its fused ones
 sampler     our sampler in the place of vLLM's, and draws, its captured computation
+plugin      what a vLLM of its own is told, which serves the model (serving, served)
 scheduler   vLLM's scheduler with a fast path for steps that only decode
 requests    our requests as vLLM's, and completions from them
 """

@@ -21,6 +21,9 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head dims of vLLM's own attention on a CPU; ours takes any."""
 
+HEADS_OF_DIM = ("qwen2",)
+"""Families whose `head_dim` vLLM's own model does not read."""
+
 VOCABULARY = 64
 """vLLM pads vocabularies to a multiple of this."""
 
@@ -78,13 +81,20 @@ def _is_cuda_build(package: str) -> bool:
 
 
 def own_model_problems(conf: Conf, shape: ModelShape | None, device: str) -> list[str]:
-    """Everything that keeps vLLM from starting with its own Qwen3."""
+    """Everything that keeps vLLM from starting with its own model of the family."""
     found = vllm_problems(conf, shape, device)
     if shape is None:
         return found
     heads = CPU_HEADS if device == "cpu" else tuple(range(8, 257, 8))
     if shape.head_dim not in heads:
         wrong = f"vLLM's attention on {device} does not take the model's heads of {shape.head_dim}"
+        remedy = "use vllm.model=titan, or engine=native"
+        found.append(problem("vllm.model", "native", wrong, remedy))
+    if shape.family in HEADS_OF_DIM and shape.head_dim * shape.num_heads != shape.dim:
+        wrong = (
+            f"vLLM's {shape.family} has heads of hidden_size / heads, and the model's are of "
+            f"{shape.head_dim}"
+        )
         remedy = "use vllm.model=titan, or engine=native"
         found.append(problem("vllm.model", "native", wrong, remedy))
     if shape.vocab_size % (VOCABULARY * conf.generator.tp):

@@ -81,7 +81,7 @@ class VllmEngine:
     @property
     def model(self) -> Policy:
         """The trainer's policy; asserts that vLLM does not run a model of its own."""
-        assert self.policy is not None, "vLLM's own Qwen3 has none of our modules"
+        assert self.policy is not None, "vLLM's own model has none of our modules"
         return self.policy
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -1,13 +1,15 @@
-"""vllm.model=native: vLLM's own Qwen3, whose linear layers are fused.
+"""vllm.model=native: vLLM's own model of the family, whose linear layers are fused.
 
 The trainer's weights are views of the fused ones, so that the weight bridge writes where vLLM
-reads: a rank's rows of q, k and v follow one another, and so do those of gate and up.
+reads: a rank's rows of q, k and v follow one another, and so do those of gate and up. The modules
+have the same names in all families that we run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -50,15 +52,16 @@ def unfused(
     width, kv = (count * shape.head_dim for count in heads)
     rows = {"self_attn.qkv_proj": [width, kv, kv], "mlp.gate_up_proj": [shape.ffn_dim // tp] * 2}
     found = {}
-    for prefix, theirs_prefix in _prefixes(shape):
+    for (prefix, theirs_prefix), kind in product(_prefixes(shape), ("weight", "bias")):
         for ours, name in WHOLE.items():
-            if f"{prefix}{ours}.weight" in names:
-                found[f"{prefix}{ours}.weight"] = theirs[f"{theirs_prefix}{name}.weight"]
+            if f"{prefix}{ours}.{kind}" in names:
+                found[f"{prefix}{ours}.{kind}"] = theirs[f"{theirs_prefix}{name}.{kind}"]
         for name, parts in FUSED.items():
-            if f"{prefix}{parts[0]}.weight" in names:
-                whole = theirs[f"{theirs_prefix}{name}.weight"]
+            if f"{prefix}{parts[0]}.{kind}" in names:
+                whole = theirs[f"{theirs_prefix}{name}.{kind}"]
                 views = whole.detach().split(rows[name])
-                found |= {f"{prefix}{p}.weight": v for p, v in zip(parts, views, strict=True)}
+                found |= {f"{prefix}{p}.{kind}": v for p, v in zip(parts, views, strict=True)}
+    assert found.keys() == names, f"vLLM's model has no place for {sorted(names - found.keys())}"
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
