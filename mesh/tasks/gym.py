@@ -95,10 +95,15 @@ class ReasoningGym:
     def score(self, prompt: Prompt, response: Response) -> Score:
         stage, made, index = (prompt.info[key] for key in ("stage", "made", "index"))
         answer, reward = extracted(response, self.extract), 0.0
+        item = self._item(stage, made, index)
+        if item["question"] != prompt.info["question"]:
+            raise ValueError(
+                f"{self.name} made another question of the same seed: it depends on the order of a "
+                "set, which is another in each Python; train on another data set"
+            )
         if answer is not None:
             with silent():
-                scored = self._dataset(stage, made).score_answer
-                reward = float(scored(answer, dict(self._item(stage, made, index))))
+                reward = float(self._dataset(stage, made).score_answer(answer, dict(item)))
         parts = {} if self.extract == "all" else {"format": float(answer is not None)}
         return Score(reward, parts, reward >= 1.0)
 
@@ -201,7 +206,7 @@ def library() -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        remedy = "pip install 'mesh[reasoning-gym]', or use another task"
+        remedy = "pip install reasoning-gym, or use another task"
         raise ValueError(f"task=reasoning_gym: it is not installed ({error}); {remedy}") from error
     return reasoning_gym
 
