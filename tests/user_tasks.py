@@ -4,6 +4,7 @@ scores imports this module.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -12,12 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mesh.tasks.draw import is_held_out
+from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
-from mesh.types import Prompt
+from mesh.types import Prompt, Reply, TurnText
 
 ORPHAN = "import subprocess; print(subprocess.Popen(['sleep', '1000'], stdout=2).pid)"
 
@@ -98,6 +101,51 @@ class Obedient(SpellBackward):
         path = Path(self.notes, name)
         path.with_suffix(".part").write_text(" ".join(map(str, [*pair_of_ids(), *(more or [])])))
         path.with_suffix(".part").rename(path)
+
+
+@dataclass(frozen=True)
+class Obliging(Obedient):
+    """The reply is what the last turn says in JSON, or what a method that it names returns."""
+
+    def reply(self, prompt: Prompt, turns: Sequence[TurnText], seed: int) -> Reply:
+        word, _, rest = turns[-1].text.partition(" ")
+        if word == "seed":
+            return f"{seed} after {len(turns)} turns of {prompt.question}"
+        if word == "nap":
+            self.nap(rest)
+            return rest
+        if word == "return":
+            return eval(rest)
+        if word == "null" or word[0] in '{["':
+            return json.loads(turns[-1].text)
+        return getattr(self, word)(rest)
+
+
+@dataclass(frozen=True)
+class Shouts(SpellBackward):
+    def reply(self, prompt: Prompt, turns: Sequence[TurnText]) -> Reply:
+        return None if len(turns) > 2 else turns[-1].text.upper()
+
+
+@dataclass(frozen=True)
+class AsksForMore(SpellBackward):
+    def reply(self, prompt: Prompt, turns: Sequence[TurnText], mood: str) -> Reply:
+        return mood
+
+
+@dataclass(frozen=True)
+class Parted(SpellBackward):
+    """Its reward has parts, one of which only some responses have. What is correct is not what has
+    a reward of 1."""
+
+    def score(self, prompt: Prompt, response: Response) -> Score:
+        right = [a == b for a, b in zip(response, prompt.answer, strict=False)]
+        share = sum(right) / len(prompt.answer)
+        parts = {"share": share, "tokens": len(response.tokens)}
+        if response:
+            parts["first"] = float(right[0])
+        correct = sum(right) >= 2 and response.finish_reason == "stop"
+        return Score(0.9 * share, parts, correct)
 
 
 @dataclass(frozen=True)
@@ -258,3 +306,15 @@ class Troubled(SpellBackward):
 def pair_of_ids() -> list[int]:
     """This process and its parent, the supervisor."""
     return [os.getpid(), os.getppid()]
+
+
+def num_letters(prompt: Prompt, response: str) -> int:
+    return len(response)
+
+
+def share(prompt: Prompt, response: str) -> float:
+    return 0.5
+
+
+def fails_over_z(answer: str, response: str) -> float | None:
+    return None if "z" in response else float(answer == "cba")

@@ -48,6 +48,10 @@ class Conf:
         "MODULE:CLASS for a task of your own",
     )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
+    scores: list[str] = key(
+        [], "MODULE:FUNCTION of score functions of your own, which are added to the task's score"
+    )
+    score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
     overlong: Literal["stop", "skip"] = key(
         "stop",

@@ -113,7 +113,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    refuse_differences(process, of_user_code(task, loss, wrong))
+    refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
     wrong += best_metric_problems(conf) if training else []
     prompts: list[Prompt] = []
     if task is not None and held_out:

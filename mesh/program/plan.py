@@ -31,9 +31,10 @@ from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
-from mesh.tasks.scorer import TaskSource, scoring_of
+from mesh.tasks.scorer import scoring_of
 from mesh.text.encoding import PromptEncoder
 from mesh.text.stopping import StopStrings
 from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
@@ -192,8 +193,10 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
 
 
 def task_spec(conf: Conf) -> TaskSpec:
-    """The task by name."""
-    return TaskSpec(conf.task, conf.seed, conf.task_args)
+    """The task by name, with the functions that are added to its score."""
+    weights = conf.score_weights or [1.0] * len(conf.scores)
+    scores = dict(zip(conf.scores, weights, strict=False))
+    return TaskSpec(conf.task, conf.seed, conf.task_args, scores)
 
 
 def evaluation_sets(

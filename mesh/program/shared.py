@@ -58,24 +58,23 @@ def of_start(conf: Conf) -> list[Part]:
     ]
 
 
-def of_user_code(task: Any, loss: Any, problems: Iterable[str]) -> Part:
-    """The modules of a task and a loss, and the problems that reading them had."""
-    items = user_code(task, loss) | {"the problem": "; ".join(problems) or "none"}
+def of_user_code(task: Any, loss: Any, scores: Iterable[str], problems: Iterable[str]) -> Part:
+    """The modules of a task, a loss and score functions, and the problems that reading them had."""
+    items = user_code(task, loss, scores) | {"the problem": "; ".join(problems) or "none"}
     return Part("the task or the loss", items, "use the same code on every machine")
 
 
-def user_code(task: Any, loss: Any) -> dict[str, str]:
-    """Digests of the modules of a task and a loss."""
-    return {
-        f"{what} {module}": source_of(module)
-        for what, value in (("the task's module", task), ("the loss's module", loss))
-        for module in modules_of(value)
-    }
+def user_code(task: Any, loss: Any, scores: Iterable[str]) -> dict[str, str]:
+    """Digests of the modules of a task, a loss, and score functions MODULE:FUNCTION."""
+    modules = [(what, module) for what, value in (("task", task), ("loss", loss))
+               for module in modules_of(value)]  # fmt: skip
+    modules += [("score function", name.partition(":")[0]) for name in scores]
+    return {f"the {what}'s module {module}": source_of(module) for what, module in modules}
 
 
 def inputs_of(conf: Conf, plan: Plan) -> Inputs:
     """What a run computes with, for its checkpoints."""
-    code = user_code(plan.task, plan.objective.loss)
+    code = user_code(plan.task, plan.objective.loss, conf.scores)
     drawn = partial(digest_of_step, plan.prompts, conf.num_prompts)
     return Inputs(digests_of(small_files(conf)), code, drawn)
 

@@ -15,8 +15,9 @@ SAMPLED = ("seed", "generator.temperature", "generator.top_k", "generator.top_p"
 """Keys that decide what is drawn, and nothing about greedy answers."""
 
 EVALUATED = (
-    "task", "eval.num_prompts", "eval.num_samples", *SAMPLED, "generator.max_new_tokens",
-    "generator.stop", "generator.dtype", "engine", "vllm.model", "batch_invariant",
+    "task", "scores", "score_weights", "eval.num_prompts", "eval.num_samples", *SAMPLED,
+    "generator.max_new_tokens", "generator.stop", "generator.dtype", "engine", "vllm.model",
+    "batch_invariant",
 )  # fmt: skip
 """Keys that, with task_args, decide the numbers of an evaluation of given weights."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mesh.rl.advantages import equal_groups, rewards_of
-from mesh.types import TRUNCATED, Wave
+from mesh.types import TRUNCATED, Outline, Parts, Wave
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,27 @@ def stats_metrics(stats: TokenStats) -> dict[str, float]:
     }
 
 
+def part_means(scores: Iterable[Parts]) -> dict[str, float]:
+    """The mean of each part over the scores that have it, whatever their order: sums are exactly
+    rounded.
+    """
+    values: dict[str, list[float]] = {}
+    for parts in scores:
+        for name, value in parts:
+            values.setdefault(name, []).append(value)
+    return {name: math.fsum(found) / len(found) for name, found in values.items()}
+
+
+def score_metrics(outlines: Sequence[Outline]) -> dict[str, float]:
+    """The means of the parts of scores, and the share of correct ones among those that say so."""
+    means = part_means(o.parts for o in outlines)
+    metrics = {f"reward/{name}": mean for name, mean in means.items()}
+    said = [o.correct for o in outlines if o.correct is not None]
+    return metrics | ({"reward/correct": sum(said) / len(said)} if said else {})
+
+
 def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
-    """Rewards, lengths and truncation of a whole step's rollouts; empty off the trainer."""
+    """Scores, lengths and truncation of a whole step's rollouts; empty off the trainer."""
     outlines = [o for wave in waves for o in wave.outlines]
     if not outlines:
         return {}
@@ -75,4 +95,4 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
         "response_length/max": float(max(lengths)),
         "response/truncated": unfinished / len(outlines),
         "truncated": truncated / len(outlines),
-    }
+    } | score_metrics(outlines)

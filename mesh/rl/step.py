@@ -162,7 +162,7 @@ def samples_of(
     response: Callable[[Rollout], str],
     with_tokens: bool = False,
 ) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, rewards, advantages.
+    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
     response: the text of a rollout, as it was scored; with_tokens: `tokens_of` it too.
     `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
@@ -180,6 +180,8 @@ def samples_of(
             "advantage": advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
+        | ({"parts": dict(r.parts)} if r.parts else {})
+        | ({} if r.correct is None else {"correct": r.correct})
         | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
         | (tokens_of(r) if with_tokens else {})
         for wave in waves

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from mesh.rl.statistics import part_means
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
 from mesh.tasks import Task, numbered
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.correct import METHOD, correctness_rule, is_correct
-from mesh.tasks.scorer import Scorer, TaskSource
-from mesh.types import Prompt, Rollout
+from mesh.tasks.scorer import Scorer
+from mesh.types import Parts, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics `eval/*` of the generator's present weights, on every rank. Collective.
 
-    `eval/reward` is the mean reward of the sampled responses; the others count responses that the
-    task calls correct. The same prompts and random numbers at every call, whatever the step: curves
-    compare like with like. A replica's share may be empty. The layout changes no bit.
+    `eval/reward` is the mean reward of the sampled responses, `eval/reward/NAME` that of a part of
+    their scores; the others count responses that are correct. The same prompts and random numbers
+    at every call, whatever the step: curves compare like with like. A replica's share may be empty.
+    The layout changes no bit.
     """
     prompts, samples = numbered(held_out.prompts), held_out.num_samples
     sampled = generator.rollout(scorer, prompts, samples, generator.sampling(EVAL_STEP))
@@ -63,12 +66,27 @@ def evaluate(
     dist.all_reduce(table_PGC, group=cpu_group)
     counts_PG, rewards_PG, correct_PG = table_PGC.unbind(-1)
     assert (counts_PG == 1).all(), "held-out prompts were lost, or answered twice"
-    if not correct_PG.any() and rewards_PG.min() < rewards_PG.max() and not scorer.warned:
+    parts, ruled = shared_scores(sampled if generator.speaks else [], cpu_group)
+    nothing = ruled and not correct_PG.any() and rewards_PG.min() < rewards_PG.max()
+    if nothing and not scorer.warned:
         scorer.warned = True
         if dist.get_rank() == 0:
             print(none_correct(held_out.source.task, float(rewards_PG.max()), prefix), flush=True)
     metrics = metrics_of(rewards_PG, correct_PG, prefix)
+    metrics |= {f"{prefix}/reward/{name}": mean for name, mean in part_means(parts).items()}
     return metrics | failed_scores(scorer, f"{prefix}/failed", cpu_group)
+
+
+def shared_scores(
+    sampled: Sequence[Rollout], cpu_group: dist.ProcessGroup
+) -> tuple[list[Parts], bool]:
+    """The parts of all replicas' scores, and whether a score leaves it to a rule if it is correct.
+    Collective.
+    """
+    mine = [r.parts for r in sampled if r.parts], any(r.correct is None for r in sampled)
+    shares: list[tuple[list[Parts], bool]] = [([], False)] * dist.get_world_size(cpu_group)
+    dist.all_gather_object(shares, mine, group=cpu_group)
+    return [parts for found, _ in shares for parts in found], any(ruled for _, ruled in shares)
 
 
 def answer_table(
@@ -106,7 +124,8 @@ def none_correct(task: Task, largest: float, prefix: str) -> str:
     remedy = (
         "look at that method"
         if hasattr(task, METHOD)
-        else f"if less is right, give the task a method {METHOD}(reward) -> bool"
+        else f"if less is right, give the task a method {METHOD}(reward) -> bool, or return "
+        "Score(reward, correct=...)"
     )
     return (
         f"warning: {prefix}: no response was correct, though rewards differ, up to {largest:g}: a "

@@ -17,6 +17,9 @@ from rich.table import Table
 Metrics = dict[str, Any]
 RATE = "tokens_per_second/"
 SHORT = {"generate": "gen"}
+PART = "reward/"
+OF_REWARDS = ("reward/mean", "reward/std", "reward/failed")
+MOST_PARTS = 3  # of a score that are shown
 LAST_STEPS = 20  # the pace is the mean of so many steps
 BAR_WIDTH = 16
 
@@ -64,8 +67,10 @@ def thousands(number: float) -> str:
 def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     """The values shown of a step, by label; a metric that was not measured is left out."""
     shown = {}
+    parts = [key for key in sorted(metrics) if key.startswith(PART) and key not in OF_REWARDS]
     for label, key, form in (
         ("reward", "reward/mean", "{:.3f}"),
+        *((key, key, "{:.3f}") for key in parts[:MOST_PARTS]),
         ("truncated", "response/truncated", "{:.0%}"),
         ("skipped", "prompts/skipped", "{:.0f} prompts"),
         ("eval", "eval/accuracy", "{:.3f}"),

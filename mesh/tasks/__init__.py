@@ -23,11 +23,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """A task by name: arguments of `load_task`, here and in the scoring processes."""
+    """A task by name: arguments of `load_task`, here and in the scoring processes, and the score
+    functions that are added to its own, with their weights.
+    """
 
     name: str
     seed: int
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from mesh.config.user_code import call_user_code
+from mesh.tasks.returned import only_element
 
 METHOD = "is_correct"
 ALMOST_ONE = 1 - 1e-6
@@ -28,9 +27,10 @@ def is_correct(task: Any, reward: float, correct: bool | None = None) -> bool:
         return reward >= ALMOST_ONE
     what = f"{METHOD}({reward!r}) of {task!r}"
     found = call_user_code(what, lambda: getattr(task, METHOD)(reward))
-    if not isinstance(found, bool | np.bool_):
+    said = only_element(found)
+    if not isinstance(said, bool):
         raise ValueError(f"{what} returned {found!r}; return True or False")
-    return bool(found)
+    return said
 
 
 def correctness_rule(task: Any) -> str:

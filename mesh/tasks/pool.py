@@ -1,193 +1,80 @@
-"""The rank's side of the scoring processes (`mesh/tasks/worker.py`): jobs out, outcomes in.
+"""The rank's processes for calls of a task's methods: jobs out, outcomes in.
 
-One thread serves all of them. A process has a time limit for its current job, and the next job
-queued: sending it only after the answer would double the cost of a quick score. A process that
-hangs or ends is replaced when there is work for another one; the job it was scoring becomes a
-problem, not an error: the caller decides what to do about it.
+One thread serves all of them. A process has a time limit for its current job. Behind it, quick jobs
+are queued: sending one only after the answer would double the cost of a quick score, and replies
+are looked at between two steps of an engine. Slow jobs are not: another process may be free sooner.
+A process that hangs or ends is replaced when there is work for another one; the job it had becomes
+a problem, not an error: the caller decides what to do about it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import pickle
 import select
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
 from typing import Any
 
-from mesh.tasks.response import Score
-from mesh.tasks.scoring import MAX_DETAIL, Outcome
-from mesh.tasks.worker import HEADER, KILL, send
+from mesh.tasks import TaskSpec
+from mesh.tasks.handle import Job, Worker
+from mesh.tasks.scoring import Outcome, received
 
-START_SECONDS = 300.0  # for importing a task
+QUICK_SECONDS = 2e-3  # that a process's queue takes
+MOST_QUEUED = 64
 CLOSE_SECONDS = 5.0  # for the atexit handlers of user code
-KILL_SECONDS = 10.0
-SMALL = 1 << 15  # bytes
-BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "from mesh.tasks.worker import main; main()"
-)
-
-
-class Worker:
-    """One scoring process, with its supervisor; it shares no torch, signals or files with us.
-
-    num: it draws so many prompts of the first step (`drawn`), with hashes that are not ours.
-    """
-
-    def __init__(self, name: str, seed: int, args: dict[str, Any], num: int = 0):
-        self.channel, channel = socket.socketpair()
-        self.liveness, liveness = socket.socketpair()
-        self.stacks = tempfile.TemporaryFile()  # noqa: SIM115
-        theirs = [channel.fileno(), liveness.fileno(), self.stacks.fileno()]
-        paths = json.dumps([path for path in sys.path if isinstance(path, str)])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, paths, *map(str, theirs), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=theirs,
-            start_new_session=True,  # Ctrl-C goes to the rank
-            env={**os.environ, "PYTHONHASHSEED": other_hash_seed()} if num else None,
-        )
-        channel.close()
-        liveness.close()
-        self.ready = self.hung_up = False
-        self._liveness_poll = select.poll()
-        self._liveness_poll.register(self.liveness, select.POLLIN)
-        self.drawn: list[str] = []
-        self.jobs: deque[int] = deque()
-        self._buffer = bytearray()
-        self._send(pickle.dumps((name, seed, args, num)), START_SECONDS)
-
-    def takes(self, content: bytes) -> bool:
-        """True if it can accept this job: as its only one, or as a second one that fits into the
-        socket while it works, so that sending does not block.
-        """
-        return self.ready and (not self.jobs or len(self.jobs) < 2 and len(content) < SMALL)
-
-    def submit(self, job: int, content: bytes, seconds: float) -> None:
-        """Send a job that it `takes`."""
-        self.jobs.append(job)
-        self._send(content, seconds)
-
-    def advance(self) -> None:
-        """Finish its current job and start the time limit of the next one."""
-        self.jobs.popleft()
-        self.deadline = time.monotonic() + self.seconds
-
-    def _send(self, content: bytes, seconds: float) -> None:
-        if len(self.jobs) < 2:
-            self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        self.channel.settimeout(seconds)
-        with contextlib.suppress(OSError):  # it has ended; `liveness` reports how
-            send(self.channel, content)
-        self.channel.setblocking(False)
-
-    def message(self) -> dict[str, Any] | None:
-        """Its next answer, if that has arrived in full."""
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            while part := self.channel.recv(1 << 16):
-                self._buffer += part
-            self.hung_up = True
-        if len(self._buffer) < HEADER.size:
-            return None
-        end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
-        if len(self._buffer) < end:
-            return None
-        content = bytes(self._buffer[HEADER.size : end])
-        del self._buffer[:end]
-        return dict(json.loads(content))
-
-    def has_ended(self) -> bool:
-        """True if it is gone; all that it answered before can then be read."""
-        return bool(self._liveness_poll.poll(0))
-
-    def end(self) -> tuple[int, str]:
-        """(exit code as in `subprocess`, stack) of an ended process; a live one is killed first,
-        with all that it has started.
-        """
-        with contextlib.suppress(OSError):
-            self.liveness.sendall(KILL)
-        return self._status(KILL_SECONDS), self._stack()
-
-    def close(self, deadline: float) -> None:
-        """Wait for it to end by itself, then kill it, with all that it has started."""
-        self.liveness.settimeout(max(0.01, deadline - time.monotonic()))
-        with contextlib.suppress(OSError):
-            self.liveness.recv(16, socket.MSG_PEEK)
-        self.end()
-
-    def _status(self, seconds: float) -> int:
-        self.channel.close()
-        self.liveness.settimeout(seconds)
-        status = b""
-        with contextlib.suppress(OSError):
-            status = self.liveness.recv(16)
-        self.liveness.close()
-        try:
-            code = self.process.wait(1.0 if status else seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()  # the supervisor; the child ends with it
-            code = self.process.wait()
-        return int(status) if status else code
-
-    def _stack(self) -> str:
-        with self.stacks:
-            self.stacks.seek(0)
-            return self.stacks.read(MAX_DETAIL).decode(errors="replace")
 
 
 class Pool:
-    """Up to `num_workers` processes for one task, started on demand."""
+    """Up to `num_workers` processes for one task, started on demand; each job has `seconds`."""
 
-    def __init__(self, name: str, seed: int, args: dict[str, Any], num_workers: int):
-        self.task = (name, seed, args)
-        self.num_workers = num_workers
+    def __init__(self, task: TaskSpec, num_workers: int, seconds: float):
+        self.task, self.num_workers, self.seconds = task, num_workers, seconds
         self.workers: list[Worker] = []
+        self.waiting: deque[Job] = deque()
+        self.pace = QUICK_SECONDS / 2  # of the last jobs, in seconds
 
-    def outcomes(
-        self, jobs: Sequence[bytes], seconds: float
-    ) -> Generator[tuple[int, Outcome], None, None]:
-        """Yield (index, outcome) of every job as it finishes, within `seconds` each.
+    @property
+    def num_jobs(self) -> int:
+        """Jobs without an outcome."""
+        return len(self.waiting) + sum(len(worker.jobs) for worker in self.workers)
 
-        Raises ValueError if a process cannot create the task. Kills busy processes if the caller
-        stops early.
+    def submit(self, job: Job) -> None:
+        """Queue a job, whose outcome `poll` returns."""
+        self.waiting.append(job)
+
+    def poll(self, seconds: float = math.inf) -> list[tuple[Job, Outcome]]:
+        """Jobs that have finished, in any order; waits up to `seconds` for the first one.
+
+        Processes work on between two calls, each on a job and the next. A time limit is looked at
+        in a call. Raises ValueError if a process cannot create the task.
         """
-        waiting, left = deque(range(len(jobs))), len(jobs)
-        try:
-            while left:
-                self._drop_ended()
-                while len(self.workers) < min(self.num_workers, left):
-                    self.workers.append(Worker(*self.task))
-                for num in (0, 1):
-                    for worker in self.workers:
-                        if waiting and worker.takes(jobs[waiting[0]]) and len(worker.jobs) == num:
-                            index = waiting.popleft()
-                            worker.submit(index, jobs[index], seconds)
-                for worker in self._active():
-                    while (found := self._collect(worker)) is not None:
-                        left -= 1
-                        yield found
-                    if worker not in self.workers:
-                        waiting.extendleft(reversed(worker.jobs))
-        finally:
-            for worker in [worker for worker in self.workers if worker.jobs]:
-                self._drop(worker)
+        until = time.monotonic() + seconds
+        found: list[tuple[Job, Outcome]] = []
+        while self.num_jobs and not found:
+            self._hand_out()
+            for worker in self._active(until):
+                while (one := self._collect(worker)) is not None:
+                    found.append(one)
+                if worker not in self.workers:
+                    self.waiting.extendleft(reversed(worker.jobs))
+            if time.monotonic() >= until:
+                break
+        self._hand_out()
+        return found
+
+    def cancel(self) -> None:
+        """Forget all jobs; processes that were busy with one are killed."""
+        self.waiting.clear()
+        for worker in [worker for worker in self.workers if worker.jobs]:
+            self._drop(worker)
 
     def start(self, num: int = 0) -> list[str]:
         """Wait until one process has created the task; texts of `num` prompts of the first step, as
         it draws them. Raises ValueError if it cannot create it.
         """
         if not self.workers:
-            self.workers.append(Worker(*self.task, num))
+            self.workers.append(Worker(self.task, num))
         while not self.workers[0].ready:
             for worker in self._active():
                 self._collect(worker)
@@ -201,13 +88,24 @@ class Pool:
         while self.workers:
             self.workers.pop().close(deadline)
 
-    def _drop_ended(self) -> None:
-        """Drop idle workers that have ended."""
+    def _hand_out(self) -> None:
+        """Give waiting jobs to workers, idle ones first; start workers that are missing."""
+        if not self.waiting:
+            return
         for worker in [w for w in self.workers if w.ready and not w.jobs and w.has_ended()]:
             self._drop(worker)
+        while len(self.workers) < min(self.num_workers, self.num_jobs):
+            self.workers.append(Worker(self.task))
+        depth = max(1, min(MOST_QUEUED, int(QUICK_SECONDS / max(self.pace, 1e-6))))
+        for num in range(depth):
+            for worker in self.workers:
+                if not self.waiting:
+                    return
+                if len(worker.jobs) == num and worker.takes(self.waiting[0], depth):
+                    worker.submit(self.waiting.popleft(), self.seconds)
 
-    def _active(self) -> list[Worker]:
-        """Wait for workers with something to read, or past their deadline."""
+    def _active(self, until: float = math.inf) -> list[Worker]:
+        """Wait, up to `until`, for workers with something to read, or past their deadline."""
         expected = [w for w in self.workers if w.jobs or not w.ready]
         poll, by_file = select.poll(), {}
         for worker in expected:
@@ -215,12 +113,12 @@ class Pool:
             for side in sockets:
                 poll.register(side, select.POLLIN)
                 by_file[side.fileno()] = worker
-        first = min(worker.deadline for worker in expected)
+        first = min(until, *(worker.deadline for worker in expected))
         events = poll.poll(max(0, math.ceil(1000 * (first - time.monotonic()))))
         readable, now = [by_file[file] for file, _ in events], time.monotonic()
         return [worker for worker in expected if worker in readable or now > worker.deadline]
 
-    def _collect(self, worker: Worker) -> tuple[int, Outcome] | None:
+    def _collect(self, worker: Worker) -> tuple[Job, Outcome] | None:
         """Outcome of its job, if finished. Raises ValueError if it cannot create the task."""
         if worker not in self.workers or (worker.ready and not worker.jobs):
             return None
@@ -231,13 +129,12 @@ class Pool:
         if message is None:
             message = self._failure(worker, hung=not ended)
         if worker.ready:
-            job = worker.jobs[0]
-            worker.advance()
-            score = Score(*message.pop("score", (0.0,)))
-            return job, Outcome(score, **message)
+            job = worker.advance()
+            self.pace = (self.pace + message.get("seconds", self.seconds)) / 2
+            return job, received(message)
         if message["problem"]:
             self._drop(worker)
-            raise ValueError(_refusal(self.task[0], message))
+            raise ValueError(_refusal(self.task.name, message))
         worker.ready, worker.drawn = True, message["drawn"]
         return None
 
@@ -257,11 +154,6 @@ class Pool:
             return 0, ""
         self.workers.remove(worker)
         return worker.end()
-
-
-def other_hash_seed() -> str:
-    """A fixed seed of Python's hashes that is not this process's."""
-    return "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
 
 
 def signal_name(number: int) -> str:

@@ -1,67 +1,37 @@
-"""Rewards of responses: in worker processes if the task is user code, else in the rank's own.
-
-A shipped task compares two strings. It cannot hang or crash, so a process would only add cost.
-"""
+"""Scores of responses, and how the keys of `reward` ask for them."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Literal
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.lifecycle.heartbeat import heartbeat
 from mesh.tasks import Task, TaskSpec, load_task, prepare
+from mesh.tasks.calls import Calls, Replies, ScoringSettings, TaskSource
 from mesh.tasks.classes import scored_apart
 from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
+from mesh.tasks.replying import signature_problem
 from mesh.tasks.response import Response, Score
-from mesh.tasks.scoring import NO_SCORE, Outcome, describe_failure, outcome_of
+from mesh.tasks.scoring import NO_SCORE
 from mesh.tasks.stops import stop_strings
+from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt
-
-STOP = (
-    "make it return one finite number (bool, int, float, Decimal, Fraction, or a numpy or torch "
-    "scalar) for every response a model may give, 0.0 for nonsense"
-)
-
-
-@dataclass(frozen=True)
-class ScoringSettings:
-    """Settings for scoring one task. workers: processes per engine; 0: the rank itself scores."""
-
-    workers: int
-    timeout_seconds: float
-    on_failure: Literal["stop", "zero"]
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """A task, the spec from which scoring processes create their own, and how it is scored."""
-
-    task: Task
-    spec: TaskSpec
-    scoring: ScoringSettings
 
 
 class Scorer:
-    """Owns this rank's scoring processes, which start with the first request for rewards.
+    """Owns the calls of a task's `score` and `reply`.
 
     A failed score raises (`on_failure=stop`), or is counted and becomes 0.0 (`zero`). `warned`:
     somebody has warned of its rewards.
     """
 
     def __init__(self, source: TaskSource) -> None:
-        self.task, self.settings, spec = source.task, source.scoring, source.spec
-        self.pool: Pool | None = None
-        if self.settings.workers:
-            self.pool = Pool(spec.name, spec.seed, dict(spec.args), self.settings.workers)
+        self.task, self.settings = source.task, source.scoring
+        self.calls = Calls(source)
+        self.replies = Replies(self.calls)
         self.warned = False
-        self._failures = 0
-        self._example = ""
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Score]:
         """One score per response; `responses[i]` answers `prompts[i]`.
@@ -69,59 +39,29 @@ class Scorer:
         With `on_failure=stop`, raises ValueError with task, prompt, response and failure.
         """
         assert len(prompts) == len(responses), f"{len(prompts)} prompts, {len(responses)} responses"
-        pairs = list(zip(prompts, responses, strict=True))
-        scores = [NO_SCORE] * len(pairs)
-        with closing(self._outcomes(pairs)) as outcomes:
-            for index, outcome in outcomes:
-                heartbeat()
+        assert not self.calls.num, f"{self.calls.num} replies are still out"
+        for index, pair in enumerate(zip(prompts, responses, strict=True)):
+            self.calls.submit(index, "score", *pair)
+        scores = [NO_SCORE] * len(prompts)
+        while self.calls.num:
+            for index, outcome in self.calls.poll():
                 scores[index] = outcome.score
-                if outcome.problem:
-                    shown = describe_failure(self.task, *pairs[index], outcome.problem)
-                    self._failed(shown, outcome)
         return scores
 
     def failures(self) -> tuple[int, str]:
-        """Number of failed scores since the last call, and one of them."""
-        failures, example = self._failures, self._example
-        self._failures, self._example = 0, ""
-        return failures, example
+        """Number of failed scores and replies since the last call, and one of them."""
+        return self.calls.failures()
 
     def close(self) -> None:
         """End the scoring processes."""
-        if self.pool is not None:
-            self.pool.close()
-
-    def _outcomes(
-        self, pairs: Sequence[tuple[Prompt, Response]]
-    ) -> Generator[tuple[int, Outcome], None, None]:
-        if self.pool is None:
-            return ((i, outcome_of(self.task, *pair)) for i, pair in enumerate(pairs))
-        try:
-            jobs = [pickle.dumps(pair) for pair in pairs]
-        except Exception as error:  # a user's own prompt class may hold anything
-            raise ValueError(
-                f"the prompts of {self.task!r} cannot be sent to a scoring process ({error}); "
-                "use plain data in them, or set reward.workers=0"
-            ) from error
-        return self.pool.outcomes(jobs, self.settings.timeout_seconds)
-
-    def _failed(self, shown: str, outcome: Outcome) -> None:
-        if self.settings.on_failure == "stop":
-            limit = f"reward.timeout_seconds={self.settings.timeout_seconds:g}"
-            within = f", within {limit}," if self.pool is not None else ""
-            detail = f"\n{outcome.detail}" if outcome.detail and outcome.error is None else ""
-            raise ValueError(
-                f"{shown}\n{STOP}{within} or count it as 0.0 (reward.on_failure=zero){detail}"
-            ) from outcome.error
-        self._failures += 1
-        self._example = self._example or shown
+        self.calls.close()
 
 
 def num_workers(conf: Conf) -> int:
     """Scoring processes per engine: `reward.workers`, else one where a score may hang."""
     if conf.reward.workers is not None:
         return conf.reward.workers
-    return int(scored_apart(conf.task, conf.task_args))
+    return int(bool(conf.scores) or scored_apart(conf.task, conf.task_args))
 
 
 def scoring_of(conf: Conf) -> ScoringSettings:
@@ -143,17 +83,25 @@ def checked_task(
     stop_strings(task)
     if reads:
         prepare(task)
+    with_scores(task, spec.scores)
+    if wrong := signature_problem(task):
+        raise ValueError(f"task={spec.name}: {wrong}")
     if workers:
-        with closing(Pool(spec.name, spec.seed, dict(spec.args), 1)) as pool:
+        with closing(Pool(spec, 1, 0.0)) as pool:
             drawn = pool.start(num)
     return task, drawn
 
 
 def reward_problems(conf: Conf) -> list[str]:
-    """A time limit for scores beyond what the waiting ranks allow."""
+    """Weights that are not one for each function, and a time limit beyond that of waiting ranks."""
     limit, found = conf.reward.timeout_seconds, []
+    if conf.score_weights and len(conf.score_weights) != len(conf.scores):
+        wrong = f"scores has {len(conf.scores)} functions, and this {len(conf.score_weights)}"
+        found.append(problem("score_weights", conf.score_weights, wrong, "give one for each"))
+    if len(set(conf.scores)) < len(conf.scores):
+        found.append(problem("scores", conf.scores, "names a function twice", "name it once"))
     if not num_workers(conf):
-        return []
+        return found
     for name in ("timeout_seconds", "stall_seconds"):
         longest = getattr(conf, name)
         if longest and limit >= longest:  # stall_seconds=0: no limit

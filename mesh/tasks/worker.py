@@ -1,4 +1,5 @@
-"""The scoring process: it runs user code in isolation, where a hang or a crash harms no rank.
+"""The scoring process: it runs a task's `score` and `reply`, which are user code, in isolation,
+where a hang or a crash harms no rank.
 
 A rank starts it through `mesh/tasks/pool.py` as a fresh Python, which does not import torch and
 inherits only stdout, stderr and three descriptors:
@@ -7,7 +8,7 @@ inherits only stdout, stderr and three descriptors:
     liveness  a socket to the supervisor: it closes when the rank ends, however that happens
     stacks    a file that receives the Python stack of a crash or a hang
 
-It forks at once. The child creates the task and scores. Its parent, the supervisor, runs no user
+It forks at once. The child creates the task and calls it. Its parent, the supervisor, runs no user
 code: it always notices that the rank or the child has ended, and then kills all that user code has
 started, even outside the process group (as a child subreaper it inherits every orphan).
 """
@@ -32,7 +33,8 @@ from typing import Any
 
 from mesh.lifecycle.agreement import text_of
 from mesh.tasks import load_task
-from mesh.tasks.scoring import Outcome, outcome_of
+from mesh.tasks.scoring import OUTCOMES, as_message
+from mesh.tasks.weighted import with_scores
 
 KILL = b"k"  # from the rank, over `liveness`
 GRACE_SECONDS = 2.0  # for atexit handlers, after the rank has hung up
@@ -70,26 +72,29 @@ def main() -> None:
 
 def serve(channel: socket.socket, stacks: int) -> None:
     """Create the task, acknowledge it, with texts of its first prompts if they are asked for, and
-    score jobs until the rank hangs up.
+    do jobs until the rank hangs up.
     """
     faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
-    name, seed, args, num = pickle.loads(receive(channel) or b"")
+    name, seed, args, scores, num = pickle.loads(receive(channel) or b"")
     try:
-        task, problem = load_task(name, seed, args), ""
+        task, problem = with_scores(load_task(name, seed, args), scores), ""
     except Exception as error:  # a task's module and class are user code
         ours = isinstance(error, ValueError)
         task, problem = None, str(error) if ours else f"{type(error).__name__}: {error}"
     drawn = first_prompts(task, num) if task is not None and num else []
     send(channel, json.dumps({"problem": problem, "drawn": drawn}).encode())
     while task is not None and (job := receive(channel)) is not None:
-        outcome = outcome_of(task, *pickle.loads(job))
+        method, *arguments = pickle.loads(job)
+        began = time.perf_counter()
+        outcome = OUTCOMES[method](task, *arguments)
+        seconds = time.perf_counter() - began
         if os.getpid() != own:
             os._exit(0)  # user code has forked, and the copy has returned
         sys.stdout.flush()
-        send(channel, as_json(outcome))
+        send(channel, as_message(outcome, seconds))
 
 
 def first_prompts(task: Any, num: int) -> list[str]:
@@ -98,13 +103,6 @@ def first_prompts(task: Any, num: int) -> list[str]:
         return [text_of(prompt) for prompt in task.train_prompts(0, num)]
     except Exception as error:  # user code; the rank reports it if it happens there too
         return [f"{type(error).__name__}: {error}"]
-
-
-def as_json(outcome: Outcome) -> bytes:
-    """Serialise all but the exception, which stays in this process."""
-    score = outcome.score
-    fields = {"score": [score.reward, dict(score.parts), score.correct]}
-    return json.dumps(fields | {"problem": outcome.problem, "detail": outcome.detail}).encode()
 
 
 def send(channel: socket.socket, content: bytes) -> None:

@@ -23,10 +23,11 @@ from mesh.config.schema import Conf, RewardConf
 from mesh.lifecycle.ending import alive
 from mesh.program.plan import task_spec
 from mesh.tasks import TaskSpec, load_task
+from mesh.tasks.calls import TaskSource
+from mesh.tasks.handle import Job
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import (
     Scorer,
-    TaskSource,
     checked_task,
     num_workers,
     reward_problems,
@@ -189,7 +190,8 @@ RANK = """
 import signal, sys
 from mesh.tasks import TaskSpec, load_task
 from mesh.tasks.response import Response
-from mesh.tasks.scorer import Scorer, ScoringSettings, TaskSource
+from mesh.tasks.calls import ScoringSettings, TaskSource
+from mesh.tasks.scorer import Scorer
 from mesh.types import Prompt
 signal.signal(signal.SIGINT, lambda *_: None)
 spec = TaskSpec("user_tasks:Obedient", 0, {"notes": sys.argv[1]})
@@ -275,11 +277,15 @@ def test_prompts_that_cannot_be_sent_are_named(scoring):
 def test_long_responses_arrive_whole(scoring):
     ask = scoring(on_failure="zero")
     assert ask("1.0") == [1.0]
-    (worker,) = ask.scorer.pool.workers
-    long, short = b"x" * (1 << 18), b"x" * (1 << 10)
-    assert worker.takes(long) and worker.takes(short)
-    worker.jobs.append(0)
-    assert not worker.takes(long) and worker.takes(short)  # handing a long one over would wait
+    (worker,) = ask.scorer.calls.pool.workers
+    long, short = (Job(0, "score", (), b"x" * (1 << bits)) for bits in (18, 10))
+    assert worker.takes(long, 3) and worker.takes(short, 3)
+    worker.jobs.append(long)
+    assert not worker.takes(long, 3) and worker.takes(short, 3)  # a long one would have to wait
+    worker.jobs.append(short)
+    assert worker.takes(short, 3) and not worker.takes(short, 2)
+    worker.jobs.append(long)
+    assert not worker.takes(short, 4), "the socket is full"
     worker.jobs.clear()
     assert ask(*[f"1.0 {'x' * (1 << 20)}"] * 3, "fail " + "y" * (1 << 20), "2") == [1, 1, 1, 0, 2]
 
@@ -290,11 +296,11 @@ def test_processes_are_for_user_code_and_start_when_they_are_needed(scoring):
     for task, workers, expected in counts:
         assert num_workers(Conf(task=task, reward=RewardConf(workers=workers))) == expected
     ask = scoring()
-    assert ask() == [] and ask.scorer.pool.workers == []
+    assert ask() == [] and ask.scorer.calls.pool.workers == []
     conf = Conf(reward=RewardConf(workers=1))
     scorer = Scorer(TaskSource(SpellBackward(0), task_spec(conf), scoring_of(conf)))
     assert scorer.score([PROMPT] * 2, [Response("cba"), Response("abc")]) == [Score(1), Score(0)]
-    assert scorer.pool is not None and len(scorer.pool.workers) == 1
+    assert scorer.calls.pool is not None and len(scorer.calls.pool.workers) == 1
     scorer.close()
 
 

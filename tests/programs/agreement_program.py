@@ -51,7 +51,7 @@ def main(file: Path) -> None:
 
 
 def nothing(process: Process, conf: Conf, plan: Plan, last: bool, root: Path) -> Any:
-    parts = [*of_start(conf), of_user_code(SpellBackward(0), LOSSES["grpo"], []), of_plan(plan)]
+    parts = [*of_start(conf), of_user_code(SpellBackward(0), LOSSES["grpo"], [], []), of_plan(plan)]
     return disagreements(process, *parts)
 
 
@@ -90,11 +90,11 @@ def own_code(process: Process, conf: Conf, plan: Plan, last: bool, root: Path) -
     sys.path.insert(0, str(directory))
     from own_task import Own  # type: ignore[import-not-found]
 
-    return disagreements(process, of_user_code(Own(0), None, []))
+    return disagreements(process, of_user_code(Own(0), None, [], []))
 
 
 def import_fails(process: Process, conf: Conf, plan: Plan, last: bool, root: Path) -> Any:
-    return disagreements(process, of_user_code(None, None, ["cannot import x"] if last else []))
+    return disagreements(process, of_user_code(None, None, [], ["cannot import x"] if last else []))
 
 
 def a_plan(process: Process, conf: Conf, plan: Plan, last: bool, root: Path) -> Any:

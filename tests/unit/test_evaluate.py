@@ -24,8 +24,8 @@ from mesh.roles.evaluation import (
     pass_at_k,
 )
 from mesh.tasks import TaskSpec, draw_held_out
+from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.correct import is_correct
-from mesh.tasks.scorer import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt, Rollout
 
@@ -174,7 +174,7 @@ def test_rewards_that_differ_and_none_correct_are_warned_of_once(process, capsys
     assert said.count("warning") == 1 and said.startswith(
         "warning: eval: no response was correct, though rewards differ, up to 0.9: a response is "
         "correct where its reward is at least 0.999999; if less is right, give the task a method "
-        "is_correct(reward) -> bool. "
+        "is_correct(reward) -> bool, or return Score(reward, correct=...). "
     )
     assert [metrics[f"eval/{name}"] for name in ("accuracy", "pass@2", "accuracy_greedy")] == [
         0

@@ -111,6 +111,11 @@ def test_plain_line():
         "step    0/150  reward 0.500  truncated 12%  no signal 3  ? s/step  ETA ?"
     )
     none = more | {"steps_without_signal": 0.0}
+    parts = {f"reward/{name}": 0.25 for name in ("mean", "std", "failed", "d", "b", "a", "c")}
+    assert plain_line(parts, fake_pace(150, 1.0, 0)) == (
+        "step    0/150  reward 0.250  reward/a 0.250  reward/b 0.250  reward/c 0.250  ? s/step  "
+        "ETA ?"
+    )
     assert "no signal" not in plain_line(none, fake_pace(150, 1.0, 0))
     assert plain_line({}, fake_pace(150, 1.0, 0)) == "step    0/150  ? s/step  ETA ?"
 

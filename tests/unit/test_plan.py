@@ -26,7 +26,7 @@ from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer import Start
 from mesh.tasks import TaskSpec, draw_held_out, load_task
-from mesh.tasks.scorer import ScoringSettings, TaskSource
+from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt

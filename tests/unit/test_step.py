@@ -15,7 +15,7 @@ from mesh.rl.cutting import owner
 from mesh.rl.losses import Loss, clipped_surrogate
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf
-from mesh.rl.statistics import rollout_metrics
+from mesh.rl.statistics import rollout_metrics, score_metrics
 from mesh.rl.step import (
     Share,
     StepSettings,
@@ -26,7 +26,7 @@ from mesh.rl.step import (
     waves_of,
 )
 from mesh.tasks import numbered
-from mesh.types import FINISH_REASONS, Prompt, Rollout, Wave, outline
+from mesh.types import FINISH_REASONS, Outline, Prompt, Rollout, Wave, outline
 
 STEP = StepSettings(num_prompts=3, group_size=2, waves=1, drop_equal_groups=False, pass_tokens=99)
 DROPPING = replace(STEP, drop_equal_groups=True)
@@ -244,6 +244,27 @@ def test_rollout_metrics_by_hand_over_two_waves():
     assert rollout_metrics([Wave([], []), Wave([], [])], group_size=2) == {}
 
 
+def test_parts_are_means_of_those_that_have_them_exactly_rounded_in_any_order():
+    """0.1 + 0.2 + 0.3 is not 0.6 in floating point, and 1e17 would swallow the others."""
+    values = [0.1, 0.2, 0.3, 1e17, 1.0, -1e17]
+    scores = [
+        (("all", value), ("some", 2.0)) if i < 2 else (("all", value),)
+        for i, value in enumerate(values)
+    ]
+    verdicts = [True, None, False, True, None, None]
+    outlines = [
+        Outline(0, i, 1, 2, 0.0, "stop", parts, correct)
+        for i, (parts, correct) in enumerate(zip(scores, verdicts, strict=True))
+    ]
+    for order in (outlines, outlines[::-1]):
+        found = score_metrics(order)
+        assert found == {"reward/all": 1.6 / 6, "reward/some": 2.0, "reward/correct": 2 / 3}
+        assert (
+            rollout_metrics([Wave(order[:2], []), Wave(order[2:], [])], 2).items() >= found.items()
+        )
+    assert score_metrics([Outline(0, 0, 1, 2, 0.0, "stop")]) == {}
+
+
 def test_samples_carry_the_advantages_of_whole_groups():
     """On a rank that owns prompt 5 and one that owns the others; a wave that a rank got nothing of
     gives nothing."""
@@ -258,6 +279,9 @@ def test_samples_carry_the_advantages_of_whole_groups():
         "prompt_id": 6, "sample_id": 1, "prompt": "6>", "response": "xxxxx", "answer": "a6",
         "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
     }  # fmt: skip
+    scored = replace(waves[0].rollouts[0], parts=(("format", 0.5), ("x", 2.0)), correct=False)
+    (sample,) = samples_of(prompts, [Wave([], [scored])], advantages, str)
+    assert (sample["parts"], sample["correct"]) == ({"format": 0.5, "x": 2.0}, False)
     tokens = samples_of(prompts, waves, advantages, str, with_tokens=True)
     assert [(s["prompt_tokens"], s["tokens"], s["logprobs"]) for s in tokens] == [
         (list(r.prompt_tokens), list(r.tokens), list(r.logprobs)) for r in waves[0].rollouts

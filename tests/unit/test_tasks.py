@@ -28,9 +28,10 @@ from mesh.tasks import (
     load_task,
     numbered,
 )
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.draw import is_held_out, training_prompts
 from mesh.tasks.response import Response
-from mesh.tasks.scorer import Scorer, TaskSource, scoring_of
+from mesh.tasks.scorer import Scorer, scoring_of
 from mesh.types import Prompt
 
 NAMES = ("spell_backward", "arithmetic")
