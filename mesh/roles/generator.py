@@ -199,7 +199,7 @@ class Generator:
 
 def response_of(tokenizer: Tokenizer, completion: Completion) -> Response:
     """A completion as its task sees it."""
-    text, plain = tokenizer.response(completion), tokenizer.plain(completion)
+    text, plain = tokenizer.texts(completion)
     return Response(text, plain, completion.tokens, completion.finish_reason)
 
 
