@@ -35,6 +35,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.encoding import dated
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
@@ -45,6 +46,7 @@ from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
+from mesh.tasks.transcript import shown
 
 Metrics = dict[str, Any]
 Sample = dict[str, Any]
@@ -55,7 +57,7 @@ Inspect = Callable[[Program, Process, ScoredWave], None]
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
-        conf = after_restart(conf, process)
+        conf = dated(after_restart(conf, process), process)
         plan = check(conf, process)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)
@@ -137,7 +139,9 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, advantages, plan.tokenizer.response, keys.log_tokens)
+    samples = samples_of(
+        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
+    )
     return metrics, samples
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
+    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -19,6 +20,7 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
+    PromptConf,
     RewardConf,
     SFTConf,
     SyncConf,
@@ -43,7 +45,9 @@ class Conf:
     )
     engine: Literal["native", "vllm"] = key("native", "generation engine")
     task: str = key(
-        "spell_backward", "spell_backward, arithmetic, or MODULE:CLASS for a task of your own"
+        "spell_backward",
+        "spell_backward, arithmetic, calculator, guess, dataset, gsm8k, reasoning_gym, or "
+        "MODULE:CLASS for a task of your own",
     )
     task_args: dict[str, Any] = key({}, "the task's own settings, e.g. task_args.max_length=4")
     scores: list[str] = key(
@@ -107,8 +111,10 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    prompt: PromptConf = field(default_factory=PromptConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    conversation: ConversationConf = field(default_factory=ConversationConf)
     reward: RewardConf = field(default_factory=RewardConf)
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)

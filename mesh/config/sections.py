@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mesh.config.declare import INF, key
 
@@ -40,6 +40,30 @@ class ModelConf:
     )
     max_length: int = key(
         2048, "context: prompt and response together never exceed it [tokens]", ge=2
+    )
+
+
+@dataclass(frozen=True)
+class PromptConf:
+    chat: bool = key(
+        False, "a prompt that is a text is sent as a user's message, through the chat template"
+    )
+    system: str | None = key(None, "system message of every chat that has none of its own")
+    template_args: dict[str, Any] = key(
+        {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
+    )
+    prefill: str = key("", "text that begins every answer: the model continues it, without loss")
+    prefix: str = key("", "text in front of every prompt that is a text")
+    few_shot: str | None = key(
+        None, "JSON Lines file of examples before every prompt: question and answer, or messages"
+    )
+    bos: bool | None = key(
+        None,
+        "the beginning-of-sequence token: true: in front of every prompt, false: of no plain text; "
+        "unset: as the tokenizer's own rule and the chat template have it",
+    )
+    date: str | None = key(
+        None, "the day that a chat template writes, as 2026-01-31; unset: that of the run's start"
     )
 
 
@@ -85,7 +109,9 @@ class GeneratorConf:
     stop: list[str] = key(
         [], "texts that end a response, beside the model's end tokens, e.g. [</calc>]"
     )
-    max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
+    max_new_tokens: int = key(
+        256, "max response length; in a conversation that of a turn [tokens]", ge=1
+    )
     max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
     kv_tokens: int = key(
         0,
@@ -102,9 +128,23 @@ class GeneratorConf:
 
 
 @dataclass(frozen=True)
+class ConversationConf:
+    max_turns: int = key(8, "most turns of the model, where the task has a reply", ge=1)
+    max_tokens: int = key(
+        0,
+        "most tokens of a conversation after its prompt, sampled and replied; 0: as many as "
+        "model.max_length holds [tokens]",
+        ge=0,
+    )
+
+
+@dataclass(frozen=True)
 class RewardConf:
     workers: int | None = key(
-        None, "scoring processes per engine; 0: none; unset: 1 for MODULE:CLASS, else 0", ge=0
+        None,
+        "scoring processes per engine; 0: none; unset: 1 for code of others (MODULE:CLASS, "
+        "reasoning_gym, a judge of your own, regex, math), else 0",
+        ge=0,
     )
     timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(

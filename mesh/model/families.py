@@ -147,6 +147,7 @@ def directory_warnings(path: Path, ignored: Collection[str] = ()) -> list[str]:
 def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, object]:
     """The `config.json` with which `transformers` builds a model of this shape."""
     family = FAMILIES[shape.family]
+    pad = {"pad_token_id": shape.pad_id}
     return {
         "architectures": [family.architecture],
         "model_type": shape.family,
@@ -166,7 +167,7 @@ def config_entries(shape: ModelShape, eos_ids: tuple[int, ...]) -> dict[str, obj
         **written_scaling(shape.rope_scaling),
         "eos_token_id": list(eos_ids) if len(eos_ids) != 1 else eos_ids[0],
         "dtype": "float32",
-    } | ({} if shape.pad_id is None else {"pad_token_id": shape.pad_id})
+    } | (pad if shape.pad_id != family.defaults["pad_token_id"] else {})
 
 
 HF_MODULES = {

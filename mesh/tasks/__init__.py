@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, get_type_hints
 
 from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
-from mesh.config.user_code import call_user_code, import_named
-from mesh.tasks.arithmetic import Arithmetic
-from mesh.tasks.calculator import Calculator
-from mesh.tasks.guess import Guess
+from mesh.config.user_code import call_user_code
+from mesh.tasks.classes import class_of
 from mesh.tasks.response import Response, Score
-from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import NumberedPrompt, Prompt
 
-SHIPPED: dict[str, type] = {
-    "spell_backward": SpellBackward,
-    "arithmetic": Arithmetic,
-    "calculator": Calculator,
-    "guess": Guess,
-}
-METHODS = ("train_prompts", "eval_prompts", "solution", "score")
 T = TypeVar("T")
 
 
@@ -75,7 +65,7 @@ class Task(Protocol):
 
 def load_task(name: str, seed: int, args: Mapping[str, Any]) -> Task:
     """Create the task of `task=name` and `task_args`. Raises ValueError naming the wrong key."""
-    task_class = _class_of(name)
+    task_class = class_of(name)
     values = typed_args(name, args)
     return call_user_code(f"task={name}: making it", lambda: task_class(seed=seed, **values))
 
@@ -84,23 +74,31 @@ def typed_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """The `task_args` of `task=name`, each with the type of its field. Raises ValueError naming the
     wrong keys.
     """
-    task_class = _class_of(name)
+    task_class = class_of(name)
     hints = get_type_hints(task_class)
     fields = {
         field.name: field
         for field in dataclasses.fields(task_class)
         if field.init and field.name != "seed"
     }
-    problems, values = [], {}
+    more = task_class.more_keys(args) if hasattr(task_class, "more_keys") else {}
+    problems: list[str] = []
+    values: dict[str, Any] = {}
     for key, value in args.items():
-        if key not in fields:
-            wrong = f"task={name} has no such key; {_choice(key, fields)}"
+        if key not in fields and key not in more:
+            wrong = f"task={name} has no such key; {_choice(key, {**fields, **more})}"
             problems.append(f"task_args.{key}={value!r}: {wrong}")
             continue
+        hint = hints[key] if key in fields else more[key]
         try:
-            values[str(key)] = value_as(value, hints[key])
+            typed = value_as(value, hint)
         except ValueError:
-            problems.append(f"task_args.{key}={value!r}: {mismatch(value, hints[key])}")
+            problems.append(f"task_args.{key}={value!r}: {mismatch(value, hint)}")
+            continue
+        if key in fields:
+            values[str(key)] = typed
+        else:
+            values["settings"] = {**values.get("settings", {}), str(key): typed}
     for key in _required(fields, args):
         problems.append(f"task_args.{key} is missing: task={name} needs it")
     if problems:
@@ -114,7 +112,7 @@ def all_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         field.name: field.default
         if field.default_factory is dataclasses.MISSING
         else field.default_factory()
-        for field in dataclasses.fields(_class_of(name))
+        for field in dataclasses.fields(class_of(name))
         if field.init and field.name != "seed"
     }
     return {**defaults, **typed_args(name, args)}
@@ -196,6 +194,21 @@ def data_set(task: Task) -> list[Prompt]:
     return checked(prompts, len(prompts), "all_prompts")
 
 
+def prepare(task: Task) -> None:
+    """Let a task read what its prompts come from, where it has `prepare() -> None`. It is called
+    once in each rank before the start, and not where tasks only score. ValueError where it raises.
+    """
+    method = getattr(task, "prepare", None)
+    if method is not None:
+        call_user_code(f"prepare of {task!r}", method)
+
+
+def task_notes(task: Task) -> list[str]:
+    """Lines that the start prints once, where a task has `notes() -> Sequence[str]`."""
+    method = getattr(task, "notes", None)
+    return [] if method is None else list(call_user_code(f"notes of {task!r}", method))
+
+
 def _takes_round(task: Task) -> bool:
     parameters = inspect.signature(task.train_prompts).parameters.values()
     return any(p.name == "round" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -237,38 +250,6 @@ def numbered(prompts: Sequence[Prompt], first_id: int = 0) -> list[NumberedPromp
     return [NumberedPrompt(place, prompt) for place, prompt in enumerate(prompts, first_id)]
 
 
-def _class_of(name: str) -> type:
-    return _import_class(name) if ":" in name else _shipped_class(name)
-
-
-def _shipped_class(name: str) -> type:
-    if name not in SHIPPED:
-        remedy = f"use one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
-        raise ValueError(f"task={name}: no such task; {_meant(name, SHIPPED)}{remedy}")
-    return SHIPPED[name]
-
-
-def _import_class(name: str) -> type:
-    module, class_name = import_named("task", name, "my_package.tasks:Chess")
-    task_class = getattr(module, class_name, None)
-    if task_class is None:
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        remedy = f"{_meant(class_name, classes)}its classes are {', '.join(classes) or 'none'}"
-        raise ValueError(f"task={name}: {module.__name__} has no {class_name}; {remedy}")
-    _check_class(name, task_class)
-    return task_class
-
-
-def _check_class(name: str, task_class: Any) -> None:
-    if not (isinstance(task_class, type) and dataclasses.is_dataclass(task_class)):
-        raise ValueError(f"task={name}: a task must be a dataclass; put @dataclass on the class")
-    missing = [f"method {method}" for method in METHODS if not hasattr(task_class, method)]
-    if not any(field.init and field.name == "seed" for field in dataclasses.fields(task_class)):
-        missing.append("field seed: int")
-    if missing:
-        raise ValueError(f"task={name}: the class lacks {', '.join(missing)}; add what is missing")
-
-
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
         return "it takes none; leave task_args empty"
@@ -284,8 +265,3 @@ def _required(fields: dict[str, Any], args: Mapping[str, Any]) -> list[str]:
         for key, field in fields.items()
         if field.default is nothing and field.default_factory is nothing and key not in args
     ]
-
-
-def _meant(word: str, choices: Iterable[str]) -> str:
-    close = nearest(word, choices)
-    return f"did you mean {close}? " if close else ""

@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import Any, get_type_hints
 
 from mesh.config.spelling import nearest
-from mesh.config.text import mismatch, value_as
+from mesh.config.text import Text, mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.tasks import symbolic
 from mesh.tasks.numerals import first_number, last_number, number_of, numbers_in, plain
@@ -241,7 +241,7 @@ def settings_of(name: str, judge: Judge, args: Mapping[str, Any]) -> dict[str, A
             continue
         hint = hints.get(key, Any)
         try:
-            values[key] = value_as(value, hint)
+            values[key] = value_as(Text(value) if isinstance(value, str) else value, hint)
         except ValueError:
             problems.append(f"{written}: {mismatch(value, hint)}")
     needed = [key for key, parameter in keys.items() if parameter.default is parameter.empty]

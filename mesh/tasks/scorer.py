@@ -7,8 +7,9 @@ from contextlib import closing
 
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.tasks import Task, TaskSpec, load_task
+from mesh.tasks import Task, TaskSpec, load_task, prepare
 from mesh.tasks.calls import Calls, Replies, ScoringSettings, TaskSource
+from mesh.tasks.classes import scored_apart
 from mesh.tasks.correct import is_correct
 from mesh.tasks.pool import Pool
 from mesh.tasks.replying import signature_problem
@@ -57,10 +58,10 @@ class Scorer:
 
 
 def num_workers(conf: Conf) -> int:
-    """Scoring processes per engine: `reward.workers`, else one if a score is user code."""
+    """Scoring processes per engine: `reward.workers`, else one where a score may hang."""
     if conf.reward.workers is not None:
         return conf.reward.workers
-    return 1 if ":" in conf.task or conf.scores else 0
+    return int(bool(conf.scores) or scored_apart(conf.task, conf.task_args))
 
 
 def scoring_of(conf: Conf) -> ScoringSettings:
@@ -68,15 +69,20 @@ def scoring_of(conf: Conf) -> ScoringSettings:
     return ScoringSettings(num_workers(conf), conf.reward.timeout_seconds, conf.reward.on_failure)
 
 
-def checked_task(spec: TaskSpec, workers: int, num: int = 0) -> tuple[Task, list[str]]:
+def checked_task(
+    spec: TaskSpec, workers: int, num: int = 0, reads: bool = True
+) -> tuple[Task, list[str]]:
     """(a task, texts of `num` prompts of the first step as a scoring process draws them; none
     without `workers`). Raises ValueError if it cannot be created here or, with `workers`, in a
-    scoring process, or if it cannot say what is correct or what ends a turn.
+    scoring process, or if it cannot say what is correct or what ends a turn. reads: it will be
+    asked for prompts, so its data, where it has some, is read and checked here.
     """
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
     is_correct(task, 1.0)
     stop_strings(task)
+    if reads:
+        prepare(task)
     with_scores(task, spec.scores)
     if wrong := signature_problem(task):
         raise ValueError(f"task={spec.name}: {wrong}")

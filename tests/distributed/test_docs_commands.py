@@ -138,7 +138,7 @@ def diff_of(page: str) -> str:
 
 
 def test_the_family_of_the_page_on_extending_is_that_of_transformers(tmp_path):
-    """The patch applies, and a random Llama has the logprobs of `transformers`."""
+    """The patch applies, and a random Seed-OSS has the logprobs of `transformers`."""
     shutil.copytree(REPOSITORY / "mesh", tmp_path / "mesh", ignore=shutil.ignore_patterns("__pyc*"))
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     patch = ["git", "apply", "-"]

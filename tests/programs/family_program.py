@@ -1,4 +1,4 @@
-"""Our model of a random Llama checkpoint against `transformers`: `family_program.py DIRECTORY`.
+"""Our model of a random Seed-OSS checkpoint against `transformers`: `family_program.py DIRECTORY`.
 
 Run with the `mesh` of docs/extending.md, to which the page's patch was applied.
 """
@@ -11,45 +11,53 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_qwen3 import load_role, packed, random_sequences
+from tiny_qwen3 import Variant, load_role, packed, random_sequences, save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 import mesh.model.families
 from mesh.layout.meshes import AXES
-from mesh.model.families import config_entries
+from mesh.model.families import config_entries, shape_of_directory
 
-
-def llama(path: Path) -> LlamaForCausalLM:
-    """Write a random checkpoint to `path` and return `transformers`' model of it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, intermediate_size=80, initializer_range=0.2,
-        max_position_embeddings=128,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(path)
-    return model
+UNDROPPED = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+SEED_OSS = Variant(family="seed_oss", tied=False, others=UNDROPPED)
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16,
+    "intermediate_size": 80,
+}  # fmt: skip
 
 
 @torch.no_grad()
-def main(folder: Path) -> None:
-    assert Path(mesh.model.families.__file__).is_relative_to(folder), "another mesh was imported"
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def compare_logprobs(path: Path) -> None:
     alone = DeviceMesh("cpu", torch.zeros(1, 1, 1, dtype=torch.int64), mesh_dim_names=AXES)
-    theirs = llama(folder / "llama")
-    ours, shape = load_role(folder / "llama", alone)
+    theirs = save_checkpoint(path, SEED_OSS)
+    ours, shape = load_role(path, alone)
     (tokens,) = random_sequences([40])
     logprobs_A = packed([tokens]).scores(ours).logprobs_A
     expected_LV = torch.log_softmax(theirs(torch.tensor([tokens])).logits[0], -1)
     expected_A = expected_LV[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(logprobs_A, expected_A, rtol=0, atol=1e-5)
-    written = json.loads(json.dumps(config_entries(shape, (2,))))
-    read = json.loads((folder / "llama" / "config.json").read_text())
-    assert {key: read[key] for key in ("model_type", "architectures")} == {
-        key: written[key] for key in ("model_type", "architectures")
-    }
+    (path / "config.json").write_text(json.dumps(config_entries(shape, (2,))))
+    assert shape_of_directory(path) == shape
+    assert AutoConfig.from_pretrained(path).attention_bias
+
+
+def compare_defaults(path: Path) -> None:
+    entries = SIZES | UNDROPPED | {"model_type": "seed_oss", "attention_bias": True}
+    (path / "config.json").write_text(json.dumps(entries))
+    shape, theirs = shape_of_directory(path), AutoConfig.from_pretrained(path)
+    assert (shape.head_dim, shape.num_kv_heads) == (theirs.head_dim, theirs.num_key_value_heads)
+    assert (shape.max_positions, shape.pad_id) == (
+        theirs.max_position_embeddings,
+        theirs.pad_token_id,
+    )
+
+
+def main(folder: Path) -> None:
+    assert Path(mesh.model.families.__file__).is_relative_to(folder), "another mesh was imported"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    compare_logprobs(folder / "seed_oss")
+    compare_defaults(folder / "seed_oss")
     dist.destroy_process_group()
 
 

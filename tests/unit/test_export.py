@@ -3,89 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from chat_tokenizer import CHATML, END_OF_TEXT, IM_END, saved
+from chat_tokenizer import CHATML, END_OF_TEXT, IM_END
+from model_sources import FAMILIES, GENERATION, TOOL_USE, exported, planned, source
 from safetensors.torch import load_file, save_file
-from tiny_qwen3 import MAX_LENGTH, Variant, load_role, random_sequences, save_checkpoint
+from tiny_qwen3 import MAX_LENGTH, load_role, random_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mesh.config.loading import load_conf
 from mesh.model.exported import TEMPLATES
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layouts import role_layouts
 from mesh.model.policy import named_weights
-from mesh.program.plan import export_plan
-from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape
 from mesh.weights.digest import local_digests, total_digest
-
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-FAMILIES = {  # name: checkpoint, and entries in forms of their own
-    "qwen3": (Variant(5), {"rope_scaling": {"type": "default", "rope_theta": 3e4}}),
-    "qwen2": (
-        Variant(6, tied=False, family="qwen2", head_dim=None),
-        {"rope_theta": 3e4, "use_sliding_window": False, "max_window_layers": 7},
-    ),
-    "llama": (
-        Variant(7, heads=8, kv_heads=1, family="llama", head_dim=None),
-        {"rope_theta": 3e4, "rope_scaling": LLAMA3, "pretraining_tp": 1},
-    ),
-    "mistral": (
-        Variant(8, tied=False, family="mistral"),
-        {"rope_theta": 3e4, "sliding_window": None},
-    ),
-}
-ENTRIES = {
-    "_name_or_path": "acme/one",
-    "initializer_range": 0.03,
-    "rope_parameters": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": False,
-}
-GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "transformers_version": "4.51.0"}
-TOOL_USE = "{{ tools }}"
-
-
-def source(
-    path: Path, dtype: torch.dtype = torch.bfloat16, family: str = "qwen3", **entries: object
-) -> Path:
-    """A directory as people have them: weights of `dtype`, entries of its own, two templates."""
-    variant, forms = FAMILIES[family]
-    save_checkpoint(path, replace(variant, vocab_size=112))
-    tensors = load_file(path / "model.safetensors")
-    save_file({n: x.to(dtype) for n, x in tensors.items()}, path / "model.safetensors")
-    saved(path, CHATML, file=True)
-    (path / TEMPLATES).mkdir()
-    (path / TEMPLATES / "tool_use.jinja").write_text(TOOL_USE)
-    config = json.loads((path / "config.json").read_text()) | ENTRIES | forms | entries
-    del config["dtype"]
-    (path / "config.json").write_text(json.dumps(config))
-    ends = {"eos_token_id": [IM_END, END_OF_TEXT]}
-    (path / "generation_config.json").write_text(json.dumps(GENERATION | ends))
-    return path
-
-
-def planned(path: Path, *words: str):
-    """(shape, plan of the exports) of a run that starts from a directory."""
-    _, conf = load_conf(["conf=qwen3_tiny", f"model.path={path}", *words])
-    shape = shape_of_directory(path, conf.model.ignore_config)
-    return shape, export_plan(conf, shape, load_tokenizer(path, path))
-
-
-def exported(path: Path, target: Path, mesh, *words: str) -> Path:
-    """The model of a directory, exported as a run that starts from it would."""
-    shape, plan = planned(path, *words)
-    export(target, named_weights(load_role(path, mesh)[0]), shape, plan, write=True)
-    return target
 
 
 def entries_of(path: Path, name: str = "config.json") -> dict:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mesh.engine.choice import choose, tile_logits
+from mesh.engine.choice import choose, tile_logits, whole_logprobs
 from mesh.engine.sampler import token_keys
 from mesh.invariant.switch import batch_invariant
 from mesh.model.logprobs import (
@@ -126,6 +126,9 @@ def test_they_are_never_drawn_and_both_roles_agree_to_the_bit(case, sampling):
         tokens_S, logprobs_S = choose(logits_SV, keys_S, sampling, None, spans)
         temperature = sampling.temperature or 1.0
         scores = token_logprobs(hidden_SD, weight, tokens_S, temperature, None, spans)
+        whole_SV = whole_logprobs(tile_logits(hidden_SD, weight, None), temperature, None, spans)
+    assert torch.equal(whole_SV.gather(1, tokens_S[:, None])[:, 0], logprobs_S), "a served model's"
+    assert whole_SV[:, ids_of(spans)].exp().max() == 0
     assert torch.isin(tokens_S, known).all()
     assert torch.equal(scores.logprobs_A, logprobs_S)
     if sampling.temperature == 0:
