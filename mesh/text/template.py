@@ -25,9 +25,6 @@ from mesh.types import Message
 
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 FOR_TOOLS = "tool_use"  # the name of a template
-SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""The special tokens that `transformers` gives to templates, as bos_token and so on."""
-
 GIVEN = ("messages", "add_generation_prompt", "strftime_now", "raise_exception")
 """Names in a template that are no arguments of a user's."""
 
@@ -82,8 +79,8 @@ def read_template(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate 
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, as tokenizer_config.json names them."""
-    named = {f"{name}_token": settings.get(f"{name}_token") for name in SPECIAL}
+    """bos_token, image_token and the like, as tokenizer_config.json names them."""
+    named = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
