@@ -230,8 +230,9 @@ class Outline(Sample):
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
     r, said = rollout, sum(turn.sampled for turn in rollout.turns)
-    more = r.parts, r.correct, said, len(r.tokens) - r.length
-    return Outline(*r.key, r.length, r.num_tokens, r.reward, r.finish_reason, *more)
+    replied, sizes = len(r.tokens) - r.length, (r.length, r.num_tokens)
+    ended = r.reward, r.finish_reason
+    return Outline(*r.key, *sizes, *ended, r.parts, r.correct, said, replied)
 
 
 @dataclass(frozen=True)
