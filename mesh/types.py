@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "turns", "context", "tokens"]
@@ -230,9 +230,9 @@ class Outline(Sample):
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
     r, said = rollout, sum(turn.sampled for turn in rollout.turns)
-    replied, sizes = len(r.tokens) - r.length, (r.length, r.num_tokens)
-    ended = r.reward, r.finish_reason
-    return Outline(*r.key, *sizes, *ended, r.parts, r.correct, said, replied)
+    replied = len(r.tokens) - r.length
+    known = Outline(*r.key, r.length, r.num_tokens, r.reward, r.finish_reason, r.parts, r.correct)
+    return replace(known, turns=said, replied=replied)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.encoding import dated
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
@@ -56,7 +57,7 @@ Inspect = Callable[[Program, Process, ScoredWave], None]
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv, resumes=True)
     with launch(conf) as process:
-        conf = after_restart(conf, process)
+        conf = dated(after_restart(conf, process), process)
         plan = check(conf, process)
         resume = conf.resume is not None
         run_dir = create_run_dir(process, conf.run_dir, name, to_yaml(conf), resume)

@@ -46,6 +46,7 @@ from mesh.program.assembly import (
     save_model,
     sync,
 )
+from mesh.program.encoding import dated
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
@@ -76,7 +77,7 @@ INSTEAD = {
 def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
     with launch(conf) as process:
-        conf = supervised(conf, argv)
+        conf = dated(supervised(conf, argv), process)
         plan = check(conf, process)
         with refusing():  # what does not fit is refused before anything is built
             end = answer_end(plan)

@@ -81,7 +81,9 @@ def differences(
     saved, warnings = index.inputs, []
     # both as they read back: a 2 of a program is the text 2 of a file
     problems = configuration_problems(from_yaml(saved["conf"]), from_yaml(to_yaml(conf)))
-    for name in other_items(saved["files"], inputs.files):
+    # an older version recorded fewer files
+    recorded = {name: inputs.files.get(name, "") for name in saved["files"]}
+    for name in other_items(saved["files"], recorded):
         wrong = f"{name} is not the file that the run computes with"
         problems.append(f"{path}: {wrong}; restore it, {ANEW}")
     for name in other_items(saved["code"], inputs.code):

@@ -2,12 +2,12 @@
 
 Every value is text until the schema's type parses it, in a YAML and on the command line alike:
 YAML's own guesses would make `sync.verify=off` a false and `run_dir=1e3` the number 1000.0. Values
-below `task_args` and `loss_args` stay text until the task or the loss gives them a type.
+below `task_args`, `loss_args` and the like stay text until whoever reads them gives them a type.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mesh.config.changes import changed
 from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
     SECRETS,
@@ -190,15 +191,15 @@ def flatten(source: str, content: dict[str, Any], prefix: str) -> list[Setting]:
 def merge(settings: list[Setting]) -> tuple[Conf, list[str]]:
     """The schema's defaults overridden by `settings` in order, and the problems with those."""
     merged, problems, keys = writable(OmegaConf.structured(Conf)), [], conf_keys()
-    free: dict[str, Any] = {name: {} for name in OPEN}
+    free: dict[str, dict[str, Any]] = {name: {} for name in OPEN}
     for setting in settings:
-        is_open = setting.name.partition(".")[0] in OPEN
+        is_open = setting.name in OPEN or setting.name.startswith(BELOW_OPEN)
         wrong = put_open(free, setting) if is_open else apply(merged, setting, keys)
         if wrong:
             problems.append(f"{setting.source}: {wrong}" if setting.source else wrong)
     conf = OmegaConf.to_object(merged)
     assert isinstance(conf, Conf)
-    return replace(conf, **free), problems
+    return changed(conf, free), problems
 
 
 def writable(node: DictConfig) -> DictConfig:
@@ -227,9 +228,10 @@ def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str
     return None
 
 
-def put_open(free: dict[str, Any], setting: Setting) -> str | None:
+def put_open(free: dict[str, dict[str, Any]], setting: Setting) -> str | None:
     """Set a value in or below a key that takes any name; return the problem with it."""
     name = setting.name
+    key = next(key for key in OPEN if f"{name}.".startswith(f"{key}."))
     if "${" in str(setting.value):
         return problem(name, setting.value, *NO_REFERENCES)
     try:
@@ -239,7 +241,7 @@ def put_open(free: dict[str, Any], setting: Setting) -> str | None:
     if name in OPEN and not isinstance(value, dict):
         wrong = f"expected {expected(dict)}"
         return problem(name, setting.value, wrong, f"write e.g. {name}={{}}")
-    put(free, name.split("."), value)
+    put(free, [key, *name[len(key) + 1 :].split(".")] if name != key else [key], value)
     return None
 
 

@@ -20,6 +20,7 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
+    PromptConf,
     RewardConf,
     SFTConf,
     SyncConf,
@@ -110,6 +111,7 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    prompt: PromptConf = field(default_factory=PromptConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     conversation: ConversationConf = field(default_factory=ConversationConf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mesh.config.declare import INF, key
 
@@ -40,6 +40,30 @@ class ModelConf:
     )
     max_length: int = key(
         2048, "context: prompt and response together never exceed it [tokens]", ge=2
+    )
+
+
+@dataclass(frozen=True)
+class PromptConf:
+    chat: bool = key(
+        False, "a prompt that is a text is sent as a user's message, through the chat template"
+    )
+    system: str | None = key(None, "system message of every chat that has none of its own")
+    template_args: dict[str, Any] = key(
+        {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
+    )
+    prefill: str = key("", "text that begins every answer: the model continues it, without loss")
+    prefix: str = key("", "text in front of every prompt that is a text")
+    few_shot: str | None = key(
+        None, "JSON Lines file of examples before every prompt: question and answer, or messages"
+    )
+    bos: bool | None = key(
+        None,
+        "the beginning-of-sequence token: true: in front of every prompt, false: of no plain text; "
+        "unset: as the tokenizer's own rule and the chat template have it",
+    )
+    date: str | None = key(
+        None, "the day that a chat template writes, as 2026-01-31; unset: that of the run's start"
     )
 
 

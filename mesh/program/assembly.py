@@ -28,7 +28,13 @@ from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, json_problem
 from mesh.program.connect import connect
-from mesh.program.encoding import stop_problems
+from mesh.program.encoding import (
+    dated,
+    form_problems,
+    prompt_encoder,
+    stop_problems,
+    tokenizer_directory,
+)
 from mesh.program.limits import limit_problems
 from mesh.program.plan import (
     Found,
@@ -37,7 +43,6 @@ from mesh.program.plan import (
     resolve,
     run_objective,
     task_spec,
-    tokenizer_directory,
 )
 from mesh.program.prompt_checks import prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
@@ -104,6 +109,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     prompts: for a program that asks others.
     """
     refuse_differences(process, *of_start(conf))
+    conf = dated(conf, process)
     device, world_size = process.device.type, process.world_size
     wrong: list[str] = []
     shape = attempt(wrong, read_shape, conf)
@@ -119,14 +125,18 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     prompts: list[Prompt] = []
     if task is not None and held_out:
         prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
-    if task is not None and tokenizer is not None and shape is not None:
-        source = prompt_source(conf, task, tokenizer, shape, prompts)
-        wrong += attempt(wrong, prompt_problems, process, source, prompts, "held-out prompts") or []
-        if training:
-            asked = process, source, conf.num_prompts, elsewhere
-            wrong += attempt(wrong, training_problems, *asked) or []
-        wrong += check_vocabulary(tokenizer, shape.vocab_size)
-        wrong += stop_problems(conf, tokenizer, task) + limit_problems(conf, task)
+    encoder = attempt(wrong, prompt_encoder, conf, tokenizer) if tokenizer is not None else None
+    if task is not None and encoder is not None and shape is not None:
+        source = prompt_source(conf, task, encoder, shape, prompts)
+        formed = form_problems(conf, encoder)
+        if not formed:
+            held = source, prompts, "held-out prompts"
+            wrong += attempt(wrong, prompt_problems, process, *held) or []
+        if training and not formed:
+            drawn_by = source, conf.num_prompts, elsewhere
+            wrong += attempt(wrong, training_problems, process, *drawn_by) or []
+        wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
+        wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)

@@ -21,7 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
-from mesh.program.encoding import prompt_encoder, turn_ends
+from mesh.program.encoding import prompt_encoder, tokenizer_directory, turn_ends
 from mesh.program.limits import limits_of
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
@@ -38,7 +38,7 @@ from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import scoring_of
 from mesh.text.encoding import PromptEncoder
 from mesh.text.stopping import StopStrings
-from mesh.text.tokenizer import CHARACTERS, Tokenizer, textless_ids
+from mesh.text.tokenizer import Tokenizer, textless_ids
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import Verify
 
@@ -106,7 +106,7 @@ def resolve(
     kind, layout = kind_of(conf), plan_layout(conf, world_size)
     textless = textless_ids(found.tokenizer, found.shape.vocab_size)
     shape = replace(found.shape, textless=textless)
-    objective = run_objective(conf, found.loss)
+    objective, encoder = run_objective(conf, found.loss), prompt_encoder(conf, found.tokenizer)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     evaluations = evaluation_sets(conf, source, found.held_out)
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
@@ -123,7 +123,7 @@ def resolve(
             conf.log.tokens,
         ),
         training=source,
-        prompts=prompt_source(conf, found.task, found.tokenizer, found.shape, held_out),
+        prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),
         evaluations=evaluations,
         tokenizer=found.tokenizer,
         export=export_plan(conf, found.shape, found.tokenizer),
@@ -213,13 +213,12 @@ def evaluation_sets(
 def prompt_source(
     conf: Conf,
     task: Task,
-    tokenizer: Tokenizer,
+    encoder: PromptEncoder,
     shape: ModelShape,
     held_out: Sequence[Prompt] = (),
 ) -> PromptSource:
     """Which prompts are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
-    encoder = prompt_encoder(conf, tokenizer)
     stops, held = turn_ends(conf, task), HeldOut(held_out)
     return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
 
@@ -244,12 +243,6 @@ def export_plan(conf: Conf, shape: ModelShape, tokenizer: Tokenizer) -> Export:
     else:
         dtype = torch.float32 if start is None else exact_dtype(start, shape)
     return planned_export(config, eos_ids, dtype, tokenizer_directory(conf), start)
-
-
-def tokenizer_directory(conf: Conf) -> Path:
-    """The tokenizer's directory: model.tokenizer, else model.path, else the shipped one."""
-    named = conf.model.tokenizer or conf.model.path
-    return CHARACTERS if named is None else resolve_path(named)
 
 
 def dtype_of(name: str | None, device: Device) -> torch.dtype:

@@ -20,8 +20,10 @@ from mesh.config.keys import conf_keys, refuse, shown, value_of
 from mesh.config.schema import PACKAGE, Conf, resolve_path
 from mesh.lifecycle.agreement import Part, disagreements, text_of
 from mesh.lifecycle.process import Process
-from mesh.program.plan import Plan, tokenizer_directory
+from mesh.program.encoding import tokenizer_directory
+from mesh.program.plan import Plan
 from mesh.tasks.prompts import digest_of_step
+from mesh.text.template import TEMPLATE_FILE, TEMPLATE_FOLDER
 
 PACKAGES = ("torch", "torchtitan", "tokenizers", "safetensors", "numpy", "triton", "vllm")
 ENVIRONMENT = (
@@ -32,7 +34,7 @@ ENVIRONMENT = (
 """Variables that change what a kernel computes."""
 
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OF_TASKS = ("training", "prompts", "evaluations", "tokenizer")
 """Parts of a plan that hold a task or a tokenizer, which are compared by their sources."""
@@ -114,8 +116,13 @@ def model_files(conf: Conf) -> dict[str, str]:
 
 
 def small_files(conf: Conf) -> dict[str, list[Path]]:
-    """The files of the tokenizer, and those of the model that hold no weights."""
-    paths = {"tokenizer": [tokenizer_directory(conf) / name for name in (*TOKENIZER, *CONFIGS)]}
+    """The files of the tokenizer and its templates, those of the model that hold no weights, and
+    the examples before every prompt."""
+    tokenizer = tokenizer_directory(conf)
+    paths = {"tokenizer": [tokenizer / name for name in (*TOKENIZER, *CONFIGS)]}
+    paths["tokenizer"] += sorted((tokenizer / TEMPLATE_FOLDER).glob("*.jinja"))
+    if conf.prompt.few_shot is not None:
+        paths["prompt"] = [resolve_path(conf.prompt.few_shot)]
     if conf.model.path is not None:
         paths["model"] = [resolve_path(conf.model.path) / name for name in CONFIGS]
     return paths

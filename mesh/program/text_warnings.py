@@ -34,7 +34,13 @@ def prompt_warnings(
         solutions = [solution_of(source.task, prompt) for prompt in prompts]
         texts = [text for solution in solutions for text in solution.texts]
         return text_warnings(process, source.tokenizer, "solution", texts)
-    return text_warnings(process, source.tokenizer, "prompt", [p.question for p in prompts])
+    return text_warnings(process, source.tokenizer, "prompt", [written(p) for p in prompts])
+
+
+def written(prompt: Prompt) -> str:
+    """What a user has written of a prompt; of messages what they say. Token ids are no text."""
+    contents = [message.get("content") for message in prompt.messages]
+    return "\n".join(text for text in (prompt.text, *contents) if isinstance(text, str) and text)
 
 
 def text_warnings(

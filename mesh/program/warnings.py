@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mesh.config.keys import Refusal, shown, value_of
+from mesh.config.keys import Refusal, conf_keys, shown, value_of
 from mesh.config.loading import read_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.program.plan import Plan, dtype_of
@@ -17,7 +17,7 @@ SAMPLED = ("seed", "generator.temperature", "generator.top_k", "generator.top_p"
 EVALUATED = (
     "task", "scores", "score_weights", "eval.num_prompts", "eval.num_samples", *SAMPLED,
     "generator.max_new_tokens", "generator.stop", "generator.dtype", "engine", "vllm.model",
-    "batch_invariant",
+    "batch_invariant", *(name for name in conf_keys() if name.startswith("prompt.")),
 )  # fmt: skip
 """Keys that, with task_args, decide the numbers of an evaluation of given weights."""
 

@@ -21,7 +21,7 @@ from mesh.tasks import Draw, Task, draw_prompts, numbered
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.solution import Taught, solution_of, taught
 from mesh.text.encoding import PromptEncoder
-from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, Unencodable
+from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, Unencodable, UnknownText
 from mesh.types import NumberedPrompt, Prompt
 
 Overlong = Literal["stop", "skip"]
@@ -29,6 +29,7 @@ Overlong = Literal["stop", "skip"]
 MAX_ROUNDS = 100
 """Rounds in which other prompts are drawn for those that are skipped."""
 
+CHANGE = "change the text"
 SHOWN = 200  # characters of a prompt in a message
 PURE = (
     "prompts must be a function of (seed, step, index) and of nothing else: no random numbers "
@@ -74,7 +75,8 @@ class PromptSource:
             if self.teaches:
                 response = len(self.taught(prompt).tokens)
         except Unencodable as error:
-            return Fault(error.wrong)
+            remedy = CHANGE if isinstance(error, UnknownText) else error.remedy
+            return Fault(error.wrong, remedy=remedy)
         if not tokens:
             return Fault(f"the prompt {prompt.question!r} has no token")
         if tokens + response <= self.max_length:
@@ -90,10 +92,13 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a prompt cannot be used. needed: the context in which it could be, 0: in none."""
+    """Why a prompt cannot be used. needed: the context in which it could be, 0: in none; remedy:
+    what to do about it, where it is not too long.
+    """
 
     text: str
     needed: int = 0
+    remedy: str = CHANGE
 
 
 Faults = Mapping[int, Fault]
@@ -220,7 +225,8 @@ def fault_lines(
         line = problem("model.max_length", source.max_length, wrong, choice(ways))
         found.append(line + resumable([*raised, *skip] if resumes else []))
     if others:
-        ways = ["change the text", *([] if running else [OTHER_TOKENIZER]), *skip]
+        remedy = others[0].remedy
+        ways = [remedy, *([OTHER_TOKENIZER] if remedy == CHANGE and not running else []), *skip]
         wrong = f"{others[0].text} ({len(others)} of {total})"
         found.append(f"{wrong}: {choice(ways)}{resumable(skip if resumes else [])}")
     return found

@@ -12,14 +12,15 @@ from mesh.types import Completion, FinishReason, Rollout, TurnText
 
 def said(tokenizer: Tokenizer, turn: Completion | Rollout) -> TurnText:
     """A turn that the policy sampled."""
-    text, plain = tokenizer.response(turn), tokenizer.plain(turn)
+    text, plain = tokenizer.texts(turn)
     return TurnText(text, True, plain, turn.tokens, turn.finish_reason)
 
 
 def replied(tokenizer: Tokenizer, tokens: Sequence[int]) -> TurnText:
     """A turn that the environment wrote, by its tokens."""
     turn = Completion(0, 0, tuple(tokens), (), "length")  # nothing of it is a stop token
-    return TurnText(tokenizer.response(turn), False, tokenizer.plain(turn), turn.tokens)
+    text, plain = tokenizer.texts(turn)
+    return TurnText(text, False, plain, turn.tokens)
 
 
 def response_of(turns: Sequence[TurnText], reason: FinishReason) -> Response:

@@ -23,15 +23,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mesh.config.user_code import call_user_code
 from mesh.types import Message
 
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+FOR_TOOLS = "tool_use"  # the name of a template
+GIVEN = ("messages", "add_generation_prompt", "strftime_now", "raise_exception")
+"""Names in a template that are no arguments of a user's."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the special tokens that it may write, by their names in it."""
+    """A chat template and the special tokens that it may write, by their names in it. with_tools:
+    the one that is for chats with tools, where there is one.
+    """
 
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
+    with_tools: str | None = None
 
     def render(
         self,
@@ -47,7 +53,14 @@ class ChatTemplate:
         values |= {"tools": None, "documents": None, "add_generation_prompt": generation}
         values |= {"strftime_now": datetime.combine(day, time()).strftime}
         values |= {**self.tokens, **(arguments or {})}
-        return call_user_code("the template", lambda: _rendered(self.source, values))
+        for_tools = self.with_tools is not None and values["tools"] is not None
+        source = self.with_tools if for_tools else self.source
+        return call_user_code("the template", lambda: _rendered(str(source), values))
+
+    @property
+    def reads_date(self) -> bool:
+        """True if it may write the date of the day."""
+        return any("strftime_now" in (source or "") for source in (self.source, self.with_tools))
 
 
 def read_template(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
@@ -55,12 +68,18 @@ def read_template(directory: Path, settings: Mapping[str, Any]) -> ChatTemplate 
 
     settings: of tokenizer_config.json.
     """
-    source = _source_of(directory, settings)
-    return None if source is None else ChatTemplate(source, special_tokens(settings))
+    sources = _sources_of(directory, settings)
+    if not sources:
+        return None
+    if "default" not in sources:
+        raise ValueError(f"of the templates {', '.join(sources)} none is called default")
+    if not isinstance(sources["default"], str):
+        raise ValueError("the chat_template is not a text")
+    return ChatTemplate(sources["default"], special_tokens(settings), sources.get(FOR_TOOLS))
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, as tokenizer_config.json names them."""
+    """bos_token, image_token and the like, as tokenizer_config.json names them."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -72,8 +91,9 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)  # what is set in it is not set behind it
 
 
 @lru_cache(maxsize=8)
@@ -93,26 +113,33 @@ def _rendered(source: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _source_of(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The file, else the entry of tokenizer_config.json: a text, or several with a name each."""
+def _sources_of(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates by name: the file and the folder beside it, else the entry of
+    tokenizer_config.json: a text, or several with a name each.
+    """
     file, entry = directory / TEMPLATE_FILE, settings.get("chat_template")
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    files = {"default": file} if file.is_file() else {}
+    files |= {path.stem: path for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     if entry is None:
-        return None
+        return {}
     named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}]
     if not all(isinstance(one, dict) for one in named):
         raise ValueError("chat_template is neither a text nor a list of named templates")
-    templates = {str(one.get("name")): one.get("template") for one in named}
-    if "default" not in templates:
-        raise ValueError(f"of the templates {', '.join(templates)} none is called default")
-    if not isinstance(templates["default"], str):
-        raise ValueError("the chat_template is not a text")
-    return templates["default"]
+    return {str(one.get("name")): one.get("template") for one in named}
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **({"ensure_ascii": False} | options))
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

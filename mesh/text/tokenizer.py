@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
-from mesh.lifecycle.json_files import read_object
-from mesh.text.template import ChatTemplate, read_template
+from mesh.text.files import named_eos, read_settings, unknown_id
+from mesh.text.template import ChatTemplate, read_template, special_tokens
 from mesh.text.turn import turn_end
 from mesh.types import Completion, IdSpans, Rollout
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
-
 
 OTHER_TOKENIZER = "set model.tokenizer to one that can"
 
@@ -62,6 +62,7 @@ class Tokenizer:
     unknown_id: int | None
     template_problem: str = ""
     template: ChatTemplate | None = None
+    bos_id: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +72,18 @@ class Tokenizer:
     def has(self, token_id: int) -> bool:
         """True if the id has a token, an added or special one too: ids may have holes."""
         return 0 <= token_id < 1 << 32 and self.backend.id_to_token(token_id) is not None
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """What the tokenizer's own rule, the post-processor of tokenizer.json, puts in front of a
+        text: as in `transformers`, whatever add_bos_token says, which is for slow tokenizers."""
+        for text in ("a", "1"):
+            plain = self.backend.encode(text, add_special_tokens=False).ids
+            whole = self.backend.encode(text, add_special_tokens=True).ids
+            for start in range(len(whole) - len(plain) + 1) if plain else ():
+                if whole[start : start + len(plain)] == plain:
+                    return tuple(whole[:start])
+        return ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens. Raises UnknownText naming what it cannot encode."""
@@ -94,9 +107,16 @@ class Tokenizer:
         """
         return self.decode(self._before_stop(answer))
 
-    def plain(self, answer: Completion | Rollout) -> str:
-        """`response` without special tokens."""
-        return self.backend.decode(list(self._before_stop(answer)), skip_special_tokens=True)
+    def texts(self, answer: Completion | Rollout) -> tuple[str, str]:
+        """`response`, and the same without special tokens; decoded once where there are none."""
+        ids = self._before_stop(answer)
+        text = self.decode(ids)
+        return text, text if self._special.isdisjoint(ids) else self.backend.decode(list(ids))
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(token_id for token_id, token in added if token.special)
 
     def _before_stop(self, answer: Completion | Rollout) -> tuple[int, ...]:
         stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids
@@ -126,10 +146,10 @@ def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenize
     backend.no_padding()
     if hasattr(backend.model, "_resize_cache"):
         backend.model._resize_cache(CACHED_WORDS)
-    settings, named = (
-        _read_json(directory / "tokenizer_config.json"),
-        _named_eos(directory, backend, model or directory),
-    )
+    named = named_eos(directory, backend, model or directory)
+    settings = read_settings(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # of older versions of transformers, as it reads it
+        settings |= read_settings(directory / "special_tokens_map.json")
     first, problem, template = [], "", None
     try:
         template = read_template(directory, settings)
@@ -138,7 +158,11 @@ def load_tokenizer(directory: str | Path, model: Path | None = None) -> Tokenize
     except ValueError as error:  # whoever needs the end of a turn reports it
         problem = str(error)
     eos_ids = tuple(dict.fromkeys([*first, *named]))
-    return Tokenizer(directory, backend, eos_ids, _unknown_id(path, backend), problem, template)
+    bos = special_tokens(settings).get("bos_token")
+    return Tokenizer(
+        directory, backend, eos_ids, unknown_id(path, backend), problem, template,
+        None if bos is None else backend.token_to_id(bos),
+    )  # fmt: skip
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> list[str]:
@@ -242,43 +266,6 @@ def _dropped_character(backend: Backend, text: str) -> str | None:
         if alone is not None and not alone.ids:
             return character
     return None
-
-
-def _unknown_id(path: Path, backend: Backend) -> int | None:
-    model = _read_json(path)["model"]
-    if model.get("unk_id") is not None:
-        return model["unk_id"]
-    return backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
-
-
-def _named_eos(directory: Path, backend: Backend, model: Path) -> list[int]:
-    """What the files, each of which may be absent, name as the end, in their order."""
-    ids: list[int] = []
-    names = ("generation_config.json", "config.json")
-    for path in (folder / name for folder in (model, directory) for name in names):
-        value = _read_json(path).get("eos_token_id")
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int for item in listed):
-            raise ValueError(f"{path}: eos_token_id {value!r} is not an id or a list; correct it")
-        ids += listed
-    path = directory / "tokenizer_config.json"
-    token = _read_json(path).get("eos_token")
-    if token is None:
-        return ids
-    text = token.get("content") if isinstance(token, dict) else token
-    token_id = backend.token_to_id(text) if isinstance(text, str) else None
-    if token_id is None:
-        raise ValueError(f"{path}: eos_token {token!r} is not in tokenizer.json; correct it")
-    return [*ids, token_id]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise ValueError(f"{path.parent}/{error}: copy it from the model again") from error
 
 
 def _special_token(token_id: int, content: str) -> dict[str, Any]:

@@ -79,6 +79,12 @@ def test_the_wheel_holds_what_the_checkout_holds(target: Path):
     assert {f"mesh/{name}" for name in files_in(target / "mesh", *kinds)} == there
 
 
+def test_a_vllm_finds_the_model_that_it_serves(target: Path):
+    (installed,) = metadata.distributions(name="mesh", path=[str(target)])
+    found = [(point.group, point.value) for point in installed.entry_points]
+    assert found == [("vllm.general_plugins", "mesh.engine.vllm.plugin:register")]
+
+
 def test_every_recipe_is_imported_from_the_wheel(target: Path, tmp_path: Path):
     names = [path.stem for path in (REPOSITORY / "recipes").glob("*.py")]
     output = python(target, tmp_path, "-c", IMPORT_ALL, *names).stdout

@@ -26,6 +26,8 @@ PACKINGS = {
     "odd": ([1, 130, 7, 65], 2, 1, 32),
     "no groups": ([64, 33], 2, 2, 64),
     "groups of four": ([2, 70], 4, 1, 32),
+    "groups of three": ([1, 35, 70], 6, 2, 64),
+    "groups of seven": ([40], 7, 1, 32),
 }
 SCALE = 0.2
 
@@ -256,7 +258,7 @@ def test_the_kernels_in_the_interpreter():
     assert report.keys() == PACKINGS.keys()
     assert [max(found["errors"]) < 1e-6 for found in report.values()] == [True] * len(PACKINGS)
     equal = [same for found in report.values() for same in found["equal"]]
-    assert len(equal) == sum(6 * len(lengths) for lengths, *_ in PACKINGS.values()) == 48
+    assert len(equal) == sum(6 * len(lengths) for lengths, *_ in PACKINGS.values()) == 72
     assert all(equal)
     assert [max(found["forward errors"]) < 1e-6 for found in report.values()] == [True] * 3
     assert {name: found["forward differs"] for name, found in report.items()} == {

@@ -81,8 +81,8 @@ def test_rows_of_one_question_are_held_out_together_and_counted(tmp_path):
     assert len(data_set(task)) == 28 and len({p.text for p in data_set(task)}) == 7
     assert task.notes() == [
         "data: 28 rows to train on, 3 questions held out",
-        *[line for line in task.notes() if "21 rows trained on repeat" in line],
-        *[line for line in task.notes() if "9 rows held out repeat" in line],
+        *[line for line in task.notes() if "21 repeated questions among the rows trained" in line],
+        *[line for line in task.notes() if "9 repeated questions among the rows held" in line],
     ]
     assert len(task.notes()) == 3
 

@@ -18,8 +18,8 @@ from mesh.lifecycle.process import Process, start
 from mesh.model.families import shape_of_flavor
 from mesh.model.layouts import weight_names
 from mesh.model.products import self_test_of
-from mesh.program.encoding import prompt_encoder
-from mesh.program.plan import generator_settings, tokenizer_directory
+from mesh.program.encoding import prompt_encoder, tokenizer_directory
+from mesh.program.plan import generator_settings
 from mesh.roles.generator import Generator
 from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape, Request, Sampling

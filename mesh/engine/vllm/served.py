@@ -31,6 +31,12 @@ from mesh.model.products import self_test_of
 
 logger = init_logger("vllm.mesh")  # a name for which vLLM prints
 
+THREADS = (
+    "Sums on a CPU depend on the number of threads, and there are %d here: the bits are those of a "
+    "run with as many. A run has 1 for each process: set OMP_NUM_THREADS=1 "
+    "VLLM_CPU_OMP_THREADS_BIND=nobind."
+)
+
 _process = ExitStack()
 """Holds the batch-invariance switch, which stays on until the process ends."""
 
@@ -46,7 +52,8 @@ class ServedModel(PagedPolicy):
             if serving.batch_invariant:
                 switch_on(serving, device.type)
                 found = self_test_of(shape, serving.chunks, config.dtype, device, tp.cpu_group)
-                logger.info_once(found)
+                if tp.is_first_rank:
+                    report(found, device.type)
             mesh = DeviceMesh.from_group(tp.device_group, device.type, mesh_dim_names=("tp",))
             policy = build_policy(shape, config.max_model_len, device, config.dtype, mesh)
             grid = torch.tensor(tp.ranks).view(1, 1, -1)
@@ -83,6 +90,13 @@ class ServedModel(PagedPolicy):
         wrong = [f"weights were left uninitialised: {', '.join(missing)}"] if missing else []
         refuse([problem("model", self.directory, line, COMPLETE) for line in other or wrong])
         return {f"policy.{ours}" for ours in mine}
+
+
+def report(found: str, device_type: str) -> None:
+    """Log what the self-test found, and what it cannot know: the threads of training."""
+    logger.info(found)
+    if device_type == "cpu" and torch.get_num_threads() > 1:
+        logger.warning(THREADS, torch.get_num_threads())
 
 
 def switch_on(serving: Serving, device_type: str) -> None:
