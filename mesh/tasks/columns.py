@@ -114,7 +114,7 @@ class Columns:
             raise Unusable(f"column {self.messages}: its last message is not an assistant's, and "
                            "task_args.answer names no column")  # fmt: skip
         return RowPrompt(
-            prompt_id, text, answer, messages=messages, info=info, place=place,
+            prompt_id, text, answer, messages=tuple(messages), info=info, place=place,
             teaches=teaches or answer,
         )  # fmt: skip
 

@@ -137,8 +137,8 @@ def test_messages_are_the_prompt_and_the_last_assistants_the_solution(tmp_path):
         made(str(path), held_out_rows=1), 1
     )
     by_answer = {prompt.answer: prompt for prompt in prompts}
-    assert by_answer["2"].messages == CHAT[:2] and by_answer["2"].teaches == "2"
-    assert by_answer["4"].messages == rows[1]["messages"] and by_answer["4"].teaches == "4"
+    assert list(by_answer["2"].messages) == CHAT[:2] and by_answer["2"].teaches == "2"
+    assert list(by_answer["4"].messages) == rows[1]["messages"] and by_answer["4"].teaches == "4"
     users = [{"role": "user", "content": f"{i}"} for i in range(4)]
     only = write(tmp_path / "b.jsonl", [{"messages": [user, CHAT[2]]} for user in users])
     assert {prompt.answer for prompt in data_set(made(str(only)))} == {"2"}
