@@ -128,7 +128,7 @@ STRICT = """\
 
 LABELS = """\
 {% for message in messages %}
-{% if message['role'] == 'user' %}
+  {% if message['role'] == 'user' %}
 {{ '<|user|>\\n' + message['content'] + eos_token }}
 {% elif message['role'] == 'system' %}
 {{ '<|system|>\\n' + message['content'] + eos_token }}
@@ -190,12 +190,12 @@ GENERATION = """\
 {%- if message.role == 'assistant' %}
 <|assistant|>
 {% generation %}{% set shown = message.content %}{{ shown }}{{ eos_token }}{% endgeneration %}
+{{- 'leaked' if shown is defined }}
 {%- else %}
 <|{{ message.role }}|>
 {{ message.content }}
 {%- endif %}
 {%- endfor %}
-{%- if shown is defined %}leaked{% endif %}
 {%- if add_generation_prompt %}
 <|assistant|>
 {% endif %}"""

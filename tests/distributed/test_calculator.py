@@ -30,6 +30,7 @@ def test_conversations_are_taught_from_random_weights(made):
     assert before["step"] == 0 and before["eval/accuracy"] < 0.2
     assert after["loss"] < 0.5 < made["sft"].metrics[1]["loss"] / 5
     assert after["eval/accuracy"] > before["eval/accuracy"]
+    assert before["eval/reward/used"] < 0.05 and after["eval/reward/used"] > 0.3
 
 
 def test_the_model_uses_the_tool_and_each_call_has_its_result(made):

@@ -165,7 +165,7 @@ def test_what_was_sampled_stays_where_a_template_rewrites_earlier_turns(tmp_path
             {"role": "assistant", "content": "<think>\nhm</think>\nok"},
             {"role": "user", "content": "again"},
         ],
-        encoder.day,
+        encoder.form.day,
         True,
     )
     assert "hm" not in rendered, "the template would have dropped what was thought"
