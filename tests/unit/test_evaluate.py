@@ -26,6 +26,7 @@ from mesh.roles.evaluation import (
 from mesh.tasks import TaskSpec, draw_held_out
 from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.correct import is_correct
+from mesh.tasks.response import Score
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt, Rollout
 
@@ -167,6 +168,18 @@ class Partial(SpellBackward):
 class PartialCorrect(Partial):
     def is_correct(self, reward: float) -> bool:
         return reward >= self.most
+
+
+@dataclass(frozen=True)
+class PartialNever(Partial):
+    def score(self, prompt: Prompt, response: str) -> Any:
+        return Score(super().score(prompt, response), {"letters": len(response)}, correct=False)
+
+
+def test_scores_that_say_that_nothing_is_correct_are_believed(process, capsys):
+    said, metrics = evaluated(process, capsys, f"task={__name__}:PartialNever")
+    assert said == "" and metrics["eval/accuracy"] == 0 and metrics["eval/reward"] > 0.1
+    assert 2 < metrics["eval/reward/letters"] < 6
 
 
 def test_rewards_that_differ_and_none_correct_are_warned_of_once(process, capsys):

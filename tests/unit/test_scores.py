@@ -138,7 +138,7 @@ def scorer_of(spec: TaskSpec, workers: int) -> Scorer:
     return Scorer(TaskSource(task, spec, ScoringSettings(workers, 10.0, "stop")))
 
 
-SCORES = {"user_tasks:num_letters": -0.25, "user_tasks:fails_over_z": 1.0}
+SCORES = {"user_tasks:num_letters": -0.25, "user_tasks:fails_over_z": 0.5}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -147,8 +147,8 @@ def test_functions_are_added_to_a_tasks_score_here_and_in_a_process(workers):
     scorer = scorer_of(spec, workers)
     found = scorer.score([PROMPT] * 2, [Response("cba"), Response("ab")])
     assert found == [
-        Score(1 - 0.75 + 1, {"task": 1.0, "num_letters": 3.0, "fails_over_z": 1.0}, True),
-        Score(0 - 0.5 + 1, {"task": 0.0, "num_letters": 2.0, "fails_over_z": 1.0}, False),
+        Score(1 - 0.75 + 0.5, {"task": 1.0, "num_letters": 3.0, "fails_over_z": 1.0}, True),
+        Score(0 - 0.5 + 0.5, {"task": 0.0, "num_letters": 2.0, "fails_over_z": 1.0}, False),
     ]
     with pytest.raises(ValueError) as caught:
         scorer.score([PROMPT], [Response("z")])
@@ -167,7 +167,7 @@ def test_added_functions_leave_the_rest_of_a_task_alone():
     assert isinstance(task, WithScores) and task.seed == 0 and not hasattr(task, "reply")
     found = task.score(PROMPT, Response("cbx", tokens=(1, 2, 3)))
     own = Parted(0).score(PROMPT, Response("cbx", tokens=(1, 2, 3)))
-    assert found.correct is own.correct is True and found.reward == own.reward - 0.75 + 1
+    assert found.correct is own.correct is True and found.reward == own.reward - 0.75 + 0.5
     assert list(found.parts) == ["task", "share", "tokens", "first", "num_letters", "fails_over_z"]
     assert with_scores(task, {}) is task
     with pytest.raises(Unusable, match="has the part share, and so has a function of scores"):

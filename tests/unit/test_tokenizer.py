@@ -115,6 +115,8 @@ def test_a_response_is_all_of_its_tokens_but_the_one_that_ended_it(characters):
     assert characters.response(completion([eos], "stop")) == ""
     assert characters.response(completion([a, b], "length")) == "ab"
     assert characters.response(completion([a, pad], "length")) == "a<pad>"
+    assert characters.texts(completion([a, pad, b, eos], "stop")) == ("a<pad>b", "ab")
+    assert characters.texts(completion([a, b], "length")) == ("ab", "ab")
 
 
 @pytest.mark.parametrize("end", ["<eos>", "."])
