@@ -70,6 +70,14 @@ ALONE = {
         "validate.control=true",
         "drop_equal_groups=true",
     ],
+    "conversations": [
+        "task=talking_tasks:Chatty",
+        "model.max_length=64",
+        "reward.workers=0",
+        "validate.sequences=17",
+        "validate.steps=1",
+        "validate.control=true",
+    ],
     # the last one in its process, as what its task breaks stays broken
     "releasing": ["task=releasing:Task", "reward.workers=0"],
 }
@@ -120,6 +128,19 @@ def test_every_rung_holds_on_four_ranks_in_every_layout(tmp_path: Path):
     starts = [text[:2] for text in output.splitlines()]
     assert [starts.count(rung) for rung in least] == [len(rows(report, rung)) for rung in least]
     assert "L0, L1, L2, L3 of the exactness ladder hold here" in output
+
+
+def test_every_rung_holds_for_conversations_and_sees_ordinary_kernels(alone):
+    """The batch has three turns a sequence, so that more is compared than its first turns; the
+    control keeps pages between turns, and differs."""
+    output, report = alone["conversations"]
+    assert report["passed"] is True, output
+    for rung in ("L0", "L1", "L2"):
+        assert {row["result"] for row in rows(report, rung).values()} == {"pass"}, output
+    assert rows(report, "L1")["trainer, each sequence alone"]["tally"]["compared"] > 17 * 10
+    assert sum(row["differ_without"] for row in rows(report, "L1").values()) > 10
+    preempted = rows(report, "L1")["generator, sequences preempted"]
+    assert preempted["not_run"] is None and preempted["tally"]["compared"] > 17 * 10
 
 
 def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(alone):
