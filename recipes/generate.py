@@ -2,30 +2,42 @@
 
     torchrun recipes/generate.py conf=qwen3_tiny model.path=RUN_DIR/model 'generate.prompts=[abc>]'
     cat questions.txt | torchrun recipes/generate.py conf=qwen3_tiny generate.prompts=-
+    torchrun recipes/generate.py conf=CONF prompt.chat=true 'generate.prompts=[What is 12*7?]'
 
-Without generate.prompts the first held-out prompts of the task are answered. Several processes
-share the prompts as the configuration lays them out; answers are printed when all are there, and
-Ctrl-C ends it at once. Left out: streaming, chat templates, a server, and more prompts than fit in
-memory.
+Without prompts the first held-out ones of the task are answered. generate.file has them in a file,
+as texts, messages or token ids, and generate.output keeps the answers. Several processes share the
+prompts as the configuration lays them out; answers are printed when all are there, and Ctrl-C ends
+it at once. Left out: streaming, the replies of a conversation, a server, and more prompts than fit
+in memory.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mesh.config.keys import refuse, refusing
-from mesh.config.schema import Conf
+from mesh.config.keys import problem, refuse, refusing
+from mesh.config.schema import Conf, resolve_path
 from mesh.lifecycle.process import Process
-from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.program.assembly import (
+    Program,
+    assemble,
+    attempt,
+    check,
+    launch,
+    read_command,
+    sync,
+)
 from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
-from mesh.tasks.transcript import turn_texts
+from mesh.tasks.transcript import shown, turn_texts
+from mesh.text.prompt_file import read_prompts
 from mesh.types import TRUNCATED, NumberedPrompt, Prompt, Rollout
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
@@ -46,21 +58,27 @@ def main(argv: list[str]) -> None:
             process.say(line)
         program = assemble(plan, process)
         sync(program)
-        process.say(table(plan, prompts, answers(conf, process, program, prompts)))
+        completions = answers(conf, process, program, prompts)
+        process.say(table(plan, prompts, completions))
+        if conf.generate.output is not None:
+            lines = json_lines(plan, prompts, completions)
+            process.write(resolve_path(conf.generate.output), lines)
 
 
 def deciding_keys(conf: Conf) -> tuple[str, ...]:
     """The keys that decide the answers: those of the task only for its own prompts, those of
     sampling only where it samples."""
     names = [name for name in EVALUATED if not name.startswith("eval.")]
-    if conf.generate.prompts:
+    if conf.generate.prompts or conf.generate.file is not None:
         names.remove("task")
     return tuple(name for name in names if not (conf.generate.greedy and name in SAMPLED))
 
 
 def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
-    """The prompts of the command line, of stdin's lines, or the first held-out ones."""
+    """The prompts of the command line, of a file, of stdin's lines, or the first held-out ones."""
     texts = conf.generate.prompts
+    if conf.generate.file is not None:
+        return numbered(of_file(conf, process, conf.generate.file))
     if not texts:
         shown = min(NUM_SHOWN, conf.eval.num_prompts)
         with refusing():
@@ -70,6 +88,18 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
     refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
     return numbered(prompts)
+
+
+def of_file(conf: Conf, process: Process, name: str) -> list[Prompt]:
+    """The prompts of generate.file, which rank 0 reads. Collective."""
+    if conf.generate.prompts:
+        both = "generate.prompts is set too"
+        refuse([problem("generate.file", name, both, "leave out one of the two")])
+    wrong: list[str] = []
+    found = attempt(wrong, read_prompts, resolve_path(name)) if process.rank == 0 else None
+    prompts, wrong = process.from_rank0((found, wrong))
+    refuse([f"generate.file={name}: {line}" for line in wrong])
+    return prompts
 
 
 def answers(
@@ -98,6 +128,21 @@ def written(plan: Plan, rollout: Rollout) -> str:
         return plan.tokenizer.response(rollout)
     turns = turn_texts(plan.tokenizer, rollout)
     return "".join(turn.text if turn.sampled else f"[{turn.text}]" for turn in turns)
+
+
+def json_lines(plan: Plan, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]) -> str:
+    """A JSON object per answer, with its prompt in the form in which it was given."""
+    lines = []
+    for r in rollouts:
+        prompt = prompts[r.prompt_id].prompt
+        given = {"messages": list(prompt.messages), "tokens": list(prompt.tokens)}
+        given = {name: value for name, value in given.items() if value}
+        lines.append({
+            "prompt_id": r.prompt_id, "sample_id": r.sample_id,
+            **(given or {"prompt": prompt.text}), **shown(plan.tokenizer, r),
+            "finish_reason": r.finish_reason,
+        })  # fmt: skip
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 if __name__ == "__main__":

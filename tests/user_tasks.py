@@ -20,6 +20,7 @@ from pathlib import Path
 from mesh.tasks.draw import is_held_out
 from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.tokenizer import Tokenizer
 from mesh.types import Prompt, Reply, TurnText
 
 ORPHAN = "import subprocess; print(subprocess.Popen(['sleep', '1000'], stdout=2).pid)"
@@ -217,6 +218,17 @@ class Unseeded(SpellBackward):
             return prompts
         letters = random.SystemRandom().choices("abcdefghijklmnopqrstuvwxyz", k=4)
         return [*prompts[:-1], replace(prompts[-1], text="".join(letters) + ">")]
+
+
+@dataclass(frozen=True)
+class Told(SpellBackward):
+    """Its questions are the number of tokens of the tokenizer that it was told."""
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        object.__setattr__(self, "size", len(tokenizer.backend.get_vocab()))
+
+    def train_prompts(self, step: int, num: int) -> list[Prompt]:
+        return [Prompt(i, f"{self.size}>", "") for i in range(num)]
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,10 @@ class GenerateConf:
     prompts: list[str] = key(
         [], "prompts for recipes/generate.py; -: lines of stdin; unset: held-out prompts"
     )
+    file: str | None = key(
+        None, "file with prompts instead: JSON Lines (prompt, messages or tokens), or plain lines"
+    )
+    output: str | None = key(None, "JSON Lines file to which the answers are written, too")
     num_samples: int = key(1, "answers per prompt", ge=1)
     greedy: bool = key(True, "greedy decoding; false: sample as in training")
 

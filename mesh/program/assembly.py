@@ -33,7 +33,7 @@ from mesh.program.encoding import (
     form_problems,
     prompt_encoder,
     stop_problems,
-    tokenizer_directory,
+    tokenizer_files,
 )
 from mesh.program.limits import limit_problems
 from mesh.program.plan import (
@@ -116,7 +116,9 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     tokenizer = attempt(wrong, read_tokenizer, conf)
     workers = num_workers(conf) if training or held_out else 0
     drawn = conf.num_prompts if training else 0
-    asked_for = task_spec(conf), workers, drawn, training or held_out
+    spec = task_spec(conf)
+    spec = spec if tokenizer is not None else replace(spec, tokenizer=None)
+    asked_for = spec, workers, drawn, training or held_out
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
@@ -184,9 +186,8 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     the tokenizer lies. None: tokenizer.json is missing, or the model's config.json, which may name
     end tokens, is not readable; both are reported elsewhere.
     """
-    directory, model = tokenizer_directory(conf), None
-    if conf.model.path is not None and conf.model.init == "checkpoint":
-        model = resolve_path(conf.model.path)
+    files = tokenizer_files(conf)
+    directory, model = files.directory, files.model
     of_model = directory if conf.model.tokenizer is None else model
     config = None if of_model is None else of_model / "config.json"
     if config is not None and config.is_file() and json_problem(config) is not None:

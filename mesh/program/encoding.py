@@ -11,7 +11,7 @@ from mesh.config.keys import problem
 from mesh.config.schema import Conf, resolve_path
 from mesh.config.text import value_as
 from mesh.lifecycle.process import Process
-from mesh.tasks import Task
+from mesh.tasks import Task, TokenizerFiles
 from mesh.tasks.stops import stop_strings
 from mesh.text.encoding import PromptEncoder, PromptForm
 from mesh.text.few_shot import Shot, read_shots
@@ -120,3 +120,12 @@ def tokenizer_directory(conf: Conf) -> Path:
     """The tokenizer's directory: model.tokenizer, else model.path, else the shipped one."""
     named = conf.model.tokenizer or conf.model.path
     return CHARACTERS if named is None else resolve_path(named)
+
+
+def tokenizer_files(conf: Conf) -> TokenizerFiles:
+    """The directories of which the tokenizer is read. Weights that are trained on have learnt the
+    end tokens that their own directory names, wherever the tokenizer lies.
+    """
+    path = conf.model.path if conf.model.init == "checkpoint" else None
+    model = None if path is None else resolve_path(path)
+    return TokenizerFiles(tokenizer_directory(conf), model)

@@ -21,7 +21,7 @@ from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
-from mesh.program.encoding import prompt_encoder, tokenizer_directory, turn_ends
+from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
@@ -198,7 +198,7 @@ def task_spec(conf: Conf) -> TaskSpec:
     """The task by name, with the functions that are added to its score."""
     weights = conf.score_weights or [1.0] * len(conf.scores)
     scores = dict(zip(conf.scores, weights, strict=False))
-    return TaskSpec(conf.task, conf.seed, conf.task_args, scores)
+    return TaskSpec(conf.task, conf.seed, conf.task_args, scores, tokenizer_files(conf))
 
 
 def evaluation_sets(

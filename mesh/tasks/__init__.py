@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 
 from mesh.config.spelling import nearest
@@ -16,21 +17,32 @@ from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code
 from mesh.tasks.classes import class_of
 from mesh.tasks.response import Response, Score
+from mesh.text.forms import form_problem
 from mesh.types import NumberedPrompt, Prompt
 
+FORMS = "give a text, messages (with role and content) or token ids, and one of the three"
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """Arguments of `load_tokenizer`: its directory, and that of the weights, if they are read."""
+
+    directory: Path
+    model: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
     """A task by name: arguments of `load_task`, here and in the scoring processes, and the score
-    functions that are added to its own, with their weights.
+    functions that are added to its own, with their weights. tokenizer: which the task is told.
     """
 
     name: str
     seed: int
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tokenizer: TokenizerFiles | None = dataclasses.field(default=None, compare=False)
 
 
 class Task(Protocol):
@@ -226,6 +238,9 @@ def checked(prompts: Sequence[Prompt], num: int, method: str) -> list[Prompt]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             raise ValueError(f"{asked} {prompt!r} at index {index}; return a Prompt with a text")
+        given = prompt.text, prompt.messages, prompt.tokens
+        if any(given) and (wrong := form_problem(prompt)):
+            raise ValueError(f"{asked} {wrong}, at index {index}; {FORMS}")
         if not isinstance(prompt.answer, str):
             wrong = f"{asked} answer={prompt.answer!r} at index {index}"
             kind = type(prompt.answer).__name__

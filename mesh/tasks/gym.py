@@ -58,8 +58,6 @@ class ReasoningGym:
     settings: dict[str, Any] = field(default_factory=dict)
     stages: dict[int, dict[str, Any]] = field(default_factory=dict)
     template: str = "{question}"
-    system: str = ""
-    chat: bool = False
     extract: Literal["all", "tag", "boxed", "number"] = "all"
 
     def __post_init__(self) -> None:
@@ -130,15 +128,9 @@ class ReasoningGym:
     def _prompt(self, stage: int, key: int, index: int, prompt_id: int) -> Prompt:
         made = key % (1 << 31)
         item = self._item(stage, made, index)
-        question = self.template.replace("{question}", item["question"])
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, {"role": "user", "content": question}]
-        chat = self.chat or bool(self.system)
+        text = self.template.replace("{question}", item["question"])
         info = {"stage": stage, "made": made, "index": index, "question": item["question"]}
-        return Prompt(
-            prompt_id, "" if chat else question, str(item["answer"] or ""),
-            messages=messages if chat else (), info=info,
-        )  # fmt: skip
+        return Prompt(prompt_id, text, str(item["answer"] or ""), info=info)
 
     @cached_property
     def _held_out(self) -> Callable[[int], list[Prompt]]:

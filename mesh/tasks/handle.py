@@ -66,7 +66,7 @@ class Worker:
         self.drawn: list[str] = []
         self.jobs: deque[Job] = deque()
         self._buffer = bytearray()
-        spec = task.name, task.seed, dict(task.args), dict(task.scores)
+        spec = task.name, task.seed, dict(task.args), dict(task.scores), task.tokenizer
         self._send(pickle.dumps((*spec, num)), START_SECONDS)
 
     def takes(self, job: Job, depth: int) -> bool:

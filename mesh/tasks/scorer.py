@@ -16,6 +16,7 @@ from mesh.tasks.replying import signature_problem
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scoring import NO_SCORE
 from mesh.tasks.stops import stop_strings
+from mesh.tasks.told import tell_tokenizer
 from mesh.tasks.weighted import with_scores
 from mesh.types import Prompt
 
@@ -79,6 +80,7 @@ def checked_task(
     """
     drawn: list[str] = []
     task = load_task(spec.name, spec.seed, dict(spec.args))
+    tell_tokenizer(task, spec.tokenizer)
     is_correct(task, 1.0)
     stop_strings(task)
     if reads:

@@ -34,6 +34,7 @@ from typing import Any
 from mesh.lifecycle.agreement import text_of
 from mesh.tasks import load_task
 from mesh.tasks.scoring import OUTCOMES, as_message
+from mesh.tasks.told import tell_tokenizer
 from mesh.tasks.weighted import with_scores
 
 KILL = b"k"  # from the rank, over `liveness`
@@ -78,9 +79,11 @@ def serve(channel: socket.socket, stacks: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
-    name, seed, args, scores, num = pickle.loads(receive(channel) or b"")
+    name, seed, args, scores, tokenizer, num = pickle.loads(receive(channel) or b"")
     try:
-        task, problem = with_scores(load_task(name, seed, args), scores), ""
+        made = load_task(name, seed, args)
+        tell_tokenizer(made, tokenizer)
+        task, problem = with_scores(made, scores), ""
     except Exception as error:  # a task's module and class are user code
         ours = isinstance(error, ValueError)
         task, problem = None, str(error) if ours else f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from mesh.text.few_shot import Shot, as_messages, as_text
+from mesh.text.forms import form_problem
 from mesh.text.template import ChatTemplate
 from mesh.text.tokenizer import Tokenizer, Unencodable
 from mesh.text.turn import ANSWER, SOME_DAY
@@ -175,15 +176,6 @@ class PromptEncoder:
     def _fault(self, wrong: str) -> Unencodable:
         where = f"the chat template in {self.tokenizer.directory}"
         return Unencodable(f"{where}: {wrong}", "correct the messages or the template")
-
-
-def form_problem(prompt: Prompt) -> str | None:
-    """What is wrong with the form of a prompt: it is one of text, messages and tokens."""
-    given = [name for name in ("text", "messages", "tokens") if len(getattr(prompt, name))]
-    if len(given) == 1:
-        return None
-    shown = " and ".join(given) if given else "neither text nor messages nor tokens"
-    return f"the prompt {prompt.question[:200]!r} has {shown}"
 
 
 def _answer(message: Message, mark: str) -> Message:

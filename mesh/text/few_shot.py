@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mesh.text.forms import messages_problem
 from mesh.text.tokenizer import Unencodable
 from mesh.types import Message
 
@@ -51,16 +51,6 @@ def as_messages(shots: Sequence[Shot]) -> list[Message]:
         pair = [("user", shot.question), ("assistant", shot.answer)]
         found += shot.messages or [{"role": role, "content": text} for role, text in pair]
     return found
-
-
-def messages_problem(value: Any) -> str | None:
-    """What keeps a value from being the messages of a chat; None: nothing."""
-    if not isinstance(value, list | tuple) or not value:
-        return "is no list of messages"
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"has {message!r} at index {index}, which is no message with a role"
-    return None
 
 
 def _shot(number: int, line: str) -> Shot:

@@ -139,10 +139,9 @@ def test_partial_credit_is_a_reward_and_not_correct():
     assert extracted("-2.50", "number") == "-2.5" and extracted("1/2", "number") == "0.5"
 
 
-def test_the_question_may_be_a_message():
-    (prompt,) = draw_prompts(made(chat=True, system="Add.", template="{question} ?"), Draw(0, 1))
-    assert prompt.text == "" and prompt.messages[0] == {"role": "system", "content": "Add."}
-    assert prompt.messages[1]["content"].endswith("= ?")
+def test_a_template_stands_around_the_question():
+    (prompt,) = draw_prompts(made(template="{question} Think."), Draw(0, 1))
+    assert prompt.text == prompt.info["question"] + " Think."
 
 
 @pytest.mark.parametrize(

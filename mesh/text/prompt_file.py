@@ -1,0 +1,61 @@
+"""Prompts from a file: JSON Lines with a column of texts, messages or token ids, or plain lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mesh.text.forms import messages_problem
+from mesh.types import Prompt
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+ROW = 'write {"prompt": "..."}, {"messages": [...]} or {"tokens": [...]}'
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, in order. ValueError naming the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read ({error})") from error
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError("has no line")
+    if path.suffix not in JSON_LINES:
+        return [Prompt(i, line, "") for i, (_, line) in enumerate(rows)]
+    return [_prompt(i, number, line) for i, (number, line) in enumerate(rows)]
+
+
+def _prompt(index: int, number: int, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is no JSON ({error}); {ROW}") from error
+    names = [name for name in ("prompt", "text", "messages", "tokens") if _has(row, name)]
+    if len(names) != 1:
+        found = f"has {' and '.join(names)}" if names else "has none of these columns"
+        raise ValueError(f"line {number} {found}; {ROW}")
+    value = row[names[0]]
+    if names[0] == "messages":
+        if wrong := messages_problem(value):
+            raise ValueError(f"line {number}: messages {wrong}; {ROW}")
+        return Prompt(index, "", "", messages=value, prefill=_prefill(row, number))
+    if names[0] == "tokens":
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise ValueError(f"line {number}: tokens are no list of ids; {ROW}")
+        return Prompt(index, "", "", tokens=value, prefill=_prefill(row, number))
+    if not isinstance(value, str):
+        raise ValueError(f"line {number}: the {names[0]} {value!r} is no text; {ROW}")
+    return Prompt(index, value, "", prefill=_prefill(row, number))
+
+
+def _has(row: Any, name: str) -> bool:
+    return isinstance(row, dict) and bool(row.get(name))
+
+
+def _prefill(row: dict[str, Any], number: int) -> str:
+    prefill = row.get("prefill") or ""
+    if not isinstance(prefill, str):
+        raise ValueError(f"line {number}: the prefill {prefill!r} is no text")
+    return prefill
