@@ -17,10 +17,10 @@ SMALL = ["conf=qwen3_tiny", "eval.num_prompts=8", "eval.num_samples=1", "log.ten
 STEPS = 1000  # more than there is time for
 
 
-def assert_stopped_and_saved(run_dir: Path, out: str, first_step: int) -> None:
+def assert_stopped_and_saved(run_dir: Path, out: str) -> None:
     """`stopped n/m` with the run directory, metrics up to step n without gap, a whole model."""
     steps = [json.loads(line)["step"] for line in lines_of(run_dir / "metrics.jsonl")]
-    assert steps == list(range(first_step, steps[-1] + 1))
+    assert steps == list(range(steps[-1] + 1))
     assert 1 <= steps[-1] < STEPS
     (line,) = [line for line in out.splitlines() if line.startswith("stopped")]
     assert f"stopped  {steps[-1]}/{STEPS} steps" in line
@@ -36,7 +36,7 @@ def test_grpo_ends_after_the_step_with_its_model(tmp_path):
     job = Foreground("grpo.py", 2, *SMALL, *words)
     job.wait_for(lambda: len(lines_of(run_dir / "metrics.jsonl")) >= 3)
     out, err = job.press_ctrl_c()
-    assert_stopped_and_saved(run_dir, out, first_step=0)
+    assert_stopped_and_saved(run_dir, out)
     last = len(lines_of(run_dir / "metrics.jsonl")) - 1
     assert f"to continue after step {last}: resume={run_dir}" in out
     assert [item.name for item in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
@@ -62,7 +62,7 @@ def test_sft_ends_after_the_step_with_its_model(tmp_path):
     job = Foreground("sft.py", 1, *SMALL, *words)
     job.wait_for(lambda: len(lines_of(run_dir / "metrics.jsonl")) >= 3)
     out, _ = job.press_ctrl_c()
-    assert_stopped_and_saved(run_dir, out, first_step=1)
+    assert_stopped_and_saved(run_dir, out)
 
 
 @pytest.mark.parametrize(
