@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-FinishReason = Literal["stop", "length", "turns", "context"]
-"""Reasons for which a rollout ends: a stop token, its longest response, its most turns, or no room
-in the context for another turn."""
+FinishReason = Literal["stop", "length", "turns", "context", "tokens"]
+"""Reasons for which a rollout ends: a stop token (of a conversation: no reply), its longest turn,
+its most turns, no room in the context for another one, or its most tokens in all."""
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
-TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context"})
+TRUNCATED: frozenset[FinishReason] = frozenset({"length", "context", "tokens"})
 """Reasons that cut a rollout before its end: what is scored is unfinished. The most turns are an
 end that was planned."""
 
@@ -28,14 +28,9 @@ RolloutKey = tuple[int, int]
 Parts = tuple[tuple[str, float], ...]
 """Named parts of a score, in the task's order."""
 
-MAX_TP = 8
-"""The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
-
 LARGEST_REWARD = 1e100
 """The largest magnitude of a reward: sums of squares of such differences stay finite in float64."""
 
-HEAD_DIMS = (32, 64, 128)
-"""Head dims of our attention kernels for Hopper GPUs."""
 
 Message = Mapping[str, Any]
 """A chat message as chat templates read it: `role`, `content`, and what else a template knows."""
@@ -107,11 +102,12 @@ class NumberedPrompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to an engine: `num_samples` independent completions of one prompt."""
+    """`num_samples` independent completions of a prompt; `keeps`: they go on, or are dropped."""
 
     prompt_id: int
     tokens: tuple[int, ...]
     num_samples: int
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,8 @@ class Sampling:
     """The sampling of an engine.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
-    token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else.
+    token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else; positions
+    count from the end of the prompt, replies included.
 
     A turn ends with one of `stop_tokens`, or where `stops(tokens, start)` says so: the last of the
     tokens completes a stop string in the text from index `start` on, where the turn began.
@@ -136,13 +133,24 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One sampled answer. `logprobs[i]` belongs to `tokens[i]`: log_softmax(logits / temperature)
-    before any truncation (temperature 1 where sampling is greedy). A stop token is in `tokens`.
-    """
+class Sample:
+    """One sample of a prompt, by its name in the step."""
 
     prompt_id: int
     sample_id: int
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
+
+
+@dataclass(frozen=True)
+class Completion(Sample):
+    """One sampled answer, of a conversation one turn. `logprobs[i]` belongs to `tokens[i]`:
+    log_softmax(logits / temperature) before any truncation (temperature 1 where sampling is
+    greedy). A stop token is in `tokens`.
+    """
+
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
@@ -157,7 +165,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Sample):
     """A scored sequence of one prompt: the unit that goes from generator to trainer.
 
     `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
@@ -165,8 +173,6 @@ class Rollout:
     score, if it has them.
     """
 
-    prompt_id: int
-    sample_id: int
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -175,10 +181,6 @@ class Rollout:
     turns: tuple[Turn, ...] = ()
     parts: Parts = ()
     correct: bool | None = None
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:
@@ -208,31 +210,29 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Outline:
+class Outline(Sample):
     """A rollout without its tokens, as every trainer rank knows it.
 
-    length: its loss tokens; num_tokens: of the whole sequence.
+    length: its loss tokens; num_tokens: of the whole sequence; turns: those of a conversation that
+    were sampled, 0: it is none; replied: tokens of its other turns.
     """
 
-    prompt_id: int
-    sample_id: int
     length: int
     num_tokens: int
     reward: float
     finish_reason: FinishReason
     parts: Parts = ()
     correct: bool | None = None
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.prompt_id, self.sample_id
+    turns: int = 0
+    replied: int = 0
 
 
 def outline(rollout: Rollout) -> Outline:
     """The outline of a rollout."""
-    r = rollout
-    sizes = r.length, r.num_tokens
-    return Outline(*r.key, *sizes, r.reward, r.finish_reason, r.parts, r.correct)
+    r, said = rollout, sum(turn.sampled for turn in rollout.turns)
+    replied = len(r.tokens) - r.length
+    known = Outline(*r.key, r.length, r.num_tokens, r.reward, r.finish_reason, r.parts, r.correct)
+    return replace(known, turns=said, replied=replied)
 
 
 @dataclass(frozen=True)

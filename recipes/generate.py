@@ -36,8 +36,9 @@ from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
+from mesh.tasks.transcript import shown, turn_texts
 from mesh.text.prompt_file import read_prompts
-from mesh.types import Completion, NumberedPrompt, Prompt
+from mesh.types import TRUNCATED, NumberedPrompt, Prompt, Rollout
 
 NUM_SHOWN = 8  # held-out prompts that are answered where none are given
 
@@ -103,37 +104,43 @@ def of_file(conf: Conf, process: Process, name: str) -> list[Prompt]:
 
 def answers(
     conf: Conf, process: Process, program: Program, prompts: Sequence[NumberedPrompt]
-) -> list[Completion]:
-    """The completions of all prompts, by (prompt_id, sample_id), on every rank. Collective."""
+) -> list[Rollout]:
+    """The answers to all prompts, by (prompt_id, sample_id), on every rank. Collective."""
     generator = program.generator
     sampling = generator.sampling(EVAL_STEP, temperature=0 if conf.generate.greedy else None)
-    mine = generator.complete(prompts, conf.generate.num_samples, sampling)
+    mine, _ = generator.answers(program.scorer, prompts, conf.generate.num_samples, sampling)
     shares = process.gather(mine if generator.speaks else [])
-    return sorted((c for share in shares for c in share), key=lambda c: (c.prompt_id, c.sample_id))
+    return sorted((r for share in shares for r in share), key=lambda r: r.key)
 
 
-def table(plan: Plan, prompts: Sequence[NumberedPrompt], completions: Sequence[Completion]) -> str:
+def table(plan: Plan, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]) -> str:
     """A line per answer: the prompt, an arrow, the answer; a mark where it was cut off."""
     return "\n".join(
-        f"{prompts[c.prompt_id].text} -> {plan.tokenizer.response(c)}"
-        + ("" if c.finish_reason == "stop" else " ...")
-        for c in completions
+        f"{prompts[r.prompt_id].text} -> {written(plan, r)}"
+        + (" ..." if r.finish_reason in TRUNCATED else "")
+        for r in rollouts
     )
 
 
-def json_lines(
-    plan: Plan, prompts: Sequence[NumberedPrompt], completions: Sequence[Completion]
-) -> str:
+def written(plan: Plan, rollout: Rollout) -> str:
+    """What was answered; in a conversation each reply stands in brackets."""
+    if not rollout.turns:
+        return plan.tokenizer.response(rollout)
+    turns = turn_texts(plan.tokenizer, rollout)
+    return "".join(turn.text if turn.sampled else f"[{turn.text}]" for turn in turns)
+
+
+def json_lines(plan: Plan, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]) -> str:
     """A JSON object per answer, with its prompt in the form in which it was given."""
     lines = []
-    for c in completions:
-        prompt = prompts[c.prompt_id].prompt
+    for r in rollouts:
+        prompt = prompts[r.prompt_id].prompt
         given = {"messages": list(prompt.messages), "tokens": list(prompt.tokens)}
         given = {name: value for name, value in given.items() if value}
         lines.append({
-            "prompt_id": c.prompt_id, "sample_id": c.sample_id,
-            **(given or {"prompt": prompt.text}), "response": plan.tokenizer.response(c),
-            "finish_reason": c.finish_reason,
+            "prompt_id": r.prompt_id, "sample_id": r.sample_id,
+            **(given or {"prompt": prompt.text}), **shown(plan.tokenizer, r),
+            "finish_reason": r.finish_reason,
         })  # fmt: skip
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

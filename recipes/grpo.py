@@ -46,6 +46,7 @@ from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
+from mesh.tasks.transcript import shown
 
 Metrics = dict[str, Any]
 Sample = dict[str, Any]
@@ -138,7 +139,9 @@ def train_step(
         digest = weights_digest(program)
     metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
-    samples = samples_of(prompts, waves, advantages, plan.tokenizer.response, keys.log_tokens)
+    samples = samples_of(
+        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
+    )
     return metrics, samples
 
 

@@ -15,6 +15,9 @@ comparisons detect differences.
     L3  L2 in every layout of this world, with the same tokens and logprobs in all of them
     L6  with engine=vllm: the native engine's tokens and logprobs, with weights that were trained
 
+Where the task has conversations, the steps have them, and every sequence of the batch has three
+turns with replies between them: all rungs are then those of conversations.
+
 Left out: L4 and L5 (whole runs on other meshes, resuming), gradients compared between
 layouts, contexts beyond 1,024 prompt tokens, and more than one draw of the weights and prompts.
 """
@@ -38,7 +41,7 @@ from mesh.exactness.loop import loop_checks, mixed_check, twice_checks
 from mesh.exactness.table import Check, as_json, header, line, passed, verdict, with_control
 from mesh.exactness.trainer import trainer_checks
 from mesh.exactness.uneven import uneven_keys
-from mesh.exactness.walk import Walk, mixed_requests, sampling_of
+from mesh.exactness.walk import Walk, mixed_requests, mixed_script, sampling_of
 from mesh.invariant.switch import ordinary_kernels
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import check, launch, read_command, run_self_test
@@ -100,7 +103,9 @@ def in_own_layout(walk: Walk) -> Generator[Check, None, Rollouts]:
 
 
 def walk_of(conf: Conf, plan: Plan, process: Process, seek: bool) -> Walk:
-    return Walk(conf, plan, process, mixed_requests(conf, plan, process), train_step, seek)
+    requests = mixed_requests(conf, plan, process)
+    script = mixed_script(conf, plan, requests)
+    return Walk(conf, plan, process, requests, train_step, seek, script)
 
 
 def said(process: Process, checks: Iterator[Check]) -> list[Check]:

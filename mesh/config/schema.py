@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
+    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -113,6 +114,7 @@ class Conf:
     prompt: PromptConf = field(default_factory=PromptConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
+    conversation: ConversationConf = field(default_factory=ConversationConf)
     reward: RewardConf = field(default_factory=RewardConf)
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)

@@ -109,7 +109,9 @@ class GeneratorConf:
     stop: list[str] = key(
         [], "texts that end a response, beside the model's end tokens, e.g. [</calc>]"
     )
-    max_new_tokens: int = key(256, "max response length [tokens]", ge=1)
+    max_new_tokens: int = key(
+        256, "max response length; in a conversation that of a turn [tokens]", ge=1
+    )
     max_sequences: int = key(256, "max sequences decoded at once, per engine", ge=1)
     kv_tokens: int = key(
         0,
@@ -123,6 +125,17 @@ class GeneratorConf:
     prefill_tokens: int = key(8192, "max prompt tokens per forward pass [tokens]", ge=1)
     prefix_cache: bool = key(True, "samples of one prompt share the prompt's KV")
     cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
+
+
+@dataclass(frozen=True)
+class ConversationConf:
+    max_turns: int = key(8, "most turns of the model, where the task has a reply", ge=1)
+    max_tokens: int = key(
+        0,
+        "most tokens of a conversation after its prompt, sampled and replied; 0: as many as "
+        "model.max_length holds [tokens]",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.model.policy import Policy
-from mesh.types import Completion, ModelShape, Request, Sampling
+from mesh.types import Completion, ModelShape, Request, RolloutKey, Sample, Sampling
 
 Row = tuple[int, int | None, int]
 """(prompt_id, sample_id, position) of a row of a forward pass; sample_id None: it serves all."""
@@ -32,6 +32,16 @@ class EngineSettings:
     prefix_cache: bool
     cuda_graphs: bool
     releases: bool = False
+
+
+@dataclass(frozen=True)
+class Continuation(Sample):
+    """The next turn of a kept sample: the tokens of `reply` follow those that it has, then at most
+    `max_new_tokens` are sampled.
+    """
+
+    reply: tuple[int, ...]
+    max_new_tokens: int
 
 
 class Engine(Protocol):
@@ -56,9 +66,16 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> bool: ...
 
+    @property
+    def kept(self) -> Collection[RolloutKey]: ...
+
     def add(self, requests: Collection[Request], sampling: Sampling) -> None: ...
 
     def step(self) -> list[Completion]: ...
+
+    def extend(self, continuations: Collection[Continuation]) -> None: ...
+
+    def drop(self, keys: Collection[RolloutKey]) -> None: ...
 
     def generate(self, requests: Collection[Request], sampling: Sampling) -> list[Completion]: ...
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from mesh.engine.base import Engine
+from mesh.engine.base import Continuation, Engine
 from mesh.lifecycle.heartbeat import heartbeat
-from mesh.types import Completion, Request, Sampling
+from mesh.types import Completion, Request, RolloutKey, Sampling
 
 
 def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) -> list[Completion]:
@@ -14,10 +14,10 @@ def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) 
 
     Raises ValueError for what the engine refuses, and while other requests are unfinished.
     """
-    if engine.unfinished:
+    if engine.unfinished or engine.kept:
         raise ValueError(
             "the engine has unfinished requests, whose completions would be lost among these; "
-            "call step() until unfinished is False"
+            "call step() until unfinished is False, and drop what it keeps"
         )
     engine.add(requests, sampling)
     completions: list[Completion] = []
@@ -25,7 +25,7 @@ def generate(engine: Engine, requests: Collection[Request], sampling: Sampling) 
         heartbeat()
         completions += engine.step()
     assert len(completions) == sum(request.num_samples for request in requests), "samples were lost"
-    return sorted(completions, key=lambda c: (c.prompt_id, c.sample_id))
+    return sorted(completions, key=lambda c: c.key)
 
 
 def check_requests(
@@ -64,10 +64,38 @@ def check_requests(
             )
 
 
+def check_kept(keys: Collection[RolloutKey], kept: Collection[RolloutKey]) -> None:
+    """Raises ValueError for samples that are not kept, or that come twice."""
+    wrong = [key for key in keys if key not in kept]
+    if wrong or len(set(keys)) < len(keys):
+        raise ValueError(
+            f"(prompt_id, sample_id)={wrong or sorted(keys)}: a sample waits for its next turn "
+            "where its request keeps it and its turn has ended, and gets one at a time"
+        )
+
+
+def check_continuations(
+    continuations: Collection[Continuation], lengths: Mapping[RolloutKey, int], limit: int
+) -> None:
+    """Raises ValueError for a turn that no engine completes.
+
+    lengths: tokens of the kept samples so far; limit: the most tokens of one sequence.
+    """
+    check_kept([one.key for one in continuations], lengths)
+    for one in continuations:
+        longest = lengths[one.key] + len(one.reply) + one.max_new_tokens
+        if one.max_new_tokens < 1 or longest > limit:
+            raise ValueError(
+                f"(prompt_id, sample_id)={one.key}: {lengths[one.key]} tokens so far, a reply of "
+                f"{len(one.reply)} and max_new_tokens={one.max_new_tokens} do not fit {limit} "
+                "tokens; a turn has at least one"
+            )
+
+
 def refuse_unfinished(engine: Engine) -> None:
     """Raises RuntimeError if the cache holds keys and values of sequences that are not finished."""
-    if engine.unfinished:
+    if engine.unfinished or engine.kept:
         raise RuntimeError(
             "new weights while requests are unfinished, whose keys and values are those of the old "
-            "ones; call step() until unfinished is False"
+            "ones; call step() until unfinished is False, and drop what is kept for another turn"
         )

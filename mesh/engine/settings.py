@@ -15,7 +15,8 @@ def engine_settings(conf: Conf, device: str) -> EngineSettings:
     kind, generator = kind_of(conf), conf.generator
     page_size = generator.page_size or kind.pages[device].default
     prompt = max(page_size, PROMPT_ROOM) if device == "cuda" else page_size
-    full_response = num_pages(generator.max_new_tokens + prompt, page_size) * page_size
+    longest = max(generator.max_new_tokens, conf.conversation.max_tokens)
+    full_response = num_pages(longest + prompt, page_size) * page_size
     room = max(generator.max_sequences * full_response, conf.model.max_length)
     return EngineSettings(
         max_length=conf.model.max_length,

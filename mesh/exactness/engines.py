@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mesh.engine.base import Engine
 from mesh.engine.kinds import REFERENCE, reference_of
@@ -29,8 +30,8 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
     if kind is REFERENCE:
         return
     native = reference_of(engine) if engine is not None else None
-    base = generate(native, walk.requests, sampling) if native is not None else {}
-    whole = Variant(walk.requests)
+    base = generate(native, walk.requests, sampling, walk.script) if native is not None else {}
+    whole = Variant(walk.requests, script=walk.script)
     few = part_of(walk.requests, min(FEW, sum(r.num_samples for r in walk.requests)))
     settings = walk.plan.generator.engine
     variants = {
@@ -40,7 +41,8 @@ def engine_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iter
             few, {"kv_tokens": tight(settings, few), "prefix_cache": False}
         ),
     }
-    for what, variant in variants.items():
+    for what, one in variants.items():
+        variant = replace(one, script=walk.script)
         found, count = compare_variant(engine, variant, sampling, base)
         sides = replayer(engine, variant, sampling), replayer(native, whole, sampling)
         tally = settle(walk.process, found, *sides, walk.seek)

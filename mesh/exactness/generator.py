@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mesh.engine.base import Engine, EngineSettings, num_pages
+from mesh.engine.conversation import Script
 from mesh.exactness.comparison import Rollouts, Tally, compare_rollouts
 from mesh.exactness.naming import NOTHING, Replay, settle
 from mesh.exactness.table import Check
@@ -28,10 +29,13 @@ NOT_PREEMPTED = "every response fits the pages of its prompt"
 
 @dataclass(frozen=True)
 class Variant:
-    """Part of the batch, generated with settings that differ from the engine's own."""
+    """Part of the batch, generated with settings that differ from the engine's own. script: the
+    replies in it, if there are any.
+    """
 
     requests: list[Request]
     settings: dict[str, Any] = field(default_factory=dict)
+    script: Script | None = None
 
 
 @contextmanager
@@ -96,11 +100,11 @@ def tight(settings: EngineSettings, requests: Sequence[Request]) -> int:
 
 def generator_checks(walk: Walk, engine: Engine | None, sampling: Sampling) -> Iterator[Check]:
     """The rows of L1 on the generator. Collective; `engine` None off it."""
-    settings, whole = walk.plan.generator.engine, Variant(walk.requests)
-    base = generate(engine, walk.requests, sampling) if engine is not None else {}
+    settings, whole = walk.plan.generator.engine, Variant(walk.requests, script=walk.script)
+    base = generate(engine, walk.requests, sampling, walk.script) if engine is not None else {}
     for what, some in variants(settings, walk.requests, walk.plan.device == "cuda").items():
         tally, preempted = Tally(), 0
-        for variant in some:
+        for variant in (replace(one, script=walk.script) for one in some):
             found, count = compare_variant(engine, variant, sampling, base)
             sides = replayer(engine, variant, sampling), replayer(engine, whole, sampling)
             seek = walk.seek and tally.first is None
@@ -119,7 +123,7 @@ def compare_variant(
         return Tally(), 0
     with engine_with(engine, variant.settings) as other:
         before = other.preemptions
-        found = generate(other, variant.requests, sampling)
+        found = generate(other, variant.requests, sampling, variant.script)
         return compare_rollouts(found, base), other.preemptions - before
 
 
@@ -130,6 +134,6 @@ def replayer(engine: Engine | None, variant: Variant, sampling: Sampling) -> Rep
         if engine is None or key[0] not in {request.prompt_id for request in variant.requests}:
             return NOTHING
         with engine_with(engine, variant.settings) as other:
-            return trace_generation(other, variant.requests, sampling, key)
+            return trace_generation(other, variant.requests, sampling, key, variant.script)
 
     return trace

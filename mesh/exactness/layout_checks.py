@@ -33,7 +33,7 @@ def reference_of(walk: Walk, program: Program) -> tuple[dict[RolloutKey, Rollout
     """
     engine, process = program.generator.engine, walk.process
     sampling = sampling_of(program.generator)
-    mine = generate(engine, walk.requests, sampling) if engine is not None else {}
+    mine = generate(engine, walk.requests, sampling, walk.script) if engine is not None else {}
     first = program.meshes.layout.generator_ranks[0]
     reference = process.gather(mine if process.rank == first else {})[first]
     tally = of_all_ranks(process, compare_rollouts(mine, reference))
@@ -71,11 +71,12 @@ def compare_layout(walk: Walk, plan: Plan, reference: Rollouts) -> tuple[Tally, 
             if replica_of(r.prompt_id, generator.replicas) == generator.replica
         ]  # fmt: skip
         if generator.engine is not None:
-            found = compare_rollouts(generate(generator.engine, share, sampling), reference)
+            mine = generate(generator.engine, share, sampling, walk.script)
+            found = compare_rollouts(mine, reference)
         found += compare_rollouts(
             score_arranged(walk, trainer, reference, sampling.temperature), reference
         )
-        generated = engine_replayer(generator.engine, Variant(share), sampling)
+        generated = engine_replayer(generator.engine, Variant(share, script=walk.script), sampling)
         trained = arrangement_replayer(walk, trainer, reference, sampling.temperature)
         tally = settle(walk.process, found, generated, trained, walk.seek)
         alike = tally.first is not None and tally.first.module == AGREED

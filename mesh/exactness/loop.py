@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mesh.engine.conversation import script_of
 from mesh.exactness.comparison import (
     Mismatch,
     Rollouts,
@@ -66,7 +67,7 @@ class SeenStep:
         temperature = sampling.temperature
         sides = (
             passes_replayer(program.trainer, wave.share.passes, temperature),
-            generation_replayer(program, wave.prompts, sampling),
+            generation_replayer(program, wave.prompts, sampling, wave.generated),
         )
         seek = self.seek and self.logprobs.first is None
         self.logprobs += settle(process, found, *sides, seek)
@@ -92,16 +93,21 @@ def passes_replayer(trainer: Trainer, passes: Sequence[Pass], temperature: float
 
 
 def generation_replayer(
-    program: Program, prompts: Sequence[NumberedPrompt], sampling: Sampling
+    program: Program,
+    prompts: Sequence[NumberedPrompt],
+    sampling: Sampling,
+    generated: Sequence[Rollout],
 ) -> Replay:
-    """Generates the prompts' groups again and traces one of the samples."""
+    """Generates the prompts' groups again and traces one of the samples; conversations have the
+    replies that they had.
+    """
 
     def trace(key: RolloutKey) -> Trace:
         generator = program.generator
         requests = generator.requests(prompts, program.plan.step.group_size)
         if generator.engine is None or key[0] not in {r.prompt_id for r in requests}:
             return NOTHING
-        return trace_generation(generator.engine, requests, sampling, key)
+        return trace_generation(generator.engine, requests, sampling, key, script_of(generated))
 
     return trace
 
@@ -144,7 +150,8 @@ def mixed_check(walk: Walk, program: Program, mixed: Rollouts, sampling: Samplin
     trainer, temperature = program.trainer, sampling.temperature
     found = compare_rollouts(score_arranged(walk, trainer, mixed, temperature), mixed)
     one = arrangement_replayer(walk, trainer, mixed, temperature)
-    other = engine_replayer(program.generator.engine, Variant(walk.requests), sampling)
+    whole = Variant(walk.requests, script=walk.script)
+    other = engine_replayer(program.generator.engine, whole, sampling)
     tally = settle(walk.process, found, one, other, walk.seek)
     return Check("L2", "prompts of mixed lengths", tally)
 
@@ -190,7 +197,7 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     program.exchange.flush()
     sides = (
         passes_replayer(trainer, share.passes, at),
-        generation_replayer(program, prompts, sampling),
+        generation_replayer(program, prompts, sampling, rollouts),
     )
     tally = compare_rollouts(found, by_key(share.rollouts), step)
     return settle(walk.process, tally, *sides, walk.seek)

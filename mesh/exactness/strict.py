@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mesh.engine.conversation import script_of
 from mesh.exactness.comparison import Mismatch, Tally, add, by_key, compare_rollouts
 from mesh.exactness.trace import Trace, trace_generation, trace_training
 from mesh.exactness.trainer import scored
@@ -71,8 +72,8 @@ def replay(program: Program, process: Process, wave: ScoredWave, first: Mismatch
     replica, generated = replica_of(prompt_id, generator.replicas), Trace({}, {})
     if generator.engine is not None and generator.replica == replica:
         requests = generator.requests(wave.prompts, program.plan.step.group_size)
-        sampling = generator.sampling(wave.step)
-        generated = trace_generation(generator.engine, requests, sampling, first.key)
+        sampling, script = generator.sampling(wave.step), script_of(wave.generated)
+        generated = trace_generation(generator.engine, requests, sampling, first.key, script)
     trained = trace_training(trainer, wave.share.passes, first.key)
     source = layout.generator_ranks[replica * layout.generator.tp]
     target = layout.trainer_ranks[owner(prompt_id, layout.trainer.dp) * layout.trainer.tp]

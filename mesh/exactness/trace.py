@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mesh.engine.base import Engine, Row
+from mesh.engine.conversation import Script, scripted
 from mesh.model.tracer import LOGPROBS, ModuleTracer, Rows
 from mesh.rl.packing import pack
 from mesh.rl.step import Pass
@@ -52,12 +53,17 @@ class ModuleDifference:
 
 
 def trace_generation(
-    engine: Engine, requests: Sequence[Request], sampling: Sampling, key: RolloutKey
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    key: RolloutKey,
+    script: Script | None = None,
 ) -> Trace:
     """Generate again and keep what belongs to one sample. All tp ranks of the engine call it.
 
     With the same weights, requests and sampling the engine forms the same batches and draws the
-    same tokens. Raises ValueError where the sample is not among the requests.
+    same tokens. With a script they are conversations, whose replies come at once: batches are then
+    others. Raises ValueError where the sample is not among the requests.
     """
     tracer = ModuleTracer(engine.model, engine.group)
 
@@ -67,16 +73,18 @@ def trace_generation(
     prompts = [r for r in requests if r.prompt_id == key[0] and key[1] < r.num_samples]
     if not prompts:
         raise ValueError(f"no request asks for (prompt_id, sample_id)={key}")
+    engine.reset(engine.version)  # pages that were cached before would have no rows
     engine.observer = observe
     try:
         with tracer.hooks():
-            completions = engine.generate(requests, sampling)
+            rollouts = scripted(engine, requests, sampling, script)
     finally:
         engine.observer = None
-    logprobs = next(c.logprobs for c in completions if (c.prompt_id, c.sample_id) == key)
+    mine = next(r for r in rollouts if r.key == key)
     # the engine scores without the module of this name
-    first = len(prompts[0].tokens) - 1
-    tracer.keep(LOGPROBS, torch.tensor(logprobs)[:, None], range(first, first + len(logprobs)))
+    before = len(mine.prompt_tokens) - 1
+    places = [before + index for index in mine.loss_indices]
+    tracer.keep(LOGPROBS, torch.tensor(mine.logprobs)[:, None], places)
     return Trace(tracer.outputs(), dict(tracer.positions))
 
 

@@ -13,7 +13,8 @@ from itertools import cycle, islice
 from typing import Any
 
 from mesh.config.schema import Conf
-from mesh.engine.base import Engine
+from mesh.engine.base import Continuation, Engine
+from mesh.engine.conversation import Script, scripted
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
@@ -22,10 +23,13 @@ from mesh.rl.step import ScoredWave
 from mesh.roles.generator import Generator
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
+from mesh.tasks.replying import converses
 from mesh.types import Request, Rollout, RolloutKey, Sampling
 
 SAMPLES = 4  # of a prompt, where the task gives prompts enough
 LONGEST = 1024  # prompt tokens: a long context is not filled for its own sake
+REPLIES = 2  # in a sequence of the batch, where the task has conversations
+MORE = 96  # tokens of such a sequence after its first turn
 
 Inspect = Callable[[Program, Process, ScoredWave], None]
 TakeStep = Callable[[Program, Process, Phases, int, Inspect], tuple[dict[str, Any], Any]]
@@ -35,8 +39,8 @@ TakeStep = Callable[[Program, Process, Phases, int, Inspect], tuple[dict[str, An
 @dataclass(frozen=True)
 class Walk:
     """One walk of the ladder. conf: the layouts that are asked for, and how much is compared;
-    requests: the batch; seek: name the module where something differs (off in the control, where
-    everything does).
+    requests: the batch; script: the replies in it, where the task has conversations; seek: name the
+    module where something differs (off in the control, where everything does).
     """
 
     conf: Conf
@@ -45,6 +49,7 @@ class Walk:
     requests: list[Request]
     take_step: TakeStep
     seek: bool
+    script: Script | None = None
 
 
 def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
@@ -54,7 +59,7 @@ def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
     drawn, _ = step_prompts(plan.prompts, process, Draw(0, plan.step.num_prompts))
     prompts = drawn[: -(-total // SAMPLES)]
     texts = [plan.encoder.tokens(prompt.prompt) for prompt in prompts]
-    room = min(plan.trainer.max_length - plan.generator.max_new_tokens, LONGEST)
+    room = min(spare_of(plan) - _more(plan), LONGEST)
     numbers = random.Random(conf.seed)
     lengths = [1, room, *(numbers.randint(1, room) for _ in prompts)][: len(prompts)]
     samples, more = divmod(total, len(prompts))
@@ -62,6 +67,39 @@ def mixed_requests(conf: Conf, plan: Plan, process: Process) -> list[Request]:
         Request(index, _tokens(texts, index, length), samples + (index < more))
         for index, length in enumerate(lengths)
     ]
+
+
+def spare_of(plan: Plan) -> int:
+    """Tokens of the context beside a whole response."""
+    return plan.trainer.max_length - plan.generator.max_new_tokens
+
+
+def _more(plan: Plan) -> int:
+    """The most tokens after the first turn of a sequence of the batch."""
+    return min(MORE, spare_of(plan) // 2) if converses(plan.task) else 0
+
+
+def mixed_script(conf: Conf, plan: Plan, requests: Sequence[Request]) -> Script | None:
+    """Two replies of any length to every sequence of the batch, and turns of any length after them;
+    None where the task replies nothing.
+    """
+    if not converses(plan.task):
+        return None
+    numbers, most = random.Random(conf.seed), _more(plan) // (2 * REPLIES)
+    texts = [request.tokens for request in requests]
+    return {
+        (index, sample): [
+            Continuation(
+                index,
+                sample,
+                _tokens(texts, numbers.randrange(len(texts)), numbers.randint(0, most)),
+                numbers.randint(1, max(1, most)),
+            )
+            for _ in range(REPLIES)
+        ]
+        for index, request in enumerate(requests)
+        for sample in range(request.num_samples)
+    }
 
 
 def _tokens(texts: Sequence[tuple[int, ...]], first: int, length: int) -> tuple[int, ...]:
@@ -88,14 +126,12 @@ def part_of(requests: Sequence[Request], size: int) -> list[Request]:
 
 
 def generate(
-    engine: Engine, requests: Sequence[Request], sampling: Sampling
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    script: Script | None = None,
 ) -> dict[RolloutKey, Rollout]:
-    """The engine's completions of the requests as rollouts, without rewards."""
-    prompts = {request.prompt_id: request.tokens for request in requests}
-    return {
-        (c.prompt_id, c.sample_id): Rollout(
-            c.prompt_id, c.sample_id, prompts[c.prompt_id], c.tokens, c.logprobs, 0.0,
-            c.finish_reason,
-        )
-        for c in engine.generate(requests, sampling)
-    }  # fmt: skip
+    """The engine's completions of the requests as rollouts, without rewards; with a script they are
+    conversations.
+    """
+    return {r.key: r for r in scripted(engine, requests, sampling, script)}

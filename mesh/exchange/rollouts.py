@@ -19,7 +19,7 @@ from mesh.layout.meshes import Layout
 from mesh.rl.cutting import owner
 from mesh.types import FINISH_REASONS, Outline, Rollout, Turn, Wave, outline
 
-COLUMNS = 10
+COLUMNS = 12
 """Of the table that a replica sends: an outline, then the lengths of what its tokens come in, and
 of the text of its parts."""
 
@@ -118,8 +118,8 @@ def _table(rollouts: Sequence[Rollout]) -> torch.Tensor:
     rows = [
         (r.prompt_id, r.sample_id, r.length, r.num_tokens, r.reward,
          FINISH_REASONS.index(r.finish_reason), VERDICTS.index(r.correct),
-         len(r.prompt_tokens), len(r.turns), len(_parts_text(r)))
-        for r in rollouts
+         len(r.prompt_tokens), len(r.turns), one.turns, one.replied, len(_parts_text(r)))
+        for r, one in ((r, outline(r)) for r in rollouts)
     ]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float64).view(-1, COLUMNS)
 
@@ -137,11 +137,13 @@ def _outlines(table: torch.Tensor, parts: torch.Tensor) -> list[Outline]:
     found, texts, start = [], bytes(parts.tolist()), 0
     for row in table.tolist():
         prompt, sample, length, num_tokens = map(int, row[:4])
-        text = texts[start : start + int(row[9])]
+        text = texts[start : start + int(row[-1])]
         start += len(text)
         pairs = tuple((name, value) for name, value in json.loads(text)) if text else ()
         reason, correct = FINISH_REASONS[int(row[5])], VERDICTS[int(row[6])]
-        found.append(Outline(prompt, sample, length, num_tokens, row[4], reason, pairs, correct))
+        said, replied = int(row[9]), int(row[10])
+        sizes = prompt, sample, length, num_tokens
+        found.append(Outline(*sizes, row[4], reason, pairs, correct, said, replied))
     return found
 
 

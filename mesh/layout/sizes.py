@@ -10,7 +10,10 @@ import math
 
 from mesh.config.keys import problem, range_problems
 from mesh.config.schema import Conf
-from mesh.types import MAX_TP, ModelShape
+from mesh.types import ModelShape
+
+MAX_TP = 8
+"""The largest tensor-parallel degree: it cuts vocabularies into tiles, whatever the layout."""
 
 DEGREES = (
     "trainer.dp_replicate",

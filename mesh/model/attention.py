@@ -18,7 +18,9 @@ from torchtitan.protocols.module import Module
 
 from mesh.invariant.cpu_attention import KEYS, attention_by_query
 from mesh.invariant.switch import current
-from mesh.types import HEAD_DIMS
+
+HEAD_DIMS = (32, 64, 128)
+"""Head dims of our attention kernels for Hopper GPUs."""
 
 CUDA_PAGE = 256
 """Tokens of a KV page on CUDA, whose attention kernel takes multiples of this alone."""

@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 
 from mesh.invariant.switch import current
-from mesh.types import MAX_TP, IdSpans
+from mesh.layout.sizes import MAX_TP
+from mesh.types import IdSpans
 
 MAX_TILE = 32768
 

@@ -35,6 +35,7 @@ from mesh.program.encoding import (
     stop_problems,
     tokenizer_files,
 )
+from mesh.program.limits import limit_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -137,7 +138,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
-        wrong += [*formed, *stop_problems(conf, encoder.tokenizer, task)]
+        wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
     if conf.model.path is not None:
         directory = resolve_path(conf.model.path)

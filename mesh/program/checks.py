@@ -15,10 +15,11 @@ from mesh.engine.kinds import engine_problems, kind_of
 from mesh.layout.meshes import layout_problems
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.json_files import read_object
+from mesh.model.attention import HEAD_DIMS
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
 from mesh.tasks.scorer import reward_problems
-from mesh.types import HEAD_DIMS, ModelShape
+from mesh.types import ModelShape
 
 NO_CODE = "code that ships with a model is never run (trust_remote_code): use a model without any"
 

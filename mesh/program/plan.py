@@ -22,6 +22,7 @@ from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
+from mesh.program.limits import limits_of
 from mesh.rl.loading import typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
@@ -108,8 +109,8 @@ def resolve(
     objective, encoder = run_objective(conf, found.loss), prompt_encoder(conf, found.tokenizer)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
     evaluations = evaluation_sets(conf, source, found.held_out)
-    ends = turn_ends(conf, found.task)
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
+    ends = turn_ends(conf, found.task)
     return Plan(
         device=device,
         layout=layout,
@@ -174,6 +175,7 @@ def generator_settings(
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
+        limits=limits_of(conf),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mesh.rl.advantages import equal_groups, rewards_of
-from mesh.types import TRUNCATED, Outline, Parts, Wave
+from mesh.types import FINISH_REASONS, TRUNCATED, Outline, Parts, Wave
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,22 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
         "response_length/max": float(max(lengths)),
         "response/truncated": unfinished / len(outlines),
         "truncated": truncated / len(outlines),
-    } | score_metrics(outlines)
+        **score_metrics(outlines),
+        **turn_metrics(outlines),
+    }
+
+
+def turn_metrics(outlines: Sequence[Outline]) -> dict[str, float]:
+    """Turns of the model, tokens of the replies, and why conversations ended; empty where there
+    are none.
+    """
+    talks = [o for o in outlines if o.turns]
+    if not talks:
+        return {}
+    ends = Counter(o.finish_reason for o in talks)
+    return {
+        "turns/mean": sum(o.turns for o in talks) / len(talks),
+        "turns/max": float(max(o.turns for o in talks)),
+        "tokens/replied": float(sum(o.replied for o in talks)),
+        **{f"finish/{reason}": ends[reason] / len(talks) for reason in FINISH_REASONS},
+    }

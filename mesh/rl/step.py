@@ -159,12 +159,12 @@ def samples_of(
     prompts: Sequence[NumberedPrompt],
     waves: Sequence[Wave],
     advantages: Advantages,
-    response: Callable[[Rollout], str],
+    shown: Callable[[Rollout], Mapping[str, Any]],
     with_tokens: bool = False,
 ) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
-    response: the text of a rollout, as it was scored; with_tokens: `tokens_of` it too.
+    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too.
     `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
     """
     by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
@@ -174,7 +174,7 @@ def samples_of(
             "prompt_id": r.prompt_id,
             "sample_id": r.sample_id,
             "prompt": by_id[r.prompt_id].text,
-            "response": response(r),
+            **shown(r),
             "answer": by_id[r.prompt_id].answer,
             "reward": r.reward,
             "advantage": advantages[r.prompt_id][r.sample_id],

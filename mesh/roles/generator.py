@@ -7,25 +7,29 @@ compute the same. Off the submesh every verb returns an empty result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from mesh.engine.base import Engine, EngineSettings
+from mesh.engine.conversation import converse, scripted
 from mesh.engine.kinds import EngineKind, Replica, build_engine
 from mesh.exchange.rollouts import replica_of
-from mesh.layout.meshes import Meshes, dp_rank
+from mesh.layout.meshes import Layout, Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
+from mesh.roles.conversation import Conversations, Limits
+from mesh.tasks.replying import converses
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
+from mesh.tasks.scoring import NO_SCORE
+from mesh.tasks.transcript import response_of, said
 from mesh.text.encoding import PromptEncoder
 from mesh.text.stopping import StopStrings
-from mesh.text.tokenizer import Tokenizer
 from mesh.types import (
     TRUNCATED,
-    Completion,
     ModelShape,
     NumberedPrompt,
     Prompt,
@@ -39,7 +43,9 @@ EVAL_STEP = -1  # training steps count from 0, so held-out samples have random n
 
 @dataclass(frozen=True)
 class GeneratorSettings:
-    """The generator, resolved: its engine, and how rollouts are drawn unless a caller differs."""
+    """The generator, resolved: its engine, and how rollouts are drawn unless a caller differs.
+    limits: of conversations, of tasks that have a reply.
+    """
 
     shape: ModelShape
     dtype: torch.dtype
@@ -53,6 +59,7 @@ class GeneratorSettings:
     stop_tokens: tuple[int, ...]
     stops: StopStrings | None
     timeout_seconds: int
+    limits: Limits
 
 
 class Generator:
@@ -78,6 +85,7 @@ class Generator:
         if kind.own_buffers:
             names = weight_names(shape)
             self.layouts = [layout for layout in self.layouts if layout.name in names]
+        self.reply_group = reply_group(meshes.layout, settings.timeout_seconds)
         # the tp ranks of a replica have the same rollouts: the first one speaks for them
         self.speaks = meshes.on_generator and mesh.get_local_rank("tp") == 0
         self.engine: Engine | None = None
@@ -126,16 +134,8 @@ class Generator:
             stops=settings.stops,
         )
 
-    def complete(
-        self, prompts: Sequence[NumberedPrompt], num_samples: int, sampling: Sampling
-    ) -> list[Completion]:
-        """Completions of this replica's share of the prompts."""
-        if self.engine is None:
-            return []
-        return self.engine.generate(self.requests(prompts, num_samples), sampling)
-
     def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:
-        """The requests that `complete` makes of the engine; empty off the generator."""
+        """The requests that `rollout` makes of the engine; empty off the generator."""
         return [
             Request(p.prompt_id, self.encoder.tokens(p.prompt), num_samples)
             for p in self._share(prompts)
@@ -155,36 +155,74 @@ class Generator:
         """
         if self.engine is None:
             return []
-        requests = self.requests(prompts, num_samples)
-        completions = self.engine.generate(requests, sampling)
-        tokens = {request.prompt_id: request.tokens for request in requests}
+        rollouts, responses = self.answers(scorer, prompts, num_samples, sampling)
         by_id = {p.prompt_id: p.prompt for p in self._share(prompts)}
-        asked = [by_id[c.prompt_id] for c in completions]
-        scores = self._scores(scorer, asked, completions, truncated_reward)
+        scores = self._scores(scorer, by_id, rollouts, responses, truncated_reward)
         return [
-            Rollout(c.prompt_id, c.sample_id, tokens[c.prompt_id], c.tokens, c.logprobs,
-                    score.reward, c.finish_reason, (), tuple(score.parts.items()), score.correct)
-            for c, score in zip(completions, scores, strict=True)
-        ]  # fmt: skip
+            replace(
+                rollout,
+                reward=score.reward,
+                parts=tuple(score.parts.items()),
+                correct=score.correct,
+            )
+            for rollout, score in zip(rollouts, scores, strict=True)
+        ]
+
+    def answers(
+        self,
+        scorer: Scorer,
+        prompts: Sequence[NumberedPrompt],
+        num_samples: int,
+        sampling: Sampling,
+    ) -> tuple[list[Rollout], list[Response | None]]:
+        """Rollouts of this replica's share of the prompts without rewards, and, where this rank
+        speaks, what is to be scored: None where a reply has failed. Empty off the generator.
+        """
+        if self.engine is None:
+            return [], []
+        requests, tokenizer = self.requests(prompts, num_samples), self.tokenizer
+        if not converses(scorer.task):
+            rollouts = scripted(self.engine, requests, sampling)
+            asked = rollouts if self.speaks else []
+            return rollouts, [response_of([said(tokenizer, r)], r.finish_reason) for r in asked]
+        by_id = {p.prompt_id: p.prompt for p in self._share(prompts)}
+        talk = Conversations(
+            scorer, by_id, self.encoder, self.settings.limits, sampling, self.speaks,
+            self.reply_group,
+        )  # fmt: skip
+        rollouts = converse(self.engine, requests, sampling, talk)
+        asked = rollouts if self.speaks else []
+        return rollouts, [
+            None if r.key in talk.failed else response_of(talk.texts[r.key], r.finish_reason)
+            for r in asked
+        ]
 
     def _scores(
         self,
         scorer: Scorer,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
+        prompts: Mapping[int, Prompt],
+        rollouts: Sequence[Rollout],
+        responses: Sequence[Response | None],
         truncated_reward: float | None,
     ) -> list[Score]:
-        """The score of each completion. One rank of a replica scores and tells the others: what
+        """The score of each rollout. One rank of a replica scores and tells the others: what
         depends on the clock, as a score that hangs does, may not make them differ.
         """
         fixed = frozenset() if truncated_reward is None else TRUNCATED
-        scores = [Score(truncated_reward or 0.0)] * len(completions)
+        scores = [Score(truncated_reward or 0.0)] * len(rollouts)
         if self.speaks:
-            asked = [i for i, c in enumerate(completions) if c.finish_reason not in fixed]
-            responses = [response_of(self.tokenizer, completions[i]) for i in asked]
-            found = scorer.score([prompts[i] for i in asked], responses)
-            for i, score in zip(asked, found, strict=True):
-                scores[i] = score
+            asked: list[Prompt] = []
+            answered: list[Response] = []
+            places: list[int] = []
+            for place, (rollout, response) in enumerate(zip(rollouts, responses, strict=True)):
+                if response is None:
+                    scores[place] = NO_SCORE
+                elif rollout.finish_reason not in fixed:
+                    asked.append(prompts[rollout.prompt_id])
+                    answered.append(response)
+                    places.append(place)
+            for place, score in zip(places, scorer.score(asked, answered), strict=True):
+                scores[place] = score
         if self.group is None or not scores:
             return scores
         shared = [scores]
@@ -197,10 +235,16 @@ class Generator:
         return [p for p in prompts if replica_of(p.prompt_id, self.replicas) == self.replica]
 
 
-def response_of(tokenizer: Tokenizer, completion: Completion) -> Response:
-    """A completion as its task sees it."""
-    text, plain = tokenizer.response(completion), tokenizer.plain(completion)
-    return Response(text, plain, completion.tokens, completion.finish_reason)
+def reply_group(layout: Layout, timeout_seconds: int) -> dist.ProcessGroup | None:
+    """This rank's group, over the CPU, of the tp ranks of its replica; None: it is alone, or off
+    the generator. A collective of the world.
+    """
+    ranks, tp, found = layout.generator_ranks, layout.generator.tp, None
+    for first in range(0, len(ranks), tp) if tp > 1 else ():
+        mine = ranks[first : first + tp]
+        group = dist.new_group(mine, timedelta(seconds=timeout_seconds), "gloo")
+        found = group if dist.get_rank() in mine else found
+    return found
 
 
 def failed_scores(scorer: Scorer, name: str, cpu_group: dist.ProcessGroup) -> dict[str, float]:

@@ -34,8 +34,8 @@ class Calculator:
     """
 
     seed: int
-    digits: int = 3
-    terms: int = 3
+    digits: int = 2
+    terms: int = 2
     operations: str = "+*"
     instruct: bool = False
     stop_strings: ClassVar[tuple[str, ...]] = (END,)

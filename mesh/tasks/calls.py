@@ -94,7 +94,7 @@ class Calls:
             for job, outcome in self._run() if self.pool is None else self.pool.poll(seconds):
                 heartbeat()
                 if outcome.problem:
-                    self._failed(job, outcome)
+                    self.fail(job, outcome)
                 found.append((job.key, outcome))
             done = True
         finally:
@@ -125,7 +125,8 @@ class Calls:
             job = self._waiting.popleft()
             yield job, OUTCOMES[job.method](self.task, *job.arguments)
 
-    def _failed(self, job: Job, outcome: Outcome) -> None:
+    def fail(self, job: Job, outcome: Outcome) -> None:
+        """Raise, or count it, as `on_failure` says."""
         prompt, said = job.arguments[:2]
         turns = said.turns if job.method == "score" else said
         shown = describe_failure(self.task, job.method, prompt, turns, outcome.problem)
@@ -166,6 +167,12 @@ class Replies:
     def submit(self, key: Any, prompt: Prompt, turns: Sequence[TurnText], seed: int) -> None:
         """Ask for the reply to a conversation, under a key of the caller's."""
         self._calls.submit(key, "reply", prompt, tuple(turns), seed)
+
+    def refuse(self, prompt: Prompt, turns: Sequence[TurnText], problem: str) -> None:
+        """Count a reply that has arrived and is of no use as a call that failed; raises as `poll`
+        does.
+        """
+        self._calls.fail(Job("", "reply", (prompt, tuple(turns))), Outcome(problem=problem))
 
     def poll(self, seconds: float) -> list[Replied]:
         """Replies that are there, in any order; waits up to `seconds` for the first one, without

@@ -32,7 +32,7 @@ class Unusable(ValueError):
 class Columns:
     """Names of columns, "" for none. The question is `template` filled in, else the text of the
     column `prompt`, else the chat of the column `messages`, whose last message, if an assistant
-    wrote it, is the solution. chat: a question that is a text is a user's message.
+    wrote it, is the solution. With a column `system` the question is a user's message behind it.
     """
 
     prompt: str = ""
@@ -42,7 +42,6 @@ class Columns:
     answer: str = ""
     solution: str = ""
     info: tuple[str, ...] = ()
-    chat: bool = False
 
     @property
     def fields(self) -> list[str]:
@@ -104,7 +103,7 @@ class Columns:
             text = ""
         else:
             text, messages, teaches = self._question(row), [], ""
-            if self.chat or self.system:
+            if self.system:
                 messages, text = [{"role": "user", "content": text}], ""
         if self.system:
             messages = [{"role": "system", "content": self._text(row, self.system)}, *messages]

@@ -37,7 +37,6 @@ class Dataset:
     answer: str = ""
     solution_column: str = ""
     info: list[str] = field(default_factory=list)
-    chat: bool = False
     judge: str = "exact"
     judge_args: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
@@ -138,7 +137,7 @@ class Dataset:
     def _parts(self) -> Parts:
         columns = Columns(
             self.prompt, self.messages, self.template, self.system, self.answer,
-            self.solution_column, tuple(self.info), self.chat,
+            self.solution_column, tuple(self.info),
         )  # fmt: skip
         paths = [self.path] if isinstance(self.path, str) else list(self.path)
         weights = list(self.path.values()) if isinstance(self.path, dict) else []

@@ -17,6 +17,7 @@ from mesh.types import Prompt, Reply, TurnText
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
 NO_SCORE = Score(0.0)
+TITLES = {"score": "the score function of", "reply": "the reply function of"}
 
 
 @dataclass(frozen=True)
@@ -94,4 +95,4 @@ def describe_failure(
     rows += [("prefill", prompt.prefill)] if prompt.prefill else []
     rows += [("response" if turn.sampled else "reply", turn.text) for turn in turns]
     shown = [f"  {name + ':':9} {value!r}" for name, value in [*rows, ("answer", prompt.answer)]]
-    return "\n".join([f"the {method} function of {task!r} {problem}", *shown])
+    return "\n".join([f"{TITLES[method]} {task!r} {problem}", *shown])

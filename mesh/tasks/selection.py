@@ -207,7 +207,8 @@ def repeated(questions: Questions, every: Sequence[Source], what: str) -> list[s
         return []
     extra = sum(len(rows) - 1 for rows in more)
     first = " and ".join(every[which].rows.place(row) for which, row in more[0][:2])
-    return [f"data: {counted(extra)} {what} repeat the question of another, as {first}"]
+    repeats = "1 repeated question" if extra == 1 else f"{extra} repeated questions"
+    return [f"data: {repeats} among the rows {what}, as {first}"]
 
 
 def shares_of(parts: Parts) -> tuple[int, ...]:

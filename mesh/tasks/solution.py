@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mesh.config.user_code import call_user_code
 from mesh.tasks import Task
+from mesh.tasks.replying import reply_of
+from mesh.tasks.returned import Unusable
 from mesh.text.encoding import PromptEncoder
 from mesh.text.tokenizer import Unencodable
 from mesh.types import Prompt, Reply, Turn, TurnText
@@ -79,13 +81,10 @@ def solution_of(task: Task, prompt: Prompt) -> Solution:
     alternate = [sampled for _, sampled in turns] == [i % 2 == 0 for i in range(len(turns))]
     if not (alternate and len(turns) % 2 == 1 and all(isinstance(text, str) for text in texts)):
         raise ValueError(f"the task's solution returned {value!r}; {FORM}")
-    for reply in replies:
-        if not _is_reply(reply):
-            raise ValueError(
-                f"the task's solution has the reply {reply!r}; a reply is a text, a message (a "
-                "mapping with role and content), or a list of them"
-            )
-    return Solution(texts, replies)
+    try:
+        return Solution(texts, tuple(map(_reply, replies)))
+    except Unusable as wrong:
+        raise ValueError(f"the task's solution has a reply that cannot be used: {wrong}") from None
 
 
 def _turns(value: Any) -> list[tuple[Any, bool]]:
@@ -93,13 +92,13 @@ def _turns(value: Any) -> list[tuple[Any, bool]]:
     if not isinstance(value, Sequence):
         return []
     pairs = [(t.text, t.sampled) if isinstance(t, TurnText) else t for t in value]
-    fits = all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], bool) for p in pairs)
-    return pairs if fits else []
-
-
-def _is_reply(value: Any) -> bool:
-    if isinstance(value, str | Mapping):
-        return True
-    return (
-        isinstance(value, Sequence) and bool(value) and all(isinstance(m, Mapping) for m in value)
+    fits = all(
+        isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[1], bool) for p in pairs
     )
+    return [(p[0], p[1]) for p in pairs] if fits else []
+
+
+def _reply(value: Any) -> Reply:
+    if value is None:
+        raise Unusable("returned None, which ends a conversation; leave out the turns behind it")
+    return reply_of(value)

@@ -15,7 +15,7 @@ from typing import Any
 from mesh.tasks.numerals import number_of
 
 MINUS = dict.fromkeys(map(ord, "\u2212\ufe63\uff0d"), "-")
-INSTALL = "math-verify is not installed: pip install 'mesh[math]', or use another judge"
+INSTALL = "math-verify is not installed; pip install math-verify, or use another judge"
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from mesh.types import Completion, IdSpans, Rollout
 
 CHARACTERS = Path(__file__).resolve().parents[1] / "data" / "characters"
 """The tokenizer that ships with the package; `make_character_tokenizer` writes it."""
-
 
 OTHER_TOKENIZER = "set model.tokenizer to one that can"
 
@@ -107,9 +107,16 @@ class Tokenizer:
         """
         return self.decode(self._before_stop(answer))
 
-    def plain(self, answer: Completion | Rollout) -> str:
-        """`response` without special tokens."""
-        return self.backend.decode(list(self._before_stop(answer)), skip_special_tokens=True)
+    def texts(self, answer: Completion | Rollout) -> tuple[str, str]:
+        """`response`, and the same without special tokens; decoded once where there are none."""
+        ids = self._before_stop(answer)
+        text = self.decode(ids)
+        return text, text if self._special.isdisjoint(ids) else self.backend.decode(list(ids))
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(token_id for token_id, token in added if token.special)
 
     def _before_stop(self, answer: Completion | Rollout) -> tuple[int, ...]:
         stopped = answer.finish_reason == "stop" and answer.tokens[-1] in self.eos_ids

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.structured_output import StructuredOutputManager
 
-from mesh.engine.vllm.requests import core_requests
+from mesh.engine.vllm.requests import Kept, core_request
 from mesh.engine.vllm.scheduler import DecodeScheduler
 
 PAGE, LONGEST, VOCAB = 4, 48, 50
@@ -87,7 +87,13 @@ class Run:
     def add(self, asked, max_new_tokens, stop_tokens, version=0) -> None:
         sampling = Sampling(1.0, max_new_tokens, 0, 0, stop_tokens=stop_tokens)
         for request in asked:
-            made = core_requests(self.core, request, sampling, version, 0)
+            made = [
+                core_request(self.core, one, sampling, max_new_tokens, version, 0)
+                for sample in range(request.num_samples)
+                for one in [
+                    Kept((request.prompt_id, sample), request.tokens, len(request.tokens), False)
+                ]
+            ]
             self.requests += made
             for one in made:
                 self.scheduler.add_request(one)

@@ -164,13 +164,13 @@ def test_the_calculator_s_solution_is_a_conversation_with_its_own_tool(args):
 
 
 def test_the_calculator_asks_what_its_settings_say():
-    asked = [p.info["question"] for p in Calculator(0).train_prompts(0, 400)]
+    asked = [p.info["question"] for p in Calculator(0, digits=3, terms=3).train_prompts(0, 400)]
     parts = [question.replace("*", "+").split("+") for question in asked]
     assert {len(terms) for terms in parts} == {2, 3}
     assert {len(term) for terms in parts for term in terms} == {1, 2, 3}
     assert all(not term.startswith("0") for terms in parts for term in terms)
     assert {bool("*" in q) + 2 * bool("+" in q) for q in asked} == {1, 2}, "one operation each"
-    one = [p.text for p in Calculator(0, digits=1, terms=2, operations="-").train_prompts(0, 50)]
+    one = [p.text for p in Calculator(0, digits=1, operations="-").train_prompts(0, 50)]
     assert all(len(text) == 4 and text[1::2] == "-=" for text in one)
 
 

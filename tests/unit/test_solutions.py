@@ -69,7 +69,8 @@ def of_turns(turns: Any) -> Solution:
 
 
 @pytest.mark.parametrize(
-    "turns", [CALL, tuple(CALL), [TurnText(text, sampled) for text, sampled in CALL]]
+    "turns",
+    [CALL, tuple(CALL), list(map(list, CALL)), [TurnText(text, said) for text, said in CALL]],
 )
 def test_a_solution_is_a_text_or_turns_that_alternate(turns):
     assert of_turns("2") == Solution(("2",))
@@ -92,7 +93,9 @@ def test_a_solution_of_another_form_is_refused(turns):
 
 @pytest.mark.parametrize("reply", [None, 5, [], ["x"], [{"role": "user"}, 5]], ids=repr)
 def test_a_reply_of_another_form_is_refused(reply):
-    with pytest.raises(ValueError, match=r"has the reply .*; a reply is a text, a message"):
+    with pytest.raises(
+        ValueError, match="the task's solution has a reply that cannot be used: ret"
+    ):
         of_turns([("a", True), (reply, False), ("b", True)])
 
 

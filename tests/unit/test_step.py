@@ -124,7 +124,7 @@ def test_a_masked_rollout_leaves_the_loss_and_its_divisor_but_not_its_group():
 
 
 @pytest.mark.parametrize(
-    ("finish", "masked"), [("stop", 0), ("length", 2), ("turns", 0), ("context", 2)]
+    ("finish", "masked"), [("stop", 0), ("length", 2), ("turns", 0), ("context", 2), ("tokens", 2)]
 )
 def test_what_was_cut_before_its_end_is_masked(finish, masked):
     group = [rollout(4, i, 2, float(i), finish) for i in range(2)]
@@ -202,7 +202,7 @@ def test_ranks_agree_and_share_every_kept_rollout_once(step):
     rewards_PG = torch.tensor([r.reward for r in rollouts]).view(-1, keys.group_size)
     advantages_PG = group_advantages(rewards_PG, objective.loss.advantage)
     mixed = [len(set(row)) > 1 or not keys.drop_equal_groups for row in rewards_PG.tolist()]
-    cut = ("length", "context") if keys.mask_truncated else ()
+    cut = ("length", "context", "tokens") if keys.mask_truncated else ()
     kept = [r for r in rollouts if mixed[r.prompt_id] and r.finish_reason not in cut]
     trained = {}
     assert len({len(share.passes) for share in shares}) == 1
@@ -272,7 +272,9 @@ def test_samples_carry_the_advantages_of_whole_groups():
     waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
     advantages = advantages_of(waves[0], CENTRED, group_size=2)
     assert advantages_of(waves[2], CENTRED, group_size=2) == {}
-    samples = samples_of(prompts, waves, advantages, lambda rollout: "x" * len(rollout.tokens))
+    samples = samples_of(
+        prompts, waves, advantages, lambda rollout: {"response": "x" * len(rollout.tokens)}
+    )
     found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
     assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
     assert samples[3] == {
@@ -280,12 +282,12 @@ def test_samples_carry_the_advantages_of_whole_groups():
         "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
     }  # fmt: skip
     scored = replace(waves[0].rollouts[0], parts=(("format", 0.5), ("x", 2.0)), correct=False)
-    (sample,) = samples_of(prompts, [Wave([], [scored])], advantages, str)
+    (sample,) = samples_of(prompts, [Wave([], [scored])], advantages, lambda rollout: {})
     assert (sample["parts"], sample["correct"]) == ({"format": 0.5, "x": 2.0}, False)
-    tokens = samples_of(prompts, waves, advantages, str, with_tokens=True)
+    tokens = samples_of(prompts, waves, advantages, lambda rollout: {}, with_tokens=True)
     assert [(s["prompt_tokens"], s["tokens"], s["logprobs"]) for s in tokens] == [
         (list(r.prompt_tokens), list(r.tokens), list(r.logprobs)) for r in waves[0].rollouts
     ]
-    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, str)
+    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, lambda rollout: {})
     assert (equal["prompt_id"], equal["advantage"], equal["prompt"]) == (5, 0.0, "50>")
     assert equal["task_prompt_id"] == 50, "the task's own id is kept"

@@ -292,7 +292,7 @@ def test_uneven_rewards_are_a_wrapper_of_a_task(name):
     assert wrapper.eval_prompts(4) == inner.eval_prompts(4)
     (prompt,) = wrapper.train_prompts(0, 1)
     assert wrapper.solution(prompt) == inner.solution(prompt)
-    responses = [inner.solution(prompt), "a", "b", ""]
+    responses = [Response(text) for text in (inner.solution(prompt), "a", "b", "")]
     more = [wrapper.score(prompt, r) - inner.score(prompt, r) for r in responses]
     assert all(0 <= x < 0.25 for x in more) and len(set(more)) == 4
     assert more == [wrapper.score(prompt, r) - inner.score(prompt, r) for r in responses]

@@ -88,7 +88,7 @@ def test_every_chat_reads_as_in_transformers(tmp_path, name):
     assert rendered >= 16
 
 
-@pytest.mark.parametrize("name", set(TEMPLATES) - {"loop controls"})
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"loop controls"}))
 def test_an_answer_that_has_begun_is_continued_as_in_transformers(tmp_path, name):
     ours, theirs = pair(tmp_path, TEMPLATES[name])
     encoder = PromptEncoder(ours, PromptForm(day=date.today()))

@@ -132,14 +132,14 @@ def test_a_step_weighs_and_counts_loss_tokens():
 
 def test_statistics_count_loss_tokens_and_every_end_but_a_stop_is_truncated():
     reasons = [replace(TURNED, sample_id=i, finish_reason=r) for i, r in enumerate(FINISH_REASONS)]
-    assert FINISH_REASONS == ("stop", "length", "turns", "context")
+    assert FINISH_REASONS == ("stop", "length", "turns", "context", "tokens")
     wave = Wave([outline(r) for r in [replace(PLAIN, sample_id=9), *reasons]], [])
-    metrics = rollout_metrics([wave], group_size=5)
-    assert metrics["response_length/mean"] == (2 + 4 * 3) / 5
+    metrics = rollout_metrics([wave], group_size=6)
+    assert metrics["response_length/mean"] == (2 + 5 * 3) / 6
     assert metrics["response_length/max"] == 3
-    assert metrics["tokens/generated"] == 2 + 4 * 3
-    assert metrics["truncated"] == 3 / 5
-    assert metrics["response/truncated"] == 2 / 5, "the most turns are an end that was planned"
+    assert metrics["tokens/generated"] == 2 + 5 * 3
+    assert metrics["truncated"] == 4 / 6
+    assert metrics["response/truncated"] == 3 / 6, "the most turns are an end that was planned"
 
 
 @pytest.mark.parametrize("reason", FINISH_REASONS)

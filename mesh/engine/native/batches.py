@@ -44,11 +44,11 @@ def spans_of(fills: list[Fill], limit: int) -> Iterator[list[Span]]:
     batch: list[Span] = []
     room = limit
     for fill in fills:
-        start = 0
-        while start < len(fill.tokens):
-            piece = fill.tokens[start : start + room]
-            batch.append(Span(piece, start, fill))
-            start += len(piece)
+        done = 0
+        while done < len(fill.tokens):
+            piece = fill.tokens[done : done + room]
+            batch.append(Span(piece, fill.start + done, fill))
+            done += len(piece)
             room -= len(piece)
             if room == 0:
                 yield batch

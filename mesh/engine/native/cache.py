@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mesh.model.attention import KVCache
-from mesh.types import FinishReason, ModelShape
+from mesh.types import FinishReason, ModelShape, RolloutKey
 
 
 class BlockManager:
@@ -54,15 +54,28 @@ class BlockManager:
 
 @dataclass
 class Sequence:
-    """One sample in flight. While it runs, the cache holds all its tokens but the last."""
+    """One sample in flight. While it runs, the cache holds all its tokens but the last.
+
+    tokens: all after the prompt, of which the turn that runs has drawn those from `turn` on, with
+    these logprobs; max_new_tokens: of that turn, None: the sampling's; computed: tokens whose keys
+    and values its pages hold while it does not run.
+    """
 
     prompt_id: int
     sample_id: int
     prompt: tuple[int, ...]
+    keeps: bool = False
+    max_new_tokens: int | None = None
+    turn: int = 0
+    computed: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.prompt_id, self.sample_id
 
     @property
     def length(self) -> int:

@@ -12,9 +12,15 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings, Row, num_pages
+from mesh.engine.base import Continuation, EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, choose, live_weights, tile_logits
-from mesh.engine.generation import check_requests, generate, refuse_unfinished
+from mesh.engine.generation import (
+    check_continuations,
+    check_kept,
+    check_requests,
+    generate,
+    refuse_unfinished,
+)
 from mesh.engine.native.batches import (
     KEY,
     decode_inputs,
@@ -29,7 +35,7 @@ from mesh.engine.native.scheduler import Scheduled, Scheduler
 from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
-from mesh.types import Completion, ModelShape, Request, Sampling
+from mesh.types import Completion, ModelShape, Request, RolloutKey, Sampling
 
 
 class NativeEngine:
@@ -101,6 +107,11 @@ class NativeEngine:
         return self.scheduler.unfinished
 
     @property
+    def kept(self) -> Collection[RolloutKey]:
+        """The samples that wait for their next turn."""
+        return self.scheduler.parked.keys()
+
+    @property
     def preemptions(self) -> int:
         return self.scheduler.preemptions
 
@@ -109,17 +120,32 @@ class NativeEngine:
 
     def add(self, requests: Collection[Request], sampling: Sampling) -> None:
         """Queue every sample of every request; see the contract in `mesh.engine`."""
-        limit = min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
         running = self.scheduler.prompt_ids
-        check_requests(requests, sampling, self.version, limit, running, self.sampling)
+        check_requests(requests, sampling, self.version, self._limit, running, self.sampling)
         self.sampling = sampling
         self.scheduler.add(requests)
+
+    def extend(self, continuations: Collection[Continuation]) -> None:
+        """Queue the next turn of kept samples; see the contract in `mesh.engine`."""
+        lengths = {key: s.length for key, s in self.scheduler.parked.items()}
+        check_continuations(continuations, lengths, self._limit)
+        self.scheduler.extend(continuations)
+
+    def drop(self, keys: Collection[RolloutKey]) -> None:
+        """End kept samples, and free their pages."""
+        check_kept(keys, self.kept)
+        self.scheduler.drop(keys)
+
+    @property
+    def _limit(self) -> int:
+        """The most tokens of one sequence."""
+        return min(self.settings.max_length, (self.pages - 2) * self.settings.page_size)
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
         """Draw a token for every sequence that fits; return the completions that this finished.
 
-        After an error the engine is empty, and its unfinished requests are lost.
+        After an error the engine is empty, and its unfinished requests and kept samples are lost.
         """
         if not self.unfinished:
             return []
@@ -176,18 +202,15 @@ def _append(sequence: Sequence, token: int, logprob: float, sampling: Sampling) 
     sequence.tokens.append(token)
     sequence.logprobs.append(logprob)
     stops = sampling.stops
-    if token in sampling.stop_tokens or (stops is not None and stops(sequence.tokens, 0)):
+    if token in sampling.stop_tokens or (
+        stops is not None and stops(sequence.tokens, sequence.turn)
+    ):
         sequence.finish_reason = "stop"
-    elif len(sequence.tokens) == sampling.max_new_tokens:
+    elif len(sequence.logprobs) == (sequence.max_new_tokens or sampling.max_new_tokens):
         sequence.finish_reason = "length"
 
 
 def _completion(sequence: Sequence) -> Completion:
     assert sequence.finish_reason is not None
-    return Completion(
-        sequence.prompt_id,
-        sequence.sample_id,
-        tuple(sequence.tokens),
-        tuple(sequence.logprobs),
-        sequence.finish_reason,
-    )
+    tokens, logprobs = tuple(sequence.tokens[sequence.turn :]), tuple(sequence.logprobs)
+    return Completion(*sequence.key, tokens, logprobs, sequence.finish_reason)

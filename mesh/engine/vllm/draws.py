@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mesh.engine.base import bucket_of
 from mesh.engine.choice import choose
 from mesh.engine.sampler import position_keys
+from mesh.engine.vllm.titan import TitanModel
 from mesh.types import IdSpans, Sampling
 
 
@@ -97,3 +98,18 @@ class Draws:
             tokens, logprobs = self._draw(features_SX, rows, sampling)
         self.pool = self.pool or graph.pool()
         return _Captured(graph, tokens, logprobs)
+
+
+def draws_of(model: Any, group: dist.ProcessGroup, graphs: bool, textless: IdSpans) -> Draws:
+    """Draws from the output of `model`, whose product with the head they take over if they can."""
+    if isinstance(model, TitanModel):
+        return Draws(model.head, group if group.size() > 1 else None, graphs, textless)
+    if group.size() > 1:  # it gathers the logits, which cannot be captured
+        return Draws(_identity, None, graphs, textless)
+    draws = Draws(model.compute_logits, None, graphs, textless)
+    model.compute_logits = _identity
+    return draws
+
+
+def _identity(features_SX: torch.Tensor) -> torch.Tensor:
+    return features_SX

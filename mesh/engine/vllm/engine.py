@@ -16,20 +16,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mesh.engine.base import EngineSettings, Row, num_pages
+from mesh.engine.base import Continuation, EngineSettings, Row, num_pages
 from mesh.engine.choice import adopt_weights, live_weights
-from mesh.engine.generation import check_requests, generate, refuse_unfinished
+from mesh.engine.generation import (
+    check_continuations,
+    check_kept,
+    check_requests,
+    generate,
+    refuse_unfinished,
+)
 from mesh.engine.vllm.core import start_core, stop_core
-from mesh.engine.vllm.draws import Draws
+from mesh.engine.vllm.draws import draws_of
 from mesh.engine.vllm.fused import unfused
 from mesh.engine.vllm.options import engine_options, model_entries
-from mesh.engine.vllm.requests import completion_of, core_requests, key_of
+from mesh.engine.vllm.requests import Kept, completion_of, core_request, key_of
 from mesh.engine.vllm.sampler import CounterSampler
 from mesh.engine.vllm.titan import ARCHITECTURE, TitanModel, blueprint
 from mesh.model.attention import AttentionContext
 from mesh.model.layouts import weight_names
 from mesh.model.policy import Policy
-from mesh.types import Completion, IdSpans, ModelShape, Request, Sampling
+from mesh.types import (
+    Completion,
+    ModelShape,
+    Request,
+    RolloutKey,
+    Sampling,
+)
 
 KV_CACHE = "kv_cache"  # vLLM's tag for its memory
 
@@ -59,6 +71,7 @@ class VllmEngine:
         self.released = False
         self.preemptions = 0
         self.serial = 0  # of the next request
+        self.kept: dict[RolloutKey, Kept] = {}
         self.observer: Callable[[list[Row]], None] | None = None
         self.addresses: dict[str, int] = {}
         token = None if model is None else blueprint.set((model, shape, self.group))
@@ -73,7 +86,7 @@ class VllmEngine:
         self.worker = self.core.model_executor.driver_worker.worker
         self.runner = self.worker.model_runner
         graphs = settings.cuda_graphs and device.type == "cuda"
-        draws = _draws(self.runner.get_model(), group, graphs, shape.textless)
+        draws = draws_of(self.runner.get_model(), group, graphs, shape.textless)
         self.sampler = CounterSampler(self.runner, draws)
         self.runner.sampler = self.sampler
         self.captured = graphs
@@ -179,18 +192,55 @@ class VllmEngine:
 
     def add(self, requests: Collection[Request], sampling: Sampling) -> None:
         """Queue every sample of every request; see the contract in `mesh.engine`."""
-        limit = min(self.settings.max_length, self._pages() * self.settings.page_size)
-        running = {key_of(name)[0] for name in self.sampler.drawn}
-        check_requests(requests, sampling, self.version, limit, running, self.sampler.sampling)
+        running = {key_of(name)[0] for name in self.sampler.drawn} | {key[0] for key in self.kept}
+        sampled = self.sampler.sampling
+        check_requests(requests, sampling, self.version, self._limit, running, sampled)
         self._wake()
-        added = []
-        for request in requests:
-            added += core_requests(self.core, request, sampling, self.version, self.serial)
+        most = sampling.max_new_tokens
+        samples = [
+            Kept((r.prompt_id, sample), r.tokens, len(r.tokens), r.keeps)
+            for r in requests
+            for sample in range(r.num_samples)
+        ]
+        self._queue([(sample, most) for sample in samples], sampling)
+
+    def extend(self, continuations: Collection[Continuation]) -> None:
+        """Queue the next turn of kept samples: a request of vLLM's with all tokens so far, whose
+        full pages it finds in its prefix cache while nobody else has needed them.
+        """
+        lengths = {key: len(kept.tokens) for key, kept in self.kept.items()}
+        check_continuations(continuations, lengths, self._limit)
+        turns = []
+        for one in continuations:
+            kept = self.kept.pop(one.key)
+            longer = replace(kept, tokens=(*kept.tokens, *one.reply))
+            turns.append((longer, one.max_new_tokens))
+        if turns:
+            assert self.sampler.sampling is not None, "a sample is kept, and none was added"
+            self._queue(turns, self.sampler.sampling)
+
+    def drop(self, keys: Collection[RolloutKey]) -> None:
+        """End kept samples; vLLM holds nothing of them but cached pages."""
+        check_kept(keys, self.kept)
+        for key in keys:
+            del self.kept[key]
+
+    def _queue(self, samples: Collection[tuple[Kept, int]], sampling: Sampling) -> None:
+        """Give vLLM the next turn of these samples, each with its most new tokens."""
+        turns = {}
+        for sample, most in samples:
+            request = core_request(self.core, sample, sampling, most, self.version, self.serial)
+            turns[request] = sample
             self.serial += 1
         self.core.scheduler.stops = sampling.stops
-        self.sampler.expect([request.request_id for request in added], sampling)
-        for one in added:
-            self.core.add_request(one)
+        self.sampler.expect({r.request_id: sample for r, sample in turns.items()}, sampling)
+        for request in turns:
+            self.core.add_request(request)
+
+    @property
+    def _limit(self) -> int:
+        """The most tokens of one sequence."""
+        return min(self.settings.max_length, self._pages() * self.settings.page_size)
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
@@ -207,7 +257,11 @@ class VllmEngine:
 
     def _finished(self, request: Any) -> Completion:
         self.preemptions += request.num_preemptions
-        return completion_of(request, *self.sampler.take(request.request_id))
+        sample, tokens, logprobs = self.sampler.take(request.request_id)
+        completion = completion_of(request, tokens, logprobs)
+        if sample.keeps:
+            self.kept[sample.key] = replace(sample, tokens=(*sample.tokens, *completion.tokens))
+        return completion
 
     def _pages(self) -> int:
         return num_pages(self.settings.kv_tokens, self.settings.page_size)
@@ -224,35 +278,9 @@ class VllmEngine:
 
     def _report_rows(self, context: AttentionContext, positions_T: torch.Tensor) -> None:
         assert self.observer is not None
-        batch, rows = self.runner.input_batch, []
-        sizes = context.cu_seqlens.diff()[: batch.num_reqs].tolist()
-        positions = iter(positions_T.tolist())
-        for name, size, prompt in zip(
-            batch.req_ids, sizes, batch.num_prompt_tokens.tolist(), strict=False
-        ):
-            prompt_id, sample_id = key_of(name)
-            # a prompt's pages, except that of its last token, may serve all its samples
-            rows += [
-                (prompt_id, sample_id if p >= prompt - 1 else None, p)
-                for p in (next(positions) for _ in range(size))
-            ]
-        self.observer(rows)
-
-
-def _draws(model: Any, group: dist.ProcessGroup, graphs: bool, textless: IdSpans) -> Draws:
-    """Draws from the output of `model`, whose product with the head they take over if they can."""
-    if isinstance(model, TitanModel):
-        return Draws(model.head, group if group.size() > 1 else None, graphs, textless)
-    if group.size() > 1:  # it gathers the logits, which cannot be captured
-        return Draws(_identity, None, graphs, textless)
-    draws = Draws(model.compute_logits, None, graphs, textless)
-    model.compute_logits = _identity
-    return draws
+        sizes = context.cu_seqlens.diff()[: self.runner.input_batch.num_reqs]
+        self.observer(self.sampler.rows_of(sizes.tolist(), positions_T.tolist()))
 
 
 def _addresses(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in weights.items()}
-
-
-def _identity(features_SX: torch.Tensor) -> torch.Tensor:
-    return features_SX

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request as CoreRequest
 
-from mesh.types import Completion, FinishReason, Request, RolloutKey, Sampling
+from mesh.types import Completion, FinishReason, RolloutKey, Sampling
 
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -19,30 +20,41 @@ def key_of(name: str) -> RolloutKey:
     return int(prompt_id), int(sample_id)
 
 
-def core_requests(
-    core: EngineCore, request: Request, sampling: Sampling, version: int, serial: int
-) -> list[CoreRequest]:
-    """One vLLM request for each sample. Cached pages are found under the weights' version only.
+@dataclass(frozen=True)
+class Kept:
+    """A sample whose turn runs, or that waits for its next one. tokens: all that are known, of
+    which `num_prompt` are the prompt's, from whose end positions count.
+    """
+
+    key: RolloutKey
+    tokens: tuple[int, ...]
+    num_prompt: int
+    keeps: bool
+
+
+def core_request(
+    core: EngineCore, sample: Kept, sampling: Sampling, most: int, version: int, serial: int
+) -> CoreRequest:
+    """vLLM's request for the sample's next turn, of at most `most` tokens. Cached pages are found
+    under the weights' version only.
 
     serial: number of the request in its engine. It keeps names from being reused, so that a token
-    of a step in flight cannot reach a later request of the same prompt_id.
+    of a step in flight cannot reach a later request of the same sample.
     """
-    return [
-        CoreRequest(
-            f"{request.prompt_id}/{sample}/{serial}",
-            list(request.tokens),
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=list(sampling.stop_tokens),
-                ignore_eos=True,
-                detokenize=False,
-            ),
-            None,
-            cache_salt=f"weights {version}",
-            block_hasher=core.request_block_hasher,
-        )
-        for sample in range(request.num_samples)
-    ]
+    prompt_id, sample_id = sample.key
+    return CoreRequest(
+        f"{prompt_id}/{sample_id}/{serial}",
+        list(sample.tokens),
+        SamplingParams(
+            max_tokens=most,
+            stop_token_ids=list(sampling.stop_tokens),
+            ignore_eos=True,
+            detokenize=False,
+        ),
+        None,
+        cache_salt=f"weights {version}",
+        block_hasher=core.request_block_hasher,
+    )
 
 
 def completion_of(request: Any, tokens: list[int], logprobs: list[float]) -> Completion:

@@ -23,11 +23,11 @@ from mesh.config.schema import Conf
 from mesh.config.spelling import near_keys
 from mesh.engine.vllm.checks import other_switch_problems
 from mesh.layout.sizes import tp_problems
-from mesh.model.attention import CUDA_PAGE
+from mesh.model.attention import CUDA_PAGE, HEAD_DIMS
 from mesh.model.families import shape_of_directory
 from mesh.model.weight_checks import weight_problems
 from mesh.text.tokenizer import load_tokenizer, textless_ids
-from mesh.types import HEAD_DIMS, ModelShape
+from mesh.types import ModelShape
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 COMPLETE = "serve a directory with all weights of its config.json"

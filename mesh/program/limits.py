@@ -1,0 +1,41 @@
+"""What ends a conversation, and what is wrong with those limits."""
+
+from __future__ import annotations
+
+from mesh.config.keys import problem
+from mesh.config.schema import Conf
+from mesh.config.sections import ConversationConf
+from mesh.roles.conversation import Limits
+from mesh.tasks import Task
+from mesh.tasks.replying import METHOD, converses
+
+
+def limits_of(conf: Conf) -> Limits:
+    """What ends a conversation."""
+    keys = conf.conversation
+    return Limits(keys.max_turns, keys.max_tokens, conf.model.max_length)
+
+
+def limit_problems(conf: Conf, task: Task) -> list[str]:
+    """Limits that allow no whole turn, or that nothing obeys."""
+    keys, unset, found = conf.conversation, ConversationConf(), []
+    if not converses(task):
+        for name in ("max_turns", "max_tokens"):
+            value = getattr(keys, name)
+            if value != getattr(unset, name):
+                wrong = f"the task has no method {METHOD}, so that it is no conversation"
+                remedy = "leave it out; generator.max_new_tokens bounds a response"
+                found.append(problem(f"conversation.{name}", value, wrong, remedy))
+        return found
+    turn, most = conf.generator.max_new_tokens, keys.max_tokens
+    if 0 < most < turn:
+        wrong = f"a turn may have generator.max_new_tokens={turn} tokens"
+        remedy = f"use at least {turn}, or 0 for as many as the context holds"
+        found.append(problem("conversation.max_tokens", most, wrong, remedy))
+    if most > conf.model.max_length:
+        wrong = (
+            f"the context ends a conversation before, at model.max_length={conf.model.max_length}"
+        )
+        remedy = "use less, or 0 for as many as the context holds"
+        found.append(problem("conversation.max_tokens", most, wrong, remedy))
+    return found
