@@ -91,12 +91,12 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
 
 
 def of_file(conf: Conf, process: Process, name: str) -> list[Prompt]:
-    """The prompts of generate.file, which rank 0 reads. Collective."""
+    """The prompts of generate.file, as rank 0 reads them. Collective."""
     if conf.generate.prompts:
         both = "generate.prompts is set too"
         refuse([problem("generate.file", name, both, "leave out one of the two")])
     wrong: list[str] = []
-    found = attempt(wrong, read_prompts, resolve_path(name)) if process.rank == 0 else None
+    found = attempt(wrong, read_prompts, resolve_path(name))
     prompts, wrong = process.from_rank0((found, wrong))
     refuse([f"generate.file={name}: {line}" for line in wrong])
     return prompts

@@ -9,12 +9,14 @@ import json
 
 import pytest
 import torch
+from chat_tokenizer import CHATML, saved
 from launching import OF_A_LAUNCH, Run, launch, runs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mesh.config.schema import PACKAGE_DATA
 from mesh.model.families import TINY
+from mesh.text.tokenizer import load_tokenizer
 
 EVAL = {
     "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/reward",
@@ -95,6 +97,27 @@ def test_generate_reads_stdin_and_samples(tmp_path):
     asked = [line.split(" -> ")[0] for line in result.stdout.splitlines()]
     assert asked == ["abcde>"] * 3 + ["zyxwv>"] * 3
     assert len({line.split(" -> ")[1] for line in result.stdout.splitlines()}) > 2
+
+
+def test_generate_answers_the_chats_of_a_file_and_writes_them_down(tmp_path):
+    """Each row as it would be asked alone; the token ids are those of the chat that it is."""
+    tokenizer = saved(tmp_path / "tokenizer", CHATML)
+    chat = "<|im_start|>user\nabc><|im_end|>\n<|im_start|>assistant\n"
+    ids = load_tokenizer(tokenizer).encode(chat)
+    file, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    messages = [{"role": "user", "content": "abc>"}]
+    rows = [{"prompt": "abc>"}, {"messages": messages}, {"tokens": ids}, {"prompt": "xyz>"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model.tokenizer={tokenizer}", "prompt.chat=true", f"generate.file={file}",
+             f"generate.output={output}", "model.max_length=100"]  # fmt: skip
+    result = launch("recipes/generate.py", 2, "conf=qwen3_tiny", *words)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row | {name: answer[name] for name in row} for row, answer in
+            zip(rows, answers, strict=True)] == rows  # fmt: skip
+    first, *same, _ = [(a["response"], a["finish_reason"]) for a in answers]
+    assert same == [first, first]
+    shown = [line.partition(" -> ")[2] for line in result.stdout.splitlines()]
+    assert answers[3]["response"] in shown[-1]
 
 
 def test_supervised_steps_lower_the_cross_entropy(on_two):

@@ -79,6 +79,15 @@ def test_reward_function_that_fails_stops_the_run(tmp_path, name, num_ranks, out
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_generate_refuses_a_file_whose_rows_are_no_prompts(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"prompt": "abc>"}\n{"prompt": "a", "tokens": [1]}\n')
+    words = ["conf=qwen3_tiny", f"generate.file={file}"]
+    result = launch("recipes/generate.py", 2, *words, status=1)
+    assert f"generate.file={file}: line 2 has prompt and tokens; write" in result.stderr
+    assert result.stderr.count("line 2 has prompt and tokens") == 1, "one rank says it"
+
+
 def test_generate_refuses_prompts_it_cannot_answer():
     long = "abcdefghijklmnopqrstuvwxyz>"
     words = ["conf=qwen3_tiny", f"generate.prompts=[abc>,{long}]"]
