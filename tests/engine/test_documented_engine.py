@@ -10,7 +10,8 @@ import pytest
 from docs_reading import blocks
 from tiny_qwen3 import MAX_LENGTH, Variant, load_role, random_sequences, save_checkpoint
 
-from mesh.engine.base import EngineSettings
+from mesh.engine.base import Continuation, EngineSettings
+from mesh.engine.conversation import scripted
 from mesh.engine.native.engine import NativeEngine
 from mesh.invariant.switch import batch_invariant
 from mesh.types import Request, Sampling
@@ -53,3 +54,19 @@ def test_it_has_the_native_engines_bits(plain_engine, sampling, solo_mesh, tmp_p
     assert completed[0] == completed[1]
     drawn = {token for completion in completed[0] for token in completion.tokens}
     assert len(drawn) > 10 and not drawn & {*range(*TEXTLESS[0])}
+
+
+def test_its_conversations_have_the_native_engines_bits(plain_engine, solo_mesh, tmp_path):
+    save_checkpoint(tmp_path, Variant(4))
+    requests = [Request(7, (5, 6, 7), 2), Request(9, (12, 13), 1)]
+    keys = [(7, 0), (7, 1), (9, 0)]
+    script = {key: [Continuation(*key, (41 + key[1], 42), n) for n in (5, 9)] for key in keys}
+    held = []
+    with batch_invariant(True, "cpu", 4):
+        for kind in (NativeEngine, plain_engine):
+            engine = kind(*load_role(tmp_path, solo_mesh), SETTINGS, None)
+            engine.reset(version=0)
+            held.append(scripted(engine, requests, SAMPLED, script))
+            engine.reset(version=1)  # nothing is kept
+    assert held[0] == held[1]
+    assert all(len(rollout.turns) == 5 for rollout in held[0])
