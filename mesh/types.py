@@ -253,7 +253,7 @@ IdSpans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched beyond the context that a model was pretrained on.
+    """Stretching of RoPE's frequencies beyond the context that a model was pretrained on.
 
     linear: all are divided by `factor`. llama3: those whose wavelength is above `original_positions
     / low_freq_factor` are; below `original_positions / high_freq_factor` they stay; in between they

@@ -122,7 +122,7 @@ def table(plan: Plan, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Roll
 
 
 def written(plan: Plan, rollout: Rollout) -> str:
-    """What was answered; in a conversation each reply stands in brackets."""
+    """The answer as a text; in a conversation each reply stands in brackets."""
     if not rollout.turns:
         return plan.tokenizer.response(rollout)
     turns = turn_texts(plan.tokenizer, rollout)

@@ -13,11 +13,12 @@ from tiny_qwen3 import Variant, load_role, save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.config.loading import load_conf
-from mesh.model.exported import TEMPLATES, Export
+from mesh.model.exported import Export
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.policy import named_weights
 from mesh.program.plan import export_plan
+from mesh.text.template import TEMPLATE_FOLDER
 from mesh.text.tokenizer import load_tokenizer
 from mesh.types import ModelShape
 
@@ -61,8 +62,8 @@ def source(
     tensors = load_file(path / "model.safetensors")
     save_file({n: x.to(dtype) for n, x in tensors.items()}, path / "model.safetensors")
     saved(path, CHATML, file=True)
-    (path / TEMPLATES).mkdir()
-    (path / TEMPLATES / "tool_use.jinja").write_text(TOOL_USE)
+    (path / TEMPLATE_FOLDER).mkdir()
+    (path / TEMPLATE_FOLDER / "tool_use.jinja").write_text(TOOL_USE)
     config = json.loads((path / "config.json").read_text()) | ENTRIES | forms | entries
     del config["dtype"]
     (path / "config.json").write_text(json.dumps(config))

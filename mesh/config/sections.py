@@ -146,10 +146,10 @@ class RewardConf:
         "reasoning_gym, a judge of your own, regex, math), else 0",
         ge=0,
     )
-    timeout_seconds: float = key(60.0, "time limit of one score [s]", gt=0, le=1e6)
+    timeout_seconds: float = key(60.0, "time limit of one score or reply [s]", gt=0, le=1e6)
     on_failure: Literal["stop", "zero"] = key(
         "stop",
-        "a score that hangs, raises, crashes or is no finite number: end the run, or count 0.0 "
+        "a score or reply that hangs, raises, crashes or is of no use: end the run, or count 0.0 "
         "(in its group's mean and deviation too)",
     )
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mesh.tasks import Draw, Task, draw_prompts, load_task, typed_args
-from mesh.tasks.replying import converses, seed_of
 from mesh.tasks.response import Response, Score
-from mesh.tasks.stops import stop_strings
-from mesh.types import Prompt, Reply, TurnText
+from mesh.types import Prompt
+
+NAME = "mesh.exactness.uneven:Uneven"
+OPTIONAL = ("reply", "stop_strings", "use_tokenizer")
+"""Members that a task may have, and that decide what is generated."""
 
 SCALE = 2.0**-34  # of a 32-bit checksum: at most a quarter
 
@@ -38,10 +40,6 @@ class Uneven:
     def eval_prompts(self, num: int) -> list[Prompt]:
         return self.inner.eval_prompts(num)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return stop_strings(self.inner)
-
     def solution(self, prompt: Prompt) -> str | Sequence[Any]:
         return self.inner.solution(prompt)
 
@@ -52,19 +50,13 @@ class Uneven:
             return replace(found, reward=found.reward + more)
         return found + more
 
-
-@dataclass(frozen=True)
-class UnevenConversation(Uneven):
-    """The same of a task that replies."""
-
-    def reply(self, prompt: Prompt, turns: Sequence[TurnText], seed: int) -> Reply:
-        reply: Reply = self.inner.reply(prompt, turns, **seed_of(self.inner, seed))  # type: ignore[attr-defined]
-        return reply
+    def __getattr__(self, name: str) -> Any:
+        if name not in OPTIONAL:
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
 
 def uneven_keys(name: str, args: Mapping[str, Any], workers: int) -> dict[str, Any]:
     """The keys of a run on this task with uneven rewards, scored by as many processes."""
     wrapped = {"name": name, "args": typed_args(name, args)}
-    which = UnevenConversation if converses(load_task(name, 0, args)) else Uneven
-    named = f"{which.__module__}:{which.__name__}"
-    return {"task": named, "task_args": wrapped, "reward.workers": workers}
+    return {"task": NAME, "task_args": wrapped, "reward.workers": workers}

@@ -153,8 +153,8 @@ def tp_problems(name: str, tp: int, shape: ModelShape) -> list[str]:
 
 
 def uneven_parts(tp: int, shape: ModelShape) -> list[str]:
-    """What a model has a number of that `tp` ranks do not share evenly. A kv head may have several
-    ranks."""
+    """Parts of a model that `tp` ranks do not share evenly, with their number. A kv head may have
+    several ranks."""
     parts = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,

@@ -69,7 +69,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` means. architecture: its only one; models: examples of it; qk_norm,
+    """Meaning of a `model_type`. architecture: its only one; models: examples of it; qk_norm,
     qkv_bias: as in a ModelShape; defaults: those of `transformers` for entries that are left out
     (a head_dim of None: hidden_size / num_attention_heads); fixed: entries that have one of these
     values; inert: those without effect in this family; written: those that a config.json of it has

@@ -25,6 +25,7 @@ from mesh.lifecycle.json_files import read_object
 from mesh.model.config_entries import FAMILIES, Entries, without
 from mesh.model.rope_entries import ROPE_DICTS
 from mesh.model.safetensors_files import INDEX, SINGLE
+from mesh.text.template import TEMPLATE_FILE, TEMPLATE_FOLDER
 
 COPIED_FILES = (
     "tokenizer.json",
@@ -33,14 +34,11 @@ COPIED_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "tekken.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
-TEMPLATES = "additional_chat_templates"
-"""The folder of further chat templates, by their names."""
-
 CONFIG, GENERATION = "config.json", "generation_config.json"
 OF_A_MODEL = (
     *(GENERATION, CONFIG, *COPIED_FILES),
@@ -50,7 +48,7 @@ OF_A_MODEL = (
 """Names that belong to a model whoever wrote them; a shard's is the other one."""
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-DTYPES = ("dtype", "torch_dtype")
+DTYPE_ENTRIES = ("dtype", "torch_dtype")
 """Names of the entry for the dtype of the weights: the present one and that of transformers 4."""
 
 
@@ -95,7 +93,7 @@ def planned_export(
     ends, name = one_or_list(eos_ids), str(dtype).removeprefix("torch.")
     directories = [tokenizer] if start is None else [tokenizer, start]
     generation = generation_entries([directory / GENERATION for directory in directories])
-    named = [entry for entry in DTYPES if entry in config] or DTYPES[:1]
+    named = [entry for entry in DTYPE_ENTRIES if entry in config] or DTYPE_ENTRIES[:1]
     return Export(
         {**config, "eos_token_id": ends, **dict.fromkeys(named, name)},
         {**generation, "eos_token_id": ends},
@@ -107,8 +105,8 @@ def planned_export(
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:
     """Paths, within the directory, of the files that belong to its tokenizer and its templates."""
-    templates = sorted((directory / TEMPLATES).glob("*.jinja"))
-    names = [*COPIED_FILES, *(f"{TEMPLATES}/{template.name}" for template in templates)]
+    templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    names = [*COPIED_FILES, *(f"{TEMPLATE_FOLDER}/{template.name}" for template in templates)]
     return tuple(name for name in names if (directory / name).is_file())
 
 
@@ -142,7 +140,7 @@ def remove_older_model(path: Path, kept: Collection[str]) -> None:
         of_a_model = file.name in OF_A_MODEL or SHARD.fullmatch(file.name)
         if of_a_model and file.name not in kept and not file.is_dir():
             file.unlink()
-    folder = path / TEMPLATES
+    folder = path / TEMPLATE_FOLDER
     if folder.is_symlink():
         folder.unlink()
     for template in folder.glob("*.jinja"):

@@ -1,4 +1,4 @@
-"""How a configuration makes prompts into tokens, what ends answers, and what is wrong with that."""
+"""Prompts as tokens by a configuration, the ends of answers, and the problems with both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mesh.text.tokenizer import CHARACTERS, Tokenizer, UnknownText
 
 
 def prompt_encoder(conf: Conf, tokenizer: Tokenizer) -> PromptEncoder:
-    """How prompts become tokens. ValueError where the examples cannot be read, or the date."""
+    """The encoder of a run's prompts. ValueError where the examples cannot be read, or the date."""
     keys = conf.prompt
     return PromptEncoder(tokenizer, PromptForm(
         chat=keys.chat,

@@ -1,4 +1,4 @@
-"""What ends a conversation, and what is wrong with those limits."""
+"""The limits that end a conversation, and their problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh.tasks.replying import METHOD, converses
 
 
 def limits_of(conf: Conf) -> Limits:
-    """What ends a conversation."""
+    """The limits that end a conversation."""
     keys = conf.conversation
     return Limits(keys.max_turns, keys.max_tokens, conf.model.max_length)
 

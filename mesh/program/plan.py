@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def encoder(self) -> PromptEncoder:
-        """How prompts become tokens."""
+        """Encodes prompts, in the form that the run gives them."""
         return self.prompts.encoder
 
 
@@ -217,7 +217,7 @@ def prompt_source(
     shape: ModelShape,
     held_out: Sequence[Prompt] = (),
 ) -> PromptSource:
-    """Which prompts are trained on. held_out: those of all evaluations."""
+    """The prompts that are trained on. held_out: those of all evaluations."""
     lengths = (conf.model.max_length, shape.max_positions, conf.generator.max_new_tokens)
     stops, held = turn_ends(conf, task), HeldOut(held_out)
     return PromptSource(task, encoder, conf.overlong, *lengths, stops=stops, held_out=held)
@@ -232,7 +232,7 @@ def start_path(conf: Conf) -> Path | None:
 
 
 def export_plan(conf: Conf, shape: ModelShape, tokenizer: Tokenizer) -> Export:
-    """What exported models have beside their weights' values."""
+    """The export of the run's model, but for its weights' values."""
     start, eos_ids = start_path(conf), tokenizer.eos_ids
     if conf.model.path is None:
         config = config_entries(shape, eos_ids)

@@ -70,6 +70,7 @@ def user_code(task: Any, loss: Any, scores: Iterable[str]) -> dict[str, str]:
     """Digests of the modules of a task, a loss, and score functions MODULE:FUNCTION."""
     modules = [(what, module) for what, value in (("task", task), ("loss", loss))
                for module in modules_of(value)]  # fmt: skip
+    modules += [("task", module) for module in getattr(task, "user_modules", ())]
     modules += [("score function", name.partition(":")[0]) for name in scores]
     return {f"the {what}'s module {module}": source_of(module) for what, module in modules}
 

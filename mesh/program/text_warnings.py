@@ -38,7 +38,7 @@ def prompt_warnings(
 
 
 def written(prompt: Prompt) -> str:
-    """What a user has written of a prompt; of messages what they say. Token ids are no text."""
+    """Text of a prompt that a user has written: of messages their contents, of token ids none."""
     contents = [message.get("content") for message in prompt.messages]
     return "\n".join(text for text in (prompt.text, *contents) if isinstance(text, str) and text)
 

@@ -17,7 +17,7 @@ SAMPLED = ("seed", "generator.temperature", "generator.top_k", "generator.top_p"
 EVALUATED = (
     "task", "scores", "score_weights", "eval.num_prompts", "eval.num_samples", *SAMPLED,
     "generator.max_new_tokens", "generator.stop", "generator.dtype", "engine", "vllm.model",
-    "batch_invariant", *(name for name in conf_keys() if name.startswith("prompt.")),
+    "batch_invariant", *(n for n in conf_keys() if n.startswith(("prompt.", "conversation."))),
 )  # fmt: skip
 """Keys that, with task_args, decide the numbers of an evaluation of given weights."""
 

@@ -190,7 +190,7 @@ def samples_of(
 
 
 def tokens_of(rollout: Rollout) -> dict[str, Any]:
-    """What the engine saw and drew; a logprob for each token that was sampled."""
+    """Tokens that the engine saw and drew; a logprob for each token that was sampled."""
     return {
         "prompt_tokens": list(rollout.prompt_tokens),
         "tokens": list(rollout.tokens),

@@ -2,7 +2,8 @@
 
 One rank of a replica, the one that speaks, asks the task for replies and tells its other tp ranks
 which have arrived: they come at the pace of a clock, and all ranks of an engine have to make the
-same calls. No bit of a rollout depends on when a reply arrives.
+same calls. When a reply arrives decides which sequences share a batch, and nothing else: where
+kernels are batch-invariant, no bit of a rollout depends on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Arrived = tuple[RolloutKey, tuple[int, ...] | None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends a conversation that its task would continue. max_tokens: sampled and replied; 0: as
+    """Limits of a conversation that its task would continue. max_tokens: sampled and replied; 0: as
     many as the context of `max_length` holds.
     """
 

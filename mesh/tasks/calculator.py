@@ -87,7 +87,7 @@ class Calculator:
 
 
 def result(turn: str) -> str | None:
-    """What the tool adds to a turn that ends with a call; None: it calls nothing."""
+    """Text that the tool adds to a turn that ends with a call; None: it calls nothing."""
     _, call, rest = turn.rpartition(CALL)
     expression, end, _ = rest.partition(END)
     if not (call and end):

@@ -151,7 +151,7 @@ class Replied(NamedTuple):
 
 
 class Replies:
-    """What the environment answers, as it becomes ready: nobody waits for the slowest.
+    """Owns the replies of the environment, as they become ready: nobody waits for the slowest.
 
     Replies and scores of a task share processes: no reply is out when scores are asked for.
     """

@@ -24,7 +24,7 @@ KEYS = {"solution": "solution_column"}
 """Keys of `task_args` that have another name than the field here."""
 
 
-class Unusable(ValueError):
+class UnusableRow(ValueError):
     """A row that gives no prompt; the message has its column."""
 
 
@@ -96,7 +96,7 @@ class Columns:
         return found
 
     def prompt_of(self, row: Row, place: str, prompt_id: int) -> RowPrompt:
-        """The prompt of a row. Raises Unusable naming the column that has no such value."""
+        """The prompt of a row. Raises UnusableRow naming the column that has no such value."""
         info = {name: self._value(row, name) for name in self.info}
         if self.messages:
             messages, teaches = _chat(self.messages, self._value(row, self.messages))
@@ -111,8 +111,10 @@ class Columns:
         if self.solution:
             teaches = self._text(row, self.solution)
         if not answer and not self.answer:
-            raise Unusable(f"column {self.messages}: its last message is not an assistant's, and "
-                           "task_args.answer names no column")  # fmt: skip
+            raise UnusableRow(
+                f"column {self.messages}: its last message is not an assistant's, and "
+                "task_args.answer names no column"
+            )
         return RowPrompt(
             prompt_id, text, answer, messages=tuple(messages), info=info, place=place,
             teaches=teaches or answer,
@@ -125,7 +127,9 @@ class Columns:
 
     def _value(self, row: Row, column: str) -> Any:
         if row.get(column) is None:
-            raise Unusable(f"column {column}: {'it is null' if column in row else 'it is missing'}")
+            raise UnusableRow(
+                f"column {column}: {'it is null' if column in row else 'it is missing'}"
+            )
         return row[column]
 
     def _text(self, row: Row, column: str) -> str:
@@ -133,16 +137,16 @@ class Columns:
         if not isinstance(value, str):
             lists = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
             hint = f"; a chat is named by task_args.messages={column}" if lists else ""
-            raise Unusable(f"column {column}: it is {kind_of(value)}, not a text{hint}")
+            raise UnusableRow(f"column {column}: it is {kind_of(value)}, not a text{hint}")
         if not value.strip():
-            raise Unusable(f"column {column}: it is empty")
+            raise UnusableRow(f"column {column}: it is empty")
         return _encodable(column, value)
 
     def _scalar(self, row: Row, column: str) -> str:
         """A text or a number as text: 72 is `72`."""
         value = self._value(row, column)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise Unusable(f"column {column}: it is {kind_of(value)}, not a text or a number")
+            raise UnusableRow(f"column {column}: it is {kind_of(value)}, not a text or a number")
         return _encodable(column, value) if isinstance(value, str) else str(value)
 
 
@@ -171,13 +175,15 @@ def template_problems(template: str) -> list[str]:
 def _chat(column: str, value: Any) -> tuple[list[Any], str]:
     """(the messages of a prompt, the assistant's last one as a text, which is not among them)."""
     if not isinstance(value, list) or not value:
-        raise Unusable(f"column {column}: it is {kind_of(value)}, not a list of messages")
+        raise UnusableRow(f"column {column}: it is {kind_of(value)}, not a list of messages")
     for number, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise Unusable(f"column {column}: message {number} is no object with role and content")
+            raise UnusableRow(
+                f"column {column}: message {number} is no object with role and content"
+            )
         if not isinstance(message.get("content"), str | list):
             kind = kind_of(message.get("content"))
-            raise Unusable(
+            raise UnusableRow(
                 f"column {column}: the content of message {number} is {kind}, not a text"
             )
         if isinstance(message["content"], str):
@@ -186,7 +192,7 @@ def _chat(column: str, value: Any) -> tuple[list[Any], str]:
     if last["role"] != "assistant":
         return list(value), ""
     if not before:
-        raise Unusable(f"column {column}: an assistant's message is all there is")
+        raise UnusableRow(f"column {column}: an assistant's message is all there is")
     return before, last["content"] if isinstance(last["content"], str) else ""
 
 
@@ -195,5 +201,5 @@ def _encodable(column: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         wrong = f"{text[error.start]!r} at {error.start} is half a character (a lone surrogate)"
-        raise Unusable(f"column {column}: {wrong}") from error
+        raise UnusableRow(f"column {column}: {wrong}") from error
     return text

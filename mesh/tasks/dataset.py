@@ -74,12 +74,17 @@ class Dataset:
         name = str(args.get("judge", cls.judge))
         return ":" in name or (name in JUDGES and JUDGES[name].apart)
 
+    @property
+    def user_modules(self) -> list[str]:
+        """Modules of user code that it calls: a judge's."""
+        return [self.judge.partition(":")[0]] if ":" in self.judge else []
+
     def prepare(self) -> None:
         """Read and check all rows. Raises ValueError that lists what cannot be used."""
         _ = self._selection
 
     def notes(self) -> list[str]:
-        """What was found in the data, for the start to say."""
+        """Lines on what was found in the data, for the start to say."""
         return list(self._selection.notes)
 
     def train_prompts(self, step: int, num: int, round: int = 0) -> list[Prompt]:

@@ -27,7 +27,7 @@ def key_of(*parts: int | str) -> int:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where a permutation of range(size) that belongs to `key` takes `index`."""
+    """The image of `index` under a permutation of range(size) that belongs to `key`."""
     assert 0 <= index < size, f"index {index} of {size}"
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -73,7 +73,7 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which set a draw takes, and the position in that set's own sequence.
+    """The set that a draw takes, and the position in that set's own sequence.
 
     Each block of draws holds every set as often as its share says, in an order of the block's own.
     So a set's position is a function of the draw's, and each of its positions is drawn once.
@@ -106,7 +106,7 @@ class Mixture:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of `BLOCK` draws each set has; the remainders go to the largest fractions. Raises
+    """Number of draws of each set in `BLOCK`; the remainders go to the largest fractions. Raises
     ValueError where one of them would have none.
     """
     total = sum(weights)

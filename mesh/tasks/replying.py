@@ -27,7 +27,7 @@ def seed_of(task: Any, seed: int) -> dict[str, int]:
 
 
 def signature_problem(task: Any) -> str:
-    """What is wrong with the parameters of the task's `reply`, if it has one; else nothing."""
+    """The problem with the parameters of the task's `reply`, if it has one; else ""."""
     if not converses(task):
         return ""
     try:

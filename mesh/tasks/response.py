@@ -10,7 +10,7 @@ from mesh.types import FinishReason, TurnText
 
 
 class Response(str):
-    """What the policy answered. As a string it is the text of its last turn: all tokens but the
+    """The answer of the policy. As a string it is the text of its last turn: all tokens but the
     stop token that ended it, special tokens included.
 
     plain: that text without special tokens; tokens: of that turn, the stop token included;

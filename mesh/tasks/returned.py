@@ -79,7 +79,7 @@ def _inside(what: str, value: Any, check: Callable[[Any], Any]) -> Any:
 
 
 def name_problem(name: Any) -> str:
-    """Why a part cannot have this name; nothing where it can."""
+    """The reason why a part cannot have this name; "": it can."""
     if not isinstance(name, str) or not PART_NAME.fullmatch(name):
         return f"a part is called {name!r}; a name has letters, digits, _, - and . only"
     if name in OUR_PARTS:

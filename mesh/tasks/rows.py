@@ -43,7 +43,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
     def place(self, index: int) -> str:
-        """Where a row is: `train.jsonl, line 5`."""
+        """The place of a row: `train.jsonl, line 5`."""
         ...
 
 
@@ -181,7 +181,7 @@ def of_file(path: Path) -> Rows:
 
 
 def of_directory(path: Path, split: str, subset: str) -> Rows:
-    """What `save_to_disk` wrote, or the files of a split, as `train.jsonl` or
+    """Read what `save_to_disk` wrote, or the files of a split, as `train.jsonl` or
     `train-00000-of-00002.parquet`, in the directory itself or below `subset`, and there in `data`.
     """
     import datasets

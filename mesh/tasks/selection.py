@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mesh.config.schema import resolve_path
-from mesh.tasks.columns import Columns, RowPrompt, Unusable
+from mesh.tasks.columns import Columns, RowPrompt, UnusableRow
 from mesh.tasks.judges import Judge
 from mesh.tasks.order import key_of, shares
 from mesh.tasks.rows import SUFFIXES, Joined, Rows, listed, read_rows
@@ -24,8 +24,8 @@ SHOWN = 60  # characters of an answer in a message
 
 @dataclass(frozen=True)
 class Parts:
-    """What is read: `paths` with `weights` (none: all rows are one set), and what of it is held out
-    and limited. The meaning of each is that of the key of `task_args`.
+    """Sources of a data set: `paths` with `weights` (none: all rows are one set), and what of it is
+    held out and limited. The meaning of each is that of the key of `task_args`.
     """
 
     paths: Sequence[str]
@@ -150,7 +150,7 @@ def look(
         place = one.rows.place(row)
         try:
             prompt = one.columns.prompt_of(one.rows[row], place, 0)
-        except Unusable as error:
+        except UnusableRow as error:
             unusable.append(f"{place}, {error}")
             continue
         if wrong := judge.answer_problem(prompt.answer):

@@ -30,7 +30,7 @@ def response_of(turns: Sequence[TurnText], reason: FinishReason) -> Response:
 
 
 def shown(tokenizer: Tokenizer, rollout: Rollout) -> dict[str, Any]:
-    """What `samples.jsonl` has of a rollout's text: `response`, as it was scored, and all turns of
+    """Fields of `samples.jsonl` on a rollout's text: `response`, as it was scored, and all turns of
     a conversation.
     """
     if not rollout.turns:

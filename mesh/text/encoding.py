@@ -25,7 +25,7 @@ LEADING = ("system", "developer")
 
 @dataclass(frozen=True)
 class PromptForm:
-    """What a run adds to its prompts: the keys `prompt.*`.
+    """Additions of a run to its prompts: the keys `prompt.*`.
 
     begins: a beginning-of-sequence token is in front of every prompt (True) or of no plain text
     (False); None: of a text by the tokenizer's rule, of a chat by its template. day: the date that
@@ -55,7 +55,7 @@ class PromptEncoder:
             raise Unencodable(wrong, "give it as one of the three")
         prefill = prompt.prefill or self.form.prefill
         if prompt.tokens:
-            return (*map(int, prompt.tokens), *self.continuation(prefill))
+            return (*self._known(prompt.tokens), *self.continuation(prefill))
         is_chat = bool(prompt.messages) or self.form.chat
         text = self.chat(prompt) if is_chat else self._plain(prompt)
         ids = tuple(self.tokenizer.encode(text + prefill))
@@ -125,7 +125,7 @@ class PromptEncoder:
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:
-        """What stands in front of a text: by the tokenizer's own rule, else, where the run asks for
+        """Tokens in front of a text: by the tokenizer's own rule, else, where the run asks for
         a beginning (form.begins), the beginning-of-sequence token.
         """
         rule = self.tokenizer.beginning
@@ -139,6 +139,15 @@ class PromptEncoder:
         first = encode("a") if self.tokenizer.backend.encode("a").ids else []
         puts_space = bool(first) and str(decode(first[0])).startswith("▁")
         return tuple(encode("\n")) if puts_space else ()
+
+    def _known(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Ids that have a token: a model looks up anything else as another row, or as zeros."""
+        ids = tuple(map(int, tokens))
+        unknown = next((i for i in ids if not self.tokenizer.has(i)), None)
+        if unknown is not None:
+            wrong = f"the tokenizer in {self.tokenizer.directory} has no token of the id {unknown}"
+            raise Unencodable(f"{wrong}, which a prompt of token ids has", "correct the ids")
+        return ids
 
     def _plain(self, prompt: Prompt) -> str:
         form = self.form

@@ -9,7 +9,7 @@ from mesh.types import Prompt
 
 
 def form_problem(prompt: Prompt) -> str | None:
-    """What is wrong with the form of a prompt: it is one of text, messages and tokens."""
+    """The problem with the form of a prompt, which is one of text, messages and tokens."""
     messages, tokens = prompt.messages, prompt.tokens
     if messages != () and (wrong := messages_problem(messages)):
         return f"the messages {messages!r:.200} of a prompt: it {wrong}"
@@ -25,7 +25,7 @@ def form_problem(prompt: Prompt) -> str | None:
 
 
 def messages_problem(value: Any) -> str | None:
-    """What keeps a value from being the messages of a chat; None: nothing."""
+    """The reason why a value is not the messages of a chat; None: it is."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         return "is no list of messages"
     for index, message in enumerate(value):

@@ -75,8 +75,9 @@ class Tokenizer:
 
     @property
     def beginning(self) -> tuple[int, ...]:
-        """What the tokenizer's own rule, the post-processor of tokenizer.json, puts in front of a
-        text: as in `transformers`, whatever add_bos_token says, which is for slow tokenizers."""
+        """Tokens that the tokenizer's own rule, the post-processor of tokenizer.json, puts in front
+        of a text: as in `transformers`, whatever add_bos_token says, which is for slow tokenizers.
+        """
         for text in ("a", "1"):
             plain = self.backend.encode(text, add_special_tokens=False).ids
             whole = self.backend.encode(text, add_special_tokens=True).ids

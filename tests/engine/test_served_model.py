@@ -126,6 +126,15 @@ def test_vllms_other_runner_and_switch_are_refused(directory, monkeypatch):
         configure(directory)
 
 
+def test_a_context_beyond_a_sliding_window_is_refused(tmp_path, solo_mesh):
+    """Up to there a model with windows is ours."""
+    shape = replace(SHAPE, family="mistral", qk_norm=False)
+    path = write(tmp_path / "mistral", solo_mesh, shape, sliding_window=16)
+    with pytest.raises(ValueError, match="max_model_len=32: the model's own context is 16 tokens"):
+        configure(path, max_model_len=32)
+    assert configure(path, max_model_len=16).model_config.max_model_len == 16
+
+
 def test_another_family_and_missing_weights_are_refused(tmp_path, solo_mesh):
     other = write(tmp_path / "gemma", solo_mesh, model_type="gemma")
     with pytest.raises(ValueError, match="model_type 'gemma' is not supported; use one of"):

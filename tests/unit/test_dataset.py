@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mesh.config.text import Text
+from mesh.program.shared import user_code
 from mesh.tasks import Draw, data_set, draw_held_out, draw_prompts, load_task
 from mesh.tasks.classes import scored_apart
 from mesh.tasks.response import Response
@@ -311,3 +312,12 @@ def test_a_scoring_process_reads_no_data_and_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_a_judge_of_ones_own_is_code_of_the_run(tmp_path, monkeypatch):
+    """Ranks compare its module, and a resumed run does."""
+    (tmp_path / "strict_judge.py").write_text("def judge(answer, response): return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = load_task("dataset", 0, {"path": "a.jsonl", "judge": "strict_judge:judge"})
+    assert list(user_code(task, None, [])) == ["the task's module strict_judge"]
+    assert user_code(load_task("dataset", 0, {"path": "a.jsonl"}), None, []) == {}

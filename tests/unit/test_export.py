@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_qwen3 import MAX_LENGTH, load_role, random_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mesh.model.exported import TEMPLATES
 from mesh.model.families import shape_of_directory
 from mesh.model.hf import export
 from mesh.model.layouts import role_layouts
 from mesh.model.policy import named_weights
+from mesh.text.template import TEMPLATE_FOLDER
 from mesh.types import ModelShape
 from mesh.weights.digest import local_digests, total_digest
 
@@ -37,7 +37,7 @@ def test_an_export_has_all_that_its_source_has(tmp_path, solo_mesh, family):
     relative = {file.relative_to(theirs) for file in theirs.rglob("*")}
     assert relative == {file.relative_to(ours) for file in ours.rglob("*")}
     copied = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    for name in [*copied, f"{TEMPLATES}/tool_use.jinja"]:
+    for name in [*copied, f"{TEMPLATE_FOLDER}/tool_use.jinja"]:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     before, after = (load_file(path / "model.safetensors") for path in (theirs, ours))
     assert ("model.layers.0.self_attn.q_proj.bias" in after) == (family == "qwen2")
@@ -127,10 +127,10 @@ def test_a_tokenizer_file_that_is_gone_at_the_end_is_named(tmp_path, solo_mesh):
 
 def test_templates_of_an_older_model_are_replaced(tmp_path, solo_mesh):
     theirs, ours = source(tmp_path / "theirs"), source(tmp_path / "ours")
-    (ours / TEMPLATES / "rag.jinja").write_text("old")
-    (ours / TEMPLATES / "tool_use.jinja").write_text("old")
-    (ours / TEMPLATES / "notes.txt").write_text("mine")
+    (ours / TEMPLATE_FOLDER / "rag.jinja").write_text("old")
+    (ours / TEMPLATE_FOLDER / "tool_use.jinja").write_text("old")
+    (ours / TEMPLATE_FOLDER / "notes.txt").write_text("mine")
     exported(theirs, ours, solo_mesh)
-    found = {file.name: file.read_text() for file in (ours / TEMPLATES).iterdir()}
+    found = {file.name: file.read_text() for file in (ours / TEMPLATE_FOLDER).iterdir()}
     assert found == {"tool_use.jinja": TOOL_USE, "notes.txt": "mine"}
     assert not ours.with_name("ours.partial").exists()

@@ -22,6 +22,7 @@ from mesh.tasks import (
     Draw,
     Task,
     TaskSpec,
+    TokenizerFiles,
     checked,
     draw_held_out,
     draw_prompts,
@@ -30,8 +31,12 @@ from mesh.tasks import (
 )
 from mesh.tasks.calls import TaskSource
 from mesh.tasks.draw import is_held_out, training_prompts
+from mesh.tasks.replying import converses, seed_of, signature_problem
 from mesh.tasks.response import Response
 from mesh.tasks.scorer import Scorer, scoring_of
+from mesh.tasks.stops import stop_strings
+from mesh.tasks.told import tell_tokenizer
+from mesh.text.tokenizer import CHARACTERS
 from mesh.types import Prompt
 
 NAMES = ("spell_backward", "arithmetic")
@@ -301,6 +306,19 @@ def test_uneven_rewards_are_a_wrapper_of_a_task(name):
     else:
         with pytest.raises(ValueError, match="takes no round"):
             draw_prompts(wrapper, Draw(1, 4, 1))
+
+
+def test_uneven_rewards_have_what_a_task_may_have():
+    """Replies, stop strings and the tokenizer decide what is generated."""
+    keys = uneven_keys("calculator", {}, workers=0)
+    wrapper = load_task(keys["task"], 3, keys["task_args"])
+    assert converses(wrapper) and not signature_problem(wrapper)
+    assert stop_strings(wrapper) == ("</calc>",) and seed_of(wrapper, 1) == {}
+    keys = uneven_keys("user_tasks:Told", {}, workers=0)
+    told = load_task(keys["task"], 3, keys["task_args"])
+    tell_tokenizer(told, TokenizerFiles(CHARACTERS))
+    assert told.train_prompts(0, 1)[0].text == "98>"
+    assert not converses(told) and stop_strings(told) == () and not hasattr(told, "all_prompts")
 
 
 def test_spell_backward_asks_for_the_reversed_word():

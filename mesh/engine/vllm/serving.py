@@ -128,8 +128,20 @@ def model_problems(vllm_config: VllmConfig, serving: Serving) -> list[str]:
     return [
         *(problem("model", config.model, line, COMPLETE) for line in lines),
         *tp_problems("tensor_parallel_size", tp, shape),
+        *context_problems(config.max_model_len, shape),
         *(exact_problems(serving, shape, tp, config.dtype) if serving.batch_invariant else []),
     ]
+
+
+def context_problems(length: int, shape: ModelShape) -> list[str]:
+    """A context beyond the model's: with a sliding window it is another function there."""
+    if length <= shape.max_positions:
+        return []
+    wrong = (
+        f"the model's own context is {shape.max_positions} tokens (max_position_embeddings, or a "
+        "sliding_window)"
+    )
+    return [problem("max_model_len", length, wrong, f"use at most {shape.max_positions}")]
 
 
 def setting_problems(given: Any) -> list[str]:
@@ -181,7 +193,7 @@ def option_problems(vllm_config: VllmConfig) -> list[str]:
 
 
 def exact_problems(serving: Serving, shape: ModelShape, tp: int, dtype: torch.dtype) -> list[str]:
-    """What cannot have the bits of training."""
+    """Problems of a layout or a device that cannot have the bits of training."""
     found = []
     if serving.chunks % tp:
         wrong = f"does not divide invariant.chunks={serving.chunks}"
