@@ -46,6 +46,7 @@ class Asks(SpellBackward):
             "no role": replace(prompt, text="", messages=[{"content": "a"}]),
             "tokens": replace(prompt, text="", tokens=[2, 3]),
             "texts": replace(prompt, text="", tokens=["a"]),
+            "strange": replace(prompt, text="", tokens=[2, 999]),
         }[self.form]
 
 
@@ -197,6 +198,10 @@ def test_rows_that_are_no_example_are_named(process, tmp_path, content, said):
         ("both", "gave the prompt .* has text and messages, at index 0; give a text, messages"),
         ("no role", "gave the messages .*has {'content': 'a'} at index 0, which is no message"),
         ("texts", r"gave the tokens \['a'\] of a prompt, which are no ids"),
+        (
+            "strange",
+            r"the prompt '\[2, 999\]' has the token id 999, which the tokenizer in .* does not",
+        ),
     ],
 )
 def test_prompts_of_another_form_are_refused(process, tmp_path, form, said):
