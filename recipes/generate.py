@@ -7,8 +7,7 @@
 Without prompts the first held-out ones of the task are answered. generate.file has them in a file,
 as texts, messages or token ids, and generate.output keeps the answers. Several processes share the
 prompts as the configuration lays them out; answers are printed when all are there, and Ctrl-C ends
-it at once. Left out: streaming, the replies of a conversation, a server, and more prompts than fit
-in memory.
+it at once. Left out: streaming, a server, and more prompts than fit in memory.
 """
 
 from __future__ import annotations

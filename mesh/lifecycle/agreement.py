@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import partial
 from itertools import chain
 from os.path import commonprefix
@@ -98,8 +98,19 @@ def text_of(value: Any) -> str:
     if isinstance(value, partial):
         return f"partial{text_of([value.func, value.args, value.keywords])}"
     if is_dataclass(value) and not isinstance(value, type):
-        pairs = (f"{f.name}={text_of(getattr(value, f.name))}" for f in fields(value) if f.repr)
+        told = [f for f in fields(value) if f.repr and not _is_left_out(f, getattr(value, f.name))]
+        pairs = (f"{f.name}={text_of(getattr(value, f.name))}" for f in told)
         return f"{type(value).__qualname__}({', '.join(pairs)})"
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _is_left_out(field: Field[Any], value: Any) -> bool:
+    """True for a keyword-only field with its default, so that a later version may add some: what
+    has none of them keeps its text.
+    """
+    if not field.kw_only:
+        return False
+    made: Any = field.default_factory
+    return bool(value == (field.default if made is MISSING else made()))

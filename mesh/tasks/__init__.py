@@ -218,7 +218,9 @@ def prepare(task: Task) -> None:
 def task_notes(task: Task) -> list[str]:
     """Lines that the start prints once, where a task has `notes() -> Sequence[str]`."""
     method = getattr(task, "notes", None)
-    return [] if method is None else list(call_user_code(f"notes of {task!r}", method))
+    if not callable(method):  # a task of a user's may have a setting of that name
+        return []
+    return list(call_user_code(f"notes of {task!r}", method))
 
 
 def _takes_round(task: Task) -> bool:
