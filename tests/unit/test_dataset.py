@@ -71,7 +71,9 @@ def test_held_out_questions_do_not_depend_on_the_seed_and_are_never_trained_on(s
     assert held[0] == held[1] and len(set(held[0])) == 10  # one in ten
     assert not set(held[0]) & set(texts(data_set(tasks[0])))
     assert len(data_set(tasks[0])) == 90
-    with pytest.raises(ValueError, match=r"num_prompts=11: the number .* is 10; use eval.num_prompts=10"):
+    with pytest.raises(
+        ValueError, match=r"num_prompts=11: the number .* is 10; use eval.num_prompts=10"
+    ):
         draw_held_out(tasks[0], 11)
 
 
