@@ -138,7 +138,8 @@ def json_lines(plan: Plan, prompts: Sequence[NumberedPrompt], rollouts: Sequence
         given = {name: value for name, value in given.items() if value}
         lines.append({
             "prompt_id": r.prompt_id, "sample_id": r.sample_id,
-            **(given or {"prompt": prompt.text}), **shown(plan.tokenizer, r),
+            **(given or {"prompt": prompt.text}),
+            **({"prefill": prompt.prefill} if prompt.prefill else {}), **shown(plan.tokenizer, r),
             "finish_reason": r.finish_reason,
         })  # fmt: skip
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

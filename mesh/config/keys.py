@@ -202,7 +202,8 @@ def expected(annotation: Any) -> str:
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(get_args(kind))}"
     elif get_origin(kind) is list:
-        words = "a list of texts like [one, two]"
+        numbers = get_args(kind) == (float,)
+        words = "a list of numbers like [1, 0.5]" if numbers else "a list of texts like [one, two]"
     elif get_origin(kind) is tuple:
         words = f"a list of {len(get_args(kind))} numbers"
     else:

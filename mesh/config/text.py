@@ -221,6 +221,9 @@ def _checked(value: Any, kind: type) -> Any:
 def mismatch(value: Any, hint: Any) -> str:
     """The end of a message about a value that `value_as` refuses."""
     wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    if hint is str and isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "a mapping"
+        return f"cannot be read as a text: it is {kind}; write quotes, as in 'KEY=\"{{a}} [b]\"'"
     if isinstance(value, Text | list | dict):
         return f"cannot be read as {wanted}; give one, with numbers as Python writes them"
     return f"expected {wanted}, got {type(value).__name__}"

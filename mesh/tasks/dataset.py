@@ -16,7 +16,7 @@ from mesh.tasks.columns import Columns, template_problems
 from mesh.tasks.judges import JUDGES, judge_named, settings_of
 from mesh.tasks.order import Epochs, Mixture
 from mesh.tasks.response import Response
-from mesh.tasks.selection import Parts, Selection, select
+from mesh.tasks.selection import SPLIT, Parts, Selection, select
 from mesh.types import Prompt
 
 
@@ -27,7 +27,7 @@ class Dataset:
     seed: int
     path: str | list[str] | dict[str, float]
     subset: str = ""
-    split: str = "train"
+    split: str = SPLIT
     held_out: str = ""
     held_out_rows: int | None = None
     prompt: str = ""
@@ -94,9 +94,9 @@ class Dataset:
         held_out = self._selection.held_out
         if num > len(held_out):
             raise ValueError(
-                f"eval.num_prompts={num}: {len(held_out)} different questions are held out; use "
-                f"eval.num_prompts={len(held_out)}, or hold out more (task_args.held_out or "
-                "task_args.held_out_rows)"
+                f"eval.num_prompts={num}: the number of different questions held out is "
+                f"{len(held_out)}; use eval.num_prompts={len(held_out)}, or hold out more "
+                "(task_args.held_out or task_args.held_out_rows)"
             )
         return [self._selection.prompt(*at, i) for i, at in enumerate(held_out[:num])]
 

@@ -164,7 +164,11 @@ def no_number(answer: str) -> str:
     found = len(numbers_in(text))
     if found == 1 and not set("\\^") & set(text):
         return ""
-    return f"it has {found} numbers" if found != 1 else "it is a formula, which judge=math reads"
+    return (
+        f"it has {found or 'no'} number{'s' * (found > 1)}"
+        if found != 1
+        else "it is a formula, which judge=math reads"
+    )
 
 
 def no_letter(answer: str) -> str:

@@ -242,7 +242,7 @@ def guarded(what: str, call: Callable[[], Any]) -> Any:
         said = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{what} cannot be read by datasets ({type(error).__name__}: {said}); correct the "
-            "path, task_args.split or task_args.subset"
+            "path, task_args.split or task_args.subset; without a network, name a directory or file"
         ) from error
 
 
@@ -255,7 +255,10 @@ def json_object(line: bytes) -> dict[str, Any]:
     """ValueError where the line is no JSON object."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        wrong = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"it is no JSON ({wrong})") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"it is no JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"it is {kind_of(value)}, not an object")

@@ -98,7 +98,7 @@ def reward_problems(conf: Conf) -> list[str]:
     """Weights that are not one for each function, and a time limit beyond that of waiting ranks."""
     limit, found = conf.reward.timeout_seconds, []
     if conf.score_weights and len(conf.score_weights) != len(conf.scores):
-        wrong = f"scores has {len(conf.scores)} functions, and this {len(conf.score_weights)}"
+        wrong = f"it has {len(conf.score_weights)}, and scores has {len(conf.scores)}"
         found.append(problem("score_weights", conf.score_weights, wrong, "give one for each"))
     if len(set(conf.scores)) < len(conf.scores):
         found.append(problem("scores", conf.scores, "names a function twice", "name it once"))

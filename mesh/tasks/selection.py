@@ -19,6 +19,7 @@ from mesh.tasks.rows import SUFFIXES, Joined, Rows, listed, read_rows
 USUAL_SHARE, USUAL_ROWS = 10, 256
 """Without task_args.held_out one question in ten is held out, and at most so many."""
 
+SPLIT = "train"  # what is read where task_args.split names no other
 SHOWN = 60  # characters of an answer in a message
 
 
@@ -108,6 +109,9 @@ def select(parts: Parts, judge: Judge, allow_overlap: bool) -> Selection:
 
 def training_sets(parts: Parts) -> list[Source]:
     """One set for each weight; without weights one of all paths."""
+    if parts.split != SPLIT and all(resolve_path(path).is_file() for path in parts.paths):
+        wrong = f"{parts.paths[0]} is a file, which has no splits"
+        raise ValueError(f"task_args.split={parts.split}: {wrong}; leave out task_args.split")
     read = [source(f"task_args.path={p}", p, parts.split, parts) for p in parts.paths]
     if parts.weights or len(read) == 1:
         return read
@@ -175,7 +179,7 @@ def taken_out(train: Questions, parts: Parts) -> Questions:
     usual = min(USUAL_ROWS, max(1, len(train) // USUAL_SHARE))
     num = parts.held_out_rows or usual
     if num >= len(train):
-        wrong = f"there are {len(train)} different questions, and none is left to train on"
+        wrong = f"the number of different questions is {len(train)}, and none is left to train on"
         raise ValueError(f"task_args.held_out_rows={num}: {wrong}; hold out less")
     return {key: train.pop(key) for key in sorted(train)[:num]}
 

@@ -55,7 +55,7 @@ class PromptEncoder:
             raise Unencodable(wrong, "give it as one of the three")
         prefill = prompt.prefill or self.form.prefill
         if prompt.tokens:
-            return (*self._known(prompt.tokens), *self.continuation(prefill))
+            return (*self._known(prompt), *self.continuation(prefill))
         is_chat = bool(prompt.messages) or self.form.chat
         text = self.chat(prompt) if is_chat else self._plain(prompt)
         ids = tuple(self.tokenizer.encode(text + prefill))
@@ -140,13 +140,12 @@ class PromptEncoder:
         puts_space = bool(first) and str(decode(first[0])).startswith("▁")
         return tuple(encode("\n")) if puts_space else ()
 
-    def _known(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Ids that have a token: a model looks up anything else as another row, or as zeros."""
-        ids = tuple(map(int, tokens))
-        unknown = next((i for i in ids if not self.tokenizer.has(i)), None)
-        if unknown is not None:
-            wrong = f"the tokenizer in {self.tokenizer.directory} has no token of the id {unknown}"
-            raise Unencodable(f"{wrong}, which a prompt of token ids has", "correct the ids")
+    def _known(self, prompt: Prompt) -> tuple[int, ...]:
+        ids = tuple(map(int, prompt.tokens))
+        if unknown := [token_id for token_id in ids if not self.tokenizer.has(token_id)]:
+            wrong = f"the prompt {prompt.question[:200]!r} has the token id {unknown[0]}"
+            where = f"the tokenizer in {self.tokenizer.directory}"
+            raise Unencodable(f"{wrong}, which {where} does not have", "correct it")
         return ids
 
     def _plain(self, prompt: Prompt) -> str:
@@ -159,7 +158,8 @@ class PromptEncoder:
         if unread:
             wrong = f"the prompt {prompt.text[:200]!r} is plain text, which has no part for"
             raise Unencodable(
-                f"{wrong} prompt.{unread[0]}", "set prompt.chat=true, or leave it out"
+                f"{wrong} prompt.{unread[0]}",
+                f"set prompt.chat=true, or leave out prompt.{unread[0]}",
             )
         return form.prefix + as_text(form.shots) + prompt.text
 
@@ -168,7 +168,9 @@ class PromptEncoder:
         try:
             return template.render(messages, form.day, generation, form.arguments)
         except ValueError as error:
-            raise self._fault(f"it fails on these messages: {error}") from error
+            raise self._fault(
+                f"it fails on these messages: {error}; they are {list(messages)!r:.300}"
+            ) from error
 
     def _template(self) -> ChatTemplate:
         tokenizer = self.tokenizer

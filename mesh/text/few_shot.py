@@ -57,7 +57,9 @@ def _shot(number: int, line: str) -> Shot:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is no JSON ({error}); {ROW}") from error
+        raise ValueError(
+            f"line {number} is no JSON ({error.msg} at column {error.colno}); {ROW}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no JSON object; {ROW}")
     if "messages" in row:

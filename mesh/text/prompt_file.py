@@ -31,7 +31,9 @@ def _prompt(index: int, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is no JSON ({error}); {ROW}") from error
+        raise ValueError(
+            f"line {number} is no JSON ({error.msg} at column {error.colno}); {ROW}"
+        ) from error
     names = [name for name in ("prompt", "text", "messages", "tokens") if _has(row, name)]
     if len(names) != 1:
         found = f"has {' and '.join(names)}" if names else "has none of these columns"

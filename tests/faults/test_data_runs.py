@@ -57,7 +57,7 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_built(tmp_path):
     assert title == "2 problems with the configuration:"
     assert found[0] == (
         f"- task_args.path={path}: judge=number cannot read 1 row: sums.jsonl, line 2, column "
-        "answer: 'three': it has 0 numbers; correct it, or name another judge (task_args.judge)"
+        "answer: 'three': it has no number; correct it, or name another judge (task_args.judge)"
     )
     assert found[1].startswith("- num_prompts=9: is not a multiple of 2")
     assert "model" not in result.stdout and not (tmp_path / "run").exists()

@@ -72,7 +72,9 @@ def test_held_out_questions_do_not_depend_on_the_seed_and_are_never_trained_on(s
     assert held[0] == held[1] and len(set(held[0])) == 10  # one in ten
     assert not set(held[0]) & set(texts(data_set(tasks[0])))
     assert len(data_set(tasks[0])) == 90
-    with pytest.raises(ValueError, match=r"num_prompts=11: 10 different .* eval.num_prompts=10"):
+    with pytest.raises(
+        ValueError, match=r"num_prompts=11: the number .* is 10; use eval.num_prompts=10"
+    ):
         draw_held_out(tasks[0], 11)
 
 
@@ -208,10 +210,10 @@ BAD = [
     ('{"messages": ["a"], "answer": "1"}\n', {}, "message 0 is no object with role and content"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', {}, "its last message is not an assist"),
     ('{"prompt": "a", "answer": "Paris"}\n' * 5, {"judge": "number"},
-     "judge=number cannot read 5 rows: a.jsonl, line 1, column answer: 'Paris': it has 0 numbers; "
-     "a.jsonl, line 2, column answer: 'Paris': it has 0 numbers; a.jsonl, line 3, column answer: "
-     "'Paris': it has 0 numbers (and 2 more); correct it, or name another judge"),
-    (ROW, {}, "there are 1 different questions, and none is left"),
+     "judge=number cannot read 5 rows: a.jsonl, line 1, column answer: 'Paris': it has no number; "
+     "a.jsonl, line 2, column answer: 'Paris': it has no number; a.jsonl, line 3, column answer: "
+     "'Paris': it has no number (and 2 more); correct it, or name another judge"),
+    (ROW, {}, "the number of different questions is 1, and none is left"),
 ]  # fmt: skip
 
 
@@ -229,9 +231,10 @@ def test_data_that_cannot_be_used_is_refused_with_its_place(tmp_path, content, a
     [
         ({"path": "no.jsonl"}, "task_args.path=no.jsonl: no.jsonl is no file and no directory"),
         ({"held_out": "test"}, "sums.jsonl, which is a file, has no splits; name a file, or"),
+        ({"split": "test"}, "task_args.split=test: "),
         ({"held_out": "t.jsonl"}, "task_args.held_out=t.jsonl: t.jsonl is no file"),
         ({"path": __file__}, "what is read are JSON Lines, JSON and Parquet files (.jsonl"),
-        ({"held_out_rows": 100}, "held_out_rows=100: there are 100 different questions"),
+        ({"held_out_rows": 100}, "held_out_rows=100: the number of different questions is 100"),
     ],
 )
 def test_paths_and_parts_that_are_not_there(sums, args, message):

@@ -152,7 +152,10 @@ def constants() -> str:
     )
 
 
-NOT_OURS = {"CUDA out of memory", "logprob_diff", "num_prompts"}
+NOT_OURS = {
+    "CUDA out of memory", "logprob_diff", "num_prompts",
+    "Model architectures ['MeshPolicy'] are not supported",
+}  # fmt: skip
 
 
 def messages() -> list[str]:

@@ -46,7 +46,7 @@ class Asks(SpellBackward):
             "no role": replace(prompt, text="", messages=[{"content": "a"}]),
             "tokens": replace(prompt, text="", tokens=[2, 3]),
             "texts": replace(prompt, text="", tokens=["a"]),
-            "no id": replace(prompt, text="", tokens=[2, 98 + prompt.prompt_id]),
+            "strange": replace(prompt, text="", tokens=[2, 999]),
         }[self.form]
 
 
@@ -199,8 +199,8 @@ def test_rows_that_are_no_example_are_named(process, tmp_path, content, said):
         ("no role", "gave the messages .*has {'content': 'a'} at index 0, which is no message"),
         ("texts", r"gave the tokens \['a'\] of a prompt, which are no ids"),
         (
-            "no id",
-            "has no token of the id 104, which a prompt of token ids has .*: correct the ids",
+            "strange",
+            r"the prompt '\[2, 999\]' has the token id 999, which the tokenizer in .* does not",
         ),
     ],
 )

@@ -183,7 +183,7 @@ def test_keys_name_functions_and_their_weights():
     assert list(task_spec(weighed).scores.values()) == [0.5, -2.0]
     wrong = load_conf([*words, "score_weights=[0.5]"])[1]
     assert reward_problems(wrong) == [
-        "score_weights=[0.5]: scores has 2 functions, and this 1; give one for each"
+        "score_weights=[0.5]: it has 1, and scores has 2; give one for each"
     ]
     twice = load_conf(["conf=qwen3_tiny", "scores=[a:b,a:b]"])[1]
     assert reward_problems(twice) == ["scores=[a:b, a:b]: names a function twice; name it once"]

@@ -110,6 +110,15 @@ def test_a_value_that_is_not_of_the_fields_type_is_refused(word):
         load_task(f"{HERE}:Typed", 0, conf.task_args)
 
 
+def test_a_template_in_braces_is_told_of_quotes():
+    with pytest.raises(ValueError, match=r"a mapping; write quotes, as in 'KEY=\"\{a\} \[b\]\"'"):
+        load_task(
+            f"{HERE}:Typed", 0, load_conf(["conf=qwen3_tiny", "task_args.word={a}"])[1].task_args
+        )
+    _, conf = load_conf(["conf=qwen3_tiny", 'task_args.word="{a} [b]"'])
+    assert load_task(f"{HERE}:Typed", 0, conf.task_args).word == "{a} [b]"
+
+
 def test_a_yaml_gives_text_without_quotes_and_a_str_with_them(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
