@@ -134,16 +134,17 @@ def test_quick_replies_are_queued_and_slow_ones_are_not(scorer):
     ask(one, *['"warm"'] * 20)
     for key in range(20):
         one.replies.submit(key, PROMPT, said('"x"'), seed=0)
-    assert one.replies.poll(0) == []
+    early = len(one.replies.poll(0))  # some may be there already
     time.sleep(0.5)
-    assert len(one.replies.poll(0)) == 20
+    assert early + len(one.replies.poll(0)) == 20
     ask(one, *["nap 9"] * 4)
-    for key in range(2):
+    for key in range(3):
         one.replies.submit(key, PROMPT, said('"x"'), seed=0)
-    assert one.replies.poll(0) == []
+    early = len(one.replies.poll(0))
     time.sleep(0.5)
-    assert [key for key, _, _ in one.replies.poll(0)] == [0]
-    collect(one, 1)
+    found = [key for key, _, _ in one.replies.poll(0)]
+    assert early < 2 and found == [early]
+    collect(one, 2 - early)
 
 
 FAULTS = {

@@ -221,3 +221,10 @@ def test_a_recipe_is_functions_and_its_docstring_says_what_is_left_out(path):
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     assert "Left out" in (ast.get_docstring(tree) or "")
     assert "rank ==" not in (REPOSITORY / path).read_text()
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone, and would not collect the second one."""
+    files = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    names = [path.name for path in files]
+    assert len(files) > 100 and sorted(set(names)) == sorted(names)
