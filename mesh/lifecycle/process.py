@@ -90,7 +90,7 @@ class Process:
 
     def read_lines(self) -> list[str]:
         """The lines of rank 0's stdin, on every rank. Collective."""
-        return self.from_rank0(sys.stdin.read().splitlines() if self.rank == 0 else None)
+        return self.from_rank0(sys.stdin.read().split("\n") if self.rank == 0 else None)
 
     def __enter__(self) -> Process:
         return self

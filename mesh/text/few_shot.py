@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.text.forms import messages_problem
+from mesh.text.lines import json_line, numbered_lines
 from mesh.text.tokenizer import Unencodable
 from mesh.types import Message
 
@@ -25,14 +25,7 @@ class Shot:
 
 def read_shots(path: Path) -> tuple[Shot, ...]:
     """The examples of a file, in order. ValueError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ValueError("has no line")
-    return tuple(_shot(number, line) for number, line in numbered)
+    return tuple(_shot(number, line) for number, line in numbered_lines(path))
 
 
 def as_text(shots: Sequence[Shot]) -> str:
@@ -54,12 +47,7 @@ def as_messages(shots: Sequence[Shot]) -> list[Message]:
 
 
 def _shot(number: int, line: str) -> Shot:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"line {number} is no JSON ({error.msg} at column {error.colno}); {ROW}"
-        ) from error
+    row = json_line(number, line, ROW)
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no JSON object; {ROW}")
     if "messages" in row:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mesh.text.forms import messages_problem
+from mesh.text.lines import json_line, numbered_lines
 from mesh.types import Prompt
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -15,25 +15,14 @@ ROW = 'write {"prompt": "..."}, {"messages": [...]} or {"tokens": [...]}'
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order. ValueError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from error
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise ValueError("has no line")
+    rows = numbered_lines(path)
     if path.suffix not in JSON_LINES:
         return [Prompt(i, line, "") for i, (_, line) in enumerate(rows)]
     return [_prompt(i, number, line) for i, (number, line) in enumerate(rows)]
 
 
 def _prompt(index: int, number: int, line: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"line {number} is no JSON ({error.msg} at column {error.colno}); {ROW}"
-        ) from error
+    row = json_line(number, line, ROW)
     names = [name for name in ("prompt", "text", "messages", "tokens") if _has(row, name)]
     if len(names) != 1:
         found = f"has {' and '.join(names)}" if names else "has none of these columns"

@@ -20,6 +20,7 @@ from mesh.program.shared import inputs_of
 from mesh.tasks import TaskSpec, TokenizerFiles, checked
 from mesh.tasks.scorer import checked_task
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.few_shot import Shot, read_shots
 from mesh.text.prompt_file import read_prompts
 from mesh.text.tokenizer import CHARACTERS
 from mesh.types import Prompt
@@ -276,3 +277,16 @@ def test_a_text_begins_by_the_key(process, tmp_path):
         conf = ["model.init=random", "model.path=null", "model.flavor=0.6B", "prompt.chat=false"]
         plan = planned(process, *conf, f"prompt.bos={word}", tokenizer=directory)
         assert (plan.encoder.tokens(Prompt(0, "ab", ""))[0] == 1) == begins
+
+
+def test_only_a_line_break_ends_a_line_of_a_file(tmp_path):
+    """U+2028, U+0085 and the form feed may stand in a text, in JSON unescaped too."""
+    text = "one\u2028two\u0085three"
+    row = {"prompt": text, "question": text, "answer": "a"}
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [p.text for p in read_prompts(file)] == [text]
+    assert read_shots(file) == (Shot(text, "a"),)
+    plain = tmp_path / "a.txt"
+    plain.write_text(f"{text}\x0cfour\n", encoding="utf-8")
+    assert [p.text for p in read_prompts(plain)] == [f"{text}\x0cfour"]
