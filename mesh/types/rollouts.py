@@ -1,16 +1,10 @@
-"""The nouns that more than one part of the program shares.
-
-Shape suffixes, one key for the whole package: P prompts, G rollouts per prompt, R = P*G rollouts,
-L padded length, T packed tokens, V vocabulary, D model dim, N heads, K kv heads, H head dim,
-S sequences in a decode batch. A suffix names logical dims, never the sharding.
-"""
+"""What an engine is asked for, and what becomes of it: samples, turns, rollouts and waves."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 FinishReason = Literal["stop", "length", "turns", "context", "tokens"]
 """Reasons for which a rollout ends: a stop token (of a conversation: no reply), its longest turn,
@@ -30,74 +24,6 @@ Parts = tuple[tuple[str, float], ...]
 
 LARGEST_REWARD = 1e100
 """The largest magnitude of a reward: sums of squares of such differences stay finite in float64."""
-
-
-Message = Mapping[str, Any]
-"""A chat message as chat templates read it: `role`, `content`, and what else a template knows."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question of a task. `prompt_id` is the task's own number of it: any integer, each once in
-    a call of the task. `score`, `reply` and `solution` get the prompt as it is; `answer` is for
-    them, and so is `info`, of JSON values.
-
-    It is given as one of three: `text`, `messages`, which go through the chat template, or
-    `tokens`, which reach the model as they are; `text` is "" beside the other two. `prefill` begins
-    the answer: the model continues it, and it carries no loss.
-    """
-
-    prompt_id: int
-    text: str
-    answer: str
-    messages: Sequence[Message] = field(default=(), kw_only=True)
-    tokens: Sequence[int] = field(default=(), kw_only=True)
-    prefill: str = field(default="", kw_only=True)
-    info: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-
-    @property
-    def question(self) -> str:
-        """The prompt as one text: what is shown, and what two equal prompts have in common."""
-        if self.messages:
-            shown = json.dumps([dict(message) for message in self.messages], ensure_ascii=False)
-        else:
-            shown = json.dumps(list(self.tokens)) if self.tokens else self.text
-        return shown + self.prefill
-
-
-@dataclass(frozen=True)
-class TurnText:
-    """One turn of a conversation after its prompt: sampled by the policy, or written by `reply`.
-
-    text: of all its tokens but the stop token that ended it; plain: without special tokens.
-    finish_reason: of a sampled turn.
-    """
-
-    text: str
-    sampled: bool
-    plain: str = ""
-    tokens: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-Reply = str | Message | Sequence[Message] | None
-"""What `reply` may return: a text, which is appended as it is; a message or several, which go
-through the chat template; None: the conversation is over."""
-
-
-@dataclass(frozen=True)
-class NumberedPrompt:
-    """A prompt and its place in the step, counted from 0. The place is the `prompt_id` of every
-    other noun here, of logs and of messages.
-    """
-
-    prompt_id: int
-    prompt: Prompt
-
-    @property
-    def text(self) -> str:
-        """The prompt as one text, to show it."""
-        return self.prompt.question
 
 
 @dataclass(frozen=True)
@@ -245,56 +171,3 @@ class Wave:
 
     outlines: list[Outline]
     rollouts: list[Rollout]
-
-
-IdSpans = tuple[tuple[int, int], ...]
-"""Token ids as half-open spans (first, last), in order."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of RoPE's frequencies beyond the context that a model was pretrained on.
-
-    linear: all are divided by `factor`. llama3: those whose wavelength is above `original_positions
-    / low_freq_factor` are; below `original_positions / high_freq_factor` they stay; in between they
-    are interpolated.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model by its sizes, which a layout has to divide, and what else its maths depends on.
-
-    `max_positions`: the longest context it was made for; `pad_id`: the token whose embedding does
-    not learn from being looked up (None: there is none); `textless`: ids for which the tokenizer
-    has no token, whose probability is exactly 0; `family`: its model_type in a config.json;
-    `qk_norm`: queries and keys are normed; `qkv_bias`: q, k and v have biases.
-    """
-
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    tied: bool = True
-    max_positions: int = 32768
-    pad_id: int | None = None
-    textless: IdSpans = ()
-    family: str = "qwen3"
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    rope_scaling: RopeScaling | None = None
-
-    def kv_heads_of_rank(self, tp: int) -> int:
-        """The kv heads of one of `tp` ranks. Several may share one."""
-        return max(self.num_kv_heads // tp, 1)
