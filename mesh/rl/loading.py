@@ -14,7 +14,9 @@ from mesh.rl.losses import LOSSES, Loss, Need
 BOUNDS = ("clip_low", "clip_high")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
 
-PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "sequence_ratio", "step_statistics"})
+PROVIDED: frozenset[Need] = frozenset(
+    {"old_logprobs", "reference_logprobs", "sequence_ratio", "step_statistics"}
+)
 """Needs of a loss that the trainer can meet."""
 
 

@@ -21,22 +21,26 @@ from mesh.rl.advantages import Advantage
 from mesh.rl.aggregation import Aggregation
 
 Need = Literal[
+    "old_logprobs",
     "reference_logprobs",
     "teacher_logprobs",
     "sequence_ratio",
     "entropy_gradient",
     "step_statistics",
 ]
-"""Inputs of a loss beyond its own tokens: logprobs of another model, scored before the advantages;
-all tokens of a sequence in one call; an entropy that can be differentiated; all groups of the step
-in one call of `advantage`."""
+"""Inputs of a loss beyond its own tokens: the trainer's logprobs before the step's first update, in
+place of the generator's in the ratio; logprobs of another model, scored before the advantages; all
+tokens of a sequence in one call; an entropy that can be differentiated; all groups of the step in
+one call of `advantage`."""
 
 
 @dataclass(frozen=True)
 class LossTokens:
     """T loss tokens, sequence by sequence; the gradient goes through `logprobs_T`.
 
-    old_logprobs_T: of the policy that the ratio is taken against; advantages_T: one per token;
+    old_logprobs_T: of the policy that drew the tokens, against which the ratio is taken: the
+    generator's own, or with `old_logprobs` among the needs, and wherever a step has several
+    updates, the trainer's before the first of them; advantages_T: one per token;
     sequence_T: int64, the sequence that each token belongs to, ascending; generator_logprobs_T: as
     the tokens were sampled. None unless they are needed: entropy_T, of each token's distribution,
     reference_logprobs_T, of the frozen starting model, and teacher_logprobs_T.

@@ -225,7 +225,7 @@ REFUSALS = {  # words, and all lines
     "unmet needs": (
         [f"loss={HERE}:ENTROPY"],
         [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
-         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics"],
+         "loss whose needs are among old_logprobs, reference_logprobs, sequence_ratio, step_statistics"],
     ),
     "an eps without a division": (
         ["loss=dr_grpo", "advantage_eps=1e-4"],
