@@ -29,18 +29,20 @@ def assign(prompt_ids: Iterable[int], num_ranks: int) -> list[list[int]]:
 def minibatches(
     prompt_ids: Iterable[int], num_updates: int, seed: int, step: int
 ) -> list[set[int]]:
-    """The prompts of each update of a step: P prompts give P / num_updates of them to each.
+    """The prompts of each update of a step: as many for each, or one fewer where P prompts do not
+    divide.
 
-    Of the prompts in order, those that lie P / num_updates apart go to one minibatch each, in an
-    order that hashes (seed, step, prompt_id) give. So the cut is random, the same on any mesh, and
+    The prompts are dealt out. Of them in order, those that lie P / num_updates apart come one after
+    another, by hashes of (seed, step, prompt_id). So the cut is random, the same on any mesh, and
     gives every data-parallel rank as much of a minibatch wherever its size divides by their number.
     """
     ordered = sorted(prompt_ids)
-    size = len(ordered) // num_updates
-    assert size * num_updates == len(ordered), "prompts do not divide by updates"
-    apart = (ordered[place::size] for place in range(size))
-    drawn = [sorted(ids, key=lambda i: key_of("minibatch", seed, step, i)) for ids in apart]
-    return [set(ids) for ids in zip(*drawn, strict=True)]
+    size = -(-len(ordered) // num_updates)
+    rounds = [ordered[place::size] for place in range(size)]
+    dealt = [
+        i for ids in rounds for i in sorted(ids, key=lambda i: key_of("minibatch", seed, step, i))
+    ]
+    return [set(dealt[number::num_updates]) for number in range(num_updates)]
 
 
 def fill(token_counts: Sequence[int], max_tokens: int) -> list[list[int]]:
