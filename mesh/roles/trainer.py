@@ -102,7 +102,8 @@ class Trainer:
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
-        self.sums = StepSums(device)
+        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
@@ -234,7 +235,7 @@ class Trainer:
         batch = pack(leaves).to(self.device)
         logprobs_A, entropy_A = self.forward(model, batch)
         logprobs_A.retain_grad()
-        loss_A, clipped_A, kl_A = objective(
+        loss_A, clipped_A, measured = objective(
             LossTokens(
                 logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
                 generator_logprobs_T=batch.generator_logprobs_A,
@@ -243,10 +244,10 @@ class Trainer:
         )  # fmt: skip
         loss = loss_sum(loss_A, batch.weights_A)
         loss.backward()
-        kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
         self.sums.add(
             token_stats(logprobs_A, batch.generator_logprobs_A, batch.old_logprobs_A, clipped_A),
-            (loss, entropy_A.double().sum(), kl_A.double().sum()),
+            loss,
+            {"entropy": entropy_A, **measured},
             Trained(
                 tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
                 loss_A.detach(), logprobs_A.grad,
@@ -274,14 +275,12 @@ class Trainer:
             self.optimizer.step(gradients, norm, lr)
         metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
         metrics["steps_without_signal"] = float(self.without_signal)
-        if self.reference is None:
-            del metrics["kl"]
         if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
             self._report(gradients, metrics)
         self.optimizer.zero_grad()
-        self.sums = StepSums(self.device)
+        self.sums = StepSums(self.device, self.measured)
         self.steps += 1
         return metrics
 
