@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mesh.rl.advantages import OF_STEP, Advantage, group_advantages, made_equal, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
-from mesh.rl.losses import DIVERGENCES, Divergence, Loss, LossTokens, Need, kl_T
+from mesh.rl.losses import (
+    DIVERGENCES,
+    Divergence,
+    Importance,
+    Loss,
+    LossTokens,
+    Need,
+    kl_T,
+)
+from mesh.rl.rewards import LengthPenalty
 
 
 class Terms(NamedTuple):
@@ -27,7 +36,9 @@ class Terms(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
-    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs.
+    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs, in
+    the loss of tokens or, summed, in the reward of rollouts; length_penalty, importance: None,
+    there is none.
     """
 
     loss: Loss
@@ -36,6 +47,9 @@ class Objective:
     longest_response: int = 1
     advantage_eps: float = 1e-6
     kl_estimator: Divergence = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    length_penalty: LengthPenalty | None = None
+    importance: Importance | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -43,6 +57,9 @@ class Objective:
         needs: set[Need] = set(self.loss.needs)
         if self.kl_coef > 0:
             needs.add("reference_logprobs")
+        if self.importance is not None:
+            needs.add("trainer_logprobs")
+            needs |= {"sequence_ratio"} if self.importance.level == "sequence" else set()
         if isinstance(self.loss.advantage, str) and self.loss.advantage in OF_STEP:
             needs.add("step_statistics")
         return frozenset(needs)
@@ -55,7 +72,11 @@ class Objective:
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
         measured: dict[str, Tensor] = {}
-        if self.kl_coef > 0:
+        if self.importance is not None:
+            weights_T, bounded_T = importance_of(self.importance, tokens)
+            loss_T = loss_T * weights_T
+            measured |= {"importance/weight": weights_T, "importance/bounded": bounded_T}
+        if self.kl_coef > 0 and self.kl_in == "loss":
             assert tokens.reference_logprobs_T is not None, "the reference was not scored"
             penalty = DIVERGENCES[self.kl_estimator]
             penalty_T = penalty(tokens.logprobs_T, tokens.reference_logprobs_T)
@@ -80,6 +101,12 @@ class Objective:
     def normaliser(self, num_tokens: int, num_sequences: int) -> float:
         """Divisor of the step's sum of losses, from the counts of all ranks and waves."""
         return normaliser(num_tokens, num_sequences, self.loss.aggregation, self.longest_response)
+
+
+def importance_of(importance: Importance, tokens: LossTokens) -> tuple[Tensor, Tensor]:
+    """(weights_T, bounded_T) of tokens whose old logprobs are the trainer's."""
+    assert tokens.generator_logprobs_T is not None, "the generator's logprobs are not there"
+    return importance.weights(tokens.old_logprobs_T, tokens.generator_logprobs_T, tokens.sequence_T)
 
 
 def check_shapes(loss_T: Tensor, clipped_T: Tensor, tokens: LossTokens) -> None:

@@ -15,7 +15,7 @@ from mesh.model.attention import packed_context
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy
 from mesh.rl.aggregation import loss_sum
-from mesh.rl.losses import LossTokens
+from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch
 from mesh.rl.statistics import token_stats
@@ -39,10 +39,16 @@ def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScore
                  temperature)  # fmt: skip
 
 
-def loss_tokens(logprobs_A: torch.Tensor, batch: PackedBatch, known: PassScores) -> LossTokens:
-    """What the loss sees of a batch."""
+def loss_tokens(
+    logprobs_A: torch.Tensor, batch: PackedBatch, known: PassScores, needs: frozenset[Need]
+) -> LossTokens:
+    """What the loss sees of a batch.
+
+    With `trainer_logprobs` the old ones are the trainer's: before its only update, those of now.
+    """
+    old_A = logprobs_A.detach() if "trainer_logprobs" in needs else batch.old_logprobs_A
     return LossTokens(
-        logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
+        logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,
         reference_logprobs_T=known.reference_logprobs_A,
     )  # fmt: skip
@@ -63,7 +69,7 @@ def backward(
     """
     logprobs_A, entropy_A = forward(model, batch, temperature)
     logprobs_A.retain_grad()
-    tokens = loss_tokens(logprobs_A, batch, known)
+    tokens = loss_tokens(logprobs_A, batch, known, objective.needs)
     loss_A, clipped_A, measured = objective(tokens)
     loss = loss_sum(loss_A, batch.weights_A)
     loss.backward()

@@ -19,7 +19,8 @@ from small_trainer import (
 )
 
 from mesh.config.schema import Conf
-from mesh.program.assembly import check, read_loss
+from mesh.program.assembly import check
+from mesh.program.loss_checks import read_loss
 from mesh.rl.advantages import group_advantages
 from mesh.rl.loading import load_loss
 from mesh.rl.losses import LOSSES, Loss, LossTokens, TokenLoss, clipped_surrogate, kl_T
@@ -226,7 +227,8 @@ REFUSALS = {  # words, and all lines
     "unmet needs": (
         [f"loss={HERE}:ENTROPY"],
         [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
-         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics"],
+         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics, "
+         "trainer_logprobs"],
     ),
     "an eps without a division": (
         ["loss=dr_grpo", "advantage_eps=1e-4"],
