@@ -54,6 +54,7 @@ from mesh.rl.step import (
     with_scores,
 )
 from mesh.rl.updates import step_metrics
+from mesh.roles.divergences import reward_divergences
 from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.roles.passes import PassScores, old_logprobs
@@ -139,8 +140,9 @@ def train_step(
             share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
         with phases("train"):
             generator.release()
-            known = trainer.score(share.passes, objective.needs | keys.needs)
-            advantages |= advantages_of(wave, objective, keys.group_size)
+            known = trainer.score(share.passes, objective.needs, policy=keys.updates > 1)
+            divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
+            advantages |= advantages_of(wave, objective, keys.group_size, divergences)
             share = credited(share, advantages, objective)
             (first, scores), *later = with_scores(share, known)
             logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)

@@ -7,10 +7,11 @@ from math import fsum
 
 Metrics = Mapping[str, float]
 
-BY_TOKEN = ("entropy", "kl", "clip_fraction", "ratio/mean")
-"""Means over tokens; those of `BY_UPDATE` are means over updates."""
-
 BY_UPDATE = ("loss", "grad_norm")
+"""Means over updates; what is named nowhere here is a mean over tokens."""
+
+LARGEST, COUNTED, LAST = ("ratio/max",), ("tokens/trained", "skipped"), ("steps_without_signal",)
+FIRST = ("logprob_diff/max", "logprob_diff/mean", "lr")
 SHOWN = ("loss", "grad_norm", "clip_fraction", "ratio/max", "ratio/mean", "approx_kl")
 
 
@@ -33,15 +34,19 @@ def step_metrics(updates: Sequence[Metrics]) -> dict[str, float]:
 
 
 def _merged(made: Sequence[Metrics]) -> dict[str, float]:
-    tokens = [update["tokens/trained"] for update in made]
-    weights = dict.fromkeys(BY_TOKEN, tokens) | {key: [1.0] * len(made) for key in BY_UPDATE}
-    metrics = {
-        key: fsum(update[key] * w for update, w in zip(made, by, strict=True)) / max(fsum(by), 1.0)
-        for key, by in weights.items()
-        if key in made[0]
-    }
-    metrics["ratio/max"] = max(update["ratio/max"] for update in made)
-    metrics["tokens/trained"] = fsum(tokens)
-    if "skipped" in made[0]:
-        metrics["skipped"] = fsum(update["skipped"] for update in made)
-    return metrics | {"steps_without_signal": made[-1]["steps_without_signal"]}
+    return {name: _one(name, made) for name in dict.fromkeys(key for one in made for key in one)}
+
+
+def _one(name: str, made: Sequence[Metrics]) -> float:
+    """One metric; an update without tokens may not have measured it."""
+    having = [update for update in made if name in update]
+    values = [update[name] for update in having]
+    if name in FIRST or name in LAST:
+        return values[0] if name in FIRST else values[-1]
+    if name in LARGEST:
+        return max(values)
+    if name in COUNTED:
+        return fsum(values)
+    weights = [1.0 if name in BY_UPDATE else update["tokens/trained"] for update in having]
+    total = fsum(value * weight for value, weight in zip(values, weights, strict=True))
+    return total / max(fsum(weights), 1.0)

@@ -57,7 +57,8 @@ class Trainer:
         self.steps = 0
         self.without_signal = 0  # of them those whose gradients were all exactly 0
         self.silent = False  # the last one is such a step, so far
-        self.sums = StepSums(device)
+        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
@@ -128,18 +129,19 @@ class Trainer:
             model, batch, self.settings.temperature if temperature is None else temperature
         )
 
-    def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
-        """First phase of a wave: what is needed of its passes before they are trained on.
+    def score(
+        self, passes: Sequence[Pass], needs: frozenset[Need], policy: bool = False
+    ) -> list[PassScores]:
+        """First phase of a wave: what is needed of its passes before they are trained on; policy:
+        also the policy's own logprobs, with which all updates of a step compare.
 
         A collective of the trainer, in which every rank has the same number of passes.
         """
-        if self.model is None or not needs & SCORED:
+        if self.model is None or not (policy or needs & SCORED):
             return [PassScores() for _ in passes]
-        models = self.model, self.reference
+        models, rest = (self.model, self.reference), (self.settings.temperature, self.sums)
         return [
-            score_pass(
-                pack(leaves).to(self.device), *models, needs, self.settings.temperature, self.sums
-            )
+            score_pass(pack(leaves).to(self.device), *models, needs, policy, *rest)
             for leaves in passes
         ]
 
@@ -187,8 +189,6 @@ class Trainer:
             self.optimizer.step(gradients, norm, lr)
         self.sums.reduce(self.mesh)
         metrics = self.sums.metrics(normaliser, tokens) | {"grad_norm": norm, "lr": lr}
-        if self.reference is None:
-            del metrics["kl"]
         if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
@@ -224,7 +224,7 @@ class Trainer:
 
     def _clear(self) -> None:
         self.optimizer.zero_grad()
-        self.sums = StepSums(self.device)
+        self.sums = StepSums(self.device, self.measured)
 
     def _report(
         self,
