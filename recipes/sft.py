@@ -47,7 +47,7 @@ from mesh.program.assembly import (
     sync,
 )
 from mesh.program.encoding import dated
-from mesh.program.plan import Plan
+from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.recipes.grpo import held_out
@@ -140,16 +140,13 @@ def teaching(plan: Plan) -> Plan:
 
 
 def scheduled(conf: Conf, plan: Plan, num_examples: int) -> tuple[Conf, Plan]:
-    """Both with the number of steps that sft.epochs makes of the examples, where it is set, and
-    with the schedule of the learning rate over them.
-    """
-    if conf.sft.epochs:
-        steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
-        conf = changed(conf, {"steps": steps})
-    keys = plan.trainer.optimizer
-    assert keys is not None, "a plan of a program that trains has an optimizer"
-    optimizer = replace(keys, decay=conf.sft.decay, steps=conf.steps)
-    return conf, replace(plan, trainer=replace(plan.trainer, optimizer=optimizer))
+    """Both with the number of steps that sft.epochs makes of the examples, where it is set."""
+    if not conf.sft.epochs:
+        return conf, plan
+    steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
+    conf = changed(conf, {"steps": steps})
+    trainer = replace(plan.trainer, optimizer=optimizer_settings(conf))
+    return conf, replace(plan, trainer=trainer)
 
 
 def examples_of(conf: Conf, source: PromptSource, process: Process) -> list[Prompt]:

@@ -6,18 +6,20 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Decay = Literal["none", "linear", "cosine"]
+DecayedWeights = Literal["all", "matrices"]
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none;
-    decay: from the peak to 0 over the rest of `steps`.
+    decay: from the peak to lr_floor, a share of it, at the end of `steps`; weight_decay_on: the
+    weights that decay; fused: AdamW's one kernel an update.
     """
 
     lr: float
@@ -28,42 +30,66 @@ class OptimizerSettings:
     clip_norm: float
     decay: Decay = "none"
     steps: int = 0
+    lr_floor: float = 0.0
+    weight_decay_on: DecayedWeights = "all"
+    fused: bool = False
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Kinds of state that an update needs beside the weights, each in their shape and dtype."""
 
+EMBEDDINGS = "tok_embeddings.weight"  # also the name of a tied weight
+
 
 def lr_at(step: int, settings: OptimizerSettings) -> float:
-    """Linear warm-up to the peak, then constant or decaying. The first of `warmup_steps` gets
-    peak / warmup_steps, and the step after the last would get 0.
+    """Learning rate of the updates that follow `step` steps: linear warm-up to the peak, then
+    constant or decaying to the floor.
+
+    The first of `warmup_steps` gets peak / warmup_steps. The first step of the decay gets the peak,
+    and the step after its last one would get the floor, as all that follow do.
     """
-    warmup = settings.warmup_steps
+    warmup, peak = settings.warmup_steps, settings.lr
     if step < warmup or settings.decay == "none":
-        return settings.lr * min(1.0, (step + 1) / max(warmup, 1))
+        return peak * min(1.0, (step + 1) / max(warmup, 1))
     left = max(settings.steps - step, 0) / max(settings.steps - warmup, 1)
-    if settings.decay == "linear":
-        return settings.lr * left
-    return settings.lr * (1 - math.cos(math.pi * left)) / 2
+    if settings.decay == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return peak * (settings.lr_floor + (1 - settings.lr_floor) * left)
+
+
+def decays(name: str, weight: Tensor, on: DecayedWeights) -> bool:
+    """True if weight decay shrinks this weight: with `matrices` neither norms nor biases nor the
+    embeddings, which a tied model's head shares."""
+    return on == "all" or (weight.dim() > 1 and name != EMBEDDINGS)
+
+
+def groups_of(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """The weights as groups of torch's optimizers, each with its weight decay; none is empty."""
+    groups = []
+    for decayed in (True, False):
+        mine = [w for n, w in weights.items() if decays(n, w, settings.weight_decay_on) == decayed]
+        decay = settings.weight_decay if decayed else 0.0
+        groups += [{"params": mine, "weight_decay": decay}] if mine else []
+    return groups
 
 
 class Optimizer:
-    """Owns the moments of these parameters. Counts the updates that were made, and the steps that
-    gave none because their gradient was exactly 0.
+    """Owns the moments of these weights, which have torchtitan's names. Counts the updates that
+    were made, and the steps that gave none because their gradient was exactly 0.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings) -> None:
         self.settings = settings
         self.updates = 0
         self.without_signal = 0
         self._moving = threading.Lock()
         self._whole = True
         self.adamw = torch.optim.AdamW(
-            parameters,
+            groups_of(weights, settings),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            fused=settings.fused or None,
         )
 
     def lr(self, step: int) -> float:
@@ -105,7 +131,8 @@ class Optimizer:
         """A parameter's state, `MOMENTS` and `step`: zeros before its first update."""
         state = self.adamw.state[parameter]
         if not state:  # as AdamW makes it in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device if self.settings.fused else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 

@@ -62,7 +62,7 @@ class Trainer:
             if settings.reference:
                 self.reference = self._build().requires_grad_(False)
             if settings.optimizer is not None:
-                self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
+                self.optimizer = Optimizer(self.masters(), settings.optimizer)
 
     def _build(self) -> Policy:
         return build_model(self.settings, self.mesh, self.device, self.layouts, self._blocks())
@@ -81,6 +81,10 @@ class Trainer:
         """Master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
 
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Master weights, a tied one under its first name."""
+        return {k: w for k, w in self.parameters().items() if k in self.master_names}
+
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """Weights of the frozen reference; none without one."""
         return named_weights(self.reference) if self.reference is not None else {}
@@ -89,7 +93,7 @@ class Trainer:
         """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
         moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
         weight is listed once. Empty off the trainer."""
-        masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
+        masters = self.masters()
         moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
         return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
 
