@@ -35,6 +35,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
@@ -146,12 +147,14 @@ def train_step(
 
 
 def held_out(program: Program, process: Process) -> Metrics:
-    """Accuracy on prompts that training never draws, of every evaluation set."""
+    """Accuracy on prompts that training never draws, of every evaluation set, by the averaged
+    weights of a run that has them."""
     metrics: Metrics = {}
-    for name, held in program.plan.evaluations.items():
-        prefix = f"eval/{name}" if name else "eval"
-        scorer = program.evaluation_scorers[name]
-        metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
+    with averaged_weights(program):
+        for name, held in program.plan.evaluations.items():
+            prefix = f"eval/{name}" if name else "eval"
+            scorer = program.evaluation_scorers[name]
+            metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
     return metrics
 
 

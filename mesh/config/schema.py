@@ -98,6 +98,13 @@ class Conf:
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
     )
+    ema: float = key(
+        0.0,
+        "exponential average of the weights, which is evaluated and exported: its decay at an "
+        "update, e.g. 0.99; 0: none",
+        ge=0,
+        lt=1,
+    )
     check: Literal["strict"] | None = key(
         None,
         "strict: end at the first token whose trainer and generator logprobs differ, and name the "

@@ -169,6 +169,7 @@ def optimizer_settings(conf: Conf) -> OptimizerSettings:
         lr_floor=keys.lr_floor,
         weight_decay_on=keys.weight_decay_on,
         fused=keys.fused,
+        ema=conf.ema,
     )
 
 

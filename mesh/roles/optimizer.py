@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from mesh.roles.averaging import AveragedWeights
 
 Decay = Literal["none", "linear", "cosine"]
 DecayedWeights = Literal["all", "matrices"]
@@ -19,7 +21,8 @@ DecayedWeights = Literal["all", "matrices"]
 class OptimizerSettings:
     """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none;
     decay: from the peak to lr_floor, a share of it, at the end of `steps`; weight_decay_on: the
-    weights that decay; fused: AdamW's one kernel an update.
+    weights that decay; fused: AdamW's one kernel an update; ema: decay of the averaged weights, 0:
+    there are none.
     """
 
     lr: float
@@ -33,10 +36,14 @@ class OptimizerSettings:
     lr_floor: float = 0.0
     weight_decay_on: DecayedWeights = "all"
     fused: bool = False
+    ema: float = 0.0
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Kinds of state that an update needs beside the weights, each in their shape and dtype."""
+
+EMA = "ema"
+"""Kind of state that the averaged weights are."""
 
 EMBEDDINGS = "tok_embeddings.weight"  # also the name of a tied weight
 
@@ -63,6 +70,11 @@ def decays(name: str, weight: Tensor, on: DecayedWeights) -> bool:
     return on == "all" or (weight.dim() > 1 and name != EMBEDDINGS)
 
 
+def state_kinds(settings: OptimizerSettings) -> tuple[str, ...]:
+    """Kinds of state that `Optimizer.state` has, in order."""
+    return (*MOMENTS, *([EMA] if settings.ema else []))
+
+
 def groups_of(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> list[dict[str, Any]]:
     """The weights as groups of torch's optimizers, each with its weight decay; none is empty."""
     groups = []
@@ -74,12 +86,13 @@ def groups_of(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> lis
 
 
 class Optimizer:
-    """Owns the moments of these weights, which have torchtitan's names. Counts the updates that
-    were made, and the steps that gave none because their gradient was exactly 0.
+    """Owns the moments of these weights, by torchtitan's names, and their average. Counts the
+    updates that were made, and the steps that gave none because their gradient was exactly 0.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings) -> None:
-        self.settings = settings
+        self.settings, self.weights = settings, weights
+        self.averaged = AveragedWeights(weights, settings.ema) if settings.ema else None
         self.updates = 0
         self.without_signal = 0
         self._moving = threading.Lock()
@@ -100,8 +113,8 @@ class Optimizer:
         """Clip the gradients (the local shards of the parameters' own) to the bound, and update.
 
         norm: of the whole gradient, the same on all ranks. Where it is 0 there is nothing to learn
-        from, and weights, moments and AdamW's count of updates stay: its moments would go on
-        moving the weights, and weight decay shrink them.
+        from, and weights, moments, average and AdamW's count of updates stay: its moments would go
+        on moving the weights, and weight decay shrink them.
         """
         if norm == 0:
             self.without_signal += 1
@@ -113,6 +126,8 @@ class Optimizer:
         with self._moving:
             self._whole = False
             self.adamw.step()
+            if self.averaged is not None:
+                self.averaged.move()
             self.updates += 1
             self._whole = True
 
@@ -136,15 +151,21 @@ class Optimizer:
             state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 
-    def continue_after(
-        self, updates: int, without_signal: int, parameters: Iterable[Tensor]
-    ) -> None:
-        """Resume after so many updates, whose moments are already loaded, and steps without."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors beside the weights that the next update depends on, by kind and name."""
+        moments = {name: self.moments(weight) for name, weight in self.weights.items()}
+        found = {kind: {name: m[kind] for name, m in moments.items()} for kind in MOMENTS}
+        return found | ({EMA: self.averaged.tensors} if self.averaged is not None else {})
+
+    def continue_after(self, updates: int, without_signal: int) -> None:
+        """Resume after so many updates, whose state is already loaded, and steps without."""
         self.updates, self.without_signal = updates, without_signal
-        for parameter in parameters:
-            self.moments(parameter)["step"].fill_(updates)
+        for weight in self.weights.values():
+            self.moments(weight)["step"].fill_(updates)
 
     def restart(self) -> None:
-        """Forget all updates."""
+        """Forget all updates; the average begins again at the weights."""
         self.adamw.state.clear()
+        if self.averaged is not None:
+            self.averaged.restart()
         self.updates = self.without_signal = 0

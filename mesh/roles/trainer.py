@@ -26,7 +26,7 @@ from mesh.rl.step import Pass
 from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.models import build_model
 from mesh.roles.nonfinite import announce, findings, gathered, merged
-from mesh.roles.optimizer import MOMENTS, Optimizer
+from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import PassScores, backward, forward
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import TrainerSettings
@@ -90,12 +90,29 @@ class Trainer:
         return named_weights(self.reference) if self.reference is not None else {}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
-        moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
-        weight is listed once. Empty off the trainer."""
-        masters = self.masters()
-        moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
-        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
+        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's,
+        of which moments are zeros before the first step. DTensors, the trainer's own; a tied weight
+        is listed once. Off the trainer every kind is empty."""
+        if self.model is None:
+            settings = self.settings.optimizer
+            kinds = state_kinds(settings) if settings is not None else ()
+            return {kind: {} for kind in ("weights", *kinds)}
+        return {"weights": self.masters()} | self.optimizer.state()
+
+    def answering(self) -> dict[str, torch.Tensor]:
+        """The weights that are evaluated and exported, by the names of `parameters`: the average of
+        a run that has one, else the newest. Empty off the trainer."""
+        if self.model is None or not self.averages:
+            return self.parameters()
+        averaged = self.optimizer.averaged
+        assert averaged is not None, "the optimizer averages as its settings say"
+        tied = {"lm_head.weight": averaged.tensors[EMBEDDINGS]} if self.settings.shape.tied else {}
+        return averaged.tensors | tied
+
+    @property
+    def averages(self) -> bool:
+        """True if the run has averaged weights; the same on all ranks."""
+        return self.settings.optimizer is not None and self.settings.optimizer.ema > 0
 
     @property
     def updates(self) -> int:
@@ -112,8 +129,7 @@ class Trainer:
         without signal; `state` holds that step's tensors already."""
         self.steps = steps
         if self.model is not None:
-            weights = self.state()["weights"].values()
-            self.optimizer.continue_after(updates, without_signal, weights)
+            self.optimizer.continue_after(updates, without_signal)
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""
