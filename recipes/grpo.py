@@ -45,6 +45,7 @@ from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.tasks.transcript import shown
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
         inputs = inputs_of(conf, plan)
         checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
         first = checkpoints.load() if resume else 0
+        stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
         with MetricsLogger(
@@ -78,9 +80,12 @@ def main(argv: list[str]) -> None:
             if not resume:
                 metrics = held_out(program, process)
                 logger.log(0, metrics)
+                stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
+                if stopping.reason and not checkpoints.unlogged:
+                    break
                 metrics, samples = checkpoints.to_log() or train_step(
                     program, process, phases, step, inspect
                 )
@@ -91,12 +96,15 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
-                    checkpoints.after(step + 1, stop)
+                    checkpoints.after(step + 1, stop, bool(stopping.reason))
                 if stop:
                     break
+            if stopping.reason:
+                process.say(f"the run ends here: {stopping.reason}")
             save(run_dir / "model")
 
 

@@ -71,6 +71,8 @@ INSTEAD = {
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
     "check": "leave it out, there is no generator to agree with",
+    "stop.above": "leave it out, the first and the last step alone are evaluated",
+    "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
 
 
@@ -122,6 +124,7 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
+    keys |= {"stop.above": None, "stop.after": None}
     conf = changed(conf, keys)
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"

@@ -44,6 +44,7 @@ HOW_IT_RUNS = (
     "reward.",
     "sync.",
     "eval.",
+    "stop.",
     "checkpoint.",
     "export.",
     "log.",

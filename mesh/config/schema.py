@@ -23,6 +23,7 @@ from mesh.config.sections import (
     PromptConf,
     RewardConf,
     SFTConf,
+    StopConf,
     SyncConf,
     TrainerConf,
     ValidateConf,
@@ -126,6 +127,7 @@ class Conf:
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
+    stop: StopConf = field(default_factory=StopConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
     validate: ValidateConf = field(default_factory=ValidateConf)

@@ -193,6 +193,17 @@ class EvalConf:
 
 
 @dataclass(frozen=True)
+class StopConf:
+    metric: str = key(
+        "eval/accuracy", "the metric of evaluations that stop.above and stop.after follow"
+    )
+    above: float | None = key(None, "end the run where it is at least this", gt=-INF, lt=INF)
+    after: int | None = key(
+        None, "end the run after so many evaluations in which it has not exceeded its best", ge=1
+    )
+
+
+@dataclass(frozen=True)
 class GenerateConf:
     prompts: list[str] = key(
         [], "prompts for recipes/generate.py; -: lines of stdin; unset: held-out prompts"
