@@ -38,6 +38,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
@@ -61,6 +62,7 @@ from mesh.roles.passes import PassScores, old_logprobs
 from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.tasks.transcript import shown
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
         inputs = inputs_of(conf, plan)
         checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
         first = checkpoints.load() if resume else 0
+        stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
         with MetricsLogger(
@@ -94,9 +97,12 @@ def main(argv: list[str]) -> None:
             if not resume:
                 metrics = held_out(program, process)
                 logger.log(0, metrics)
+                stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
+                if stopping.reason and not checkpoints.unlogged:
+                    break
                 metrics, samples = checkpoints.to_log() or train_step(
                     program, process, phases, step, inspect
                 )
@@ -107,12 +113,15 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
-                    checkpoints.after(step + 1, stop)
+                    checkpoints.after(step + 1, stop, bool(stopping.reason))
                 if stop:
                     break
+            if stopping.reason:
+                process.say(f"the run ends here: {stopping.reason}")
             save(run_dir / "model")
 
 
@@ -189,12 +198,14 @@ def later_updates(
 
 
 def held_out(program: Program, process: Process) -> Metrics:
-    """Accuracy on prompts that training never draws, of every evaluation set."""
+    """Accuracy on prompts that training never draws, of every evaluation set, by the averaged
+    weights of a run that has them."""
     metrics: Metrics = {}
-    for name, held in program.plan.evaluations.items():
-        prefix = f"eval/{name}" if name else "eval"
-        scorer = program.evaluation_scorers[name]
-        metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
+    with averaged_weights(program):
+        for name, held in program.plan.evaluations.items():
+            prefix = f"eval/{name}" if name else "eval"
+            scorer = program.evaluation_scorers[name]
+            metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
     return metrics
 
 

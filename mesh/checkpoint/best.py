@@ -114,15 +114,20 @@ class BestModel:
 
 
 def best_metric_problems(conf: Conf) -> list[str]:
-    """A metric to follow that no evaluation of the run logs."""
-    metric, choices = conf.checkpoint.best_metric, metric_names(conf.eval.num_samples)
+    """A best model by a metric that no evaluation of the run logs."""
+    return metric_problems(conf, "checkpoint.best_metric", conf.checkpoint.best_metric)
+
+
+def metric_problems(conf: Conf, key: str, metric: str) -> list[str]:
+    """A metric to follow, the value of `key`, that no evaluation of the run logs."""
+    choices = metric_names(conf.eval.num_samples)
     if metric in choices:
         return []
     close = nearest(metric, choices)
     meant = f"did you mean {close}? " if close else ""
     wrong = f"no evaluation with eval.num_samples={conf.eval.num_samples} logs it"
     remedy = f"{meant}use one of {', '.join(choices)}"
-    return [problem("checkpoint.best_metric", metric, wrong, remedy)]
+    return [problem(key, metric, wrong, remedy)]
 
 
 def best_steps_in(checkpoints: Path) -> set[int]:
