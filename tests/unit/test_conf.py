@@ -128,6 +128,8 @@ def test_every_problem_is_listed_at_once():
         ("batch_size", "num_prompts sft.batch_size"),
         ("rollout_batch_size", "num_prompts"),
         ("num_generations", "group_size"),
+        ("num_minibatches", "updates_per_step"),
+        ("target_kl", "kl_stop"),
         ("max_tokens", "generator.max_new_tokens"),
         ("generator.max_completion_length", "generator.max_new_tokens"),
         ("max_prompt_length", "model.max_length"),
@@ -137,7 +139,7 @@ def test_every_problem_is_listed_at_once():
         ("gradient_accumulation_steps", "trainer.microbatch_tokens"),
         ("model_name_or_path", "model.path"),
         # nothing that it could mean
-        ("updates_per_batch", ""),
+        ("rewind", ""),
         ("trainer.foo", ""),
         ("log.wandb_api_key", ""),
         ("x", ""),
@@ -157,8 +159,8 @@ def test_names_of_other_systems_lead_to_keys_that_exist_and_are_no_keys():
 def test_a_far_choice_is_not_suggested():
     assert nearest("qwen_tiny", NAMES) == "qwen3_tiny" and nearest("llama", NAMES) is None
     assert refusal("conf=llama") == [f"conf=llama: no such config; {CONFIGS}"]
-    assert refusal("conf=qwen3_tiny", "updates_per_batch=2") == [
-        "updates_per_batch=2: unknown key; --help lists all keys"
+    assert refusal("conf=qwen3_tiny", "rewind=2") == [
+        "rewind=2: unknown key; --help lists all keys"
     ]
 
 
