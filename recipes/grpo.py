@@ -139,7 +139,12 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
+    metrics = (
+        updated
+        | rollout_metrics(waves, keys.group_size, objective.length_penalty)
+        | drawn
+        | {"digest/weights": digest}
+    )
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(
         prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
