@@ -122,7 +122,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    conf = changed(conf, keys)
+    # refused without a weight, which is the run's that this one prepares
+    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]
