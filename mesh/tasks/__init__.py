@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code
 from mesh.tasks.classes import class_of
@@ -270,9 +270,7 @@ def numbered(prompts: Sequence[Prompt], first_id: int = 0) -> list[NumberedPromp
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
         return "it takes none; leave task_args empty"
-    close = nearest(key, fields)
-    meant = f"did you mean task_args.{close}? " if close else ""
-    return f"{meant}it has {', '.join(fields)}"
+    return f"{meant(key, fields, 'task_args.')}it has {', '.join(fields)}"
 
 
 def _required(fields: dict[str, Any], args: Mapping[str, Any]) -> list[str]:
