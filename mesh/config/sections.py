@@ -53,7 +53,9 @@ class PromptConf:
         {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
     )
     prefill: str = key("", "text that begins every answer: the model continues it, without loss")
-    prefix: str = key("", "text in front of every prompt that is a text")
+    prefix: str = key(
+        "", "directly in front of every prompt that is a text, behind the examples of few_shot"
+    )
     few_shot: str | None = key(
         None, "JSON Lines file of examples before every prompt: question and answer, or messages"
     )

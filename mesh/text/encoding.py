@@ -29,7 +29,8 @@ class PromptForm:
 
     begins: a beginning-of-sequence token is in front of every prompt (True) or of no plain text
     (False); None: of a text by the tokenizer's rule, of a chat by its template. day: the date that
-    a template may write; arguments: what else it reads.
+    a template may write; arguments: what else it reads. prefix: directly in front of a question
+    that is a text, behind the examples, whether it is a chat or not.
     """
 
     chat: bool = False
@@ -161,7 +162,7 @@ class PromptEncoder:
                 f"{wrong} prompt.{unread[0]}",
                 f"set prompt.chat=true, or leave out prompt.{unread[0]}",
             )
-        return form.prefix + as_text(form.shots) + prompt.text
+        return as_text(form.shots) + form.prefix + prompt.text
 
     def _rendered(self, messages: Sequence[Message], generation: bool = False) -> str:
         template, form = self._template(), self.form

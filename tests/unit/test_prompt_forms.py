@@ -98,12 +98,12 @@ def test_a_text_becomes_a_chat_with_all_that_the_keys_say(process, tmp_path):
     )  # fmt: skip
 
 
-def test_plain_text_has_its_examples_and_prefix_in_front(process, tmp_path):
+def test_plain_text_has_its_prefix_behind_the_examples_as_a_chat_has(process, tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text('{"question": "ab>", "answer": "ba"}\n{"question": "c>", "answer": "c"}\n')
     plan = planned(process, "prompt.prefix=Spell\n", f"prompt.few_shot={shots}",
                    "prompt.prefill=z", "model.max_length=100")  # fmt: skip
-    assert shown(plan, Prompt(0, "cd>", "dc")) == "Spell\nab>ba\nc>c\ncd>z"
+    assert shown(plan, Prompt(0, "cd>", "dc")) == "ab>ba\nc>c\nSpell\ncd>z"
 
 
 def test_template_arguments_have_types_and_reach_the_template(process, tmp_path):
