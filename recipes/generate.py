@@ -33,6 +33,7 @@ from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
+from mesh.roles.conversation import warn_of_replies
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
 from mesh.tasks.transcript import shown, turn_texts
@@ -108,6 +109,7 @@ def answers(
     generator = program.generator
     sampling = generator.sampling(EVAL_STEP, temperature=0 if conf.generate.greedy else None)
     mine, _ = generator.answers(program.scorer, prompts, conf.generate.num_samples, sampling)
+    warn_of_replies(program.scorer, process.cpu_group)
     shares = process.gather(mine if generator.speaks else [])
     return sorted((r for share in shares for r in share), key=lambda r: r.key)
 

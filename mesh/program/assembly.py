@@ -35,6 +35,7 @@ from mesh.program.encoding import (
     stop_problems,
     tokenizer_files,
 )
+from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.plan import (
     Found,
@@ -54,7 +55,8 @@ from mesh.rl.trial import trial
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
-from mesh.tasks.scorer import Scorer, checked_task, num_workers
+from mesh.tasks.calls import TaskSource
+from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
@@ -134,6 +136,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, prompts, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
+            called = TaskSource(task, spec, scoring_of(conf))
+            wrong += first_call_problems(process, called, encoder, prompts)
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []

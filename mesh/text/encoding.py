@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from mesh.text.few_shot import Shot, as_messages, as_text
+from mesh.text.fidelity import control_ids
 from mesh.text.forms import form_problem
 from mesh.text.template import ChatTemplate
 from mesh.text.tokenizer import Tokenizer, Unencodable
@@ -124,6 +125,15 @@ class PromptEncoder:
                 return marked[len(self._mark) :]
         return tuple(self.tokenizer.encode(text))
 
+    def control_in(self, text: str) -> str | None:
+        """The first control token that a text encodes to, where its characters were to be; None:
+        there is none.
+        """
+        if not any(token in text for token in self._controls.values()):
+            return None
+        found = (self._controls.get(token_id) for token_id in self.tokenizer.encode(text))
+        return next((token for token in found if token is not None), None)
+
     @cached_property
     def beginning(self) -> tuple[int, ...]:
         """Tokens in front of a text: by the tokenizer's own rule, else, where the run asks for
@@ -132,6 +142,11 @@ class PromptEncoder:
         rule = self.tokenizer.beginning
         bos = self.tokenizer.bos_id
         return rule or ((bos,) if self.form.begins and bos is not None else ())
+
+    @cached_property
+    def _controls(self) -> dict[int, str]:
+        tokens = self.tokenizer.backend.get_added_tokens_decoder()
+        return {i: tokens[i].content for i in control_ids(self.tokenizer)}
 
     @cached_property
     def _mark(self) -> tuple[int, ...]:

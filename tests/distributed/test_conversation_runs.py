@@ -1,6 +1,6 @@
 """Conversations in real runs: the same bits in every layout, at any pace, and after a resume.
 
-About 40 s on two ranks.
+About 50 s on two ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def talks(tmp_path_factory) -> dict[str, Run]:
         "stopped": ("grpo", [*SMALL, "reward.workers=0", "steps=1", "checkpoint.every=1"]),
         "resumed": ("grpo", [f"resume={resumed}", "steps=2"]),
         "replayed": ("replay", [str(resumed), "step=2"]),
+        "controls": ("grpo", [*SMALL, "task=talking_tasks:Controls", "reward.workers=0"]),
     }
     return runs(root, 2, asked) | {"resumed": Run(resumed, "")}
 
@@ -66,6 +67,19 @@ def test_a_resumed_run_has_the_conversations_of_one_that_did_not_stop(talks):
 
 def test_a_step_of_conversations_is_replayed_to_the_bit(talks):
     assert "equal to the bit" in talks["replayed"].output
+
+
+def test_a_control_token_in_a_reply_is_said_once_by_one_rank(talks):
+    """The prompts with odd numbers are rank 1's."""
+    talked = talks["controls"]
+    warning = (
+        "warning: the reply 'a<eos>' has the control token '<eos>', which ends a turn: the model "
+        "does not read it as text; take it out of what reply returns, unless it is there on purpose"
+    )
+    assert talked.output.count(warning) == 1 and talked.metrics[-1]["step"] == 2
+    other = (talked.path.parent / "output-1.txt").read_text()
+    assert "control token" not in other
+    assert not any("control token" in talks[name].output for name in ("plain", "others"))
 
 
 def test_generate_shows_replies_in_brackets():
