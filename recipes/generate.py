@@ -36,6 +36,7 @@ from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.conversation import warn_of_replies
 from mesh.roles.generator import EVAL_STEP
 from mesh.tasks import draw_held_out, numbered
+from mesh.tasks.replying import converses
 from mesh.tasks.transcript import shown, turn_texts
 from mesh.text.prompt_file import read_prompts
 from mesh.types import TRUNCATED, NumberedPrompt, Prompt, Rollout
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> None:
         given = [numbered.prompt for numbered in prompts]
         refuse(prompt_problems(process, plan.prompts, given, "prompts"))
         for line in prompt_warnings(process, plan.prompts, given, 0):
+            process.say(line)
+        for line in reply_warnings(conf, plan, given):
             process.say(line)
         for line in other_run_warnings(conf, plan, deciding_keys(conf)):
             process.say(line)
@@ -88,6 +91,19 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
     refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
     return numbered(prompts)
+
+
+def reply_warnings(conf: Conf, plan: Plan, prompts: Sequence[Prompt]) -> list[str]:
+    """A warning where the task replies to prompts that are not its own and say nothing beside."""
+    own = not conf.generate.prompts and conf.generate.file is None
+    bare = sum(not (prompt.answer or prompt.info) for prompt in prompts)
+    if own or not bare or not converses(plan.task):
+        return []
+    return [
+        f"warning: task={conf.task} replies to what is generated, and {bare} of {len(prompts)} "
+        "prompts have neither an answer nor info, which reply may need; give them as columns of a "
+        "generate.file, or ask the task's held-out prompts"
+    ]
 
 
 def of_file(conf: Conf, process: Process, name: str) -> list[Prompt]:

@@ -87,3 +87,15 @@ def test_generate_shows_replies_in_brackets():
     output = launch("recipes/generate.py", 1, *words).stdout
     (line,) = [line for line in output.splitlines() if line.startswith("abc> -> ")]
     assert line.count("[") == 2 and line.count(">]") == 2
+    assert (
+        "replies to what is generated, and 1 of 1 prompts have neither an answer nor in" in output
+    )
+
+
+def test_generate_gives_a_reply_the_answer_and_info_of_a_file(tmp_path):
+    rows = [{"prompt": "3-60:", "answer": "45", "info": {"low": 3, "high": 60}}]
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["conf=qwen3_tiny", "task=guess", "model.max_length=128", f"generate.file={file}"]
+    output = launch("recipes/generate.py", 1, *words).stdout
+    (line,) = [line for line in output.splitlines() if line.startswith("3-60: -> ")]
+    assert line.count("[ guess one number ]") >= 3 and "replies to" not in output

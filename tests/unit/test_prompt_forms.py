@@ -242,12 +242,21 @@ def test_prompts_come_from_files(tmp_path):
     lines.write_text("one\n\n two \n")
     assert [p.text for p in read_prompts(lines)] == ["one", " two "]
     messages = [{"role": "user", "content": "three"}]
-    found = [{"prompt": "one"}, {"text": "two", "prefill": "So"}, {"messages": messages},
-             {"tokens": [1, 2]}]  # fmt: skip
+    found = [
+        {"prompt": "one"},
+        {"text": "two", "prefill": "So"},
+        {"messages": messages},
+        {"tokens": [1, 2]},
+        {"prompt": "six", "answer": "6", "info": {"low": 1}},
+        {"messages": messages, "answer": 3},
+        {"prompt": "x", "answer": ["a"], "info": "b"},
+    ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in found))
     assert read_prompts(rows) == [
         Prompt(0, "one", ""), Prompt(1, "two", "", prefill="So"),
         Prompt(2, "", "", messages=messages), Prompt(3, "", "", tokens=[1, 2]),
+        Prompt(4, "six", "6", info={"low": 1}), Prompt(5, "", "3", messages=messages),
+        Prompt(6, "x", ""),
     ]  # fmt: skip
 
 
