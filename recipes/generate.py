@@ -35,7 +35,7 @@ from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
 from mesh.roles.conversation import warn_of_replies
 from mesh.roles.generator import EVAL_STEP
-from mesh.tasks import draw_held_out, numbered
+from mesh.tasks import draw_held_out, num_held_out, numbered
 from mesh.tasks.replying import converses
 from mesh.tasks.transcript import shown, turn_texts
 from mesh.text.prompt_file import read_prompts
@@ -83,9 +83,9 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
     if conf.generate.file is not None:
         return numbered(of_file(conf, process, conf.generate.file))
     if not texts:
-        shown = min(NUM_SHOWN, conf.eval.num_prompts)
         with refusing():
-            return numbered(draw_held_out(plan.task, shown))
+            num = min(NUM_SHOWN, num_held_out(plan.task, conf.eval.num_prompts))
+            return numbered(draw_held_out(plan.task, num))
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]

@@ -45,7 +45,7 @@ from mesh.program.plan import (
     run_objective,
     task_spec,
 )
-from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
 from mesh.rl.loading import load_loss, loss_problems
@@ -156,6 +156,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
     notes = task_notes(task) if training or held_out else []
+    notes += held_out_notes(conf, len(prompts))
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan

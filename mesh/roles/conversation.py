@@ -147,9 +147,12 @@ def control_warning(encoder: PromptEncoder, reply: Reply) -> str:
     """The warning that a text of a reply has a control token, which the model does not read as the
     characters that the task wrote; "": none has. What a chat template writes is no text of a reply.
     """
-    messages = [reply] if isinstance(reply, Mapping) else reply or ()
-    contents = [reply] if isinstance(reply, str) else [one["content"] for one in messages]
-    for text in contents:
+    if isinstance(reply, str):
+        texts = [reply]
+    else:
+        messages = [reply] if isinstance(reply, Mapping) else reply or ()
+        texts = [one["content"] for one in messages]
+    for text in texts:
         if control := encoder.control_in(text):
             end = encoder.tokenizer.backend.token_to_id(control) in encoder.tokenizer.eos_ids
             return (
