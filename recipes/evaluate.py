@@ -30,14 +30,14 @@ def main(argv: list[str]) -> None:
         program = assemble(plan, process)
         sync(program)
         metrics = held_out(program, process)
-        process.say(table(conf, metrics))
+        process.say(table(conf, metrics, len(plan.evaluations[""].prompts)))
         if conf.eval.output is not None:
             process.write(resolve_path(conf.eval.output), json.dumps(metrics, indent=2) + "\n")
 
 
-def table(conf: Conf, metrics: dict[str, float]) -> str:
+def table(conf: Conf, metrics: dict[str, float], num: int) -> str:
     """The metrics, one a line, under what they were measured on."""
-    title = f"{conf.task}: {conf.eval.num_prompts} held-out prompts x {conf.eval.num_samples}"
+    title = f"{conf.task}: {num} held-out prompts x {conf.eval.num_samples}"
     lines = [f"  {name:<22}{value:.4f}" for name, value in metrics.items()]
     return "\n".join([f"{title} samples, model {conf.model.path or conf.model.init}", *lines])
 

@@ -35,6 +35,7 @@ from mesh.program.encoding import (
     stop_problems,
     tokenizer_files,
 )
+from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.loss_checks import read_loss
 from mesh.program.plan import (
@@ -44,14 +45,15 @@ from mesh.program.plan import (
     resolve,
     task_spec,
 )
-from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
-from mesh.tasks.scorer import Scorer, checked_task, num_workers
+from mesh.tasks.calls import TaskSource
+from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
@@ -131,6 +133,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, prompts, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
+            called = TaskSource(task, spec, scoring_of(conf))
+            wrong += first_call_problems(process, called, encoder, prompts)
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
@@ -149,6 +153,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
     notes = task_notes(task) if training or held_out else []
+    notes += held_out_notes(conf, len(prompts))
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan

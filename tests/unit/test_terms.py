@@ -158,7 +158,7 @@ def test_the_kl_of_rollouts_is_the_sum_over_their_tokens_however_they_are_packed
         passes = [*passes_in(share, max_tokens), []]
         scores = trainer.score(passes, objective.needs)
         found.append(reward_divergences(passes, scores, objective, trainer.cpu_group))
-    assert len(found[0]) == 4 and found[0] == found[1]
+    assert len(found[0]) == 4 and found[0] == pytest.approx(found[1], rel=1e-5)
     (known,) = trainer.score(passes_in(share), objective.needs)
     batch, rollouts = pack(share), [r for leaf in share for r in leaf.rollouts]
     values_A = {"k1": k1_T, "k2": k2_T, "k3": k3_T}[estimator](
@@ -221,7 +221,7 @@ def test_nothing_is_weighed_where_generator_and_trainer_agree():
 
 def test_the_ratio_of_an_only_update_is_1_where_importance_corrects_the_generator(solo_mesh):
     """The old logprobs are then the trainer's, and the weights those against the generator."""
-    conf, share = conf_of("importance=tis", "importance_high=1.5"), some_leaves()
+    conf, share = conf_of("importance=tis", "importance_high=1.05"), some_leaves()
     trainer, objective = trainer_of(conf), objective_for(conf)
     assert objective.needs == {"trainer_logprobs"}
     logprobs_A, _ = accumulate(trainer, passes_in(share), objective)
@@ -230,10 +230,10 @@ def test_the_ratio_of_an_only_update_is_1_where_importance_corrects_the_generato
     assert metrics["ratio/max"] == metrics["ratio/mean"] == 1
     assert metrics["logprob_diff/max"] > 0.1 and metrics["clip_fraction"] == 0
     weights_A = (logprobs_A - batch.generator_logprobs_A).exp()
-    expected = float(weights_A.clamp(0, 1.5).mean())
+    expected = float(weights_A.clamp(0, 1.05).mean())
     assert metrics["importance/weight"] == pytest.approx(expected, rel=1e-6)
-    assert metrics["importance/bounded"] == float((weights_A > 1.5).double().mean()) > 0
-    loss_A = -weights_A.clamp(0, 1.5) * batch.advantages_A * batch.weights_A
+    assert metrics["importance/bounded"] == float((weights_A > 1.05).double().mean()) > 0
+    loss_A = -weights_A.clamp(0, 1.05) * batch.advantages_A * batch.weights_A
     assert metrics["loss"] == pytest.approx(float(loss_A.sum()) / 4, rel=1e-6)
 
 
@@ -348,7 +348,7 @@ def test_terms_that_fit_are_taken():
         ["loss=rloo", "kl_coef=0.05", "kl_in=reward"],
         ["loss=rloo", "clip_high=0.2", "dual_clip=3"],
         ["loss=cispo", "clip_high=3", "kl_coef=0.1", "kl_estimator=k2"],
-        ["loss=gspo", "dual_clip=1.01", "clip_high=0.01", "aggregation=sum"],
+        ["loss=gspo", "dual_clip=1.02", "clip_high=0.01", "aggregation=sum"],
         ["loss=dapo", "length_penalty=1", "length_penalty_tokens=3", "length_penalty_limit=7"],
         ["loss=sapo", "loss_args.tau_negative=2", "importance=tis", "importance_level=sequence"],
         ["loss=max_rl", "kl_coef=0.1", "truncated_reward=0"],
