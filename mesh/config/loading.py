@@ -33,7 +33,7 @@ from mesh.config.keys import (
 )
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
-from mesh.config.spelling import near_keys, nearest
+from mesh.config.spelling import meant, near_keys
 from mesh.config.text import Text, dump_text, from_word, load_yaml, value_as
 
 OPEN = tuple(key.name for key in conf_keys().values() if get_origin(key.annotation) is dict)
@@ -158,9 +158,7 @@ def read_config(name: str, seen: tuple[Path, ...] = ()) -> tuple[list[Setting], 
     if path.is_file():
         return read_yaml(path, seen)
     names = config_names()
-    close = nearest(name, names)
-    remedy = f"name one of {', '.join(names)}, or a path to a .yaml"
-    remedy = f"did you mean {close}? {remedy}" if close else remedy
+    remedy = f"{meant(name, names)}name one of {', '.join(names)}, or a path to a .yaml"
     return [], [problem("conf", name, "no such config", remedy)]
 
 
@@ -274,8 +272,8 @@ def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
     near = near_keys(name, keys)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return problem(name, value, "unknown key", f"{meant}--help lists all keys")
+    question = f"did you mean {' or '.join(near)}? " if near else ""
+    return problem(name, value, "unknown key", f"{question}--help lists all keys")
 
 
 def typed(value: Any, annotation: Any) -> Any:

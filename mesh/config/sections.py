@@ -53,7 +53,9 @@ class PromptConf:
         {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
     )
     prefill: str = key("", "text that begins every answer: the model continues it, without loss")
-    prefix: str = key("", "text in front of every prompt that is a text")
+    prefix: str = key(
+        "", "directly in front of every prompt that is a text, behind the examples of few_shot"
+    )
     few_shot: str | None = key(
         None, "JSON Lines file of examples before every prompt: question and answer, or messages"
     )
@@ -174,7 +176,9 @@ class SyncConf:
 @dataclass(frozen=True)
 class EvalConf:
     every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
-    num_prompts: int = key(256, "held-out prompts", ge=1)
+    num_prompts: int | None = key(
+        None, "held-out prompts; unset: 256, or as many as a data set holds out, if fewer", ge=1
+    )
     num_samples: int = key(4, "samples per held-out prompt", ge=1)
     k: list[int] = key(
         [], "the k of pass@k and maj@k, e.g. [1, 4]; unset: 1 and eval.num_samples", ge=1

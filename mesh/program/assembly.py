@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mesh.checkpoint.best import best_metric_problems
-from mesh.config.keys import Refusal, attempt, problem
+from mesh.config.keys import Refusal, attempt
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -35,26 +35,25 @@ from mesh.program.encoding import (
     tokenizer_files,
 )
 from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
+from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
+from mesh.program.loss_checks import read_loss
 from mesh.program.plan import (
     Found,
     Plan,
     prompt_source,
     resolve,
-    run_objective,
     task_spec,
 )
-from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
-from mesh.rl.loading import load_loss, loss_problems
-from mesh.rl.losses import CROSS_ENTROPY, Loss
-from mesh.rl.objective import Objective
-from mesh.rl.trial import trial
+from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
-from mesh.tasks.scorer import Scorer, checked_task, num_workers
+from mesh.tasks.calls import TaskSource
+from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
@@ -135,6 +134,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
+            called = TaskSource(task, spec, scoring_of(conf))
+            wrong += first_call_problems(process, called, encoder, own)
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
@@ -153,6 +154,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
     notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
+    notes += held_out_notes(conf, len(own))
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
@@ -185,37 +187,6 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     if config is not None and config.is_file() and json_problem(config) is not None:
         return None
     return load_tokenizer(directory, model) if (directory / "tokenizer.json").is_file() else None
-
-
-def read_loss(conf: Conf) -> Loss:
-    """The loss; ValueError where it does not exist or its settings do not fit it."""
-    loss = load_loss(conf.loss)
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
-    wrong += eps_problems(conf, loss)
-    if not wrong:
-        found = trial_problems(run_objective(conf, loss), conf.group_size)
-        wrong += [f"loss={conf.loss}: {line}" for line in found]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    return loss
-
-
-def eps_problems(conf: Conf, loss: Loss) -> list[str]:
-    """An epsilon for advantages that are not divided by a deviation."""
-    eps, advantage = conf.advantage_eps, conf.advantage or loss.advantage
-    if eps == Conf.advantage_eps or advantage == "std":
-        return []
-    name = advantage if isinstance(advantage, str) else "the loss's own function"
-    wrong = f"the advantage is {name}, which does not divide by the group's deviation"
-    return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
-
-
-def trial_problems(objective: Objective, group_size: int) -> list[str]:
-    """The fault of a loss that fails on a few made-up tokens, or mixes what may be cut apart."""
-    wrong: list[str] = []
-    attempt(wrong, trial, objective, max(group_size, 2))
-    return wrong
 
 
 def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:

@@ -12,6 +12,7 @@ from mesh.engine.kinds import engine_problems
 from mesh.lifecycle.process import Process
 from mesh.program.checks import invariant_problems, length_problems
 from mesh.program.encoding import form_problems, stop_problems, turn_ends
+from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.plan import prompt_source, task_spec
 from mesh.program.prompt_checks import prompt_problems
@@ -95,6 +96,9 @@ def held_out_prompts(
     if shape is not None and not form_problems(own, encoder):
         source = prompt_source(own, task, encoder, shape)
         wrong += attempt(wrong, prompt_problems, process, source, prompts, HELD_OUT) or []
+        called = TaskSource(task, task_spec(own), scoring_of(own))
+        asked = [] if task is known.task else prompts
+        wrong += first_call_problems(process, called, encoder, asked)
     return prompts
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.tasks.draw import is_held_out
 from mesh.tasks.judges import in_box
 from mesh.tasks.numerals import last_number
@@ -204,8 +204,7 @@ def setting_hints(name: str) -> dict[str, Any]:
 
 
 def choices(word: str, among: Any) -> str:
-    close = nearest(word, among)
-    return f"{f'did you mean {close}? ' if close else ''}it has {', '.join(among)}"
+    return f"{meant(word, among)}it has {', '.join(among)}"
 
 
 def library() -> Any:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.config.text import Text, mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.tasks import symbolic
@@ -220,16 +220,13 @@ def judge_named(name: str) -> Judge:
     if name in JUDGES:
         return JUDGES[name]
     if ":" not in name:
-        close = nearest(name, JUDGES)
-        meant = f"did you mean {close}? " if close else ""
-        remedy = f"{meant}use one of {', '.join(JUDGES)}, or MODULE:NAME for a judge of your own"
+        choices = f"{meant(name, JUDGES)}use one of {', '.join(JUDGES)}"
+        remedy = f"{choices}, or MODULE:NAME for a judge of your own"
         raise ValueError(f"task_args.judge={name}: no such judge; {remedy}")
     module, attribute = import_named("task_args.judge", name, "my_package.judges:chess")
     function = getattr(module, attribute, None)
     if not callable(function):
-        close = nearest(attribute, vars(module))
-        meant = f"did you mean {close}? " if close else ""
-        remedy = f"{meant}name a function (answer, response) of it"
+        remedy = f"{meant(attribute, vars(module))}name a function (answer, response) of it"
         wrong = f"{module.__name__} has no function {attribute}"
         raise ValueError(f"task_args.judge={name}: {wrong}; {remedy}")
     return Judge(function, lambda answer: "", apart=True)
@@ -248,10 +245,8 @@ def settings_of(name: str, judge: Judge, args: Mapping[str, Any]) -> dict[str, A
     for key, value in args.items():
         written = f"task_args.judge_args.{key}={value!r}"
         if key not in keys:
-            close = nearest(key, keys)
-            meant = f"did you mean {close}? " if close else ""
             has = f"it has {', '.join(keys)}" if keys else "it takes none"
-            problems.append(f"{written}: judge={name} has no such setting; {meant}{has}")
+            problems.append(f"{written}: judge={name} has no such setting; {meant(key, keys)}{has}")
             continue
         hint = hints.get(key, Any)
         try:
