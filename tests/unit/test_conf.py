@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from mesh.config.changes import changed
+from mesh.config.evaluation_sets import documented_keys
 from mesh.config.keys import Refusal, conf_keys, range_problems, refuse, value_of
 from mesh.config.loading import load_conf, read_conf, save_conf
 from mesh.config.schema import CONF_DIR, Conf, resolve_path
@@ -173,7 +174,7 @@ def test_a_far_choice_is_not_suggested():
         (
             "log=3",
             "log=3: a group of keys; set one of log.progress, log.tensorboard, log.wandb, "
-            "log.samples, log.tokens",
+            "log.samples, log.tokens, log.evaluations",
         ),
         ("steps=3.5", "steps=3.5: expected an integer; write e.g. steps=100"),
         ("steps=true", "steps=true: expected an integer; write e.g. steps=100"),
@@ -311,7 +312,7 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     )
     assert "trainer.lr=1e-06 peak learning rate of AdamW (> 0 and finite)" in lines
     listed = {line.partition("=")[0] for line in lines[5 + len(NAMES) :]}
-    assert listed == set(conf_keys())
+    assert listed == {key.name for key in documented_keys()} > set(conf_keys())
 
 
 def test_a_missing_config_is_refused_with_the_list_of_configs():
