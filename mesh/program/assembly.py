@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mesh.checkpoint.best import best_metric_problems
 from mesh.config.keys import Refusal, attempt
@@ -230,9 +231,12 @@ def run_self_test(plan: Plan, process: Process) -> str:
     )
 
 
-def sync(program: Program) -> float:
-    """Make the trainer's weights the generator's, and drop what was cached. Seconds."""
-    report = program.bridge.sync()
+def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:
+    """Make the trainer's weights the generator's, and drop what was cached. Seconds.
+
+    weights: other ones than its newest.
+    """
+    report = program.bridge.sync(weights)
     program.generator.reset(report.version)
     return report.seconds
 
@@ -246,9 +250,10 @@ def weights_digest(program: Program) -> str:
 
 
 def save_model(program: Program, path: Path) -> None:
-    """Export the trainer's weights as a Hugging Face directory. A collective of the trainer."""
+    """Export the trainer's weights, of a run that averages them the averaged ones, as a Hugging
+    Face directory. A collective of the trainer."""
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
     write = dist.get_rank() == plan.layout.trainer_ranks[0]
-    export(path, trainer.parameters(), plan.shape, plan.export, write)
+    export(path, trainer.answering(), plan.shape, plan.export, write)
