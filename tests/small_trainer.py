@@ -13,12 +13,14 @@ from mesh.config.schema import Conf
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.families import TINY
 from mesh.model.logprobs import TokenScores
-from mesh.program.plan import run_objective, trainer_settings
+from mesh.program.loss import run_objective
+from mesh.program.plan import trainer_settings
 from mesh.rl.loading import load_loss
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, leaves
 from mesh.rl.step import Pass, passes_of
-from mesh.roles.trainer import Start, Trainer, TrainerSettings
+from mesh.roles.trainer import Trainer
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.types import Rollout
 
 CPU = torch.device("cpu")

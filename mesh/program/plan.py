@@ -7,6 +7,7 @@ every constructor takes the part that it uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +24,14 @@ from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
-from mesh.rl.loading import typed_settings
+from mesh.program.loss import run_objective
 from mesh.rl.losses import Loss
-from mesh.rl.objective import Objective, objective_of
+from mesh.rl.objective import Objective
 from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.roles.trainer import Start, TrainerSettings
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.calls import TaskSource
 from mesh.tasks.held_out import HeldOut
@@ -120,7 +121,8 @@ def resolve(
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
-            conf.log.tokens,
+            conf.log.tokens, conf.updates_per_step,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed,
         ),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),
@@ -176,21 +178,6 @@ def generator_settings(
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
         limits=limits_of(conf),
-    )
-
-
-def run_objective(conf: Conf, loss: Loss) -> Objective:
-    """The loss with the keys that refine it; `constant` aggregation divides by the longest
-    response."""
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    return objective_of(
-        loss,
-        advantage=conf.advantage,
-        aggregation=conf.aggregation,
-        settings={**bounds, **typed_settings(loss, conf.loss_args)},
-        kl_coef=conf.kl_coef,
-        longest_response=conf.generator.max_new_tokens,
-        advantage_eps=conf.advantage_eps,
     )
 
 

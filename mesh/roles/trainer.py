@@ -1,15 +1,14 @@
-"""The trainer: fp32 master weights under FSDP and TP, one optimizer step from summed losses.
+"""The trainer: fp32 master weights under FSDP and TP, an optimizer's update from summed losses.
 
-A step is any number of `accumulate` calls, then one `update`: losses are unnormalised sums, so the
-gradients of passes and waves simply add; what they are divided by is known after the last wave and
-applied once. Off the trainer's submesh every verb returns an empty result.
+An update is any number of `accumulate` calls, then one `update`: losses are unnormalised sums, so
+the gradients of passes and waves simply add; what they are divided by is known after the last wave
+and applied once. A step has one update, or several, each on a minibatch. Off the trainer's submesh
+every verb returns an empty result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,66 +17,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import Block
-from mesh.lifecycle.heartbeat import heartbeat
-from mesh.model.attention import packed_context
-from mesh.model.hf import load_weights
-from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
-from mesh.model.policy import Policy, build_policy, named_weights, parameter_names
-from mesh.rl.aggregation import loss_sum
-from mesh.rl.losses import LossTokens, Need
+from mesh.model.policy import Policy, named_weights, parameter_names
+from mesh.rl.losses import Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch, pack
-from mesh.rl.statistics import token_stats
 from mesh.rl.step import Pass
 from mesh.roles.gradients import gradient_norm, summed_gradients
-from mesh.roles.nonfinite import (
-    Findings,
-    Trained,
-    announce,
-    bad_blocks,
-    bad_sequences,
-    gathered,
-    merged,
-)
-from mesh.roles.optimizer import MOMENTS, Optimizer, OptimizerSettings
+from mesh.roles.models import build_model
+from mesh.roles.nonfinite import announce, findings, gathered, merged
+from mesh.roles.optimizer import MOMENTS, Optimizer
+from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
-from mesh.types import ModelShape
-
-
-@dataclass(frozen=True)
-class Start:
-    """Source of the weights: a Hugging Face directory, or (path None) random ones of `seed`."""
-
-    path: Path | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
-    context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
-    trained; reference: whether a frozen copy of the start is kept.
-    """
-
-    shape: ModelShape
-    max_length: int
-    dtype: torch.dtype
-    start: Start
-    temperature: float
-    optimizer: OptimizerSettings | None = None
-    reference: bool = False
-    sequence_parallel: bool = False
-    activation_checkpointing: str = "none"
-    on_nonfinite: str = "stop"
-
-
-@dataclass(frozen=True)
-class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on."""
-
-    reference_logprobs_A: torch.Tensor | None = None
+from mesh.roles.trainer_settings import TrainerSettings
 
 
 class Trainer:
@@ -102,7 +55,10 @@ class Trainer:
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
-        self.sums = StepSums(device)
+        self.without_signal = 0  # of them those whose gradients were all exactly 0
+        self.silent = False  # the last one is such a step, so far
+        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
@@ -113,23 +69,7 @@ class Trainer:
                 self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
 
     def _build(self) -> Policy:
-        settings = self.settings
-        fsdp = {
-            "compute_dtype": settings.dtype,
-            "activation_checkpointing": settings.activation_checkpointing,
-        }
-        model = build_policy(
-            settings.shape, settings.max_length, self.device, torch.float32, self.mesh, fsdp,
-            settings.sequence_parallel,
-        )  # fmt: skip
-        blocks, start = self._blocks(), settings.start
-        with torch.no_grad():
-            tensors = local_tensors(named_weights(model))
-        if start.path is None:
-            random_weights(tensors, {x.name: x.shape for x in self.layouts}, blocks, start.seed)
-        else:
-            load_weights(start.path, tensors, blocks, settings.shape)
-        return model
+        return build_model(self.settings, self.mesh, self.device, self.layouts, self._blocks())
 
     def _blocks(self) -> dict[str, Block | None]:
         rank = dist.get_rank()
@@ -159,28 +99,22 @@ class Trainer:
 
     @property
     def updates(self) -> int:
-        """Steps that changed the weights; 0 off the trainer."""
+        """Updates that changed the weights; 0 off the trainer."""
         return self.optimizer.updates if self.model is not None else 0
 
-    @property
-    def without_signal(self) -> int:
-        """Steps whose gradient was exactly 0, which changed nothing; 0 off the trainer."""
-        return self.optimizer.without_signal if self.model is not None else 0
-
     def continue_after(self, steps: int, updates: int, without_signal: int) -> None:
-        """Continue after so many steps, of which `updates` changed the weights and some were
-        without signal; `state` holds that step's tensors already."""
-        self.steps = steps
+        """Continue after so many steps with `updates` that changed the weights; some steps were
+        without signal. `state` holds the last step's tensors already."""
+        self.steps, self.without_signal = steps, without_signal
         if self.model is not None:
-            weights = self.state()["weights"].values()
-            self.optimizer.continue_after(updates, without_signal, weights)
+            self.optimizer.continue_after(updates, self.state()["weights"].values())
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""
         with torch.no_grad():
             for name, tensor in local_tensors(self.parameters()).items():
                 tensor.copy_(weights[name])
-        self.steps = 0
+        self.steps = self.without_signal = 0
         if self.model is not None:
             self.optimizer.restart()
 
@@ -191,22 +125,25 @@ class Trainer:
 
         temperature: unset, that of training.
         """
-        heartbeat()
-        context = packed_context(batch.cu_seqlens, batch.max_seqlen)
-        temperature = self.settings.temperature if temperature is None else temperature
-        return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                     temperature)  # fmt: skip
+        return forward(
+            model, batch, self.settings.temperature if temperature is None else temperature
+        )
 
-    @torch.no_grad()
-    def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
-        """First phase of a wave: what the objective needs of its passes before they are trained on.
+    def score(
+        self, passes: Sequence[Pass], needs: frozenset[Need], policy: bool = False
+    ) -> list[PassScores]:
+        """First phase of a wave: what is needed of its passes before they are trained on; policy:
+        also the policy's own logprobs, with which all updates of a step compare.
 
         A collective of the trainer, in which every rank has the same number of passes.
         """
-        if self.reference is None or "reference_logprobs" not in needs:
+        if self.model is None or not (policy or needs & SCORED):
             return [PassScores() for _ in passes]
-        batches = (pack(one).to(self.device) for one in passes)
-        return [PassScores(self.forward(self.reference, batch).logprobs_A) for batch in batches]
+        models, rest = (self.model, self.reference), (self.settings.temperature, self.sums)
+        return [
+            score_pass(pack(leaves).to(self.device), *models, needs, policy, *rest)
+            for leaves in passes
+        ]
 
     def accumulate(
         self, passes: Sequence[Pass], objective: Objective, scores: Sequence[PassScores]
@@ -220,81 +157,93 @@ class Trainer:
         if self.model is None:
             return TokenScores(nothing, nothing)
         found = [
-            self._backward(self.model, leaves, objective, known)
+            backward(
+                self.model, pack(leaves).to(self.device), leaves, objective, known,
+                self.settings.temperature, self.sums,
+            )
             for leaves, known in zip(passes, scores, strict=True)
-        ]
+        ]  # fmt: skip
         self.sums.expect(sum(r.length for one in passes for leaf in one for r in leaf.rollouts))
         logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
         return TokenScores(torch.cat(logprobs), torch.cat(entropies))
 
-    def _backward(
-        self, model: Policy, leaves: Pass, objective: Objective, known: PassScores
-    ) -> TokenScores:
-        """Add to the gradients and the step's sums."""
-        batch = pack(leaves).to(self.device)
-        logprobs_A, entropy_A = self.forward(model, batch)
-        logprobs_A.retain_grad()
-        loss_A, clipped_A, kl_A = objective(
-            LossTokens(
-                logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
-                generator_logprobs_T=batch.generator_logprobs_A,
-                reference_logprobs_T=known.reference_logprobs_A,
-            )
-        )  # fmt: skip
-        loss = loss_sum(loss_A, batch.weights_A)
-        loss.backward()
-        kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
-        self.sums.add(
-            token_stats(logprobs_A, batch.generator_logprobs_A, batch.old_logprobs_A, clipped_A),
-            (loss, entropy_A.double().sum(), kl_A.double().sum()),
-            Trained(
-                tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
-                loss_A.detach(), logprobs_A.grad,
-            ),
-        )  # fmt: skip
-        return TokenScores(logprobs_A.detach(), entropy_A.detach())
-
     @torch.no_grad()
-    def update(self, normaliser: float, tokens: int) -> dict[str, float]:
-        """Divide the gradients by `normaliser`, clip, step. Returns the step's metrics.
+    def update(self, normaliser: float, tokens: int, number: int = 0) -> dict[str, float]:
+        """Divide the gradients by `normaliser`, clip, step. Returns the update's metrics.
 
-        tokens: loss tokens of the whole step, over all ranks; checked against what was trained.
-        A step whose loss, gradient or logprobs are not finite on any rank changes neither weights
-        nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks. Nor
-        does one whose whole gradient is exactly 0, which `steps_without_signal` counts over the
-        run. The learning rate's schedule advances. Empty off the trainer.
+        tokens: loss tokens of the whole update, over all ranks; checked against what was trained.
+        number: of the update in its step, whose learning rate all its updates have; the first one
+        begins a step. An update whose loss, gradient or logprobs are not finite on any rank changes
+        neither weights nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`,
+        on all ranks. Nor does one whose whole gradient is exactly 0; `steps_without_signal` counts
+        the steps of the run that had no other. Empty off the trainer.
         """
         if self.model is None:
             return {}
         gradients = summed_gradients(self.model)
         torch._foreach_div_(list(gradients.values()), normaliser)
         norm, finite = gradient_norm(gradients, self.sums.bad(), self.model, self.mesh)
-        lr = self.optimizer.lr(self.steps)
+        step = self.steps if number == 0 else self.steps - 1
+        lr = self.optimizer.lr(step)
         if finite:
             self.optimizer.step(gradients, norm, lr)
-        metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
-        metrics["steps_without_signal"] = float(self.without_signal)
-        if self.reference is None:
-            del metrics["kl"]
+        self.sums.reduce(self.mesh)
+        metrics = self.sums.metrics(normaliser, tokens) | {"grad_norm": norm, "lr": lr}
         if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
-            self._report(gradients, metrics)
-        self.optimizer.zero_grad()
-        self.sums = StepSums(self.device)
-        self.steps += 1
+            self._report(step, number, gradients, metrics)
+        self._count(number, silent=finite and norm == 0)
+        metrics["steps_without_signal"] = float(self.without_signal)
+        self._clear()
         return metrics
 
-    def _report(self, gradients: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
-        """Report where the step is not finite, which all ranks of the trainer look for; raises that
-        as RuntimeError unless the step is to be skipped."""
+    def _count(self, number: int, silent: bool) -> None:
+        """Count a step, which is without signal while all of its updates are silent."""
+        was = self.silent if number else False
+        self.silent = silent and (was or number == 0)
+        self.without_signal += int(self.silent) - int(was)
+        self.steps += number == 0
+
+    def approx_kl(self) -> float:
+        """Mean KL of the policy from the old one over the tokens accumulated since the last update,
+        on all ranks; 0 off the trainer. A collective of the trainer."""
+        if self.model is None:
+            return 0.0
+        self.sums.reduce(self.mesh)
+        return self.sums.ratios()["approx_kl"]
+
+    def leave_out(self) -> dict[str, float]:
+        """Make no update of what was accumulated since the last one; how far the policy had moved
+        from the old one on it, once `approx_kl` was asked for. Empty off the trainer."""
+        if self.model is None:
+            return {}
+        moved = self.sums.ratios()
+        self._clear()
+        return moved
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad()
+        self.sums = StepSums(self.device, self.measured)
+
+    def _report(
+        self,
+        step: int,
+        number: int,
+        gradients: Mapping[str, torch.Tensor],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Report where an update is not finite, which all ranks of the trainer look for; raises
+        that as RuntimeError unless it is to be skipped."""
         layouts = [layout for layout in self.layouts if layout.name in self.master_names]
-        blocks, weights = self._blocks(), local_tensors(self.parameters())
-        mine = Findings(
-            bad_sequences(self.sums.trained),
-            bad_blocks({parameter_names(n): g for n, g in gradients.items()}, blocks),
-            bad_blocks({layout.name: weights[layout.name] for layout in layouts}, blocks),
+        weights = local_tensors(self.parameters())
+        mine = findings(
+            self.sums.trained,
+            {parameter_names(name): gradient for name, gradient in gradients.items()},
+            {layout.name: weights[layout.name] for layout in layouts},
+            self._blocks(),
         )
         parts = gathered(mine, self.cpu_group)
-        report = merged(self.steps + 1, self.settings.on_nonfinite, metrics, parts, layouts)
+        action = self.settings.on_nonfinite
+        report = merged(step + 1, action, metrics, parts, layouts, update=number + 1)
         announce(report, self.run_dir, self.cpu_group)
