@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mesh.config.changes import changed
+from mesh.config.evaluation_sets import set_problems
 from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
     SECRETS,
@@ -67,14 +68,14 @@ def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     overrides = [setting for setting in settings if setting.name != "conf"]
     if resumed:
         conf, more = resumed_conf(resumed[-1], overrides, resumes and not named)
-        refuse(problems + more + range_problems(conf))
+        refuse(problems + more + start_problems(conf))
         return Path(resumed[-1]).name, conf
     base, more = read_config(named[-1])
     conf, wrong = merge(base + overrides)
     if conf.resume is not None:
         remedy = "leave it out, and give resume=RUN_DIR in place of conf= to continue a run"
         wrong.append(problem("resume", conf.resume, "a config cannot resume", remedy))
-    refuse(problems + more + wrong + range_problems(conf))
+    refuse(problems + more + wrong + start_problems(conf))
     return Path(named[-1]).stem, conf
 
 
@@ -101,6 +102,11 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
     return conf, problems + override_problems(saved, conf) + of_words
 
 
+def start_problems(conf: Conf) -> list[str]:
+    """Problems with single values of a configuration."""
+    return [*range_problems(conf), *set_problems(conf)]
+
+
 def to_yaml(conf: Conf) -> str:
     """Every key of `conf` as YAML, so that `read_conf` gives an equal one."""
     return dump_text(asdict(conf))
@@ -120,7 +126,7 @@ def read_conf(path: Path | str) -> Conf:
     """The configuration that `save_conf` wrote; Refusal as for `load_conf`."""
     settings, problems = read_yaml(Path(path), ())
     conf, wrong = merge(settings)
-    refuse(problems + wrong + range_problems(conf))
+    refuse(problems + wrong + start_problems(conf))
     return conf
 
 

@@ -164,6 +164,7 @@ class Generator:
                 reward=score.reward,
                 parts=tuple(score.parts.items()),
                 correct=score.correct,
+                answer=score.answer,
             )
             for rollout, score in zip(rollouts, scores, strict=True)
         ]

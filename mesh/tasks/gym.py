@@ -112,7 +112,7 @@ class ReasoningGym:
             with silent():
                 reward = float(self._dataset(stage, made).score_answer(answer, dict(item)))
         parts = {} if self.extract == "all" else {"format": float(answer is not None)}
-        return Score(reward, parts, reward >= 1.0)
+        return Score(reward, parts, reward >= 1.0, answer or "")
 
     def _drawn(self, stage: int, step: int, round: int, index: int) -> Prompt:
         for attempt in range(MOST_ATTEMPTS):

@@ -16,7 +16,7 @@ from mesh.tasks.returned import Unusable, score_of
 from mesh.types import Prompt, Reply, TurnText
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
-NO_SCORE = Score(0.0)
+NO_SCORE = Score(0.0, answer="")  # has no vote
 TITLES = {"score": "the score function of", "reply": "the reply function of"}
 
 
@@ -70,7 +70,7 @@ def as_message(outcome: Outcome, seconds: float) -> bytes:
     """Serialise all but the exception, which stays in its process. seconds: that the call took."""
     score = outcome.score
     fields = {
-        "score": [score.reward, dict(score.parts), score.correct],
+        "score": [score.reward, dict(score.parts), score.correct, score.answer],
         "reply": outcome.reply,
         "problem": outcome.problem,
         "returned": outcome.returned,
