@@ -77,9 +77,17 @@ class TrainerConf:
     dtype: Literal["float32", "bfloat16"] | None = key(
         None, "compute dtype over fp32 master weights; unset: bfloat16 on CUDA, float32 on CPU"
     )
-    lr: float = key(1e-6, "peak learning rate of AdamW", gt=0, lt=INF)
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
-    eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
+    optimizer: str | None = key(
+        None, "MODULE:NAME of an optimizer of your own, or of torch (torch.optim:SGD); unset: AdamW"
+    )
+    optimizer_args: dict[str, Any] = key(
+        {}, "that optimizer's own settings, e.g. trainer.optimizer_args.momentum=0.9"
+    )
+    lr: float = key(1e-6, "peak learning rate", gt=0, lt=INF)
+    betas: tuple[float, float] = key(
+        (0.9, 0.95), "AdamW's betas; unused with trainer.optimizer", ge=0, lt=1
+    )
+    eps: float = key(1e-8, "AdamW's epsilon; unused with trainer.optimizer", gt=0, lt=INF)
     weight_decay: float = key(
         0.0, "decoupled weight decay of the weights in trainer.weight_decay_on", ge=0, lt=INF
     )

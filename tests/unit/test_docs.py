@@ -27,7 +27,12 @@ from mesh.config.keys import conf_keys
 from tools.config_reference import reference
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-FREE = ("task_args", "loss_args", "prompt.template_args")  # take any name below them
+FREE = (
+    "task_args",
+    "loss_args",
+    "prompt.template_args",
+    "trainer.optimizer_args",
+)  # take any name below them
 RECIPES_OWN = {"recipes/replay.py": ("step",)}
 PROGRAM = re.compile(r"(recipes|tools)/\w+\.py|tools(\.\w+)+")
 # what looks like a path of ours in running text
