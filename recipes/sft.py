@@ -64,13 +64,15 @@ from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
 from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
-OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
 # what to do instead of setting a key that `supervised` sets
 INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
     "check": "leave it out, there is no generator to agree with",
+    "updates_per_step": "leave it out, a supervised step has one update",
+    "kl_stop": "leave it out, a supervised step has one update",
     "stop.above": "leave it out, the first and the last step alone are evaluated",
     "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
@@ -124,8 +126,9 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    keys |= {"stop.above": None, "stop.after": None}
-    conf = changed(conf, keys)
+    keys |= {"updates_per_step": 1, "kl_stop": None, "stop.above": None, "stop.after": None}
+    # refused without a weight, which is the run's that this one prepares
+    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

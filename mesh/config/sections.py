@@ -53,7 +53,9 @@ class PromptConf:
         {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
     )
     prefill: str = key("", "text that begins every answer: the model continues it, without loss")
-    prefix: str = key("", "text in front of every prompt that is a text")
+    prefix: str = key(
+        "", "directly in front of every prompt that is a text, behind the examples of few_shot"
+    )
     few_shot: str | None = key(
         None, "JSON Lines file of examples before every prompt: question and answer, or messages"
     )
@@ -64,54 +66,6 @@ class PromptConf:
     )
     date: str | None = key(
         None, "the day that a chat template writes, as 2026-01-31; unset: that of the run's start"
-    )
-
-
-@dataclass(frozen=True)
-class TrainerConf:
-    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
-    dp_shard: int | None = key(
-        None, "ranks that share one copy (FSDP); unset: fills the submesh", ge=1
-    )
-    tp: int = key(1, "tensor-parallel degree", ge=1)
-    dtype: Literal["float32", "bfloat16"] | None = key(
-        None, "compute dtype over fp32 master weights; unset: bfloat16 on CUDA, float32 on CPU"
-    )
-    optimizer: str | None = key(
-        None, "MODULE:NAME of an optimizer of your own, or of torch (torch.optim:SGD); unset: AdamW"
-    )
-    optimizer_args: dict[str, Any] = key(
-        {}, "that optimizer's own settings, e.g. trainer.optimizer_args.momentum=0.9"
-    )
-    lr: float = key(1e-6, "peak learning rate", gt=0, lt=INF)
-    betas: tuple[float, float] = key(
-        (0.9, 0.95), "AdamW's betas; unused with trainer.optimizer", ge=0, lt=1
-    )
-    eps: float = key(1e-8, "AdamW's epsilon; unused with trainer.optimizer", gt=0, lt=INF)
-    weight_decay: float = key(
-        0.0, "decoupled weight decay of the weights in trainer.weight_decay_on", ge=0, lt=INF
-    )
-    weight_decay_on: Literal["all", "matrices"] = key(
-        "all", "weights that decay: all, or neither norms nor biases nor embeddings"
-    )
-    fused: bool = key(False, "AdamW's fused kernel: each update in one pass over the weights")
-    warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
-    decay: Literal["none", "linear", "cosine"] = key(
-        "none", "learning rate after the warm-up: constant, or down to trainer.lr_floor"
-    )
-    decay_steps: int | None = key(
-        None, "steps at whose end the decay has reached the floor; unset: all of the run", ge=1
-    )
-    lr_floor: float = key(
-        0.0, "where the decay ends, as a share of the peak learning rate", ge=0, le=1
-    )
-    clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
-    microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
-    activation_checkpointing: Literal["none", "selective", "full"] = key(
-        "none", "recompute activations in the backward pass"
-    )
-    sequence_parallel: bool = key(
-        False, "between tensor-parallel layers a rank keeps only its share of the tokens"
     )
 
 
@@ -195,9 +149,21 @@ class SyncConf:
 @dataclass(frozen=True)
 class EvalConf:
     every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
-    num_prompts: int = key(256, "held-out prompts", ge=1)
-    num_samples: int = key(4, "samples per held-out prompt; k of pass@k", ge=1)
+    num_prompts: int | None = key(
+        None, "held-out prompts; unset: 256, or as many as a data set holds out, if fewer", ge=1
+    )
+    num_samples: int = key(4, "samples per held-out prompt", ge=1)
+    k: list[int] = key(
+        [], "the k of pass@k and maj@k, e.g. [1, 4]; unset: 1 and eval.num_samples", ge=1
+    )
+    greedy: bool = key(True, "answer every held-out prompt greedily, too (eval/accuracy_greedy)")
+    sets: dict[str, Any] = key(
+        {}, "other sets that are evaluated, each with the keys of eval.sets.NAME"
+    )
     output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
+    results: str | None = key(
+        None, "JSON Lines file to which recipes/evaluate.py writes every held-out prompt's results"
+    )
 
 
 @dataclass(frozen=True)
@@ -263,8 +229,9 @@ class CheckpointConf:
     )
     best_metric: str = key(
         "eval/accuracy",
-        "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
-        "eval/accuracy_greedy; the largest value is the best",
+        "the metric of an evaluation that checkpoint.best follows, e.g. eval/reward, eval/pass@4 "
+        "or eval/NAME/accuracy; the largest value is the best, with a minus in front of the name "
+        "the smallest",
     )
 
 
@@ -284,3 +251,6 @@ class LogConf:
     wandb: str | None = key(None, "Weights & Biases project to log to")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
     tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
+    evaluations: bool = key(
+        False, "write every held-out prompt's results to RUN_DIR/evaluations/step-N.jsonl"
+    )

@@ -71,7 +71,7 @@ def stop_problems(conf: Conf) -> list[str]:
     if not given and keys.metric != type(keys).metric:
         wrong = "nothing says when the run is to end"
         return [problem("stop.metric", keys.metric, wrong, "set stop.above or stop.after")]
-    found = metric_problems(conf, "stop.metric", keys.metric) if given else []
+    found = metric_problems(conf, "stop.metric", keys.metric, either=False) if given else []
     if not conf.eval.every:
         wrong, remedy = "eval.every=0 evaluates after the last step alone", "set eval.every"
         found += [problem(name, value, wrong, remedy) for name, value in given.items()]

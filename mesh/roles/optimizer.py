@@ -109,15 +109,13 @@ def made(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> torch.op
 
 class Optimizer:
     """Owns the optimizer's state for these weights, by torchtitan's names, and their average.
-    Counts the updates that were made, and the steps that gave none because their gradient was
-    exactly 0.
+    Counts the updates that were made.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings) -> None:
         self.settings, self.weights = settings, weights
         self.averaged = AveragedWeights(weights, settings.ema) if settings.ema else None
         self.updates = 0
-        self.without_signal = 0
         self._moving = threading.Lock()
         self._whole = True
         self.inner = made(weights, settings)
@@ -134,7 +132,6 @@ class Optimizer:
         on moving the weights, and weight decay shrink them.
         """
         if norm == 0:
-            self.without_signal += 1
             return
         if 0 < self.settings.clip_norm < norm:
             torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
@@ -212,9 +209,9 @@ class Optimizer:
             fill_numbers(self.inner, self.weights, numbers)
             self.updates = updates
 
-    def continue_after(self, updates: int, without_signal: int) -> None:
-        """Resume after so many updates, whose state is already loaded, and steps without."""
-        self.updates, self.without_signal = updates, without_signal
+    def continue_after(self, updates: int) -> None:
+        """Resume after so many updates, whose state is already loaded."""
+        self.updates = updates
         if self.settings.name is None:
             for weight in self.weights.values():
                 self.moments(weight)["step"].fill_(updates)
@@ -224,4 +221,4 @@ class Optimizer:
         self.inner = made(self.weights, self.settings)
         if self.averaged is not None:
             self.averaged.restart()
-        self.updates = self.without_signal = 0
+        self.updates = 0
