@@ -220,10 +220,9 @@ def writable(node: DictConfig) -> DictConfig:
 def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str | None:
     """Set one key of `merged`; return the problem where its name or its type is wrong."""
     name, value = setting.name, setting.value
-    key = keys.get(name)
     if name in MOVED:
         return moved_problem(name, value, setting.source)
-    if key is None:
+    if (key := keys.get(name)) is None:
         return unknown_key(name, value, keys)
     if "${" in str(value):
         return problem(name, value, *NO_REFERENCES)
