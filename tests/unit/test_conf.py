@@ -138,7 +138,7 @@ def test_every_problem_is_listed_at_once():
         ("gradient_accumulation_steps", "trainer.microbatch_tokens"),
         ("model_name_or_path", "model.path"),
         # nothing that it could mean
-        ("updates_per_batch", ""),
+        ("updates_per_batch", "updates_per_step"),
         ("trainer.foo", ""),
         ("log.wandb_api_key", ""),
         ("x", ""),
@@ -158,8 +158,8 @@ def test_names_of_other_systems_lead_to_keys_that_exist_and_are_no_keys():
 def test_a_far_choice_is_not_suggested():
     assert nearest("qwen_tiny", NAMES) == "qwen3_tiny" and nearest("llama", NAMES) is None
     assert refusal("conf=llama") == [f"conf=llama: no such config; {CONFIGS}"]
-    assert refusal("conf=qwen3_tiny", "updates_per_batch=2") == [
-        "updates_per_batch=2: unknown key; --help lists all keys"
+    assert refusal("conf=qwen3_tiny", "quantisation=2") == [
+        "quantisation=2: unknown key; --help lists all keys"
     ]
 
 
@@ -338,7 +338,8 @@ def test_every_key_has_a_meaning_and_its_default():
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
         "invariant", "mesh", "model", "prompt", "trainer", "generator", "conversation", "reward",
-        "vllm", "sync", "eval", "generate", "sft", "validate", "checkpoint", "export", "log",
+        "vllm", "sync", "eval", "stop", "generate", "sft", "validate", "checkpoint", "export",
+        "log",
     ]  # fmt: skip
 
 
