@@ -64,22 +64,34 @@ class Conf:
     waves: int = key(
         1, "parts that a step is generated in; split meshes overlap them with training", ge=1
     )
-    loss: str = key("grpo", "grpo, dr_grpo, or MODULE:NAME for a loss of your own")
+    loss: str = key(
+        "grpo",
+        "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
+        "max_rl, or MODULE:NAME for a loss of your own",
+    )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
-    advantage: Literal["std", "centred"] | None = key(
-        None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
-    )
+    advantage: (
+        Literal["std", "centred", "leave_one_out", "mean", "whitened", "centred_whitened"] | None
+    ) = key(None, "how rewards become advantages, a table of docs/losses.md; unset: the loss's")
     advantage_eps: float = key(
-        1e-6, "with advantage=std: added to the group's std before dividing by it", ge=0, lt=INF
+        1e-6, "added to the deviation or mean that an advantage is divided by", ge=0, lt=INF
     )
-    aggregation: Literal["token", "sequence", "constant"] | None = key(
-        None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
+    aggregation: Literal["token", "sequence", "sum", "constant"] | None = key(
+        None,
+        "mean over tokens, over sequence means, over sequence sums, or over a constant length; "
+        "unset: the loss's",
     )
     clip_low: float | None = key(
         None, "the ratio is clipped below 1 - clip_low; unset: the loss's own", ge=0, lt=1
     )
     clip_high: float | None = key(
         None, "the ratio is clipped above 1 + clip_high; unset: the loss's own", ge=0, lt=INF
+    )
+    dual_clip: float | None = key(
+        None,
+        "where an advantage is negative, the ratio counts as at most this; unset: unbounded",
+        gt=1,
+        lt=INF,
     )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF

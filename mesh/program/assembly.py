@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mesh.checkpoint.best import best_metric_problems
-from mesh.config.keys import Refusal, problem
+from mesh.config.keys import Refusal, problem, value_of
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -47,7 +47,8 @@ from mesh.program.plan import (
 from mesh.program.prompt_checks import prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
-from mesh.rl.loading import load_loss, loss_problems
+from mesh.rl.advantages import DIVIDED
+from mesh.rl.loading import BOUNDS, load_loss, loss_problems
 from mesh.rl.losses import CROSS_ENTROPY, Loss
 from mesh.rl.objective import Objective
 from mesh.rl.trial import trial
@@ -198,7 +199,7 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
 def read_loss(conf: Conf) -> Loss:
     """The loss; ValueError where it does not exist or its settings do not fit it."""
     loss = load_loss(conf.loss)
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
+    bounds = {name: value_of(conf, name) for name in BOUNDS}
     wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
     wrong += eps_problems(conf, loss)
     if not wrong:
@@ -212,10 +213,10 @@ def read_loss(conf: Conf) -> Loss:
 def eps_problems(conf: Conf, loss: Loss) -> list[str]:
     """An epsilon for advantages that are not divided by a deviation."""
     eps, advantage = conf.advantage_eps, conf.advantage or loss.advantage
-    if eps == Conf.advantage_eps or advantage == "std":
+    if eps == Conf.advantage_eps or advantage in DIVIDED:
         return []
     name = advantage if isinstance(advantage, str) else "the loss's own function"
-    wrong = f"the advantage is {name}, which does not divide by the group's deviation"
+    wrong = f"the advantage is {name}, which does not divide by a deviation or mean"
     return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
 
 

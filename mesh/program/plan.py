@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from mesh.config.keys import value_of
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
@@ -23,7 +24,7 @@ from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
-from mesh.rl.loading import typed_settings
+from mesh.rl.loading import BOUNDS, typed_settings
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective, objective_of
 from mesh.rl.step import StepSettings
@@ -182,7 +183,7 @@ def generator_settings(
 def run_objective(conf: Conf, loss: Loss) -> Objective:
     """The loss with the keys that refine it; `constant` aggregation divides by the longest
     response."""
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
+    bounds = {name: value_of(conf, name) for name in BOUNDS}
     return objective_of(
         loss,
         advantage=conf.advantage,

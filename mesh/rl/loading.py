@@ -11,7 +11,7 @@ from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.rl.losses import LOSSES, Loss, Need
 
-BOUNDS = ("clip_low", "clip_high")
+BOUNDS = ("clip_low", "clip_high", "dual_clip")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
 
 PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "sequence_ratio", "step_statistics"})

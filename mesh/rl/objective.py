@@ -9,35 +9,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import Advantage, group_advantages, made_equal, rounded
+from mesh.rl.advantages import OF_STEP, Advantage, group_advantages, made_equal, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
-from mesh.rl.losses import Loss, LossTokens, Need, kl_T
+from mesh.rl.losses import DIVERGENCES, Divergence, Loss, LossTokens, Need, kl_T
 
 
 class Terms(NamedTuple):
-    """Per loss token: the loss to minimise, bool clipped, and the KL to the reference (None: the
-    reference was not scored)."""
+    """Per loss token: the loss to minimise, bool clipped, and what else is measured of it: by the
+    name of the metric, which is the mean over the step's loss tokens.
+    """
 
     loss_T: Tensor
     clipped_T: Tensor
-    kl_T: Tensor | None
+    measured: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
-    advantage_eps: of the advantage `std`."""
+    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs.
+    """
 
     loss: Loss
     settings: Mapping[str, Any] = field(default_factory=dict)
     kl_coef: float = 0.0
     longest_response: int = 1
     advantage_eps: float = 1e-6
+    kl_estimator: Divergence = "k3"
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Needs of the loss, and the reference where its KL is weighted."""
-        return self.loss.needs | ({"reference_logprobs"} if self.kl_coef > 0 else set())
+        """Needs of the loss, and those of its terms."""
+        needs: set[Need] = set(self.loss.needs)
+        if self.kl_coef > 0:
+            needs.add("reference_logprobs")
+        if isinstance(self.loss.advantage, str) and self.loss.advantage in OF_STEP:
+            needs.add("step_statistics")
+        return frozenset(needs)
 
     def __call__(self, tokens: LossTokens) -> Terms:
         """Loss of every token; the gradient goes through `tokens.logprobs_T`."""
@@ -46,19 +54,23 @@ class Objective:
                 tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
-        if tokens.reference_logprobs_T is None:
-            assert self.kl_coef == 0, "the reference was not scored"
-            return Terms(loss_T, clipped_T, None)
-        divergence_T = kl_T(tokens.logprobs_T, tokens.reference_logprobs_T)
+        measured: dict[str, Tensor] = {}
         if self.kl_coef > 0:
-            loss_T = loss_T + self.kl_coef * divergence_T
-        return Terms(loss_T, clipped_T, divergence_T)
+            assert tokens.reference_logprobs_T is not None, "the reference was not scored"
+            penalty = DIVERGENCES[self.kl_estimator]
+            penalty_T = penalty(tokens.logprobs_T, tokens.reference_logprobs_T)
+            loss_T = loss_T + self.kl_coef * penalty_T
+        if tokens.reference_logprobs_T is not None:
+            measured["kl"] = kl_T(tokens.logprobs_T.detach(), tokens.reference_logprobs_T)
+        return Terms(loss_T, clipped_T, measured)
 
-    def advantages(self, rewards_PG: Tensor) -> Tensor:
+    def advantages(self, rewards_PG: Tensor, lengths_PG: Tensor | None = None) -> Tensor:
         """float64 rewards_PG -> float32 advantages_PG on the CPU. A user's function gets the
-        equal rewards of a group (`equal_groups`) as one number."""
+        equal rewards of a group (`equal_groups`) as one number. lengths_PG: loss tokens of each
+        rollout, for the kinds that are whitened over tokens; unset: as many of each."""
         if isinstance(self.loss.advantage, str):
-            return group_advantages(rewards_PG, self.loss.advantage, self.advantage_eps)
+            kind, eps = self.loss.advantage, self.advantage_eps
+            return group_advantages(rewards_PG, kind, eps, lengths_PG)
         return rounded(self.loss.advantage(made_equal(rewards_PG)), rewards_PG)
 
     def weights(self, lengths_R: Tensor) -> Tensor:
@@ -89,16 +101,13 @@ def objective_of(
     advantage: Advantage | None = None,
     aggregation: Aggregation | None = None,
     settings: Mapping[str, Any] | None = None,
-    kl_coef: float = 0.0,
-    longest_response: int = 1,
-    advantage_eps: float = 1e-6,
+    **terms: Any,
 ) -> Objective:
-    """The objective of a loss; what is None is the loss's own."""
+    """The objective of a loss; what is None is the loss's own. terms: fields of `Objective`."""
     loss = replace(
         loss,
         advantage=advantage or loss.advantage,
         aggregation=aggregation or loss.aggregation,
     )
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    settings = {**loss.settings, **given}
-    return Objective(loss, settings, kl_coef, longest_response, advantage_eps)
+    return Objective(loss, {**loss.settings, **given}, **terms)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mesh.rl.advantages import equal_groups, rewards_of
+from mesh.rl.advantages import equal_groups, lengths_of, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
@@ -136,7 +136,8 @@ def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int
     """The advantages of each prompt's samples, by prompt_id; none off the trainer."""
     if not wave.outlines:
         return {}
-    advantages_PG = objective.advantages(rewards_of(wave, group_size))
+    rewards_PG, lengths_PG = rewards_of(wave, group_size), lengths_of(wave, group_size)
+    advantages_PG = objective.advantages(rewards_PG, lengths_PG)
     return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 

@@ -64,14 +64,14 @@ def backward(
     logprobs_A, entropy_A = forward(model, batch, temperature)
     logprobs_A.retain_grad()
     tokens = loss_tokens(logprobs_A, batch, known)
-    loss_A, clipped_A, kl_A = objective(tokens)
+    loss_A, clipped_A, measured = objective(tokens)
     loss = loss_sum(loss_A, batch.weights_A)
     loss.backward()
-    kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
     old_A = tokens.old_logprobs_T
     sums.add(
         token_stats(logprobs_A, batch.generator_logprobs_A, old_A, clipped_A),
-        (loss, entropy_A.double().sum(), kl_A.double().sum()),
+        loss,
+        {"entropy": entropy_A, **measured},
         Trained(
             tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
             loss_A.detach(), logprobs_A.grad,
