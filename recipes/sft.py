@@ -70,6 +70,7 @@ INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
+    "entropy_coef": "leave it out, solutions are learned by their cross entropy",
     "check": "leave it out, there is no generator to agree with",
 }
 
@@ -122,6 +123,7 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
+    keys |= {"entropy_coef": 0.0}
     conf = changed(conf, keys)
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"

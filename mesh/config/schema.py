@@ -96,6 +96,9 @@ class Conf:
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
     )
+    entropy_coef: float = key(
+        0.0, "weight of the entropy bonus, with its exact gradient; 0: none", ge=0, lt=INF
+    )
     drop_equal_groups: bool = key(
         False, "leave groups of equal rewards (up to rounding) out of the loss and its divisor"
     )

@@ -190,6 +190,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         aggregation=conf.aggregation,
         settings={**bounds, **typed_settings(loss, conf.loss_args)},
         kl_coef=conf.kl_coef,
+        entropy_coef=conf.entropy_coef,
         longest_response=conf.generator.max_new_tokens,
         advantage_eps=conf.advantage_eps,
     )

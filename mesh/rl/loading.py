@@ -14,7 +14,16 @@ from mesh.rl.losses import LOSSES, Loss, Need
 BOUNDS = ("clip_low", "clip_high", "dual_clip")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
 
-PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "sequence_ratio", "step_statistics"})
+PROVIDED: frozenset[Need] = frozenset(
+    {
+        "entropy_gradient",
+        "reference_logprobs",
+        "sequence_ratio",
+        "step_statistics",
+        "teacher_kl",
+        "teacher_logprobs",
+    }
+)
 """Needs of a loss that the trainer can meet."""
 
 

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from mesh.rl.advantages import OF_STEP, Advantage, group_advantages, made_equal, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
-from mesh.rl.losses import DIVERGENCES, Divergence, Loss, LossTokens, Need, kl_T
+from mesh.rl.losses import (
+    DIVERGENCES,
+    Divergence,
+    Loss,
+    LossTokens,
+    Need,
+    TeacherKL,
+    kl_T,
+    log_ratio_T,
+    taught_advantages,
+)
 
 
 class Terms(NamedTuple):
@@ -27,7 +37,9 @@ class Terms(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
-    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs.
+    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs;
+    entropy_coef: weight of the entropy bonus; teacher_coef: weight of the KL to the teacher, which
+    is a part of the advantages, or (teacher_kl `full`) a term with a gradient of its own.
     """
 
     loss: Loss
@@ -36,6 +48,9 @@ class Objective:
     longest_response: int = 1
     advantage_eps: float = 1e-6
     kl_estimator: Divergence = "k3"
+    entropy_coef: float = 0.0
+    teacher_coef: float = 0.0
+    teacher_kl: TeacherKL = "sampled"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -43,15 +58,17 @@ class Objective:
         needs: set[Need] = set(self.loss.needs)
         if self.kl_coef > 0:
             needs.add("reference_logprobs")
+        if self.entropy_coef > 0:
+            needs.add("entropy_gradient")
+        if self.teacher_coef > 0:
+            needs.add("teacher_logprobs" if self.teacher_kl == "sampled" else "teacher_kl")
         if isinstance(self.loss.advantage, str) and self.loss.advantage in OF_STEP:
             needs.add("step_statistics")
         return frozenset(needs)
 
     def __call__(self, tokens: LossTokens) -> Terms:
         """Loss of every token; the gradient goes through `tokens.logprobs_T`."""
-        if self.loss.credit is not None:
-            with torch.no_grad():
-                tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
+        tokens = self.credited(tokens)
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
         measured: dict[str, Tensor] = {}
@@ -62,7 +79,24 @@ class Objective:
             loss_T = loss_T + self.kl_coef * penalty_T
         if tokens.reference_logprobs_T is not None:
             measured["kl"] = kl_T(tokens.logprobs_T.detach(), tokens.reference_logprobs_T)
+        if self.entropy_coef > 0:
+            assert tokens.entropy_T is not None, "the entropy has no gradient"
+            loss_T = loss_T - self.entropy_coef * tokens.entropy_T
+        if tokens.teacher_kl_T is not None:
+            loss_T = loss_T + self.teacher_coef * tokens.teacher_kl_T
+            measured["teacher_kl"] = tokens.teacher_kl_T.detach()
+        elif tokens.teacher_logprobs_T is not None:
+            measured["teacher_kl"] = log_ratio_T(tokens)
         return Terms(loss_T, clipped_T, measured)
+
+    @torch.no_grad()
+    def credited(self, tokens: LossTokens) -> LossTokens:
+        """The tokens with their own advantages, of the loss's `credit` and of the teacher."""
+        if self.loss.credit is not None:
+            tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
+        if self.teacher_coef > 0 and self.teacher_kl == "sampled":
+            tokens = replace(tokens, advantages_T=taught_advantages(tokens, self.teacher_coef))
+        return tokens
 
     def advantages(self, rewards_PG: Tensor, lengths_PG: Tensor | None = None) -> Tensor:
         """float64 rewards_PG -> float32 advantages_PG on the CPU. A user's function gets the
