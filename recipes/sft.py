@@ -124,7 +124,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
     keys |= {"entropy_coef": 0.0}
-    conf = changed(conf, keys)
+    # refused without a weight, which is the run's that this one prepares
+    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

@@ -99,6 +99,42 @@ class Conf:
     entropy_coef: float = key(
         0.0, "weight of the entropy bonus, with its exact gradient; 0: none", ge=0, lt=INF
     )
+    kl_in: Literal["loss", "reward"] = key(
+        "loss",
+        "the KL is added to the loss of each token, or, summed over a response, taken off its "
+        "reward before advantages are made",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = key(
+        None, "estimator of that KL; unset: k3 in the loss, k1 in the reward"
+    )
+    importance: Literal["none", "tis", "mask"] = key(
+        "none",
+        "correct for a generator that is not exact: weigh losses by the clamped ratio of the "
+        "trainer's probability to the generator's, or drop them where it is out of bounds",
+    )
+    importance_level: Literal["token", "sequence"] = key(
+        "token", "that ratio is a token's, or the product over a whole response"
+    )
+    importance_low: float | None = key(
+        None,
+        "its lower bound; unset: 0 with importance=tis, 1 / importance_high with mask",
+        ge=0,
+        le=1,
+    )
+    importance_high: float = key(2.0, "its upper bound", ge=1, lt=INF)
+    length_penalty: float = key(
+        0.0,
+        "taken off the reward of a response of length_penalty_limit tokens, and less of one up to "
+        "length_penalty_tokens shorter (DAPO's soft overlong punishment); 0: nothing",
+        ge=0,
+        le=1e100,
+    )
+    length_penalty_tokens: int | None = key(
+        None, "length of that ramp; needed with length_penalty [tokens]", ge=1
+    )
+    length_penalty_limit: int | None = key(
+        None, "its end; unset: generator.max_new_tokens [tokens]", ge=1
+    )
     drop_equal_groups: bool = key(
         False, "leave groups of equal rewards (up to rounding) out of the loss and its divisor"
     )

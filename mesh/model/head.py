@@ -42,6 +42,4 @@ class LMHead(TitanLinear):
             return HeadInputs(hidden_AD, weight)
         if teacher is None:
             return token_logprobs(hidden_AD, weight, targets_A, temperature, group, textless)
-        return taught_logprobs(
-            hidden_AD, weight, targets_A, temperature, group, textless, teacher
-        )
+        return taught_logprobs(hidden_AD, weight, targets_A, temperature, group, textless, teacher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mesh.rl.aggregation import Aggregation, normaliser, token_weights
 from mesh.rl.losses import (
     DIVERGENCES,
     Divergence,
+    Importance,
     Loss,
     LossTokens,
     Need,
@@ -22,6 +23,7 @@ from mesh.rl.losses import (
     log_ratio_T,
     taught_advantages,
 )
+from mesh.rl.rewards import LengthPenalty
 
 
 class Terms(NamedTuple):
@@ -37,9 +39,11 @@ class Terms(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
-    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs;
-    entropy_coef: weight of the entropy bonus; teacher_coef: weight of the KL to the teacher, which
-    is a part of the advantages, or (teacher_kl `full`) a term with a gradient of its own.
+    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs, in
+    the loss of tokens or, summed, in the reward of rollouts; length_penalty, importance: None,
+    there is none; entropy_coef: weight of the entropy bonus; teacher_coef: weight of the KL to the
+    teacher, which is a part of the advantages, or (teacher_kl `full`) a term with a gradient of its
+    own.
     """
 
     loss: Loss
@@ -51,6 +55,9 @@ class Objective:
     entropy_coef: float = 0.0
     teacher_coef: float = 0.0
     teacher_kl: TeacherKL = "sampled"
+    kl_in: Literal["loss", "reward"] = "loss"
+    length_penalty: LengthPenalty | None = None
+    importance: Importance | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -62,6 +69,9 @@ class Objective:
             needs.add("entropy_gradient")
         if self.teacher_coef > 0:
             needs.add("teacher_logprobs" if self.teacher_kl == "sampled" else "teacher_kl")
+        if self.importance is not None:
+            needs.add("trainer_logprobs")
+            needs |= {"sequence_ratio"} if self.importance.level == "sequence" else set()
         if isinstance(self.loss.advantage, str) and self.loss.advantage in OF_STEP:
             needs.add("step_statistics")
         return frozenset(needs)
@@ -72,7 +82,11 @@ class Objective:
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
         measured: dict[str, Tensor] = {}
-        if self.kl_coef > 0:
+        if self.importance is not None:
+            weights_T, bounded_T = importance_of(self.importance, tokens)
+            loss_T = loss_T * weights_T
+            measured |= {"importance/weight": weights_T, "importance/bounded": bounded_T}
+        if self.kl_coef > 0 and self.kl_in == "loss":
             assert tokens.reference_logprobs_T is not None, "the reference was not scored"
             penalty = DIVERGENCES[self.kl_estimator]
             penalty_T = penalty(tokens.logprobs_T, tokens.reference_logprobs_T)
@@ -82,8 +96,10 @@ class Objective:
         if self.entropy_coef > 0:
             assert tokens.entropy_T is not None, "the entropy has no gradient"
             loss_T = loss_T - self.entropy_coef * tokens.entropy_T
-        if tokens.teacher_kl_T is not None:
+        if self.teacher_coef > 0 and self.teacher_kl == "full":
+            assert tokens.teacher_kl_T is not None, "the teacher was not scored"
             loss_T = loss_T + self.teacher_coef * tokens.teacher_kl_T
+        if tokens.teacher_kl_T is not None:
             measured["teacher_kl"] = tokens.teacher_kl_T.detach()
         elif tokens.teacher_logprobs_T is not None:
             measured["teacher_kl"] = log_ratio_T(tokens)
@@ -114,6 +130,12 @@ class Objective:
     def normaliser(self, num_tokens: int, num_sequences: int) -> float:
         """Divisor of the step's sum of losses, from the counts of all ranks and waves."""
         return normaliser(num_tokens, num_sequences, self.loss.aggregation, self.longest_response)
+
+
+def importance_of(importance: Importance, tokens: LossTokens) -> tuple[Tensor, Tensor]:
+    """(weights_T, bounded_T) of tokens whose old logprobs are the trainer's."""
+    assert tokens.generator_logprobs_T is not None, "the generator's logprobs are not there"
+    return importance.weights(tokens.old_logprobs_T, tokens.generator_logprobs_T, tokens.sequence_T)
 
 
 def check_shapes(loss_T: Tensor, clipped_T: Tensor, tokens: LossTokens) -> None:

@@ -61,14 +61,17 @@ def taught_forward(
 
 
 def loss_tokens(
-    scores: TokenScores | TaughtScores,
-    batch: PackedBatch,
-    known: PassScores,
-    needs: frozenset[Need] = frozenset(),
-) -> LossTokens:
-    """What the loss sees of a batch."""
+    scores: TokenScores | TaughtScores, batch: PackedBatch, known: PassScores,
+    needs: frozenset[Need],
+) -> LossTokens:  # fmt: skip
+    """What the loss sees of a batch.
+
+    With `trainer_logprobs` the old ones are the trainer's: before its only update, those of now.
+    """
+    logprobs_A = scores.logprobs_A
+    old_A = logprobs_A.detach() if "trainer_logprobs" in needs else batch.old_logprobs_A
     return LossTokens(
-        scores.logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
+        logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,
         entropy_T=scores.entropy_A if "entropy_gradient" in needs else None,
         reference_logprobs_T=known.reference_logprobs_A,

@@ -19,7 +19,8 @@ from small_trainer import (
 )
 
 from mesh.config.schema import Conf
-from mesh.program.assembly import check, read_loss
+from mesh.program.assembly import check
+from mesh.program.loss_checks import read_loss
 from mesh.rl.advantages import group_advantages
 from mesh.rl.loading import load_loss
 from mesh.rl.losses import LOSSES, Loss, LossTokens, TokenLoss, clipped_surrogate, kl_T
@@ -54,7 +55,7 @@ POWERED = Loss(powered, advantage="centred", aggregation="token", settings={"pow
 STRENGTH = Loss(by_strength)
 STRONG = Loss(by_strength, settings={"strength": 2.0})
 CREDITED = Loss(powered, needs=frozenset({"reference_logprobs"}), credit=towards_reference)
-ENTROPY = Loss(powered, needs=frozenset({"entropy_gradient", "reference_logprobs"}))
+UNKNOWN = Loss(powered, needs=frozenset({"entropy_gradients", "reference_logprobs"}))
 WHOLE_STEP = Loss(powered, needs=frozenset({"step_statistics"}))
 AGAINST_GENERATOR = Loss(
     lambda tokens: nothing_clipped(tokens.logprobs_T - tokens.generator_logprobs_T)
@@ -159,8 +160,8 @@ REFUSALS = {  # words, and all lines
     "misspelt": (
         ["loss=grppo"],
         ["loss=grppo: no such loss; did you mean grpo? use one of grpo, dr_grpo, bnpo, dapo, rloo, "
-         "reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, max_rl, or MODULE:NAME for a "
-         "loss of your own"],
+         "reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, max_rl, distill, or MODULE:NAME "
+         "for a loss of your own"],
     ),
     "half a name": (
         ["loss=:POWERED"],
@@ -224,9 +225,10 @@ REFUSALS = {  # words, and all lines
         ["loss_args.clip_low=0.1: this is a key of the run; write clip_low=0.1"],
     ),
     "unmet needs": (
-        [f"loss={HERE}:ENTROPY"],
-        [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
-         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics"],
+        [f"loss={HERE}:UNKNOWN"],
+        [f"loss={HERE}:UNKNOWN: needs entropy_gradients, which this trainer does not compute; use "
+         "a loss whose needs are among entropy_gradient, reference_logprobs, sequence_ratio, "
+         "step_statistics, teacher_kl, teacher_logprobs, trainer_logprobs"],
     ),
     "an eps without a division": (
         ["loss=dr_grpo", "advantage_eps=1e-4"],

@@ -36,13 +36,13 @@ class Importance:
 
     def weights(
         self, trainer_logprobs_T: Tensor, generator_logprobs_T: Tensor, sequence_T: Tensor
-    ) -> Tensor:
-        """Factors of the tokens' losses, detached."""
+    ) -> tuple[Tensor, Tensor]:
+        """Factors of the tokens' losses, detached, and bool bounded_T: those beyond the bounds."""
         difference_T = (trainer_logprobs_T - generator_logprobs_T).detach()
         if self.level == "sequence":
             difference_T = sequence_sums(difference_T, sequence_T)
         ratio_T = torch.exp(difference_T)
+        bounded_T = (ratio_T < self.low) | (ratio_T > self.high)
         if self.kind == "tis":
-            return ratio_T.clamp(self.low, self.high)
-        inside_T = (ratio_T >= self.low) & (ratio_T <= self.high)
-        return torch.where(inside_T, ratio_T, torch.zeros_like(ratio_T))
+            return ratio_T.clamp(self.low, self.high), bounded_T
+        return ratio_T.masked_fill(bounded_T, 0), bounded_T
