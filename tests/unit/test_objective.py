@@ -175,7 +175,7 @@ REFUSALS = {  # words, and all lines
     "no Loss": (
         [f"loss={HERE}:powered"],
         [f"loss={HERE}:powered: powered is no mesh.rl.losses.Loss of {HERE}; it has POWERED, "
-         "STRENGTH, STRONG, CREDITED, ENTROPY, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
+         "STRENGTH, STRONG, CREDITED, UNKNOWN, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
          "UNTYPED, RAISING, ROWS"],
     ),
     "no such name": (
