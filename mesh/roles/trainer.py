@@ -154,7 +154,9 @@ class Trainer:
         """
         models = {"reference_logprobs": self.reference, "teacher_logprobs": self.teacher}
         scored = {f"{need}_A": m for need, m in models.items() if m is not None and need in needs}
-        batches = (pack(one).to(self.device) for one in passes) if scored else ({} for _ in passes)
+        if not scored:
+            return [PassScores() for _ in passes]
+        batches = (pack(one).to(self.device) for one in passes)
         found = [
             PassScores(**{name: self.forward(m, batch).logprobs_A for name, m in scored.items()})
             for batch in batches
