@@ -64,7 +64,7 @@ from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
 from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
-OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
 # what to do instead of setting a key that `supervised` sets
 INSTEAD = {
     "steps": "set sft.steps",
@@ -75,6 +75,8 @@ INSTEAD = {
     "teacher.coef": "leave it out, solutions are learned, and no teacher",
     "teacher.kl": "leave it out, solutions are learned, and no teacher",
     "check": "leave it out, there is no generator to agree with",
+    "updates_per_step": "leave it out, a supervised step has one update",
+    "kl_stop": "leave it out, a supervised step has one update",
 }
 
 
@@ -128,6 +130,7 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
     keys |= {"entropy_coef": 0.0, "teacher.path": None, "teacher.coef": None}
     keys |= {"teacher.kl": "sampled"}
+    keys |= {"updates_per_step": 1, "kl_stop": None}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]

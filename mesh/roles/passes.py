@@ -6,6 +6,7 @@ what is known before any gradient: it is scored first. `backward` then trains on
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,20 @@ from mesh.rl.step import Pass
 from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
 
+SCORED: frozenset[Need] = frozenset({"reference_logprobs", "teacher_logprobs"})
+"""Needs for which passes are scored first."""
+
 
 @dataclass(frozen=True)
 class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on."""
+    """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
+    old_logprobs_A: the trainer's before the step's first update, where there are several.
+    reference_logprobs_A, teacher_logprobs_A: of frozen
+    models.
+    """
+
+    old_logprobs_A: torch.Tensor | None = None
     reference_logprobs_A: torch.Tensor | None = None
     teacher_logprobs_A: torch.Tensor | None = None
 
@@ -60,16 +70,55 @@ def taught_forward(
                  temperature, inputs)  # fmt: skip
 
 
+@torch.no_grad()
+def score_pass(
+    batch: PackedBatch,
+    model: Policy,
+    others: Mapping[Need, Policy | None],
+    needs: frozenset[Need],
+    policy: bool,
+    temperature: float,
+    sums: StepSums,
+) -> PassScores:
+    """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
+    logprobs, whose difference from the generator's goes into `sums`. others: by what is needed of
+    them."""
+    old_A, found = None, {}
+    if policy:
+        old_A = forward(model, batch, temperature).logprobs_A
+        sums.add_before(
+            token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
+        )
+    for need in sorted(needs & SCORED):
+        other = others[need]
+        assert other is not None, f"{need} are needed, and no such model is kept"
+        found[f"{need}_A"] = forward(other, batch, temperature).logprobs_A
+    return PassScores(old_A, **found)
+
+
+def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
+    """The trainer's logprobs before the step's first update, of passes that are scored or else, as
+    `trained_A` was, trained on by that update."""
+    scored = [one.old_logprobs_A for one in known if one.old_logprobs_A is not None]
+    assert len(scored) in (0, len(known)), "some passes were scored, and others were not"
+    return torch.cat(scored) if scored else trained_A
+
+
 def loss_tokens(
     scores: TokenScores | TaughtScores, batch: PackedBatch, known: PassScores,
     needs: frozenset[Need],
 ) -> LossTokens:  # fmt: skip
     """What the loss sees of a batch.
 
-    With `trainer_logprobs` the old ones are the trainer's: before its only update, those of now.
+    The old logprobs are the trainer's before the step's first update where passes are scored for
+    several, and with `trainer_logprobs`: of a step with one update they are those of now.
     """
     logprobs_A = scores.logprobs_A
-    old_A = logprobs_A.detach() if "trainer_logprobs" in needs else batch.old_logprobs_A
+    old_A = batch.old_logprobs_A
+    if known.old_logprobs_A is not None:
+        old_A = known.old_logprobs_A
+    elif "trainer_logprobs" in needs:
+        old_A = logprobs_A.detach()
     return LossTokens(
         logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,
