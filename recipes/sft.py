@@ -127,10 +127,9 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    keys |= {"entropy_coef": 0.0, "teacher.path": None, "teacher.coef": None}
-    keys |= {"teacher.kl": "sampled"}
-    keys |= {"updates_per_step": 1, "kl_stop": None}
+    keys: dict[str, Any] = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "check": None}
+    keys |= {"kl_coef": 0.0, "entropy_coef": 0.0, "updates_per_step": 1, "kl_stop": None}
+    keys |= {"teacher.path": None, "teacher.coef": None, "teacher.kl": "sampled"}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]

@@ -120,8 +120,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    beside = (conf, device, shape, tokenizer)
-    teacher = attempt(wrong, read_teacher, *beside) if training else None
+    known = conf, device, shape, tokenizer
+    teacher = attempt(wrong, read_teacher, *known) if training else None
     refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
     wrong += best_metric_problems(conf) if training else []
     own: list[Prompt] = []
@@ -145,23 +145,29 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
-    if conf.model.path is not None:
-        directory = resolve_path(conf.model.path)
-        for line in directory_warnings(directory, conf.model.ignore_config):
-            process.say(f"warning: {line}")
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, own, sets, teacher)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
-    num = conf.num_prompts if training else 0
-    notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
+    notes = [*directory_notes(conf, tokenizer, training)]
+    notes += [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
     notes += held_out_notes(conf, len(own))
-    notes += teacher_warnings(conf, tokenizer) if training else []
+    num = conf.num_prompts if training else 0
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
+
+
+def directory_notes(conf: Conf, tokenizer: Tokenizer, training: bool) -> list[str]:
+    """What in the directories of model and teacher does not mean what it seems to."""
+    found = []
+    if conf.model.path is not None:
+        directory = resolve_path(conf.model.path)
+        found = directory_warnings(directory, conf.model.ignore_config)
+    warnings = [f"warning: {line}" for line in found]
+    return warnings + (teacher_warnings(conf, tokenizer) if training else [])
 
 
 def read_shape(conf: Conf) -> ModelShape | None:

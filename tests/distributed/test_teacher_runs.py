@@ -46,7 +46,7 @@ def root(tmp_path_factory) -> Path:
 def launched(root) -> dict[str, Run]:
     teacher = f"teacher.path={moved(root / 'teacher', 1)}"
     full = ["loss=distill", teacher, "teacher.kl=full"]
-    sampled = ["loss=grpo", teacher, "teacher.coef=0.5", "entropy_coef=0.01", "waves=2",
+    sampled = ["loss=grpo", teacher, "teacher.coef=0.5", "entropy_coef=0.01",
                "updates_per_step=2"]  # fmt: skip
     asked = {
         "full": ("grpo", [*STRICT, *full]),
