@@ -47,7 +47,7 @@ from mesh.program.assembly import (
     sync,
 )
 from mesh.program.encoding import dated
-from mesh.program.plan import Plan
+from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.recipes.grpo import held_out
@@ -77,6 +77,8 @@ INSTEAD = {
     "check": "leave it out, there is no generator to agree with",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
+    "stop.above": "leave it out, the first and the last step alone are evaluated",
+    "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
 
 
@@ -130,6 +132,7 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     keys: dict[str, Any] = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "check": None}
     keys |= {"kl_coef": 0.0, "entropy_coef": 0.0, "updates_per_step": 1, "kl_stop": None}
     keys |= {"teacher.path": None, "teacher.coef": None, "teacher.kl": "sampled"}
+    keys |= {"stop.above": None, "stop.after": None}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
@@ -149,16 +152,13 @@ def teaching(plan: Plan) -> Plan:
 
 
 def scheduled(conf: Conf, plan: Plan, num_examples: int) -> tuple[Conf, Plan]:
-    """Both with the number of steps that sft.epochs makes of the examples, where it is set, and
-    with the schedule of the learning rate over them.
-    """
-    if conf.sft.epochs:
-        steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
-        conf = changed(conf, {"steps": steps})
-    keys = plan.trainer.optimizer
-    assert keys is not None, "a plan of a program that trains has an optimizer"
-    optimizer = replace(keys, decay=conf.sft.decay, steps=conf.steps)
-    return conf, replace(plan, trainer=replace(plan.trainer, optimizer=optimizer))
+    """Both with the number of steps that sft.epochs makes of the examples, where it is set."""
+    if not conf.sft.epochs:
+        return conf, plan
+    steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
+    conf = changed(conf, {"steps": steps})
+    trainer = replace(plan.trainer, optimizer=optimizer_settings(conf))
+    return conf, replace(plan, trainer=trainer)
 
 
 def examples_of(conf: Conf, source: PromptSource, process: Process) -> list[Prompt]:
