@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mesh.config.declare import INF, key
+from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
     ConversationConf,
@@ -25,7 +26,6 @@ from mesh.config.sections import (
     SFTConf,
     StopConf,
     SyncConf,
-    TeacherConf,
     TrainerConf,
     ValidateConf,
     VllmConf,
