@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
-from mesh.layout.reshard import Block
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy, named_weights, parameter_names
@@ -26,7 +24,7 @@ from mesh.rl.packing import PackedBatch, pack
 from mesh.rl.step import Pass
 from mesh.roles.frozen import FrozenModel
 from mesh.roles.gradients import gradient_norm, summed_gradients
-from mesh.roles.models import build_model
+from mesh.roles.models import build_model, own_blocks
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
@@ -65,19 +63,13 @@ class Trainer:
         self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         if meshes.on_trainer:
-            self.model = self._build()
+            self.model = build_model(settings.source, settings, self.mesh, device, self.layouts)
             if settings.optimizer is not None:
                 self.optimizer = Optimizer(self.masters(), settings.optimizer)
         self.frozen = {
             name: FrozenModel(source, settings, self.mesh, device, meshes.on_trainer)
             for name, source in settings.frozen.items()
         }
-
-    def _build(self) -> Policy:
-        return build_model(
-            self.settings.source, self.settings, self.mesh, self.device, self.layouts,
-            self._blocks(),
-        )  # fmt: skip
 
     @property
     def reference(self) -> Policy | None:
@@ -88,10 +80,6 @@ class Trainer:
     def teacher(self) -> Policy | None:
         """The frozen model to distil from; None without one, and off the trainer."""
         return self.frozen[TEACHER].model if TEACHER in self.frozen else None
-
-    def _blocks(self) -> dict[str, Block | None]:
-        rank = dist.get_rank()
-        return {layout.name: layout.blocks.get(rank) for layout in self.layouts}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Master weights and buffers by torchtitan's names; DTensors. Empty off the trainer."""
@@ -285,7 +273,7 @@ class Trainer:
             self.sums.trained,
             {parameter_names(name): gradient for name, gradient in gradients.items()},
             {layout.name: weights[layout.name] for layout in layouts},
-            self._blocks(),
+            own_blocks(self.layouts),
         )
         parts = gathered(mine, self.cpu_group)
         action = self.settings.on_nonfinite
