@@ -71,6 +71,7 @@ INSTEAD = {
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
     "check": "leave it out, there is no generator to agree with",
+    "truncated_logprobs": "leave it out, answers are not drawn from a set",
 }
 
 
@@ -121,7 +122,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
+    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0}
+    keys |= {"check": None, "truncated_logprobs": False}
     conf = changed(conf, keys)
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"

@@ -171,6 +171,7 @@ def generator_settings(
         temperature=keys.temperature,
         top_k=keys.top_k,
         top_p=keys.top_p,
+        truncated_logprobs=conf.truncated_logprobs,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
