@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mesh.engine.sampler import draw, truncated
-from mesh.model.logprobs import score_tiles, shard_of
+from mesh.model.logprobs import score_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
-from mesh.model.truncated import gather_shards
+from mesh.model.tiles import gather_shards, shard_of
 from mesh.model.vocabulary import mask_ids, vocab_products, vocab_tiles
 from mesh.types import IdSpans, Sampling
 

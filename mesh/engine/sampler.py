@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine import kernels
-from mesh.model.logprobs import shard_of
-from mesh.model.truncated import cut_of, gather_shards, mask_outside
+from mesh.model.tiles import gather_shards, shard_of
+from mesh.model.truncated import cut_of, mask_outside
 from mesh.types import Sampling
 
 _GAMMA = 0x9E3779B97F4A7C15

@@ -27,6 +27,7 @@ from mesh.invariant.elementwise import silu_times
 from mesh.invariant.linear import gathered_linear
 from mesh.invariant.switch import current
 from mesh.model.logprobs import TokenScores, token_logprobs
+from mesh.model.token_sets import TokenSets
 from mesh.model.lookup import lookup
 from mesh.model.parallel import copy_to, enter, leave, local, own_part
 from mesh.types import IdSpans
@@ -285,8 +286,13 @@ class LMHead(TitanLinear):
         self.textless = config.textless
 
     def forward(
-        self, hidden_AD: torch.Tensor, targets_A: torch.Tensor, temperature: float
+        self,
+        hidden_AD: torch.Tensor,
+        targets_A: torch.Tensor,
+        temperature: float,
+        sets: TokenSets | None = None,
     ) -> TokenScores:
         return token_logprobs(
-            hidden_AD, local(self.weight), targets_A, temperature, self.tp_group, self.textless
-        )
+            hidden_AD, local(self.weight), targets_A, temperature, self.tp_group, self.textless,
+            sets,
+        )  # fmt: skip

@@ -37,6 +37,7 @@ from mesh.model.layers import (
 from mesh.model.logprobs import TokenScores
 from mesh.model.parallel import apply_tp, replicate
 from mesh.model.rope import rope_table
+from mesh.model.token_sets import TokenSets
 from mesh.types import ModelShape
 
 
@@ -73,10 +74,13 @@ class Policy(Qwen3Model):
         index_A: torch.Tensor,
         targets_A: torch.Tensor,
         temperature: float,
+        sets: TokenSets | None = None,
     ) -> TokenScores:
-        """Scores of targets_A, each predicted from the hidden state at index_A of the row."""
+        """Scores of targets_A, each predicted from the hidden state at index_A of the row; `sets`:
+        see `token_logprobs`.
+        """
         hidden_TD = self.hidden(tokens_T, positions_T, context)
-        return self.lm_head(hidden_TD[index_A], targets_A, temperature)
+        return self.lm_head(hidden_TD[index_A], targets_A, temperature, sets)
 
 
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:

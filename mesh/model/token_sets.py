@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mesh.model.truncated import CHUNK, Cut, cut_of, gather_shards, mask_outside, outside
+from mesh.model.tiles import gather_shards
+from mesh.model.truncated import CHUNK, Cut, cut_of, mask_outside, outside
 from mesh.model.vocabulary import MASKED
 from mesh.types import Distribution
 
@@ -71,10 +72,11 @@ def kept(inside_AV: torch.Tensor) -> Listed | Packed:
 
 
 class TokenSets:
-    """The sets of a distribution over one forward pass's tokens.
+    """The truncated sets of one pass's tokens, in the order of its loss tokens.
 
     `keeps`: the first forward pass derives them, and its ids are those of all later ones, whatever
-    the weights are by then. Owns these ids.
+    the weights are by then, and whichever model's logits are masked. Owns these ids, of this rank's
+    shard of the vocabulary.
     """
 
     def __init__(self, distribution: Distribution, keeps: bool = False) -> None:

@@ -28,8 +28,8 @@ from mesh.model.layers import (
     RowLinear,
     TransformerBlock,
 )
-from mesh.model.logprobs import shard_of
 from mesh.model.policy import Policy, parameter_names
+from mesh.model.tiles import shard_of
 
 SHARDED = (ColumnLinear, HeadRMSNorm, PackedAttention, Rotary)  # features are sharded over tp
 REPLICATED = (Embedding, LMHead, RMSNorm, RowLinear, TransformerBlock)

@@ -18,7 +18,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from mesh.model.vocabulary import MASKED
 from mesh.types import Distribution
@@ -117,12 +116,3 @@ def mask_outside(logits_AV: torch.Tensor, cut: Cut, first: int) -> None:
         triton_truncated.mask_outside(logits_AV, cut, first)
     else:
         logits_AV.masked_fill_(outside(logits_AV, cut, first), MASKED)
-
-
-def gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Concatenate the ranks' parts along the last dim."""
-    if group is None:
-        return part_SX
-    parts = [torch.empty_like(part_SX) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part_SX.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
