@@ -27,9 +27,9 @@ from mesh.invariant.elementwise import silu_times
 from mesh.invariant.linear import gathered_linear
 from mesh.invariant.switch import current
 from mesh.model.logprobs import TokenScores, token_logprobs
-from mesh.model.token_sets import TokenSets
 from mesh.model.lookup import lookup
 from mesh.model.parallel import copy_to, enter, leave, local, own_part
+from mesh.model.token_sets import TokenSets
 from mesh.types import IdSpans
 
 

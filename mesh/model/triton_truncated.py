@@ -137,10 +137,7 @@ def _cut_kernel(
             total += number * each
         else:
             total = _mass_from(logits, vocab, low, largest, scale, SHIFT, BLOCK)
-        share = total.to(tl.float64) * tl.load(top_p)
-        wanted = share.to(tl.int64)
-        wanted += (wanted.to(tl.float64) < share).to(tl.int64)
-        wanted = tl.maximum(wanted, 1)
+        wanted = tl.maximum((total.to(tl.float64) * tl.load(top_p)).to(tl.int64), 1)
         high = top + 1
         while high - low > 1:  # the mass from `low` on is enough, that from `high` on is not
             middle = low + (high - low) // 2
