@@ -40,6 +40,7 @@ from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
 from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
+from mesh.roles.divergences import reward_divergences
 from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
 from mesh.runs.directory import create_run_dir
@@ -124,7 +125,8 @@ def train_step(
         with phases("train"):
             generator.release()
             known = trainer.score(share.passes, objective.needs)
-            advantages |= advantages_of(wave, objective, keys.group_size)
+            divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
+            advantages |= advantages_of(wave, objective, keys.group_size, divergences)
             share = credited(share, advantages, objective)
             scores = trainer.accumulate(share.passes, objective, known)
         if inspect is not None:

@@ -70,6 +70,7 @@ INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
+    "entropy_coef": "leave it out, solutions are learned by their cross entropy",
     "check": "leave it out, there is no generator to agree with",
     "truncated_logprobs": "leave it out, answers are not drawn from a set",
 }
@@ -122,9 +123,10 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0}
-    keys |= {"check": None, "truncated_logprobs": False}
-    conf = changed(conf, keys)
+    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
+    keys |= {"entropy_coef": 0.0, "truncated_logprobs": False}
+    # refused without a weight, which is the run's that this one prepares
+    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mesh.model.attention import PackedAttention
+from mesh.model.head import LMHead
 from mesh.model.layers import (
     ColumnLinear,
     Embedding,
     FeedForward,
     HeadRMSNorm,
-    LMHead,
     RMSNorm,
     Rotary,
     RowLinear,

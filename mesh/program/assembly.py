@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mesh.checkpoint.best import best_metric_problems
-from mesh.config.keys import Refusal, problem
+from mesh.config.keys import Refusal
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -36,21 +36,18 @@ from mesh.program.encoding import (
     tokenizer_files,
 )
 from mesh.program.limits import limit_problems
+from mesh.program.loss_checks import read_loss
 from mesh.program.plan import (
     Found,
     Plan,
     prompt_source,
     resolve,
-    run_objective,
     task_spec,
 )
 from mesh.program.prompt_checks import prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
-from mesh.rl.loading import load_loss, loss_problems
-from mesh.rl.losses import CROSS_ENTROPY, Loss
-from mesh.rl.objective import Objective
-from mesh.rl.trial import trial
+from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
@@ -193,37 +190,6 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     if config is not None and config.is_file() and json_problem(config) is not None:
         return None
     return load_tokenizer(directory, model) if (directory / "tokenizer.json").is_file() else None
-
-
-def read_loss(conf: Conf) -> Loss:
-    """The loss; ValueError where it does not exist or its settings do not fit it."""
-    loss = load_loss(conf.loss)
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
-    wrong += eps_problems(conf, loss)
-    if not wrong:
-        found = trial_problems(run_objective(conf, loss), conf.group_size)
-        wrong += [f"loss={conf.loss}: {line}" for line in found]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    return loss
-
-
-def eps_problems(conf: Conf, loss: Loss) -> list[str]:
-    """An epsilon for advantages that are not divided by a deviation."""
-    eps, advantage = conf.advantage_eps, conf.advantage or loss.advantage
-    if eps == Conf.advantage_eps or advantage == "std":
-        return []
-    name = advantage if isinstance(advantage, str) else "the loss's own function"
-    wrong = f"the advantage is {name}, which does not divide by the group's deviation"
-    return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
-
-
-def trial_problems(objective: Objective, group_size: int) -> list[str]:
-    """The fault of a loss that fails on a few made-up tokens, or mixes what may be cut apart."""
-    wrong: list[str] = []
-    attempt(wrong, trial, objective, max(group_size, 2))
-    return wrong
 
 
 def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:

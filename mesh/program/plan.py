@@ -23,9 +23,9 @@ from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
-from mesh.rl.loading import typed_settings
+from mesh.program.loss import run_objective
 from mesh.rl.losses import Loss
-from mesh.rl.objective import Objective, objective_of
+from mesh.rl.objective import Objective
 from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.generator import GeneratorSettings
@@ -177,21 +177,6 @@ def generator_settings(
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
         timeout_seconds=conf.timeout_seconds,
         limits=limits_of(conf),
-    )
-
-
-def run_objective(conf: Conf, loss: Loss) -> Objective:
-    """The loss with the keys that refine it; `constant` aggregation divides by the longest
-    response."""
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    return objective_of(
-        loss,
-        advantage=conf.advantage,
-        aggregation=conf.aggregation,
-        settings={**bounds, **typed_settings(loss, conf.loss_args)},
-        kl_coef=conf.kl_coef,
-        longest_response=conf.generator.max_new_tokens,
-        advantage_eps=conf.advantage_eps,
     )
 
 

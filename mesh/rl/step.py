@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from mesh.rl.advantages import equal_groups, rewards_of
+from mesh.rl.advantages import equal_groups, lengths_of, rewards_of
 from mesh.rl.cutting import leaf_tokens, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
+from mesh.rl.rewards import shaped_rewards
 from mesh.types import TRUNCATED, NumberedPrompt, Outline, Rollout, RolloutKey, Wave
 
 Advantages = Mapping[int, Sequence[float]]
@@ -132,11 +133,20 @@ def prompt_ids_of(wave: Wave, group_size: int) -> list[int]:
     return [o.prompt_id for o in wave.outlines[::group_size]]
 
 
-def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int, list[float]]:
-    """The advantages of each prompt's samples, by prompt_id; none off the trainer."""
+def advantages_of(
+    wave: Wave,
+    objective: Objective,
+    group_size: int,
+    divergences: Mapping[RolloutKey, float] | None = None,
+) -> dict[int, list[float]]:
+    """The advantages of each prompt's samples, by prompt_id; none off the trainer.
+
+    divergences: weighted KL of each rollout to the reference, where rewards are less by it.
+    """
     if not wave.outlines:
         return {}
-    advantages_PG = objective.advantages(rewards_of(wave, group_size))
+    rewards_PG = shaped_rewards(wave, group_size, objective.length_penalty, divergences)
+    advantages_PG = objective.advantages(rewards_PG, lengths_of(wave, group_size))
     return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 

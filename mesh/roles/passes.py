@@ -12,10 +12,11 @@ import torch
 
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.attention import packed_context
-from mesh.model.logprobs import TokenScores
+from mesh.model.divergence import HeadInputs
+from mesh.model.logprobs import TaughtScores, TokenScores
 from mesh.model.policy import Policy
 from mesh.rl.aggregation import loss_sum
-from mesh.rl.losses import LossTokens
+from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch
 from mesh.rl.statistics import token_stats
@@ -29,6 +30,7 @@ class PassScores:
     """Logprobs of one pass's loss tokens that are known before it is trained on."""
 
     reference_logprobs_A: torch.Tensor | None = None
+    teacher_logprobs_A: torch.Tensor | None = None
 
 
 def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScores:
@@ -39,12 +41,42 @@ def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScore
                  temperature)  # fmt: skip
 
 
-def loss_tokens(logprobs_A: torch.Tensor, batch: PackedBatch, known: PassScores) -> LossTokens:
-    """What the loss sees of a batch."""
+def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
+    """A batch's hidden states before the head, and the head's weight, which FSDP leaves gathered
+    until it is sharded again."""
+    heartbeat()
+    context = packed_context(batch.cu_seqlens, batch.max_seqlen)
+    return model(batch.tokens_T, batch.positions_T, context, batch.index_A, None, 1.0)
+
+
+def taught_forward(
+    model: Policy, teacher: Policy, batch: PackedBatch, temperature: float
+) -> TaughtScores:
+    """The policy's scores of a batch's loss tokens, with the KL to the teacher at each."""
+    with torch.no_grad():
+        inputs = head_inputs(teacher, batch)
+    context = packed_context(batch.cu_seqlens, batch.max_seqlen)
+    return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
+                 temperature, inputs)  # fmt: skip
+
+
+def loss_tokens(
+    scores: TokenScores | TaughtScores, batch: PackedBatch, known: PassScores,
+    needs: frozenset[Need],
+) -> LossTokens:  # fmt: skip
+    """What the loss sees of a batch.
+
+    With `trainer_logprobs` the old ones are the trainer's: before its only update, those of now.
+    """
+    logprobs_A = scores.logprobs_A
+    old_A = logprobs_A.detach() if "trainer_logprobs" in needs else batch.old_logprobs_A
     return LossTokens(
-        logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
+        logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,
+        entropy_T=scores.entropy_A if "entropy_gradient" in needs else None,
         reference_logprobs_T=known.reference_logprobs_A,
+        teacher_logprobs_T=known.teacher_logprobs_A,
+        teacher_kl_T=scores.divergence_A if isinstance(scores, TaughtScores) else None,
     )  # fmt: skip
 
 
@@ -56,25 +88,37 @@ def backward(
     known: PassScores,
     temperature: float,
     sums: StepSums,
+    teacher: Policy | None = None,
 ) -> TokenScores:
     """Add a pass to the model's gradients and to the step's sums; its scores, detached.
 
-    batch: `leaves`, packed, on the device.
+    batch: `leaves`, packed, on the device. teacher: where the objective needs the KL to it.
     """
-    logprobs_A, entropy_A = forward(model, batch, temperature)
+    scores: TokenScores | TaughtScores = (
+        forward(model, batch, temperature)
+        if teacher is None
+        else taught_forward(model, teacher, batch, temperature)
+    )
+    logprobs_A, entropy_A = scores.logprobs_A, scores.entropy_A
     logprobs_A.retain_grad()
-    tokens = loss_tokens(logprobs_A, batch, known)
-    loss_A, clipped_A, kl_A = objective(tokens)
+    tokens = loss_tokens(scores, batch, known, objective.needs)
+    loss_A, clipped_A, measured = objective(tokens)
     loss = loss_sum(loss_A, batch.weights_A)
     loss.backward()
-    kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
     old_A = tokens.old_logprobs_T
     sums.add(
         token_stats(logprobs_A, batch.generator_logprobs_A, old_A, clipped_A),
-        (loss, entropy_A.double().sum(), kl_A.double().sum()),
+        loss,
+        {"entropy": entropy_A, **measured},
         Trained(
             tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
-            loss_A.detach(), logprobs_A.grad,
+            loss_A.detach(), gradient_of(logprobs_A),
         ),
     )  # fmt: skip
     return TokenScores(logprobs_A.detach(), entropy_A.detach())
+
+
+def gradient_of(logprobs_A: torch.Tensor) -> torch.Tensor:
+    """The gradient that came through the logprobs; zeros where the loss does not use them."""
+    found = logprobs_A.grad
+    return torch.zeros_like(logprobs_A) if found is None else found.detach()

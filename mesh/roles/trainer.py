@@ -54,7 +54,8 @@ class Trainer:
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
-        self.sums = StepSums(device)
+        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
@@ -184,14 +185,12 @@ class Trainer:
             self.optimizer.step(gradients, norm, lr)
         metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
         metrics["steps_without_signal"] = float(self.without_signal)
-        if self.reference is None:
-            del metrics["kl"]
         if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
             self._report(gradients, metrics)
         self.optimizer.zero_grad()
-        self.sums = StepSums(self.device)
+        self.sums = StepSums(self.device, self.measured)
         self.steps += 1
         return metrics
 
