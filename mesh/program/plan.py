@@ -154,6 +154,8 @@ def trainer_settings(
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,
+        top_k=conf.generator.top_k if conf.truncated_logprobs else 0,
+        top_p=conf.generator.top_p if conf.truncated_logprobs else 1.0,
     )
 
 

@@ -15,6 +15,7 @@ from mesh.model.attention import packed_context
 from mesh.model.divergence import HeadInputs
 from mesh.model.logprobs import TaughtScores, TokenScores
 from mesh.model.policy import Policy
+from mesh.model.token_sets import TokenSets
 from mesh.rl.aggregation import loss_sum
 from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
@@ -23,22 +24,44 @@ from mesh.rl.statistics import token_stats
 from mesh.rl.step import Pass
 from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
+from mesh.types import Distribution
 
 
 @dataclass(frozen=True)
 class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on."""
+    """Logprobs of one pass's loss tokens that are known before it is trained on.
+
+    sets: those of the policy that drew the tokens, kept for other weights; None: nothing is
+    truncated, or the sets are derived as the pass is trained on.
+    """
 
     reference_logprobs_A: torch.Tensor | None = None
     teacher_logprobs_A: torch.Tensor | None = None
+    sets: TokenSets | None = None
 
 
-def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScores:
-    """(logprobs_A, entropy_A) of a batch's loss tokens."""
+def forward(
+    model: Policy, batch: PackedBatch, at: Distribution, sets: TokenSets | None = None
+) -> TokenScores:
+    """(logprobs_A, entropy_A) of a batch's loss tokens, of the distribution `at`, over these sets;
+    without them the model's own, if it is truncated."""
     heartbeat()
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                 temperature)  # fmt: skip
+                 at.temperature, None, sets or derived_sets(at))  # fmt: skip
+
+
+def derived_sets(at: Distribution, keeps: bool = False) -> TokenSets | None:
+    """Sets that the next forward pass derives from its logits; None: nothing is truncated."""
+    return TokenSets(at, keeps) if at.truncated else None
+
+
+def kept_sets(policy: Policy, batch: PackedBatch, at: Distribution) -> TokenSets | None:
+    """The policy's sets at a batch's loss tokens, for passes of other models or other weights."""
+    sets = derived_sets(at, keeps=True)
+    if sets is not None:
+        forward(policy, batch, at, sets)
+    return sets
 
 
 def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
@@ -50,14 +73,15 @@ def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
 
 
 def taught_forward(
-    model: Policy, teacher: Policy, batch: PackedBatch, temperature: float
-) -> TaughtScores:
+    model: Policy, teacher: Policy, batch: PackedBatch, at: Distribution,
+    sets: TokenSets | None = None,
+) -> TaughtScores:  # fmt: skip
     """The policy's scores of a batch's loss tokens, with the KL to the teacher at each."""
     with torch.no_grad():
         inputs = head_inputs(teacher, batch)
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                 temperature, inputs)  # fmt: skip
+                 at.temperature, inputs, sets or derived_sets(at))  # fmt: skip
 
 
 def loss_tokens(
@@ -86,7 +110,7 @@ def backward(
     leaves: Pass,
     objective: Objective,
     known: PassScores,
-    temperature: float,
+    at: Distribution,
     sums: StepSums,
     teacher: Policy | None = None,
 ) -> TokenScores:
@@ -95,9 +119,9 @@ def backward(
     batch: `leaves`, packed, on the device. teacher: where the objective needs the KL to it.
     """
     scores: TokenScores | TaughtScores = (
-        forward(model, batch, temperature)
+        forward(model, batch, at, known.sets)
         if teacher is None
-        else taught_forward(model, teacher, batch, temperature)
+        else taught_forward(model, teacher, batch, at, known.sets)
     )
     logprobs_A, entropy_A = scores.logprobs_A, scores.entropy_A
     logprobs_A.retain_grad()

@@ -27,9 +27,10 @@ from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.models import build_model
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import MOMENTS, Optimizer
-from mesh.roles.passes import PassScores, backward, forward
+from mesh.roles.passes import PassScores, backward, forward, kept_sets
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import TrainerSettings
+from mesh.types import Distribution
 
 
 class Trainer:
@@ -122,15 +123,13 @@ class Trainer:
             self.optimizer.restart()
 
     def forward(
-        self, model: Policy, batch: PackedBatch, temperature: float | None = None
+        self, model: Policy, batch: PackedBatch, at: Distribution | None = None
     ) -> TokenScores:
         """(logprobs_A, entropy_A) of a batch's loss tokens, by the policy or the reference.
 
-        temperature: unset, that of training.
+        at: the distribution; unset, that of training.
         """
-        return forward(
-            model, batch, self.settings.temperature if temperature is None else temperature
-        )
+        return forward(model, batch, at or self.settings.distribution)
 
     @torch.no_grad()
     def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
@@ -140,8 +139,14 @@ class Trainer:
         """
         if self.reference is None or "reference_logprobs" not in needs:
             return [PassScores() for _ in passes]
-        batches = (pack(one).to(self.device) for one in passes)
-        return [PassScores(self.forward(self.reference, batch).logprobs_A) for batch in batches]
+        assert self.model is not None, "a rank with the reference has the policy"
+        found, at = [], self.settings.distribution
+        for one in passes:
+            batch = pack(one).to(self.device)
+            sets = kept_sets(self.model, batch, at)
+            scores = forward(self.reference, batch, at, sets)
+            found.append(PassScores(scores.logprobs_A, sets=sets))
+        return found
 
     def accumulate(
         self, passes: Sequence[Pass], objective: Objective, scores: Sequence[PassScores]
@@ -157,7 +162,7 @@ class Trainer:
         found = [
             backward(
                 self.model, pack(leaves).to(self.device), leaves, objective, known,
-                self.settings.temperature, self.sums,
+                self.settings.distribution, self.sums,
             )
             for leaves, known in zip(passes, scores, strict=True)
         ]  # fmt: skip

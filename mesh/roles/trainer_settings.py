@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.types import ModelShape
+from mesh.types import Distribution, ModelShape
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Start:
 @dataclass(frozen=True)
 class TrainerSettings:
     """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
-    context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
-    trained; reference: whether a frozen copy of the start is kept.
+    context [tokens]; temperature, top_k, top_p: of the distribution whose logprobs are taken;
+    optimizer: None where nothing is trained; reference: whether a frozen copy of the start is kept.
     """
 
     shape: ModelShape
@@ -36,3 +36,9 @@ class TrainerSettings:
     sequence_parallel: bool = False
     activation_checkpointing: str = "none"
     on_nonfinite: str = "stop"
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def distribution(self) -> Distribution:
+        return Distribution(self.temperature, self.top_k, self.top_p)
