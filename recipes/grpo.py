@@ -6,14 +6,17 @@ prompts -> rollouts -> rewards -> exchange -> score -> advantages -> forward, lo
 optimizer -> reshard into the generator -> next step. Off its submesh a verb returns an empty shard;
 data crosses submeshes in two places, `exchange` and `sync`.
 
-Left out: several updates per batch and off-policy rollouts (the generator always has the newest
-weights, so the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
+With updates_per_step > 1 the rollouts are cut into minibatches, and forward to optimizer are taken
+for each; what is scored is scored for all of them before the first update.
+
+Left out: off-policy rollouts (the generator always has the newest weights, so in a step's first
+update the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -38,11 +41,24 @@ from mesh.program.assembly import (
 from mesh.program.encoding import dated
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
+from mesh.rl.objective import Objective
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
+from mesh.rl.step import (
+    Minibatch,
+    ScoredWave,
+    advantages_of,
+    credited,
+    samples_of,
+    share_of,
+    waves_of,
+    with_scores,
+)
+from mesh.rl.updates import step_metrics
 from mesh.roles.divergences import reward_divergences
 from mesh.roles.evaluation import evaluate
 from mesh.roles.generator import failed_scores
+from mesh.roles.passes import PassScores, old_logprobs
+from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw
@@ -103,7 +119,7 @@ def main(argv: list[str]) -> None:
 def train_step(
     program: Program, process: Process, phases: Phases, step: int, inspect: Inspect | None = None
 ) -> tuple[Metrics, list[Sample]]:
-    """One step: generate, score, exchange and backpropagate wave by wave, update once, sync.
+    """One step: generate, score, exchange and backpropagate wave by wave, update, sync.
 
     The only one: replays, strict runs and validation take this step. Returns its metrics, and this
     rank's samples. `inspect` sees each wave while both sides still have the weights that drew it.
@@ -121,30 +137,55 @@ def train_step(
             )
         with phases("exchange"):
             wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, keys, trainer.dp, trainer.dp_rank)
+            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
         with phases("train"):
             generator.release()
-            known = trainer.score(share.passes, objective.needs)
+            known = trainer.score(share.passes, objective.needs, policy=keys.updates > 1)
             divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
             advantages |= advantages_of(wave, objective, keys.group_size, divergences)
             share = credited(share, advantages, objective)
-            scores = trainer.accumulate(share.passes, objective, known)
+            (first, scores), *later = with_scores(share, known)
+            logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)
         if inspect is not None:
-            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, *scores))
+            seen_A = old_logprobs(known, logprobs_A)
+            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, seen_A))
         waves.append(wave)
-        tokens, sequences = tokens + share.tokens, sequences + share.sequences
+        tokens, sequences = tokens + first.tokens, sequences + first.sequences
     program.exchange.flush()
     with phases("train"):
-        updated = trainer.update(objective.normaliser(tokens, sequences), tokens)
+        updates = [trainer.update(objective.normaliser(tokens, sequences), tokens)]
+        updates += later_updates(trainer, objective, later, keys.kl_stop)
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
+    metrics = step_metrics(updates) | rollout_metrics(waves, keys.group_size) | drawn
+    metrics |= {"digest/weights": digest}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(
         prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
     )
     return metrics, samples
+
+
+def later_updates(
+    trainer: Trainer,
+    objective: Objective,
+    minibatches: Sequence[tuple[Minibatch, list[PassScores]]],
+    kl_stop: float,
+) -> list[Metrics]:
+    """A step's updates after the first, each on a minibatch of its own; their metrics.
+
+    The ratio is to the policy that the step began with. Where the KL from it, on the next minibatch
+    and over all ranks, is above `kl_stop`, neither that update is made nor any after it.
+    """
+    updates: list[Metrics] = []
+    for number, (minibatch, scores) in enumerate(minibatches, 1):
+        trainer.accumulate(minibatch.passes, objective, scores)
+        if trainer.approx_kl() > kl_stop:
+            return [*updates, trainer.leave_out()]
+        normaliser = objective.normaliser(minibatch.tokens, minibatch.sequences)
+        updates.append(trainer.update(normaliser, minibatch.tokens, number))
+    return updates
 
 
 def held_out(program: Program, process: Process) -> Metrics:

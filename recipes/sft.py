@@ -64,7 +64,7 @@ from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
 from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
-OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
 # what to do instead of setting a key that `supervised` sets
 INSTEAD = {
     "steps": "set sft.steps",
@@ -73,6 +73,8 @@ INSTEAD = {
     "entropy_coef": "leave it out, solutions are learned by their cross entropy",
     "check": "leave it out, there is no generator to agree with",
     "truncated_logprobs": "leave it out, answers are not drawn from a set",
+    "updates_per_step": "leave it out, a supervised step has one update",
+    "kl_stop": "leave it out, a supervised step has one update",
 }
 
 
@@ -125,6 +127,7 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
     keys |= {"entropy_coef": 0.0, "truncated_logprobs": False}
+    keys |= {"updates_per_step": 1, "kl_stop": None}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]

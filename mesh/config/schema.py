@@ -64,6 +64,16 @@ class Conf:
     waves: int = key(
         1, "parts that a step is generated in; split meshes overlap them with training", ge=1
     )
+    updates_per_step: int = key(
+        1, "minibatches of whole groups that a step's rollouts are cut into, an update each", ge=1
+    )
+    kl_stop: float | None = key(
+        None,
+        "with updates_per_step > 1: a step makes no further update once the policy's KL from the "
+        "one that the step began with is above this; unset: all are made",
+        gt=0,
+        lt=INF,
+    )
     loss: str = key(
         "grpo",
         "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "

@@ -7,6 +7,7 @@ every constructor takes the part that it uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +121,8 @@ def resolve(
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
-            conf.log.tokens,
+            conf.log.tokens, conf.updates_per_step,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed,
         ),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),

@@ -6,6 +6,7 @@ what is known before any gradient: it is scored first. `backward` then trains on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,20 @@ from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
 from mesh.types import Distribution
 
+SCORED: frozenset[Need] = frozenset({"reference_logprobs"})
+"""Needs for which passes are scored first."""
+
 
 @dataclass(frozen=True)
 class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on.
+    """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
-    sets: those of the policy that drew the tokens, kept for other weights; None: nothing is
-    truncated, or the sets are derived as the pass is trained on.
+    old_logprobs_A: the trainer's before the step's first update, where there are several.
+    reference_logprobs_A: of the frozen reference. sets: the truncated sets of the policy that drew
+    the tokens, kept for other weights and models; without them a pass derives its own.
     """
 
+    old_logprobs_A: torch.Tensor | None = None
     reference_logprobs_A: torch.Tensor | None = None
     teacher_logprobs_A: torch.Tensor | None = None
     sets: TokenSets | None = None
@@ -54,14 +60,6 @@ def forward(
 def derived_sets(at: Distribution, keeps: bool = False) -> TokenSets | None:
     """Sets that the next forward pass derives from its logits; None: nothing is truncated."""
     return TokenSets(at, keeps) if at.truncated else None
-
-
-def kept_sets(policy: Policy, batch: PackedBatch, at: Distribution) -> TokenSets | None:
-    """The policy's sets at a batch's loss tokens, for passes of other models or other weights."""
-    sets = derived_sets(at, keeps=True)
-    if sets is not None:
-        forward(policy, batch, at, sets)
-    return sets
 
 
 def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
@@ -84,16 +82,56 @@ def taught_forward(
                  at.temperature, inputs, sets or derived_sets(at))  # fmt: skip
 
 
+@torch.no_grad()
+def score_pass(
+    batch: PackedBatch,
+    model: Policy,
+    reference: Policy | None,
+    needs: frozenset[Need],
+    policy: bool,
+    at: Distribution,
+    sums: StepSums,
+) -> PassScores:
+    """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
+    logprobs, whose difference from the generator's goes into `sums`. Truncated sets are the
+    policy's for all of them."""
+    old_A = reference_A = None
+    kept = derived_sets(at, keeps=True)
+    if policy or kept is not None:
+        now_A = forward(model, batch, at, kept).logprobs_A
+    if policy:
+        old_A = now_A
+        sums.add_before(
+            token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
+        )
+    if "reference_logprobs" in needs:
+        assert reference is not None, "a reference is needed, and none is kept"
+        reference_A = forward(reference, batch, at, kept).logprobs_A
+    return PassScores(old_A, reference_A, sets=kept)
+
+
+def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
+    """The trainer's logprobs before the step's first update, of passes that are scored or else, as
+    `trained_A` was, trained on by that update."""
+    scored = [one.old_logprobs_A for one in known if one.old_logprobs_A is not None]
+    assert len(scored) in (0, len(known)), "some passes were scored, and others were not"
+    return torch.cat(scored) if scored else trained_A
+
+
 def loss_tokens(
     scores: TokenScores | TaughtScores, batch: PackedBatch, known: PassScores,
     needs: frozenset[Need],
 ) -> LossTokens:  # fmt: skip
     """What the loss sees of a batch.
 
-    With `trainer_logprobs` the old ones are the trainer's: before its only update, those of now.
+    The old logprobs are the trainer's before the step's first update where passes are scored for
+    several, and with `trainer_logprobs`: of a step with one update they are those of now.
     """
-    logprobs_A = scores.logprobs_A
-    old_A = logprobs_A.detach() if "trainer_logprobs" in needs else batch.old_logprobs_A
+    logprobs_A, old_A = scores.logprobs_A, batch.old_logprobs_A
+    if known.old_logprobs_A is not None:
+        old_A = known.old_logprobs_A
+    elif "trainer_logprobs" in needs:
+        old_A = logprobs_A.detach()
     return LossTokens(
         logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,

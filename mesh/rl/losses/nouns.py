@@ -32,9 +32,11 @@ in one call; an entropy that can be differentiated; all groups of the step in on
 class LossTokens:
     """T loss tokens, sequence by sequence; the gradient goes through `logprobs_T`.
 
-    old_logprobs_T: of the policy that the ratio is taken against; advantages_T: one per token;
-    sequence_T: int64, the sequence that each token belongs to, ascending; generator_logprobs_T: as
-    the tokens were sampled. None unless they are needed: entropy_T, of each token's distribution,
+    old_logprobs_T: of the policy that drew the tokens, against which the ratio is taken: as the
+    generator has them; where a step has several updates, and with `trainer_logprobs`, as the
+    trainer has them before the first of them. advantages_T: one per token; sequence_T: int64, the
+    sequence that each token belongs to, ascending; generator_logprobs_T: as the tokens were
+    sampled. None unless they are needed: entropy_T, of each token's distribution,
     reference_logprobs_T, of the frozen starting model, teacher_logprobs_T, and teacher_kl_T, of
     each token's distribution from the teacher's. The gradient goes through entropy_T and
     teacher_kl_T too.
