@@ -44,7 +44,8 @@ def truncation_warnings(plan: Plan) -> list[str]:
     return [
         f"warning: {given}: tokens are drawn from the truncated distribution, and the logprobs of "
         "both sides are those of the untruncated one, so the policy gradient is biased although "
-        f"logprob_diff does not show it; set {remedy}, or truncated_logprobs=true"
+        f"logprob_diff does not show it; set {remedy}, or "
+        "batch_invariant=true truncated_logprobs=true"
     ]
 
 

@@ -99,8 +99,8 @@ def score_pass(
     kept = derived_sets(at, keeps=True)
     if policy or kept is not None:
         now_A = forward(model, batch, at, kept).logprobs_A
-    if policy:
-        old_A = now_A
+        old_A = now_A if policy else None
+    if old_A is not None:
         sums.add_before(
             token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
         )
