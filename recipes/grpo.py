@@ -19,11 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
+from mesh.config.schema import Conf
 from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
@@ -55,11 +57,12 @@ from mesh.rl.step import (
 )
 from mesh.rl.updates import step_metrics
 from mesh.roles.divergences import reward_divergences
-from mesh.roles.evaluation import evaluate
+from mesh.roles.evaluation import Evaluation, evaluate
 from mesh.roles.generator import failed_scores
 from mesh.roles.passes import PassScores, old_logprobs
 from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
+from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> None:
             process.listen()
             sync(program)
             if not resume:
-                metrics = held_out(program, process)
+                metrics = held_out(program, process, results_file(conf, run_dir, 0))
                 logger.log(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
@@ -103,7 +106,8 @@ def main(argv: list[str]) -> None:
                 checkpoints.trained(step + 1, metrics, samples)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
-                        metrics |= held_out(program, process)
+                        results = results_file(conf, run_dir, step + 1)
+                        metrics |= held_out(program, process, results)
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
@@ -188,14 +192,27 @@ def later_updates(
     return updates
 
 
-def held_out(program: Program, process: Process) -> Metrics:
-    """Accuracy on prompts that training never draws, of every evaluation set."""
-    metrics: Metrics = {}
-    for name, held in program.plan.evaluations.items():
-        prefix = f"eval/{name}" if name else "eval"
-        scorer = program.evaluation_scorers[name]
-        metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
-    return metrics
+def held_out(program: Program, process: Process, results: Path | None = None) -> Metrics:
+    """The metrics of every evaluation set, on prompts that training never draws; every prompt's
+    results go to the file `results`, if there is one."""
+    found = evaluations(program, process, rows=results is not None)
+    if results is not None:
+        write_results(results, found, process)
+    return {name: value for one in found.values() for name, value in one.metrics.items()}
+
+
+def evaluations(program: Program, process: Process, rows: bool = False) -> dict[str, Evaluation]:
+    """Every evaluation set, by name, under the weights of the last sync."""
+    scorers, group = program.evaluation_scorers, process.cpu_group
+    return {
+        name: evaluate(held, program.generator, scorers[name], group, name, rows)
+        for name, held in program.plan.evaluations.items()
+    }
+
+
+def results_file(conf: Conf, run_dir: Path, step: int) -> Path | None:
+    """The file of an evaluation's results; None: it is not asked for."""
+    return results_path(run_dir, step) if conf.log.evaluations else None
 
 
 def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from mesh.config.evaluation_sets import ks_of
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
@@ -49,14 +50,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Found:
-    """The things that a configuration names, read and checked. held_out: of the task; none where
-    nothing is evaluated."""
+    """The things that a configuration names, read and checked. held_out: of the task, sets: other
+    ones by name; none where nothing is evaluated."""
 
     shape: ModelShape
     tokenizer: Tokenizer
     task: Task
     loss: Loss
     held_out: Sequence[Prompt] = ()
+    sets: Mapping[str, EvaluationSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def resolve(
     shape = replace(found.shape, textless=textless)
     objective, encoder = run_objective(conf, found.loss), prompt_encoder(conf, found.tokenizer)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
-    evaluations = evaluation_sets(conf, source, found.held_out)
+    evaluations = {**evaluation_sets(conf, source, found.held_out), **found.sets}
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
     ends = turn_ends(conf, found.task)
     return Plan(
@@ -197,7 +199,8 @@ def evaluation_sets(
     """The task's own set; none where nothing is evaluated."""
     if not held_out:
         return {}
-    return {"": EvaluationSet(source, tuple(held_out), conf.eval.num_samples)}
+    keys = conf.eval
+    return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
 
 
 def prompt_source(
