@@ -5,7 +5,7 @@ rank writes into `checkpoints/step-N.partial` while training continues. Once all
 - polled after every step - rank 0 writes the index and renames the directory to `step-N`: a
 directory with that name is complete, even after a power loss. A checkpoint holds what the next step
 needs and cannot recompute: fp32 weights and AdamW's moments. Prompts and random numbers are
-functions of (seed, step); the frozen reference is read again from where the run began, and only its
+functions of (seed, step); frozen models are read again from their directories, and only their
 digest is stored. It also holds the run's logs (`logs.py`) and its best evaluation (`best.py`).
 
 The run directory must be visible to all ranks.
@@ -66,7 +66,7 @@ class Checkpointer:
         self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
-        self.reference = self._reference_digest()
+        self.frozen = self._frozen_digests()
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
@@ -150,22 +150,21 @@ class Checkpointer:
                 self.process.say(f"to continue after step {step}: resume={self.run_dir}")
 
     def digests(self) -> dict[str, str]:
-        """Mesh-independent digests of each kind of trainer state and of the reference; that of the
+        """Mesh-independent digests of each kind of trainer state and of frozen models; that of the
         weights is the metric `digest/weights`, which counts a tied weight under both names."""
         trainer, group = self.trainer, self.process.cpu_group
         state = trainer.state()
         weights = {"weights": weights_digest(trainer.parameters(), self.digested, group)}
         moments = state.keys() - weights
         kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
-        return weights | kinds | self.reference
+        return weights | kinds | self.frozen
 
-    def _reference_digest(self) -> dict[str, str]:
-        """Digest of the frozen reference's weights while they are sharded: FSDP leaves some
-        gathered after a forward pass. Empty if the loss has no KL."""
-        if not self.trainer.settings.reference:
-            return {}
-        weights, group = self.trainer.reference_weights(), self.process.cpu_group
-        return {"reference": weights_digest(weights, self.layouts, group)}
+    def _frozen_digests(self) -> dict[str, str]:
+        """Digests of the weights of frozen models, by name, before any forward pass gathers
+        them."""
+        group = self.process.cpu_group
+        frozen = self.trainer.frozen.items()
+        return {name: weights_digest(one.weights(), one.layouts, group) for name, one in frozen}
 
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
@@ -280,7 +279,7 @@ class Checkpointer:
         self._on_rank0(self._remove_old)  # the run may have died before doing so
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
-        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.reference)
+        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.frozen)
         with torch.no_grad():
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)

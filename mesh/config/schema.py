@@ -24,6 +24,7 @@ from mesh.config.sections import (
     RewardConf,
     SFTConf,
     SyncConf,
+    TeacherConf,
     TrainerConf,
     ValidateConf,
     VllmConf,
@@ -77,7 +78,7 @@ class Conf:
     loss: str = key(
         "grpo",
         "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
-        "max_rl, or MODULE:NAME for a loss of your own",
+        "max_rl, distill, or MODULE:NAME for a loss of your own",
     )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: (
@@ -177,6 +178,7 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)

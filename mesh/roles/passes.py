@@ -6,7 +6,7 @@ what is known before any gradient: it is scored first. `backward` then trains on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
 from mesh.types import Distribution
 
-SCORED: frozenset[Need] = frozenset({"reference_logprobs"})
+SCORED: frozenset[Need] = frozenset({"reference_logprobs", "teacher_logprobs"})
 """Needs for which passes are scored first."""
 
 
@@ -36,8 +36,9 @@ class PassScores:
     """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
     old_logprobs_A: the trainer's before the step's first update, where there are several.
-    reference_logprobs_A: of the frozen reference. sets: the truncated sets of the policy that drew
-    the tokens, kept for other weights and models; without them a pass derives its own.
+    reference_logprobs_A, teacher_logprobs_A: of frozen models. sets: the truncated sets of the
+    policy that drew the tokens, kept for other weights and models; without them a pass derives its
+    own.
     """
 
     old_logprobs_A: torch.Tensor | None = None
@@ -86,17 +87,17 @@ def taught_forward(
 def score_pass(
     batch: PackedBatch,
     model: Policy,
-    reference: Policy | None,
+    others: Mapping[Need, Policy | None],
     needs: frozenset[Need],
     policy: bool,
     at: Distribution,
     sums: StepSums,
 ) -> PassScores:
     """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
-    logprobs, whose difference from the generator's goes into `sums`. Truncated sets are the
-    policy's for all of them."""
-    old_A = reference_A = None
-    kept = derived_sets(at, keeps=True)
+    logprobs, whose difference from the generator's goes into `sums`. others: by what is needed of
+    them. Truncated sets are the policy's for all of them."""
+    old_A, kept = None, derived_sets(at, keeps=True)
+    found: dict[str, torch.Tensor] = {}
     if policy or kept is not None:
         now_A = forward(model, batch, at, kept).logprobs_A
         old_A = now_A if policy else None
@@ -104,10 +105,11 @@ def score_pass(
         sums.add_before(
             token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
         )
-    if "reference_logprobs" in needs:
-        assert reference is not None, "a reference is needed, and none is kept"
-        reference_A = forward(reference, batch, at, kept).logprobs_A
-    return PassScores(old_A, reference_A, sets=kept)
+    for need in sorted(needs & SCORED):
+        other = others[need]
+        assert other is not None, f"{need} are needed, and no such model is kept"
+        found[f"{need}_A"] = forward(other, batch, at, kept).logprobs_A
+    return PassScores(old_A, **found, sets=kept)
 
 
 def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
@@ -127,7 +129,8 @@ def loss_tokens(
     The old logprobs are the trainer's before the step's first update where passes are scored for
     several, and with `trainer_logprobs`: of a step with one update they are those of now.
     """
-    logprobs_A, old_A = scores.logprobs_A, batch.old_logprobs_A
+    logprobs_A = scores.logprobs_A
+    old_A = batch.old_logprobs_A
     if known.old_logprobs_A is not None:
         old_A = known.old_logprobs_A
     elif "trainer_logprobs" in needs:

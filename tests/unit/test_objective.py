@@ -175,7 +175,7 @@ REFUSALS = {  # words, and all lines
     "no Loss": (
         [f"loss={HERE}:powered"],
         [f"loss={HERE}:powered: powered is no mesh.rl.losses.Loss of {HERE}; it has POWERED, "
-         "STRENGTH, STRONG, CREDITED, ENTROPY, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
+         "STRENGTH, STRONG, CREDITED, UNKNOWN, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
          "UNTYPED, RAISING, ROWS"],
     ),
     "no such name": (
@@ -365,7 +365,7 @@ def trained(conf: Conf, objective: Objective | None = None) -> Trained:
 def test_a_loss_that_needs_the_reference_is_trained_with_its_credit(solo_mesh):
     """Compared with the same surrogate that is given these advantages."""
     conf = conf_of(f"loss={HERE}:CREDITED")
-    assert settings_of(conf).reference and not settings_of(conf_of()).reference
+    assert "reference" in settings_of(conf).frozen and not settings_of(conf_of()).frozen
     mine = trained(conf)
     (known,) = mine.scores
     assert known.reference_logprobs_A is not None
