@@ -162,8 +162,8 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = step_metrics(updates) | rollout_metrics(waves, keys.group_size) | drawn
-    metrics |= {"digest/weights": digest}
+    metrics = step_metrics(updates) | drawn | {"digest/weights": digest}
+    metrics |= rollout_metrics(waves, keys.group_size, objective.length_penalty)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(
         prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens

@@ -52,7 +52,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class Found:
     """The things that a configuration names, read and checked. held_out: of the task, sets: other
-    ones by name; none where nothing is evaluated. teacher: as its directory has it, None: there is
+    ones by name; none where nothing is evaluated. teacher: as its directory has it; None: there is
     none."""
 
     shape: ModelShape
