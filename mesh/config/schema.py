@@ -157,6 +157,11 @@ class Conf:
     truncated_reward: float | None = key(
         None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
     )
+    truncated_logprobs: bool = key(
+        False,
+        "with generator.top_k or generator.top_p: logprobs of the truncated distribution, in "
+        "training too; needs batch_invariant",
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",

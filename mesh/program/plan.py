@@ -167,6 +167,8 @@ def trainer_settings(
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,
+        top_k=conf.generator.top_k if conf.truncated_logprobs else 0,
+        top_p=conf.generator.top_p if conf.truncated_logprobs else 1.0,
     )
 
 
@@ -205,6 +207,7 @@ def generator_settings(
         temperature=keys.temperature,
         top_k=keys.top_k,
         top_p=keys.top_p,
+        truncated_logprobs=conf.truncated_logprobs,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
