@@ -7,7 +7,7 @@ optimizer -> reshard into the generator -> next step. Off its submesh a verb ret
 data crosses submeshes in two places, `exchange` and `sync`.
 
 Left out: several updates per batch and off-policy rollouts (the generator always has the newest
-weights, so the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
+weights, so the ratio differs from 1 by rounding only), learned rewards.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mesh.program.assembly import (
     weights_digest,
 )
 from mesh.program.encoding import dated
+from mesh.program.groups import groups_of, joined
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
@@ -111,25 +112,20 @@ def train_step(
     objective, keys = plan.objective, plan.step
     prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
     advantages: dict[int, list[float]] = {}
-    waves, tokens, sequences = [], 0, 0
+    made, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
-        with phases("generate"):
-            sampling = generator.sampling(step)
-            rollouts = generator.rollout(
-                program.scorer, part, keys.group_size, sampling, keys.truncated_reward
-            )
-        with phases("exchange"):
-            wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, keys, trainer.dp, trainer.dp_rank)
+        groups = groups_of(program, process, phases, step, part)
         with phases("train"):
             generator.release()
+            wave, share = groups.wave, share_of(groups.wave, keys, trainer.dp, trainer.dp_rank)
             known = trainer.score(share.passes, objective.needs)
             advantages |= advantages_of(wave, objective, keys.group_size)
             share = credited(share, advantages, objective)
             scores = trainer.accumulate(share.passes, objective, known)
         if inspect is not None:
-            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, *scores))
-        waves.append(wave)
+            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, *scores)
+            inspect(program, process, seen)
+        made.append(groups)
         tokens, sequences = tokens + share.tokens, sequences + share.sequences
     program.exchange.flush()
     with phases("train"):
@@ -137,12 +133,14 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = updated | rollout_metrics(waves, keys.group_size) | drawn | {"digest/weights": digest}
+    answered = joined(made, drawn)
+    metrics = updated | rollout_metrics([answered.drawn], keys.group_size) | answered.metrics
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(
-        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
-    )
-    return metrics, samples
+        answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
+        keys.log_tokens, answered.left_out,
+    )  # fmt: skip
+    return metrics | {"digest/weights": digest}, samples
 
 
 def held_out(program: Program, process: Process) -> Metrics:

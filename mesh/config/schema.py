@@ -55,6 +55,18 @@ class Conf:
     )
     score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    refill_rounds: int = key(
+        0,
+        "dynamic sampling: groups that are equal in refill_on are left out, and more prompts are "
+        "drawn, at most so many times, until there are num_prompts others; 0: off",
+        ge=0,
+        le=1000,
+    )
+    refill_on: str = key(
+        "reward",
+        "what a group must not be equal in, to be trained on: reward, correct, or the name of a "
+        "part of the score",
+    )
     overlong: Literal["stop", "skip"] = key(
         "stop",
         "a training prompt that leaves no room for a response, or that the tokenizer cannot "

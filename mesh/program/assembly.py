@@ -45,6 +45,7 @@ from mesh.program.plan import (
     task_spec,
 )
 from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
 from mesh.rl.loading import load_loss, loss_problems
@@ -134,6 +135,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, prompts, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
+        if training:
+            wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []

@@ -120,7 +120,7 @@ def resolve(
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
-            conf.log.tokens,
+            conf.log.tokens, conf.refill_rounds, conf.refill_on,
         ),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),

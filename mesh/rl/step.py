@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class StepSettings:
     """Sizes of a step, and what counts. pass_tokens: most tokens of a forward pass; a group of more
     is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
     their group's statistics; truncated_reward: theirs, in place of their score. log_tokens: samples
-    have token ids and logprobs.
+    have token ids and logprobs. refill_rounds: most rounds in which groups that are equal in
+    `refill_on` are replaced.
     """
 
     num_prompts: int
@@ -41,6 +43,8 @@ class StepSettings:
     mask_truncated: bool = False
     truncated_reward: float | None = None
     log_tokens: bool = False
+    refill_rounds: int = 0
+    refill_on: str = "reward"
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class Share:
 class ScoredWave:
     """A wave after its backward passes and before the step's update, as its inspector sees it.
 
-    prompts: all of the wave; generated: rollouts that this rank's replica made; logprobs_A,
-    entropy_A: the trainer's, of the loss tokens of `share.rollouts`, in order.
+    prompts: all that were answered for it, also those whose groups were replaced; generated:
+    rollouts that this rank's replica made of them; logprobs_A, entropy_A: the trainer's, of the
+    loss tokens of `share.rollouts`, in order.
     """
 
     step: int
@@ -155,16 +160,26 @@ def waves_of(prompts: Sequence[NumberedPrompt], num_waves: int) -> list[Sequence
     return [prompts[i * size : (i + 1) * size] for i in range(num_waves)]
 
 
+def batch_of(
+    prompts: Sequence[NumberedPrompt], prompt_id: int, num_prompts: int
+) -> list[NumberedPrompt]:
+    """The prompts of a wave that were answered together with `prompt_id`: those of its round."""
+    round = prompt_id // num_prompts
+    return [p for p in prompts if p.prompt_id // num_prompts == round]
+
+
 def samples_of(
     prompts: Sequence[NumberedPrompt],
     waves: Sequence[Wave],
     advantages: Advantages,
     shown: Callable[[Rollout], Mapping[str, Any]],
     with_tokens: bool = False,
+    left_out: Mapping[int, str] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
-    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too.
+    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too;
+    left_out: why a group was not trained on, by prompt_id: it has no advantages.
     `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
     """
     by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
@@ -177,11 +192,12 @@ def samples_of(
             **shown(r),
             "answer": by_id[r.prompt_id].answer,
             "reward": r.reward,
-            "advantage": advantages[r.prompt_id][r.sample_id],
+            "advantage": 0.0 if r.prompt_id in left_out else advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
         | ({"parts": dict(r.parts)} if r.parts else {})
         | ({} if r.correct is None else {"correct": r.correct})
+        | ({"left_out": left_out[r.prompt_id]} if r.prompt_id in left_out else {})
         | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
         | (tokens_of(r) if with_tokens else {})
         for wave in waves

@@ -116,7 +116,7 @@ def step_prompts(
     ranks have different prompts, where one cannot be used and is not to be skipped, and where
     `MAX_ROUNDS` rounds did not give enough. Collective.
     """
-    step = f"step {draw.step + 1}"
+    step = f"step {draw.step + 1}" + (f", refill {draw.refill}" if draw.refill else "")
     prompts = draw_prompts(source.task, draw)
     faults, digest = faults_of(source, process, prompts, f"prompts of {step}"), digest_of(prompts)
     if faults and source.overlong == "stop":
