@@ -18,7 +18,8 @@ from mesh.rl.loading import load_loss
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, leaves
 from mesh.rl.step import Pass, passes_of
-from mesh.roles.trainer import Start, Trainer, TrainerSettings
+from mesh.roles.trainer import Trainer
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.types import Rollout
 
 CPU = torch.device("cpu")

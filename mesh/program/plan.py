@@ -30,7 +30,7 @@ from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.generator import GeneratorSettings
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.roles.trainer import Start, TrainerSettings
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.calls import TaskSource
 from mesh.tasks.held_out import HeldOut

@@ -142,6 +142,18 @@ def bad_blocks(
     return found
 
 
+def findings(
+    trained: Iterable[Trained],
+    gradients: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    blocks: Mapping[str, Block | None],
+) -> Findings:
+    """One rank's findings: of the passes that it kept, and of its local gradients and weights."""
+    return Findings(
+        bad_sequences(trained), bad_blocks(gradients, blocks), bad_blocks(weights, blocks)
+    )
+
+
 def merged(
     step: int,
     action: str,

@@ -8,8 +8,6 @@ applied once. Off the trainer's submesh every verb returns an empty result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,66 +16,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
 from mesh.layout.reshard import Block
-from mesh.lifecycle.heartbeat import heartbeat
-from mesh.model.attention import packed_context
-from mesh.model.hf import load_weights
-from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
-from mesh.model.policy import Policy, build_policy, named_weights, parameter_names
-from mesh.rl.aggregation import loss_sum
-from mesh.rl.losses import LossTokens, Need
+from mesh.model.policy import Policy, named_weights, parameter_names
+from mesh.rl.losses import Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch, pack
-from mesh.rl.statistics import token_stats
 from mesh.rl.step import Pass
 from mesh.roles.gradients import gradient_norm, summed_gradients
-from mesh.roles.nonfinite import (
-    Findings,
-    Trained,
-    announce,
-    bad_blocks,
-    bad_sequences,
-    gathered,
-    merged,
-)
-from mesh.roles.optimizer import MOMENTS, Optimizer, OptimizerSettings
+from mesh.roles.models import build_model
+from mesh.roles.nonfinite import announce, findings, gathered, merged
+from mesh.roles.optimizer import MOMENTS, Optimizer
+from mesh.roles.passes import PassScores, backward, forward
 from mesh.roles.sums import StepSums
-from mesh.types import ModelShape
-
-
-@dataclass(frozen=True)
-class Start:
-    """Source of the weights: a Hugging Face directory, or (path None) random ones of `seed`."""
-
-    path: Path | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
-    context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
-    trained; reference: whether a frozen copy of the start is kept.
-    """
-
-    shape: ModelShape
-    max_length: int
-    dtype: torch.dtype
-    start: Start
-    temperature: float
-    optimizer: OptimizerSettings | None = None
-    reference: bool = False
-    sequence_parallel: bool = False
-    activation_checkpointing: str = "none"
-    on_nonfinite: str = "stop"
-
-
-@dataclass(frozen=True)
-class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on."""
-
-    reference_logprobs_A: torch.Tensor | None = None
+from mesh.roles.trainer_settings import TrainerSettings
 
 
 class Trainer:
@@ -113,23 +65,7 @@ class Trainer:
                 self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
 
     def _build(self) -> Policy:
-        settings = self.settings
-        fsdp = {
-            "compute_dtype": settings.dtype,
-            "activation_checkpointing": settings.activation_checkpointing,
-        }
-        model = build_policy(
-            settings.shape, settings.max_length, self.device, torch.float32, self.mesh, fsdp,
-            settings.sequence_parallel,
-        )  # fmt: skip
-        blocks, start = self._blocks(), settings.start
-        with torch.no_grad():
-            tensors = local_tensors(named_weights(model))
-        if start.path is None:
-            random_weights(tensors, {x.name: x.shape for x in self.layouts}, blocks, start.seed)
-        else:
-            load_weights(start.path, tensors, blocks, settings.shape)
-        return model
+        return build_model(self.settings, self.mesh, self.device, self.layouts, self._blocks())
 
     def _blocks(self) -> dict[str, Block | None]:
         rank = dist.get_rank()
@@ -191,11 +127,9 @@ class Trainer:
 
         temperature: unset, that of training.
         """
-        heartbeat()
-        context = packed_context(batch.cu_seqlens, batch.max_seqlen)
-        temperature = self.settings.temperature if temperature is None else temperature
-        return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                     temperature)  # fmt: skip
+        return forward(
+            model, batch, self.settings.temperature if temperature is None else temperature
+        )
 
     @torch.no_grad()
     def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
@@ -220,39 +154,15 @@ class Trainer:
         if self.model is None:
             return TokenScores(nothing, nothing)
         found = [
-            self._backward(self.model, leaves, objective, known)
+            backward(
+                self.model, pack(leaves).to(self.device), leaves, objective, known,
+                self.settings.temperature, self.sums,
+            )
             for leaves, known in zip(passes, scores, strict=True)
-        ]
+        ]  # fmt: skip
         self.sums.expect(sum(r.length for one in passes for leaf in one for r in leaf.rollouts))
         logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
         return TokenScores(torch.cat(logprobs), torch.cat(entropies))
-
-    def _backward(
-        self, model: Policy, leaves: Pass, objective: Objective, known: PassScores
-    ) -> TokenScores:
-        """Add to the gradients and the step's sums."""
-        batch = pack(leaves).to(self.device)
-        logprobs_A, entropy_A = self.forward(model, batch)
-        logprobs_A.retain_grad()
-        loss_A, clipped_A, kl_A = objective(
-            LossTokens(
-                logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
-                generator_logprobs_T=batch.generator_logprobs_A,
-                reference_logprobs_T=known.reference_logprobs_A,
-            )
-        )  # fmt: skip
-        loss = loss_sum(loss_A, batch.weights_A)
-        loss.backward()
-        kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
-        self.sums.add(
-            token_stats(logprobs_A, batch.generator_logprobs_A, batch.old_logprobs_A, clipped_A),
-            (loss, entropy_A.double().sum(), kl_A.double().sum()),
-            Trained(
-                tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
-                loss_A.detach(), logprobs_A.grad,
-            ),
-        )  # fmt: skip
-        return TokenScores(logprobs_A.detach(), entropy_A.detach())
 
     @torch.no_grad()
     def update(self, normaliser: float, tokens: int) -> dict[str, float]:
@@ -289,11 +199,12 @@ class Trainer:
         """Report where the step is not finite, which all ranks of the trainer look for; raises that
         as RuntimeError unless the step is to be skipped."""
         layouts = [layout for layout in self.layouts if layout.name in self.master_names]
-        blocks, weights = self._blocks(), local_tensors(self.parameters())
-        mine = Findings(
-            bad_sequences(self.sums.trained),
-            bad_blocks({parameter_names(n): g for n, g in gradients.items()}, blocks),
-            bad_blocks({layout.name: weights[layout.name] for layout in layouts}, blocks),
+        weights = local_tensors(self.parameters())
+        mine = findings(
+            self.sums.trained,
+            {parameter_names(name): gradient for name, gradient in gradients.items()},
+            {layout.name: weights[layout.name] for layout in layouts},
+            self._blocks(),
         )
         parts = gathered(mine, self.cpu_group)
         report = merged(self.steps + 1, self.settings.on_nonfinite, metrics, parts, layouts)

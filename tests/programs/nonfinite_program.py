@@ -29,7 +29,8 @@ from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, leaves
 from mesh.rl.step import Pass, passes_of
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.roles.trainer import Start, Trainer, TrainerSettings
+from mesh.roles.trainer import Trainer
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.types import Rollout
 
 LAYOUTS = {"shard": (1, 2, 1), "replicate": (2, 1, 1), "tp": (1, 1, 2)}

@@ -34,7 +34,8 @@ from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, leaves
 from mesh.rl.step import Pass, passes_of
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.roles.trainer import Start, Trainer, TrainerSettings
+from mesh.roles.trainer import Trainer
+from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.types import Request, Rollout, Sampling
 
 TRAINERS = {  # case: (checkpoint, dp_replicate, dp_shard, tp, sequence_parallel)

@@ -37,7 +37,8 @@ from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout, layouts_of
 from mesh.lifecycle.files import run_dir_problems
 from mesh.lifecycle.process import Process
-from mesh.roles.trainer import Start, Trainer
+from mesh.roles.trainer import Trainer
+from mesh.roles.trainer_settings import Start
 
 SHAPES = {"norm": (10,), "w1": (12, 8), "w2": (8, 12), "w3": (7, 4)}
 TP_DIMS = {"w1": 0, "w2": 1}

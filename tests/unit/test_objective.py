@@ -27,7 +27,7 @@ from mesh.rl.objective import Objective, objective_of
 from mesh.rl.packing import PackedBatch, pack
 from mesh.rl.statistics import stats_metrics, token_stats
 from mesh.roles.gradients import summed_gradients
-from mesh.roles.trainer import PassScores
+from mesh.roles.passes import PassScores
 
 
 def nothing_clipped(loss_T: torch.Tensor) -> TokenLoss:

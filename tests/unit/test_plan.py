@@ -24,7 +24,7 @@ from mesh.recipes.validate import uneven_plan
 from mesh.rl.loading import load_loss
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.roles.trainer import Start
+from mesh.roles.trainer_settings import Start
 from mesh.tasks import TaskSpec, draw_held_out, load_task
 from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
