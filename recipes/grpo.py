@@ -134,7 +134,7 @@ def train_step(
         sync(program)
         digest = weights_digest(program)
     answered = joined(made, drawn)
-    metrics = updated | rollout_metrics([answered.drawn], keys.group_size) | answered.metrics
+    metrics = {**updated, **rollout_metrics([answered.drawn], keys.group_size), **answered.metrics}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     samples = samples_of(
         answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),

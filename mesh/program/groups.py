@@ -61,12 +61,9 @@ def exchanged(
     """One round of it."""
     generator, keys = program.generator, program.plan.step
     with phases("generate"):
+        sampling = generator.sampling(step)
         rollouts = generator.rollout(
-            program.scorer,
-            prompts,
-            keys.group_size,
-            generator.sampling(step),
-            keys.truncated_reward,
+            program.scorer, prompts, keys.group_size, sampling, keys.truncated_reward
         )
     with phases("exchange"):
         wave = program.exchange([p.prompt_id for p in prompts], rollouts)
@@ -77,16 +74,12 @@ def refilled(
     program: Program, process: Process, phases: Phases, step: int, first: Groups
 ) -> Groups:
     """The groups of all rounds that it takes; fewer than asked for where rounds run out."""
-    keys, source, num_prompts = (
-        program.plan.step,
-        program.plan.prompts,
-        program.plan.step.num_prompts,
-    )
+    keys, num_prompts = program.plan.step, program.plan.step.num_prompts
     rounds, found = [first], of_use(program, process, phases, first)
     while len(found) < num_prompts and len(rounds) <= keys.refill_rounds:
         num = next_round(num_prompts, len(found), sum(len(one.prompts) for one in rounds))
         draw = refill_draw(step, len(rounds), num, num_prompts)
-        prompts, metrics = step_prompts(source, process, draw)
+        prompts, metrics = step_prompts(program.plan.prompts, process, draw)
         more = exchanged(program, phases, step, prompts)
         rounds.append(replace(more, metrics=without_digest(metrics)))
         found += of_use(program, process, phases, more)
@@ -119,7 +112,7 @@ def filled(rounds: Sequence[Groups], found: Sequence[int], num_prompts: int) -> 
         whole,
         wave=of_prompts(whole.drawn, kept),
         left_out={place: SURPLUS if place in found else EQUAL for place in others},
-        metrics=whole.metrics | {name: float(count) for name, count in counts.items()},
+        metrics={**whole.metrics, **{name: float(n) for name, n in counts.items()}},
     )
 
 
@@ -128,13 +121,17 @@ def joined(parts: Sequence[Groups], metrics: Mapping[str, Any] = MappingProxyTyp
     return Groups(
         [p for one in parts for p in one.prompts],
         [r for one in parts for r in one.generated],
-        *(
-            Wave([o for w in waves for o in w.outlines], [r for w in waves for r in w.rollouts])
-            for waves in ([one.drawn for one in parts], [one.wave for one in parts])
-        ),
+        one_wave([one.drawn for one in parts]),
+        one_wave([one.wave for one in parts]),
         {place: why for one in parts for place, why in one.left_out.items()},
         summed([metrics, *(one.metrics for one in parts)]),
     )
+
+
+def one_wave(waves: Sequence[Wave]) -> Wave:
+    """Waves of ascending prompts as one."""
+    outlines = [o for wave in waves for o in wave.outlines]
+    return Wave(outlines, [r for wave in waves for r in wave.rollouts])
 
 
 def without_digest(metrics: Mapping[str, Any]) -> dict[str, Any]:
