@@ -36,7 +36,7 @@ from mesh.program.assembly import (
     weights_digest,
 )
 from mesh.program.encoding import dated
-from mesh.program.groups import groups_of, joined
+from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.statistics import rollout_metrics
@@ -66,7 +66,9 @@ def main(argv: list[str]) -> None:
             process.say(warning)
         program = assemble(plan, process)
         inputs = inputs_of(conf, plan)
-        checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
+        checkpoints = Checkpointer(
+            conf, run_dir, process, program.trainer, inputs, program.pass_rates
+        )
         first = checkpoints.load() if resume else 0
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
@@ -110,7 +112,8 @@ def train_step(
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
-    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
+    draw = Draw(step, keys.num_prompts)
+    prompts, drawn = step_prompts(plan.prompts, process, draw, program.pass_rates)
     advantages: dict[int, list[float]] = {}
     made, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
@@ -136,6 +139,7 @@ def train_step(
     answered = joined(made, drawn)
     metrics = {**updated, **rollout_metrics([answered.drawn], keys.group_size), **answered.metrics}
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
+    metrics |= remember(program, process, step, answered)
     samples = samples_of(
         answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
         keys.log_tokens, answered.left_out,

@@ -71,6 +71,10 @@ INSTEAD = {
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
     "check": "leave it out, there is no generator to agree with",
+    "refill_rounds": "leave it out, solutions have no rewards",
+    "refill_on": "leave it out, solutions have no rewards",
+    "difficulty.min": "leave it out, every prompt is taught",
+    "difficulty.max": "leave it out, every prompt is taught",
 }
 
 
@@ -122,7 +126,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
     keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    conf = changed(conf, keys)
+    drawn_again = {"refill_rounds": 0, "refill_on": "reward"}
+    conf = changed(conf, keys | drawn_again | {"difficulty.min": None, "difficulty.max": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

@@ -36,8 +36,14 @@ from mesh.checkpoint.folder import (
     steps_in,
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.pass_rates import rates_job, read_rates
 from mesh.checkpoint.rescue import Rescue, first_held
-from mesh.checkpoint.same_run import Inputs, refuse_another_run, refuse_fewer_steps
+from mesh.checkpoint.same_run import (
+    Inputs,
+    reference_digest,
+    refuse_another_run,
+    refuse_fewer_steps,
+)
 from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
@@ -46,6 +52,7 @@ from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
+from mesh.tasks.difficulty import PassRates
 from mesh.weights.bridge import weights_digest
 
 T = TypeVar("T")
@@ -55,18 +62,20 @@ class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every public method is collective over the world."""
 
     def __init__(
-        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs
-    ) -> None:
+        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs,
+        pass_rates: PassRates | None = None,
+    ) -> None:  # fmt: skip
         """Construct before the first step. Raises RuntimeError if checkpoints are requested and
         their directory cannot be created."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
+        self.pass_rates = pass_rates or PassRates()
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
         self.layouts = [layout for layout in trainer.layouts if layout.name in names]
         self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
-        self.reference = self._reference_digest()
+        self.reference = reference_digest(trainer, self.layouts, process.cpu_group)
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
@@ -159,14 +168,6 @@ class Checkpointer:
         kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
         return weights | kinds | self.reference
 
-    def _reference_digest(self) -> dict[str, str]:
-        """Digest of the frozen reference's weights while they are sharded: FSDP leaves some
-        gathered after a forward pass. Empty if the loss has no KL."""
-        if not self.trainer.settings.reference:
-            return {}
-        weights, group = self.trainer.reference_weights(), self.process.cpu_group
-        return {"reference": weights_digest(weights, self.layouts, group)}
-
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
         sizes = log_sizes(self.run_dir) if self.process.rank == 0 else {}
@@ -195,6 +196,8 @@ class Checkpointer:
         jobs: dict[Path, Callable[[Path], Entry]] = {}
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
+        if self.process.rank == 0:
+            jobs |= rates_job(folder, self.pass_rates.kept)
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, self.own)
@@ -285,6 +288,7 @@ class Checkpointer:
             state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
         read_blocks(path, index, state, self.layouts, self.process.rank)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
+        self.pass_rates.restore(read_rates(path, index.files))
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

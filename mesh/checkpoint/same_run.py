@@ -8,18 +8,23 @@ run was ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from mesh.checkpoint.files import Index
 from mesh.config.changes import changed
 from mesh.config.keys import RAISABLE, Refusal, override_problems, problem, refuse, value_of
 from mesh.config.loading import from_yaml, to_yaml
 from mesh.config.schema import Conf
+from mesh.layout.reshard import ParamLayout
 from mesh.lifecycle.process import Process
+from mesh.roles.trainer import Trainer
 from mesh.tasks.prompts import PURE
+from mesh.weights.bridge import weights_digest
 
 ANEW = "or start a new run"
 OF_PLACE = ("run_dir", "resume", "model.path", "model.tokenizer")
@@ -41,6 +46,16 @@ class Inputs:
     def record(self, conf: Conf) -> dict[str, Any]:
         """As an index holds it; the keeper adds the prompts of the step."""
         return {"conf": to_yaml(conf), "files": dict(self.files), "code": dict(self.code)}
+
+
+def reference_digest(
+    trainer: Trainer, layouts: Sequence[ParamLayout], group: dist.ProcessGroup
+) -> dict[str, str]:
+    """Digest of the frozen reference's weights while they are sharded: FSDP leaves some gathered
+    after a forward pass. Empty if the loss has no KL. Collective."""
+    if not trainer.settings.reference:
+        return {}
+    return {"reference": weights_digest(trainer.reference_weights(), layouts, group)}
 
 
 def refuse_another_run(

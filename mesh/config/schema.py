@@ -12,6 +12,7 @@ from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
     ConversationConf,
+    DifficultyConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -124,6 +125,7 @@ class Conf:
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
     prompt: PromptConf = field(default_factory=PromptConf)
+    difficulty: DifficultyConf = field(default_factory=DifficultyConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     conversation: ConversationConf = field(default_factory=ConversationConf)

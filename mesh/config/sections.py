@@ -68,6 +68,22 @@ class PromptConf:
 
 
 @dataclass(frozen=True)
+class DifficultyConf:
+    min: float | None = key(
+        None, "a question with a lower running pass rate is not drawn; unset: no bound", ge=0, le=1
+    )
+    max: float | None = key(
+        None, "a question with a higher running pass rate is not drawn; unset: no bound", ge=0, le=1
+    )
+    forget: int = key(
+        0,
+        "a question that was not drawn for so many steps is drawn again, as one never seen; "
+        "0: its pass rate stays",
+        ge=0,
+    )
+
+
+@dataclass(frozen=True)
 class TrainerConf:
     dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(

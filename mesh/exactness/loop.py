@@ -123,6 +123,7 @@ def twice_checks(walk: Walk, program: Program) -> Iterator[Check]:
     for _ in range(2):
         runs.append([take_step(walk, program, i, seek=False) for i in range(TWICE)])
         program.trainer.restart(start)
+        program.pass_rates.restore({})
         sync(program)
     pairs = list(enumerate(zip(*runs, strict=True)))
     kinds = {

@@ -55,6 +55,7 @@ from mesh.rl.trial import trial
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
+from mesh.tasks.difficulty import PassRates
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -68,7 +69,8 @@ T = TypeVar("T")
 class Program:
     """Both roles of a plan on this rank, and what crosses between them.
 
-    scorer: of the task that is trained on; evaluation_scorers: by the names of the plan's sets.
+    scorer: of the task that is trained on; pass_rates: of its questions, so far;
+    evaluation_scorers: by the names of the plan's sets.
     """
 
     plan: Plan
@@ -76,6 +78,7 @@ class Program:
     trainer: Trainer
     generator: Generator
     scorer: Scorer
+    pass_rates: PassRates
     evaluation_scorers: Mapping[str, Scorer]
     exchange: Exchange
     bridge: WeightBridge
@@ -246,7 +249,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
-    return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)
+    rates = PassRates(plan.difficulty)
+    return Program(plan, meshes, trainer, generator, scorer, rates, others, exchange, bridge)
 
 
 def evaluation_scorer(plan: Plan, name: str, training: Scorer) -> Scorer:

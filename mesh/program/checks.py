@@ -18,7 +18,7 @@ from mesh.lifecycle.json_files import read_object
 from mesh.model.attention import HEAD_DIMS
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
-from mesh.program.refill_checks import refill_problems
+from mesh.program.refill_checks import difficulty_problems, refill_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.types import ModelShape
 
@@ -70,6 +70,7 @@ def training_problems(conf: Conf) -> list[str]:
         *run_dir_problems(conf),
         *log_problems(conf),
         *refill_problems(conf),
+        *difficulty_problems(conf),
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
-from mesh.rl.refill import next_round, of_prompts, unequal_groups
+from mesh.rl.refill import CORRECT, next_round, of_prompts, quantity_of, unequal_groups
 from mesh.tasks import refill_draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import NumberedPrompt, Rollout, Wave
@@ -79,7 +79,7 @@ def refilled(
     while len(found) < num_prompts and len(rounds) <= keys.refill_rounds:
         num = next_round(num_prompts, len(found), sum(len(one.prompts) for one in rounds))
         draw = refill_draw(step, len(rounds), num, num_prompts)
-        prompts, metrics = step_prompts(program.plan.prompts, process, draw)
+        prompts, metrics = step_prompts(program.plan.prompts, process, draw, program.pass_rates)
         more = exchanged(program, phases, step, prompts)
         rounds.append(replace(more, metrics=without_digest(metrics)))
         found += of_use(program, process, phases, more)
@@ -132,6 +132,19 @@ def one_wave(waves: Sequence[Wave]) -> Wave:
     """Waves of ascending prompts as one."""
     outlines = [o for wave in waves for o in wave.outlines]
     return Wave(outlines, [r for wave in waves for r in wave.rollouts])
+
+
+def remember(program: Program, process: Process, step: int, groups: Groups) -> dict[str, float]:
+    """Take in how many rollouts of each question were correct, where draws depend on it. Returns
+    the metric of it. Collective."""
+    rates, keys = program.pass_rates, program.plan.step
+    if rates.bounds is None:
+        return {}
+    correct_PG = quantity_of(groups.drawn, keys.group_size, CORRECT, program.plan.task)
+    correct_P = process.from_rank0(correct_PG.sum(1).int().tolist())
+    visits = zip(groups.prompts, correct_P, strict=True)
+    rates.add(step, ((p.prompt.question, correct, keys.group_size) for p, correct in visits))
+    return {"difficulty/known": float(len(rates.known))}
 
 
 def without_digest(metrics: Mapping[str, Any]) -> dict[str, Any]:

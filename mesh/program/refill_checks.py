@@ -1,4 +1,4 @@
-"""Start-up checks of what draws prompts again: dynamic sampling."""
+"""Start-up checks of what draws more prompts for a step: dynamic sampling, and pass rates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.rl.refill import REWARD
 from mesh.tasks import Draw, Task, draw_prompts
+
+NO_DATA_SET = (
+    "the task does not say which prompts it may draw, so a question may never be drawn twice, and "
+    "has no pass rate"
+)
 
 
 def refill_problems(conf: Conf) -> list[str]:
@@ -24,18 +29,32 @@ def refill_problems(conf: Conf) -> list[str]:
     return found
 
 
+def difficulty_problems(conf: Conf) -> list[str]:
+    """Bounds of pass rates between which nothing lies, or that nothing needs."""
+    keys, found = conf.difficulty, []
+    if keys.min is not None and keys.max is not None and keys.min > keys.max:
+        wrong = f"is above difficulty.max={keys.max:g}, so no question could be drawn again"
+        found.append(problem("difficulty.min", keys.min, wrong, "lower it, or raise the other"))
+    if keys.forget and keys.min is None and keys.max is None:
+        wrong = "no pass rate is asked for without difficulty.min or difficulty.max"
+        found.append(problem("difficulty.forget", keys.forget, wrong, "set one, or leave it out"))
+    return found
+
+
 def round_problems(conf: Conf, task: Task) -> list[str]:
-    """A task that cannot draw what is asked of it beyond the first round of a step. ValueError
-    where its prompts are not as they have to be."""
-    keys = {"refill_rounds": (conf.refill_rounds, 0)}
-    used = {name: pair for name, pair in keys.items() if pair[0] != pair[1]}
-    if not used:
-        return []
-    try:
-        draw_prompts(task, Draw(0, 1, round=1))
-    except ValueError as error:
-        return [
-            problem(name, value, str(error), f"or set {name}={off}")
-            for name, (value, off) in used.items()
-        ]
-    return []
+    """Keys for which the task would have to draw more prompts for a step than it can, or others
+    than it does. ValueError where what it draws are no prompts."""
+    bounds = {"difficulty.min": conf.difficulty.min, "difficulty.max": conf.difficulty.max}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    used = ({"refill_rounds": conf.refill_rounds} if conf.refill_rounds else {}) | bounds
+    found = [
+        problem(name, bound, NO_DATA_SET, "give it all_prompts() (docs/tasks.md), or leave it out")
+        for name, bound in bounds.items()
+        if not callable(getattr(task, "all_prompts", None))
+    ]
+    if used:
+        try:
+            draw_prompts(task, Draw(0, 1, round=1))
+        except ValueError as error:
+            found += [problem(name, v, str(error), "or leave it out") for name, v in used.items()]
+    return found
