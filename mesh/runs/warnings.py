@@ -95,7 +95,7 @@ def waives_bounds(metrics: Metrics) -> bool:
 
 def waived_text(step: int, metrics: Metrics) -> str:
     return (
-        f"warning: step {step} takes {metrics['difficulty/waived']:.0f} prompts that difficulty.min "
+        f"warning: step {step} has {metrics['difficulty/waived']:.0f} prompts that difficulty.min "
         "and difficulty.max would leave out: no others were found; the metric difficulty/waived "
         "counts them from now on"
     )
