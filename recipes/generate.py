@@ -33,8 +33,10 @@ from mesh.program.plan import Plan
 from mesh.program.prompt_checks import prompt_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import EVALUATED, SAMPLED, other_run_warnings
+from mesh.roles.conversation import warn_of_replies
 from mesh.roles.generator import EVAL_STEP
-from mesh.tasks import draw_held_out, numbered
+from mesh.tasks import draw_held_out, num_held_out, numbered
+from mesh.tasks.replying import converses
 from mesh.tasks.transcript import shown, turn_texts
 from mesh.text.prompt_file import read_prompts
 from mesh.types import TRUNCATED, NumberedPrompt, Prompt, Rollout
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> None:
         given = [numbered.prompt for numbered in prompts]
         refuse(prompt_problems(process, plan.prompts, given, "prompts"))
         for line in prompt_warnings(process, plan.prompts, given, 0):
+            process.say(line)
+        for line in reply_warnings(conf, plan, given):
             process.say(line)
         for line in other_run_warnings(conf, plan, deciding_keys(conf)):
             process.say(line)
@@ -79,14 +83,27 @@ def asked(conf: Conf, process: Process, plan: Plan) -> list[NumberedPrompt]:
     if conf.generate.file is not None:
         return numbered(of_file(conf, process, conf.generate.file))
     if not texts:
-        shown = min(NUM_SHOWN, conf.eval.num_prompts)
         with refusing():
-            return numbered(draw_held_out(plan.task, shown))
+            num = min(NUM_SHOWN, num_held_out(plan.task, conf.eval.num_prompts))
+            return numbered(draw_held_out(plan.task, num))
     if texts == ["-"]:
         texts = process.read_lines()
     prompts = [Prompt(i, text, answer="") for i, text in enumerate(filter(None, texts))]
     refuse([] if prompts else ["generate.prompts=-: stdin has no lines; write one prompt a line"])
     return numbered(prompts)
+
+
+def reply_warnings(conf: Conf, plan: Plan, prompts: Sequence[Prompt]) -> list[str]:
+    """A warning where the task replies to prompts that are not its own and say nothing beside."""
+    own = not conf.generate.prompts and conf.generate.file is None
+    bare = sum(not (prompt.answer or prompt.info) for prompt in prompts)
+    if own or not bare or not converses(plan.task):
+        return []
+    return [
+        f"warning: task={conf.task} replies to what is generated, and {bare} of {len(prompts)} "
+        "prompts have neither an answer nor info, which reply may need; give them as columns of a "
+        "generate.file, or ask the task's held-out prompts"
+    ]
 
 
 def of_file(conf: Conf, process: Process, name: str) -> list[Prompt]:
@@ -108,6 +125,7 @@ def answers(
     generator = program.generator
     sampling = generator.sampling(EVAL_STEP, temperature=0 if conf.generate.greedy else None)
     mine, _ = generator.answers(program.scorer, prompts, conf.generate.num_samples, sampling)
+    warn_of_replies(program.scorer, process.cpu_group)
     shares = process.gather(mine if generator.speaks else [])
     return sorted((r for share in shares for r in share), key=lambda r: r.key)
 

@@ -6,21 +6,26 @@ prompts -> rollouts -> rewards -> exchange -> score -> advantages -> forward, lo
 optimizer -> reshard into the generator -> next step. Off its submesh a verb returns an empty shard;
 data crosses submeshes in two places, `exchange` and `sync`.
 
-Left out: several updates per batch and off-policy rollouts (the generator always has the newest
-weights, so the ratio differs from 1 by rounding only), learned rewards.
+With updates_per_step > 1 the rollouts are cut into minibatches, and forward to optimizer are taken
+for each; what is scored is scored for all of them before the first update.
+
+Left out: off-policy rollouts (the generator always has the newest weights, so in a step's first
+update the ratio differs from 1 by rounding only), learned rewards.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.restart import after_restart
 from mesh.config.loading import to_yaml
+from mesh.config.schema import Conf
 from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
@@ -39,11 +44,26 @@ from mesh.program.encoding import dated
 from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
+from mesh.rl.objective import Objective
 from mesh.rl.statistics import rollout_metrics
-from mesh.rl.step import ScoredWave, advantages_of, credited, samples_of, share_of, waves_of
-from mesh.roles.evaluation import evaluate
+from mesh.rl.step import (
+    Minibatch,
+    ScoredWave,
+    advantages_of,
+    credited,
+    samples_of,
+    share_of,
+    waves_of,
+    with_scores,
+)
+from mesh.rl.updates import step_metrics
+from mesh.roles.divergences import reward_divergences
+from mesh.roles.evaluation import Evaluation, evaluate
 from mesh.roles.generator import failed_scores
+from mesh.roles.passes import PassScores, old_logprobs
+from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
+from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
@@ -78,7 +98,7 @@ def main(argv: list[str]) -> None:
             process.listen()
             sync(program)
             if not resume:
-                metrics = held_out(program, process)
+                metrics = held_out(program, process, results_file(conf, run_dir, 0))
                 logger.log(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
@@ -89,7 +109,8 @@ def main(argv: list[str]) -> None:
                 checkpoints.trained(step + 1, metrics, samples)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
-                        metrics |= held_out(program, process)
+                        results = results_file(conf, run_dir, step + 1)
+                        metrics |= held_out(program, process, results)
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
@@ -105,7 +126,7 @@ def main(argv: list[str]) -> None:
 def train_step(
     program: Program, process: Process, phases: Phases, step: int, inspect: Inspect | None = None
 ) -> tuple[Metrics, list[Sample]]:
-    """One step: generate, score, exchange and backpropagate wave by wave, update once, sync.
+    """One step: generate, score, exchange and backpropagate wave by wave, update, sync.
 
     The only one: replays, strict runs and validation take this step. Returns its metrics, and this
     rank's samples. `inspect` sees each wave while both sides still have the weights that drew it.
@@ -120,41 +141,81 @@ def train_step(
         groups = groups_of(program, process, phases, step, part)
         with phases("train"):
             generator.release()
-            wave, share = groups.wave, share_of(groups.wave, keys, trainer.dp, trainer.dp_rank)
-            known = trainer.score(share.passes, objective.needs)
-            advantages |= advantages_of(wave, objective, keys.group_size)
+            wave = groups.wave
+            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
+            known = trainer.score(share.passes, objective.needs, policy=keys.updates > 1)
+            divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
+            advantages |= advantages_of(wave, objective, keys.group_size, divergences)
             share = credited(share, advantages, objective)
-            scores = trainer.accumulate(share.passes, objective, known)
+            (first, scores), *later = with_scores(share, known)
+            logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)
         if inspect is not None:
-            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, *scores)
+            seen_A = old_logprobs(known, logprobs_A)
+            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, seen_A)
             inspect(program, process, seen)
         made.append(groups)
-        tokens, sequences = tokens + share.tokens, sequences + share.sequences
+        tokens, sequences = tokens + first.tokens, sequences + first.sequences
     program.exchange.flush()
     with phases("train"):
-        updated = trainer.update(objective.normaliser(tokens, sequences), tokens)
+        updates = [trainer.update(objective.normaliser(tokens, sequences), tokens)]
+        updates += later_updates(trainer, objective, later, keys.kl_stop)
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
     answered = joined(made, drawn)
-    metrics = {**updated, **rollout_metrics([answered.drawn], keys.group_size), **answered.metrics}
+    metrics: Metrics = {**answered.metrics, "digest/weights": digest}
+    metrics |= step_metrics(updates) | rollout_metrics([answered.drawn], keys.group_size)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     metrics |= remember(program, process, step, answered)
     samples = samples_of(
         answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
         keys.log_tokens, answered.left_out,
     )  # fmt: skip
-    return metrics | {"digest/weights": digest}, samples
+    return metrics, samples
 
 
-def held_out(program: Program, process: Process) -> Metrics:
-    """Accuracy on prompts that training never draws, of every evaluation set."""
-    metrics: Metrics = {}
-    for name, held in program.plan.evaluations.items():
-        prefix = f"eval/{name}" if name else "eval"
-        scorer = program.evaluation_scorers[name]
-        metrics |= evaluate(held, program.generator, scorer, process.cpu_group, prefix)
-    return metrics
+def later_updates(
+    trainer: Trainer,
+    objective: Objective,
+    minibatches: Sequence[tuple[Minibatch, list[PassScores]]],
+    kl_stop: float,
+) -> list[Metrics]:
+    """A step's updates after the first, each on a minibatch of its own; their metrics.
+
+    The ratio is to the policy that the step began with. Where the KL from it, on the next minibatch
+    and over all ranks, is above `kl_stop`, neither that update is made nor any after it.
+    """
+    updates: list[Metrics] = []
+    for number, (minibatch, scores) in enumerate(minibatches, 1):
+        trainer.accumulate(minibatch.passes, objective, scores)
+        if trainer.approx_kl() > kl_stop:
+            return [*updates, trainer.leave_out()]
+        normaliser = objective.normaliser(minibatch.tokens, minibatch.sequences)
+        updates.append(trainer.update(normaliser, minibatch.tokens, number))
+    return updates
+
+
+def held_out(program: Program, process: Process, results: Path | None = None) -> Metrics:
+    """The metrics of every evaluation set, on prompts that training never draws; every prompt's
+    results go to the file `results`, if there is one."""
+    found = evaluations(program, process, rows=results is not None)
+    if results is not None:
+        write_results(results, found, process)
+    return {name: value for one in found.values() for name, value in one.metrics.items()}
+
+
+def evaluations(program: Program, process: Process, rows: bool = False) -> dict[str, Evaluation]:
+    """Every evaluation set, by name, under the weights of the last sync."""
+    scorers, group = program.evaluation_scorers, process.cpu_group
+    return {
+        name: evaluate(held, program.generator, scorers[name], group, name, rows)
+        for name, held in program.plan.evaluations.items()
+    }
+
+
+def results_file(conf: Conf, run_dir: Path, step: int) -> Path | None:
+    """The file of an evaluation's results; None: it is not asked for."""
+    return results_path(run_dir, step) if conf.log.evaluations else None
 
 
 def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:

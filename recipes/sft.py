@@ -64,7 +64,7 @@ from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
 from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
-OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction")
+OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
 # what to do instead of setting a key that `supervised` sets
 INSTEAD = {
     "steps": "set sft.steps",
@@ -75,6 +75,9 @@ INSTEAD = {
     "refill_on": "leave it out, solutions have no rewards",
     "difficulty.min": "leave it out, every prompt is taught",
     "difficulty.max": "leave it out, every prompt is taught",
+    "difficulty.forget": "leave it out, every prompt is taught",
+    "updates_per_step": "leave it out, a supervised step has one update",
+    "kl_stop": "leave it out, a supervised step has one update",
 }
 
 
@@ -125,9 +128,16 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    drawn_again = {"refill_rounds": 0, "refill_on": "reward"}
-    conf = changed(conf, keys | drawn_again | {"difficulty.min": None, "difficulty.max": None})
+    keys: dict[str, Any] = {
+        "steps": conf.sft.steps,
+        "trainer.lr": conf.sft.lr,
+        "kl_coef": 0.0,
+        "check": None,
+    }
+    keys |= {"updates_per_step": 1, "kl_stop": None, "refill_rounds": 0, "refill_on": "reward"}
+    keys |= {"difficulty.min": None, "difficulty.max": None, "difficulty.forget": 0}
+    # refused without a weight, which is the run's that this one prepares
+    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

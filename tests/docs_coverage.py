@@ -46,6 +46,8 @@ COVERED = {
         f"{PROGRAMS}::test_generate_reads_stdin_and_samples",
     "python tools/compare_runs.py A B":
         "tests/unit/test_compare.py::test_the_command_says_equal_different_or_unreadable",
+    "python tools/compare_evaluations.py A B":
+        "tests/unit/test_compare_evaluations.py::test_the_command_says_what_differs",
     "python tools/chaos.py conf=qwen3_tiny rounds=50":
         "tests/faults/test_chaos.py::test_killed_while_it_writes_a_checkpoint_and_resumed",
     "python tools/monarch.py recipes/grpo.py procs=4 conf=qwen3_tiny checkpoint.every=10":

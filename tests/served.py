@@ -43,7 +43,13 @@ def environment(place: Path) -> dict[str, str]:
     """A user's, without what our own engine tells vLLM."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return kept | {
-        "PYTHONPATH": os.pathsep.join([str(entry_points(place)), str(REPOSITORY)]),
+        "PYTHONPATH": os.pathsep.join(
+            [
+                str(entry_points(place)),
+                str(REPOSITORY),
+                *kept.get("PYTHONPATH", "").split(os.pathsep),
+            ]
+        ),
         "TORCH_COMPILE_DISABLE": "1",  # vLLM compiles the count of likelier tokens, for 5 seconds
     }
 

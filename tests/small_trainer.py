@@ -13,7 +13,8 @@ from mesh.config.schema import Conf
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.families import TINY
 from mesh.model.logprobs import TokenScores
-from mesh.program.plan import run_objective, trainer_settings
+from mesh.program.loss import run_objective
+from mesh.program.plan import trainer_settings
 from mesh.rl.loading import load_loss
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, leaves

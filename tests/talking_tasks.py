@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mesh.tasks.response import Response, Score
 from mesh.tasks.spell_backward import SpellBackward
@@ -45,3 +46,36 @@ class Foreign(SpellBackward):
 
     def reply(self, prompt: Prompt, turns: Sequence[TurnText]) -> str:
         return "\N{SNOWMAN}"
+
+
+@dataclass(frozen=True)
+class Hasty(SpellBackward):
+    """Its reply and its score do with an empty answer what `replies` and `scores` say: `fail`,
+    `number`, `mean`, or nothing wrong. It remembers how often it was asked.
+    """
+
+    replies: str = ""
+    scores: str = ""
+    asked: list[str] = field(default_factory=list, init=False, compare=False)
+
+    def reply(self, prompt: Prompt, turns: Sequence[TurnText]) -> Any:
+        self.asked.append("reply")
+        if turns[-1].text or not self.replies:
+            return None
+        return 5 if self.replies == "number" else {}["lost"]
+
+    def score(self, prompt: Prompt, response: Response) -> Any:
+        self.asked.append("score")
+        if response or not self.scores:
+            return 0.0
+        if self.scores == "fail":
+            raise ValueError("an answer\nis needed")
+        return "5" if self.scores == "number" else Score(0.5, {self.scores: 1.0})
+
+
+@dataclass(frozen=True)
+class Controls(SpellBackward):
+    """One reply, in which there is a control token where the prompt's number is odd."""
+
+    def reply(self, prompt: Prompt, turns: Sequence[TurnText]) -> str | None:
+        return ("a<eos>" if prompt.prompt_id % 2 else "a>") if len(turns) == 1 else None

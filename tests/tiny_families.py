@@ -29,4 +29,7 @@ OF_CHARACTERS = {"vocab_size": 128, "kv_heads": 2, "head_dim": None}
 RUNNING = {  # which the shipped tokenizer fits, and two or four ranks
     "llama": Variant(0, family="llama", heads=6, dim=96, rope=LLAMA3, **OF_CHARACTERS),
     "qwen2": Variant(1, family="qwen2", tied=False, **OF_CHARACTERS),
+    "mistral": Variant(
+        2, family="mistral", tied=False, others={"sliding_window": None}, **OF_CHARACTERS
+    ),
 }

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
+from mesh.config.evaluation_sets import documented_keys
 from mesh.config.help import first_comment
 from mesh.config.keys import (
     HOW_IT_RUNS,
     RAISABLE,
     ConfKey,
-    conf_keys,
     expected,
     range_text,
     shown,
@@ -48,7 +48,7 @@ def main() -> None:
 
 def reference() -> str:
     """The whole page."""
-    groups = groupby(conf_keys().values(), key=lambda key: key.name.rpartition(".")[0])
+    groups = groupby(documented_keys(), key=lambda key: key.name.rpartition(".")[0])
     sections = [section(group, list(keys)) for group, keys in groups]
     return "\n".join([HEAD, *configs(), "", *sections])
 

@@ -4,8 +4,9 @@
 
 Reads RUN_DIR/metrics.jsonl and environment.json. The description inside the picture names the
 commit, the number of ranks and the digest of the final weights, so that a curve can be traced to
-its run. Exit status 2 where the run cannot be read. Left out: other metrics (use TensorBoard or
-W&B), several runs in one picture, smoothing.
+its run. The first named part of the scores of held-out answers (`eval/reward/NAME`) is drawn too,
+where there is one. Exit status 2 where the run cannot be read. Left out: other metrics (use
+TensorBoard or W&B), several runs in one picture, smoothing.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ STYLE = """
   .reward { stroke: #8c959f; stroke-width: 1.2 }
   .sampled { stroke: #0969da }
   .greedy { stroke: #1a7f37; stroke-dasharray: 6 4 }
+  .part { stroke: #bc4c00; stroke-dasharray: 2 3 }
   @media (prefers-color-scheme: dark) {
     text { fill: #b1bac4 }
     .grid { stroke: #373e47 }
     .reward { stroke: #768390 }
     .sampled { stroke: #539bf5 }
     .greedy { stroke: #57ab5a }
+    .part { stroke: #e0823d }
   }
 """
 
@@ -54,6 +57,7 @@ SERIES = (
     Series("eval/accuracy", "sampled", "held-out accuracy, sampled"),
     Series("eval/accuracy_greedy", "greedy", "held-out accuracy, greedy"),
 )
+PART = "eval/reward/"
 
 
 def main(argv: list[str]) -> int:
@@ -84,16 +88,23 @@ def picture(metrics: Sequence[dict[str, Any]], source: str) -> str:
     if not last:
         raise ValueError("metrics.jsonl holds no step; let the run take one first")
     digest = metrics[-1].get("digest/weights", "unknown")
+    series = (*SERIES, *parts(metrics))
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         "<title>Learning curve: reward and held-out accuracy over optimizer steps</title>",
         f"<desc>{escape(source)}; {last} steps, digest/weights {digest}</desc>",
         f"<style>{STYLE}</style>",
         *axes(last),
-        *(line(series, points(metrics, series.metric, last)) for series in SERIES),
-        *legend(),
+        *(line(one, points(metrics, one.metric, last)) for one in series),
+        *legend(series),
         "</svg>\n",
     ])  # fmt: skip
+
+
+def parts(metrics: Sequence[dict[str, Any]]) -> list[Series]:
+    """The first named part of the held-out answers' scores, if they have any."""
+    names = dict.fromkeys(name for entry in metrics for name in entry if name.startswith(PART))
+    return [Series(name, "part", f"held-out {name.removeprefix(PART)}") for name in [*names][:1]]
 
 
 def points(metrics: Sequence[dict[str, Any]], metric: str, last: int) -> list[tuple[float, float]]:
@@ -128,11 +139,11 @@ def line(series: Series, pixels: Sequence[tuple[float, float]]) -> str:
     return f'<polyline class="line {series.css}" points="{listed}"/>'
 
 
-def legend() -> Iterator[str]:
+def legend(listed: Sequence[Series]) -> Iterator[str]:
     """Lines and labels in the lower right corner, which a run that learns leaves free."""
     x = WIDTH - 240
-    for row, series in enumerate(SERIES):
-        y = HEIGHT - BOTTOM - 50 + 19 * row
+    for row, series in enumerate(listed):
+        y = HEIGHT - BOTTOM - 12 - 19 * (len(listed) - 1 - row)
         yield f'<path class="line {series.css}" d="M{x} {y}h28"/>'
         yield f'<text x="{x + 36}" y="{y + 4}">{series.label}</text>'
 

@@ -1,6 +1,7 @@
 """The model of the best evaluation so far, as a Hugging Face directory RUN_DIR/best/step-N.
 
-Best is the largest value of `checkpoint.best_metric`; ties go to the first. A directory with that
+Best is the largest value of `checkpoint.best_metric`, or the smallest where its name has a minus in
+front; ties go to the first. A directory with that
 name is complete: it is written under another one, flushed to disk, and renamed. A checkpoint names
 the best model of its step, so a directory stays while it is the best or a kept checkpoint names it:
 a resumed run continues with the best it had at that step, whatever it found later.
@@ -16,14 +17,19 @@ from safetensors import SafetensorError
 
 from mesh.checkpoint.files import Best
 from mesh.checkpoint.folder import checked_index, discard, on_rank0, prepare, refuse_link, steps_in
+from mesh.config.evaluation_sets import as_own, ks_of, set_confs
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.config.spelling import nearest
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.model.weight_checks import weight_problems
-from mesh.roles.evaluation import metric_names
+from mesh.roles.answers import metric_names
+from mesh.roles.evaluation import prefix_of
 from mesh.types import ModelShape
+
+SMALLEST = "-"
+"""In front of a metric whose smallest value is the best."""
 
 Save = Callable[[Path], None]
 
@@ -36,6 +42,8 @@ class BestModel:
         self.process, self.shape = process, shape
         self.wanted = conf.checkpoint.every > 0 and conf.checkpoint.best
         self.metric = conf.checkpoint.best_metric
+        self.name = self.metric.removeprefix(SMALLEST)  # in a step's metrics
+        self.warned = False
         self.current: Best | None = None
         if self.wanted:
             on_rank0(process, self.path, lambda: prepare(self.path))
@@ -45,9 +53,15 @@ class BestModel:
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
         """True if a step's metrics, the same on all ranks, hold a better evaluation."""
-        if not self.wanted or self.metric not in metrics:
+        if not self.wanted:
             return False
-        return self.current is None or metrics[self.metric] > self.current.value
+        if self.name not in metrics:
+            self._warn_of_none(metrics)
+            return False
+        if self.current is None:
+            return True
+        value, best = metrics[self.name], self.current.value
+        return value < best if self.metric.startswith(SMALLEST) else value > best
 
     def store(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
         """Write the model with `save`, which all ranks call. Raises RuntimeError if it cannot be
@@ -61,7 +75,7 @@ class BestModel:
                 f"the best model, of step {step}, could not be written to {path}: {error}"
             ) from error
         on_rank0(self.process, self.path, lambda: sync_path(self.path))  # also a barrier
-        self.current = Best(step, float(metrics[self.metric]), self.metric)
+        self.current = Best(step, float(metrics[self.name]), self.metric)
 
     def restore(self, best: Best | None) -> None:
         """Continue with the best model that a checkpoint names. If it has been damaged since, or
@@ -91,6 +105,16 @@ class BestModel:
             return ["is a symbolic link, which is not followed"]
         return weight_problems(path, self.shape)
 
+    def _warn_of_none(self, metrics: Mapping[str, Any]) -> None:
+        """Say, once, that an evaluation does not have the metric: a part that no score has."""
+        logged = sorted(name for name in metrics if name.startswith("eval/"))
+        if logged and not self.warned:
+            self.warned = True
+            self.process.say(
+                f"warning: checkpoint.best_metric={self.metric}: this evaluation does not have it, "
+                f"and until one has, no best model is kept; it has {', '.join(logged)}"
+            )
+
     def prune(self, named: Collection[int]) -> None:
         """Remove all but the best model and those of the `named` steps; no-op if best models are
         not requested. One that cannot be removed, e.g. while read over NFS, is reported.
@@ -109,20 +133,40 @@ class BestModel:
     def report(self) -> None:
         """Print the best evaluation and its model's directory."""
         if self.current is not None:
-            step, value, metric = self.current.step, self.current.value, self.current.metric
+            step, value = self.current.step, self.current.value
+            metric = self.current.metric.removeprefix(SMALLEST)
             self.process.say(f"best: {metric} {value:.3f} of step {step}, {self.folder(step)}")
 
 
 def best_metric_problems(conf: Conf) -> list[str]:
-    """A metric to follow that no evaluation of the run logs."""
-    metric, choices = conf.checkpoint.best_metric, metric_names(conf.eval.num_samples)
-    if metric in choices:
+    """A metric to follow that no evaluation of the run logs. Parts of scores have any name."""
+    given, choices = conf.checkpoint.best_metric, evaluation_metrics(conf)
+    metric = given.removeprefix(SMALLEST)
+    parts = [f"{name}/" for name in choices if name.endswith("/reward")]
+    part = any(metric.startswith(prefix) and metric != prefix for prefix in parts)
+    if metric in choices or part:
         return []
     close = nearest(metric, choices)
     meant = f"did you mean {close}? " if close else ""
-    wrong = f"no evaluation with eval.num_samples={conf.eval.num_samples} logs it"
-    remedy = f"{meant}use one of {', '.join(choices)}"
-    return [problem("checkpoint.best_metric", metric, wrong, remedy)]
+    wrong = "no evaluation of the run logs it"
+    if not metric.startswith("eval/"):
+        wrong += ", and a step's own metrics are of the weights before its update"
+    remedy = f"{meant}use one of {', '.join(choices)}, or eval/reward/PART of a score with parts"
+    return [problem("checkpoint.best_metric", given, wrong, remedy)]
+
+
+def evaluation_metrics(conf: Conf) -> list[str]:
+    """The metrics of the run's evaluations, without the parts of scores."""
+    sets = {"": conf} | {name: as_own(conf, keys) for name, keys in set_confs(conf).items()}
+    failed = conf.reward.on_failure == "zero"
+    return [
+        metric
+        for name, own in sets.items()
+        for metric in [
+            *metric_names(ks_of(own), own.eval.greedy, prefix_of(name)),
+            *([f"{prefix_of(name)}/failed"] if failed else []),
+        ]
+    ]
 
 
 def best_steps_in(checkpoints: Path) -> set[int]:

@@ -56,8 +56,8 @@ class Best:
 
 @dataclass(frozen=True)
 class Index:
-    """Contents of a checkpoint's index. `updates`: steps that changed the weights, fewer than
-    `step` if some were skipped or, as `without_signal` counts, had a gradient of 0. `digests`: one
+    """Contents of a checkpoint's index. `updates`: those that changed the weights;
+    `without_signal`: steps that made none, as their gradients were 0. `digests`: one
     mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
     entries by file name; `best` names the model in RUN_DIR/best that was the best at that step;
     `inputs`: what the run computes with (`same_run.py`), empty in those of older versions."""

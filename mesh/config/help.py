@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
-from mesh.config.keys import ConfKey, alternatives, conf_keys, range_text, shown
+from mesh.config.evaluation_sets import documented_keys
+from mesh.config.keys import ConfKey, alternatives, range_text, shown
 from mesh.config.schema import CONF_DIR
 
 
@@ -23,7 +24,7 @@ def help_text() -> str:
     lines += config_lines()
     lines += ["", "keys, with their defaults (a config may set others):"]
     lines += [
-        f"  {f'{key.name}={shown(key.default)}':<44} {meaning(key)}" for key in conf_keys().values()
+        f"  {f'{key.name}={shown(key.default)}':<44} {meaning(key)}" for key in documented_keys()
     ]
     return "\n".join(lines)
 

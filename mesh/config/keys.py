@@ -6,15 +6,17 @@ configuration should see all that is wrong with it at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mesh.config.declare import INF
 from mesh.config.schema import Conf
 from mesh.config.spelling import nearest
+
+T = TypeVar("T")
 
 # Keys, or prefixes of keys, that may be overridden when a run is resumed.
 HOW_IT_RUNS = (
@@ -124,6 +126,15 @@ def refusing() -> Iterator[None]:
         raise Refusal(str(error)) from error
 
 
+def attempt(wrong: list[str], read: Callable[..., T], *args: Any) -> T | None:
+    """The result of `read`; None where it raises ValueError, whose lines are added to `wrong`."""
+    try:
+        return read(*args)
+    except ValueError as error:
+        wrong += str(error).splitlines() or [repr(error)]
+        return None
+
+
 def refuse(problems: list[str]) -> None:
     """Raise one Refusal that lists all `problems`, each once; no problems, no error."""
     unique = list(dict.fromkeys(problems))
@@ -196,14 +207,20 @@ def alternatives(annotation: Any) -> tuple[Any, bool]:
     return next(part for part in parts if part is not NoneType), True
 
 
+LISTS = {
+    float: "a list of numbers like [1, 0.5]",
+    int: "a list of integers like [1, 4]",
+    str: "a list of texts like [one, two]",
+}
+
+
 def expected(annotation: Any) -> str:
     """A type in words, for a message."""
     kind, optional = alternatives(annotation)
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(get_args(kind))}"
     elif get_origin(kind) is list:
-        numbers = get_args(kind) == (float,)
-        words = "a list of numbers like [1, 0.5]" if numbers else "a list of texts like [one, two]"
+        words = LISTS[get_args(kind)[0]]
     elif get_origin(kind) is tuple:
         words = f"a list of {len(get_args(kind))} numbers"
     else:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mesh.config.changes import changed
+from mesh.config.evaluation_sets import set_problems
 from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
     SECRETS,
@@ -32,7 +33,7 @@ from mesh.config.keys import (
 )
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
-from mesh.config.spelling import near_keys, nearest
+from mesh.config.spelling import meant, near_keys
 from mesh.config.text import Text, dump_text, from_word, load_yaml, value_as
 
 OPEN = tuple(key.name for key in conf_keys().values() if get_origin(key.annotation) is dict)
@@ -67,14 +68,14 @@ def load_conf(argv: list[str], resumes: bool = False) -> tuple[str, Conf]:
     overrides = [setting for setting in settings if setting.name != "conf"]
     if resumed:
         conf, more = resumed_conf(resumed[-1], overrides, resumes and not named)
-        refuse(problems + more + range_problems(conf))
+        refuse(problems + more + start_problems(conf))
         return Path(resumed[-1]).name, conf
     base, more = read_config(named[-1])
     conf, wrong = merge(base + overrides)
     if conf.resume is not None:
         remedy = "leave it out, and give resume=RUN_DIR in place of conf= to continue a run"
         wrong.append(problem("resume", conf.resume, "a config cannot resume", remedy))
-    refuse(problems + more + wrong + range_problems(conf))
+    refuse(problems + more + wrong + start_problems(conf))
     return Path(named[-1]).stem, conf
 
 
@@ -101,6 +102,11 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
     return conf, problems + override_problems(saved, conf) + of_words
 
 
+def start_problems(conf: Conf) -> list[str]:
+    """Problems with single values of a configuration."""
+    return [*range_problems(conf), *set_problems(conf)]
+
+
 def to_yaml(conf: Conf) -> str:
     """Every key of `conf` as YAML, so that `read_conf` gives an equal one."""
     return dump_text(asdict(conf))
@@ -120,7 +126,7 @@ def read_conf(path: Path | str) -> Conf:
     """The configuration that `save_conf` wrote; Refusal as for `load_conf`."""
     settings, problems = read_yaml(Path(path), ())
     conf, wrong = merge(settings)
-    refuse(problems + wrong + range_problems(conf))
+    refuse(problems + wrong + start_problems(conf))
     return conf
 
 
@@ -152,9 +158,7 @@ def read_config(name: str, seen: tuple[Path, ...] = ()) -> tuple[list[Setting], 
     if path.is_file():
         return read_yaml(path, seen)
     names = config_names()
-    close = nearest(name, names)
-    remedy = f"name one of {', '.join(names)}, or a path to a .yaml"
-    remedy = f"did you mean {close}? {remedy}" if close else remedy
+    remedy = f"{meant(name, names)}name one of {', '.join(names)}, or a path to a .yaml"
     return [], [problem("conf", name, "no such config", remedy)]
 
 
@@ -268,8 +272,8 @@ def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
     near = near_keys(name, keys)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return problem(name, value, "unknown key", f"{meant}--help lists all keys")
+    question = f"did you mean {' or '.join(near)}? " if near else ""
+    return problem(name, value, "unknown key", f"{question}--help lists all keys")
 
 
 def typed(value: Any, annotation: Any) -> Any:

@@ -77,16 +77,32 @@ class Conf:
     waves: int = key(
         1, "parts that a step is generated in; split meshes overlap them with training", ge=1
     )
-    loss: str = key("grpo", "grpo, dr_grpo, or MODULE:NAME for a loss of your own")
+    updates_per_step: int = key(
+        1, "minibatches of whole groups that a step's rollouts are cut into, an update each", ge=1
+    )
+    kl_stop: float | None = key(
+        None,
+        "with updates_per_step > 1: a step makes no further update once the policy's KL from the "
+        "one that the step began with is above this; unset: all are made",
+        gt=0,
+        lt=INF,
+    )
+    loss: str = key(
+        "grpo",
+        "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
+        "max_rl, or MODULE:NAME for a loss of your own",
+    )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
-    advantage: Literal["std", "centred"] | None = key(
-        None, "reward minus group mean, divided by the group's std or not; unset: the loss's"
-    )
+    advantage: (
+        Literal["std", "centred", "leave_one_out", "mean", "whitened", "centred_whitened"] | None
+    ) = key(None, "how rewards become advantages, a table of docs/losses.md; unset: the loss's")
     advantage_eps: float = key(
-        1e-6, "with advantage=std: added to the group's std before dividing by it", ge=0, lt=INF
+        1e-6, "added to the deviation or mean that an advantage is divided by", ge=0, lt=INF
     )
-    aggregation: Literal["token", "sequence", "constant"] | None = key(
-        None, "mean over tokens, over sequence means, or over a constant length; unset: the loss's"
+    aggregation: Literal["token", "sequence", "sum", "constant"] | None = key(
+        None,
+        "mean over tokens, over sequence means, over sequence sums, or over a constant length; "
+        "unset: the loss's",
     )
     clip_low: float | None = key(
         None, "the ratio is clipped below 1 - clip_low; unset: the loss's own", ge=0, lt=1
@@ -94,8 +110,50 @@ class Conf:
     clip_high: float | None = key(
         None, "the ratio is clipped above 1 + clip_high; unset: the loss's own", ge=0, lt=INF
     )
+    dual_clip: float | None = key(
+        None,
+        "where an advantage is negative, the ratio counts as at most this; unset: unbounded",
+        gt=1,
+        lt=INF,
+    )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
+    )
+    kl_in: Literal["loss", "reward"] = key(
+        "loss",
+        "the KL is added to the loss of each token, or, summed over a response, taken off its "
+        "reward before advantages are made",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = key(
+        None, "estimator of that KL; unset: k3 in the loss, k1 in the reward"
+    )
+    importance: Literal["none", "tis", "mask"] = key(
+        "none",
+        "correct for a generator that is not exact: weigh losses by the clamped ratio of the "
+        "trainer's probability to the generator's, or drop them where it is out of bounds",
+    )
+    importance_level: Literal["token", "sequence"] = key(
+        "token", "that ratio is a token's, or the product over a whole response"
+    )
+    importance_low: float | None = key(
+        None,
+        "its lower bound; unset: 0 with importance=tis, 1 / importance_high with mask",
+        ge=0,
+        le=1,
+    )
+    importance_high: float = key(2.0, "its upper bound", ge=1, lt=INF)
+    length_penalty: float = key(
+        0.0,
+        "taken off the reward of a response of length_penalty_limit tokens, and less of one up to "
+        "length_penalty_tokens shorter (DAPO's soft overlong punishment); 0: nothing",
+        ge=0,
+        le=1e100,
+    )
+    length_penalty_tokens: int | None = key(
+        None, "length of that ramp; needed with length_penalty [tokens]", ge=1
+    )
+    length_penalty_limit: int | None = key(
+        None, "its end; unset: generator.max_new_tokens [tokens]", ge=1
     )
     drop_equal_groups: bool = key(
         False, "leave groups of equal rewards (up to rounding) out of the loss and its divisor"

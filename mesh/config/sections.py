@@ -53,7 +53,9 @@ class PromptConf:
         {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
     )
     prefill: str = key("", "text that begins every answer: the model continues it, without loss")
-    prefix: str = key("", "text in front of every prompt that is a text")
+    prefix: str = key(
+        "", "directly in front of every prompt that is a text, behind the examples of few_shot"
+    )
     few_shot: str | None = key(
         None, "JSON Lines file of examples before every prompt: question and answer, or messages"
     )
@@ -190,9 +192,21 @@ class SyncConf:
 @dataclass(frozen=True)
 class EvalConf:
     every: int = key(10, "steps between evaluations; 0: only after the last step", ge=0)
-    num_prompts: int = key(256, "held-out prompts", ge=1)
-    num_samples: int = key(4, "samples per held-out prompt; k of pass@k", ge=1)
+    num_prompts: int | None = key(
+        None, "held-out prompts; unset: 256, or as many as a data set holds out, if fewer", ge=1
+    )
+    num_samples: int = key(4, "samples per held-out prompt", ge=1)
+    k: list[int] = key(
+        [], "the k of pass@k and maj@k, e.g. [1, 4]; unset: 1 and eval.num_samples", ge=1
+    )
+    greedy: bool = key(True, "answer every held-out prompt greedily, too (eval/accuracy_greedy)")
+    sets: dict[str, Any] = key(
+        {}, "other sets that are evaluated, each with the keys of eval.sets.NAME"
+    )
     output: str | None = key(None, "file to which recipes/evaluate.py writes its metrics as JSON")
+    results: str | None = key(
+        None, "JSON Lines file to which recipes/evaluate.py writes every held-out prompt's results"
+    )
 
 
 @dataclass(frozen=True)
@@ -248,8 +262,9 @@ class CheckpointConf:
     )
     best_metric: str = key(
         "eval/accuracy",
-        "the metric that checkpoint.best follows, e.g. eval/reward, eval/pass@4 or "
-        "eval/accuracy_greedy; the largest value is the best",
+        "the metric of an evaluation that checkpoint.best follows, e.g. eval/reward, eval/pass@4 "
+        "or eval/NAME/accuracy; the largest value is the best, with a minus in front of the name "
+        "the smallest",
     )
 
 
@@ -269,3 +284,6 @@ class LogConf:
     wandb: str | None = key(None, "Weights & Biases project to log to")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
     tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
+    evaluations: bool = key(
+        False, "write every held-out prompt's results to RUN_DIR/evaluations/step-N.jsonl"
+    )

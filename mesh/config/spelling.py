@@ -46,6 +46,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(word, list(choices), n=1, cutoff=SIMILAR_CHOICE)), None)
 
 
+def meant(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """The question of a message, "did you mean CHOICE? ", where one is near; else nothing."""
+    close = nearest(word, choices)
+    return f"did you mean {prefix}{close}? " if close else ""
+
+
 def near_keys(name: str, keys: Collection[str]) -> list[str]:
     """The keys that `name`, which is none, may be meant for; none of a far match.
 

@@ -35,12 +35,16 @@ from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import NumberedPrompt, Rollout, RolloutKey, Sampling
 
-EXACT = {"logprob_diff/max": 0.0, "ratio/max": 1.0, "ratio/mean": 1.0}
-"""Metrics of a step in which trainer and generator agree."""
-
 WARM = (0.7, 1.3)  # temperatures beside the configuration's own
 
 TWICE = 2  # steps that L0 runs twice: the second one starts from weights that the first one made
+
+
+def exact_metrics(updates: int) -> dict[str, float]:
+    """Metrics of a step in which trainer and generator agree; the ratio is that of its first
+    update, after which the policy has moved."""
+    first = "update/1/" if updates > 1 else ""
+    return {"logprob_diff/max": 0.0, f"{first}ratio/max": 1.0, f"{first}ratio/mean": 1.0}
 
 
 @dataclass
@@ -161,11 +165,12 @@ def mixed_check(walk: Walk, program: Program, mixed: Rollouts, sampling: Samplin
 def loop_checks(walk: Walk, program: Program, steps: int) -> Iterator[Check]:
     """The other rows of L2: steps of the loop, each with new weights, then greedy and warm."""
     before, total, exact = weights_digest(program), Tally(), Tally()
+    expected = exact_metrics(program.plan.step.updates)
     for step in range(steps):
         seen = take_step(walk, program, step, seek=total.first is None)
         total += seen.logprobs
-        metrics = {name: seen.metrics[name] for name in EXACT if name in seen.metrics}
-        exact += compare_values(metrics, EXACT if metrics else {}, step)
+        metrics = {name: seen.metrics[name] for name in expected if name in seen.metrics}
+        exact += compare_values(metrics, expected if metrics else {}, step)
         exact += _changed(before, seen.digest, step)
         before = seen.digest
     yield Check("L2", f"{steps} steps of the loop", total)
@@ -193,7 +198,7 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     wave = program.exchange([p.prompt_id for p in prompts], rollouts)
     # greedy samples of a prompt are equal, and so are their rewards
     whole = replace(plan.step, drop_equal_groups=False)
-    share = share_of(wave, whole, trainer.dp, trainer.dp_rank)
+    share = share_of(wave, whole, trainer.dp, trainer.dp_rank, step)
     at = temperature or 1.0
     found = score(trainer, share.passes, at)
     program.exchange.flush()

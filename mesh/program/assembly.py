@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from mesh.checkpoint.best import best_metric_problems
-from mesh.config.keys import Refusal, problem
+from mesh.config.keys import Refusal, attempt
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
 from mesh.exchange.rollouts import Exchange
@@ -35,34 +34,32 @@ from mesh.program.encoding import (
     stop_problems,
     tokenizer_files,
 )
+from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
+from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
+from mesh.program.loss_checks import read_loss
 from mesh.program.plan import (
     Found,
     Plan,
     prompt_source,
     resolve,
-    run_objective,
     task_spec,
 )
-from mesh.program.prompt_checks import prompt_problems, training_problems
+from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
 from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
-from mesh.rl.loading import load_loss, loss_problems
-from mesh.rl.losses import CROSS_ENTROPY, Loss
-from mesh.rl.objective import Objective
-from mesh.rl.trial import trial
+from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
+from mesh.tasks.calls import TaskSource
 from mesh.tasks.difficulty import PassRates
-from mesh.tasks.scorer import Scorer, checked_task, num_workers
+from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
 from mesh.weights.bridge import weights_digest as digest_of
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,16 +125,21 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
     wrong += best_metric_problems(conf) if training else []
-    prompts: list[Prompt] = []
+    own: list[Prompt] = []
     if task is not None and held_out:
-        prompts += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
+        own += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
+        wrong += k_problems(conf)
     encoder = attempt(wrong, prompt_encoder, conf, tokenizer) if tokenizer is not None else None
+    sets = named_sets(conf, process, wrong, Known(task, encoder, shape)) if held_out else {}
+    prompts = [*own, *(prompt for one in sets.values() for prompt in one.prompts)]
     if task is not None and encoder is not None and shape is not None:
         source = prompt_source(conf, task, encoder, shape, prompts)
         formed = form_problems(conf, encoder)
         if not formed:
-            held = source, prompts, "held-out prompts"
+            held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
+            called = TaskSource(task, spec, scoring_of(conf))
+            wrong += first_call_problems(process, called, encoder, own)
         if training:
             wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
@@ -152,24 +154,16 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             process.say(f"warning: {line}")
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
-    found = Found(shape, tokenizer, task, loss, prompts)
+    found = Found(shape, tokenizer, task, loss, own, sets)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
     num = conf.num_prompts if training else 0
-    notes = task_notes(task) if training or held_out else []
+    notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
+    notes += held_out_notes(conf, len(own))
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
-
-
-def attempt(wrong: list[str], read: Callable[..., T], *args: Any) -> T | None:
-    """The result of `read`; None where it raises ValueError, whose lines are added to `wrong`."""
-    try:
-        return read(*args)
-    except ValueError as error:
-        wrong += str(error).splitlines() or [repr(error)]
-        return None
 
 
 def read_shape(conf: Conf) -> ModelShape | None:
@@ -201,37 +195,6 @@ def read_tokenizer(conf: Conf) -> Tokenizer | None:
     return load_tokenizer(directory, model) if (directory / "tokenizer.json").is_file() else None
 
 
-def read_loss(conf: Conf) -> Loss:
-    """The loss; ValueError where it does not exist or its settings do not fit it."""
-    loss = load_loss(conf.loss)
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    wrong = loss_problems(conf.loss, loss, bounds, conf.loss_args, conf.waves)
-    wrong += eps_problems(conf, loss)
-    if not wrong:
-        found = trial_problems(run_objective(conf, loss), conf.group_size)
-        wrong += [f"loss={conf.loss}: {line}" for line in found]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    return loss
-
-
-def eps_problems(conf: Conf, loss: Loss) -> list[str]:
-    """An epsilon for advantages that are not divided by a deviation."""
-    eps, advantage = conf.advantage_eps, conf.advantage or loss.advantage
-    if eps == Conf.advantage_eps or advantage == "std":
-        return []
-    name = advantage if isinstance(advantage, str) else "the loss's own function"
-    wrong = f"the advantage is {name}, which does not divide by the group's deviation"
-    return [problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std")]
-
-
-def trial_problems(objective: Objective, group_size: int) -> list[str]:
-    """The fault of a loss that fails on a few made-up tokens, or mixes what may be cut apart."""
-    wrong: list[str] = []
-    attempt(wrong, trial, objective, max(group_size, 2))
-    return wrong
-
-
 def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     """Build both roles and what connects them. A collective of the world.
 
@@ -244,8 +207,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
     generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
-    others = {name: evaluation_scorer(plan, name, scorer) for name in plan.evaluations}
-    scorers = [scorer, *(one for one in others.values() if one is not scorer)]
+    others = evaluation_scorers(plan, scorer)
+    scorers = {id(one): one for one in (scorer, *others.values())}.values()
     process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
@@ -253,10 +216,15 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     return Program(plan, meshes, trainer, generator, scorer, rates, others, exchange, bridge)
 
 
-def evaluation_scorer(plan: Plan, name: str, training: Scorer) -> Scorer:
-    """The scorer of an evaluation set: that of training, where it is the same task."""
-    source = plan.evaluations[name].source
-    return training if source is plan.training else Scorer(source)
+def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:
+    """The scorers of the evaluation sets, by name; one for all that have the same task."""
+    made, found = [(plan.training.spec, training)], {}
+    for name, held in plan.evaluations.items():
+        spec = held.source.spec
+        same = next((scorer for other, scorer in made if other == spec), None)
+        found[name] = same or Scorer(held.source)
+        made.append((spec, found[name]))
+    return found
 
 
 def run_self_test(plan: Plan, process: Process) -> str:

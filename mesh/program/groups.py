@@ -15,7 +15,8 @@ from typing import Any
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
-from mesh.rl.refill import CORRECT, next_round, of_prompts, quantity_of, unequal_groups
+from mesh.rl.refill import CORRECT, next_round, quantity_of, unequal_groups
+from mesh.rl.step import part_of
 from mesh.tasks import refill_draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import NumberedPrompt, Rollout, Wave
@@ -110,7 +111,7 @@ def filled(rounds: Sequence[Groups], found: Sequence[int], num_prompts: int) -> 
     }
     return replace(
         whole,
-        wave=of_prompts(whole.drawn, kept),
+        wave=part_of(whole.drawn, kept),
         left_out={place: SURPLUS if place in found else EQUAL for place in others},
         metrics={**whole.metrics, **{name: float(n) for name, n in counts.items()}},
     )

@@ -7,13 +7,15 @@ every constructor takes the part that it uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from mesh.config.evaluation_sets import ks_of
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
@@ -23,9 +25,9 @@ from mesh.model.families import config_entries
 from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
-from mesh.rl.loading import typed_settings
+from mesh.program.loss import run_objective
 from mesh.rl.losses import Loss
-from mesh.rl.objective import Objective, objective_of
+from mesh.rl.objective import Objective
 from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.generator import GeneratorSettings
@@ -49,14 +51,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Found:
-    """The things that a configuration names, read and checked. held_out: of the task; none where
-    nothing is evaluated."""
+    """The things that a configuration names, read and checked. held_out: of the task, sets: other
+    ones by name; none where nothing is evaluated."""
 
     shape: ModelShape
     tokenizer: Tokenizer
     task: Task
     loss: Loss
     held_out: Sequence[Prompt] = ()
+    sets: Mapping[str, EvaluationSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def resolve(
     shape = replace(found.shape, textless=textless)
     objective, encoder = run_objective(conf, found.loss), prompt_encoder(conf, found.tokenizer)
     source = TaskSource(found.task, task_spec(conf), scoring_of(conf))
-    evaluations = evaluation_sets(conf, source, found.held_out)
+    evaluations = {**evaluation_sets(conf, source, found.held_out), **found.sets}
     held_out = [prompt for one in evaluations.values() for prompt in one.prompts]
     ends = turn_ends(conf, found.task)
     return Plan(
@@ -122,7 +125,9 @@ def resolve(
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
-            conf.log.tokens, conf.refill_rounds, conf.refill_on,
+            conf.log.tokens, conf.updates_per_step,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed, conf.refill_rounds,
+            conf.refill_on,
         ),
         difficulty=difficulty_bounds(conf),
         training=source,
@@ -182,21 +187,6 @@ def generator_settings(
     )
 
 
-def run_objective(conf: Conf, loss: Loss) -> Objective:
-    """The loss with the keys that refine it; `constant` aggregation divides by the longest
-    response."""
-    bounds = {"clip_low": conf.clip_low, "clip_high": conf.clip_high}
-    return objective_of(
-        loss,
-        advantage=conf.advantage,
-        aggregation=conf.aggregation,
-        settings={**bounds, **typed_settings(loss, conf.loss_args)},
-        kl_coef=conf.kl_coef,
-        longest_response=conf.generator.max_new_tokens,
-        advantage_eps=conf.advantage_eps,
-    )
-
-
 def task_spec(conf: Conf) -> TaskSpec:
     """The task by name, with the functions that are added to its score."""
     weights = conf.score_weights or [1.0] * len(conf.scores)
@@ -210,7 +200,8 @@ def evaluation_sets(
     """The task's own set; none where nothing is evaluated."""
     if not held_out:
         return {}
-    return {"": EvaluationSet(source, tuple(held_out), conf.eval.num_samples)}
+    keys = conf.eval
+    return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
 
 
 def difficulty_bounds(conf: Conf) -> Bounds | None:

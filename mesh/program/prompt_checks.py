@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from mesh.config.keys import problem
+from mesh.config.schema import Conf
 from mesh.lifecycle.agreement import excerpts, text_of
 from mesh.lifecycle.process import Process
-from mesh.tasks import Draw, data_set, draw_prompts
+from mesh.tasks import USUAL_HELD_OUT, Draw, data_set, draw_prompts
 from mesh.tasks.prompts import (
     PURE,
     Faults,
@@ -100,6 +101,15 @@ def prompt_problems(
         return []
     faults = faults_of(source, process, prompts, name)
     return fault_lines(source, faults, f"{len(prompts)} {name}", skips=False)
+
+
+def held_out_notes(conf: Conf, num: int) -> list[str]:
+    """A line where the task has fewer held-out prompts than usual and no number was asked for. num:
+    that were drawn.
+    """
+    if conf.eval.num_prompts is not None or not 0 < num < USUAL_HELD_OUT:
+        return []
+    return [f"eval.num_prompts is unset, and the task holds out {num} prompts: all are evaluated"]
 
 
 def no_room(source: PromptSource) -> bool:

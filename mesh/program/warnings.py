@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mesh.config.evaluation_sets import PREFIX, set_confs
 from mesh.config.keys import Refusal, conf_keys, shown, value_of
 from mesh.config.loading import read_conf
 from mesh.config.schema import Conf, resolve_path
@@ -20,6 +22,9 @@ EVALUATED = (
     "batch_invariant", *(n for n in conf_keys() if n.startswith(("prompt.", "conversation."))),
 )  # fmt: skip
 """Keys that, with task_args, decide the numbers of an evaluation of given weights."""
+
+SHOWN_ONLY = ("k", "greedy")
+"""Keys of a named set that decide which metrics there are, and no number."""
 
 
 def start_warnings(plan: Plan) -> list[str]:
@@ -50,7 +55,8 @@ def truncation_warnings(plan: Plan) -> list[str]:
 
 def other_run_warnings(conf: Conf, plan: Plan, names: tuple[str, ...] = EVALUATED) -> list[str]:
     """Keys `names` that differ from those of the run that wrote model.path: the numbers do not
-    compare with that run's own. A task's settings are looked at with the task.
+    compare with that run's own. A task's settings are looked at with the task, named sets with
+    eval.num_prompts where both have them.
     """
     run_dir = run_of_model(conf)
     if run_dir is None:
@@ -66,6 +72,7 @@ def other_run_warnings(conf: Conf, plan: Plan, names: tuple[str, ...] = EVALUATE
         f"{name}={shown(ours.get(name))} (the run: {shown(theirs.get(name))})"
         for name in {**ours, **theirs}
         if ours.get(name) != theirs.get(name)
+        and not (name.startswith(PREFIX) and (name not in ours or name not in theirs))
     ]
     if not other:
         return []
@@ -96,4 +103,8 @@ def deciding(conf: Conf, plan: Plan, names: tuple[str, ...]) -> dict[str, Any]:
     if "task" in values:
         args = all_args(conf.task, conf.task_args)
         values |= {f"task_args.{key}": value for key, value in args.items()}
+    if "eval.num_prompts" in names:
+        for name, keys in set_confs(conf).items():
+            own = {key: value for key, value in asdict(keys).items() if value not in (None, {})}
+            values[f"{PREFIX}{name}"] = {k: v for k, v in own.items() if k not in SHOWN_ONLY}
     return values

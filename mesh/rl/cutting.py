@@ -1,7 +1,9 @@
-"""The cut of a step: which rank trains on which prompt, and which leaves share a forward pass.
+"""The cut of a step: which update and which rank train on which prompt, and which leaves share a
+forward pass.
 
 Every rank derives the cut of all ranks from the outlines of all rollouts, so the number of passes
-is the same everywhere. Nothing else of the program depends on how it is made.
+is the same everywhere. Minibatches are part of what is computed, and do not depend on the mesh;
+nothing else of the program depends on how the rest is made.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from mesh.tasks.order import key_of
 from mesh.types import Outline
 
 
@@ -21,6 +24,25 @@ def assign(prompt_ids: Iterable[int], num_ranks: int) -> list[list[int]]:
     """The prompt ids of every rank, ascending. Independent of lengths and of the order given."""
     ordered = sorted(prompt_ids)
     return [[i for i in ordered if owner(i, num_ranks) == rank] for rank in range(num_ranks)]
+
+
+def minibatches(
+    prompt_ids: Iterable[int], num_updates: int, seed: int, step: int
+) -> list[set[int]]:
+    """The prompts of each update of a step: as many for each, or one fewer where P prompts do not
+    divide.
+
+    The prompts are dealt out. Of them in order, those that lie P / num_updates apart come one after
+    another, by hashes of (seed, step, prompt_id). So the cut is random, the same on any mesh, and
+    gives every data-parallel rank as much of a minibatch wherever its size divides by their number.
+    """
+    ordered = sorted(prompt_ids)
+    size = -(-len(ordered) // num_updates)
+    rounds = [ordered[place::size] for place in range(size)]
+    dealt = [
+        i for ids in rounds for i in sorted(ids, key=lambda i: key_of("minibatch", seed, step, i))
+    ]
+    return [set(dealt[number::num_updates]) for number in range(num_updates)]
 
 
 def fill(token_counts: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -11,10 +11,15 @@ from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.rl.losses import LOSSES, Loss, Need
 
-BOUNDS = ("clip_low", "clip_high")
+BOUNDS = ("clip_low", "clip_high", "dual_clip")
 """Settings that are keys of the run; a surrogate's other settings are keys of `loss_args`."""
 
-PROVIDED: frozenset[Need] = frozenset({"reference_logprobs", "sequence_ratio", "step_statistics"})
+CLIPS = ("clip_low", "clip_high")
+"""Those that a message of this file speaks of; a dual clip has more to say."""
+
+PROVIDED: frozenset[Need] = frozenset(
+    {"reference_logprobs", "trainer_logprobs", "sequence_ratio", "step_statistics"}
+)
 """Needs of a loss that the trainer can meet."""
 
 
@@ -45,12 +50,12 @@ def settings_of(loss: Loss) -> dict[str, inspect.Parameter]:
 
 
 def loss_problems(
-    name: str, loss: Loss, bounds: Mapping[str, Any], args: Mapping[str, Any], waves: int
+    name: str, loss: Loss, bounds: Mapping[str, Any], args: Mapping[str, Any]
 ) -> list[str]:
     """Settings that the loss does not have or whose type is wrong, and needs that cannot be met."""
     settings, hints, found = settings_of(loss), hints_of(loss), []
     given = {key for key, value in {**bounds, **args}.items() if value not in (None, "null")}
-    for key in (key for key in bounds if key in given and key not in settings):
+    for key in (key for key in CLIPS if key in given and key not in settings):
         found.append(f"{key}={bounds[key]}: loss={name} has no such bound; leave it out")
     for key, value in args.items():
         found += _arg_problems(name, key, value, settings, hints.get(key, Any))
@@ -63,11 +68,6 @@ def loss_problems(
         found.append(
             f"loss={name}: needs {', '.join(unmet)}, which this trainer does not compute; use a "
             f"loss whose needs are among {', '.join(sorted(PROVIDED))}"
-        )
-    if "step_statistics" in loss.needs and waves > 1:
-        found.append(
-            f"waves={waves}: loss={name} needs the rewards of the whole step before the first "
-            "backward pass; set waves=1"
         )
     return found
 

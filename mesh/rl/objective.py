@@ -4,40 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import Advantage, group_advantages, made_equal, rounded
+from mesh.rl.advantages import OF_STEP, Advantage, group_advantages, made_equal, rounded
 from mesh.rl.aggregation import Aggregation, normaliser, token_weights
-from mesh.rl.losses import Loss, LossTokens, Need, kl_T
+from mesh.rl.losses import (
+    DIVERGENCES,
+    Divergence,
+    Importance,
+    Loss,
+    LossTokens,
+    Need,
+    kl_T,
+)
+from mesh.rl.rewards import LengthPenalty
 
 
 class Terms(NamedTuple):
-    """Per loss token: the loss to minimise, bool clipped, and the KL to the reference (None: the
-    reference was not scored)."""
+    """Per loss token: the loss to minimise, bool clipped, and what else is measured of it: by the
+    name of the metric, which is the mean over the step's loss tokens.
+    """
 
     loss_T: Tensor
     clipped_T: Tensor
-    kl_T: Tensor | None
+    measured: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
-    advantage_eps: of the advantage `std`."""
+    advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs, in
+    the loss of tokens or, summed, in the reward of rollouts; length_penalty, importance: None,
+    there is none.
+    """
 
     loss: Loss
     settings: Mapping[str, Any] = field(default_factory=dict)
     kl_coef: float = 0.0
     longest_response: int = 1
     advantage_eps: float = 1e-6
+    kl_estimator: Divergence = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    length_penalty: LengthPenalty | None = None
+    importance: Importance | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Needs of the loss, and the reference where its KL is weighted."""
-        return self.loss.needs | ({"reference_logprobs"} if self.kl_coef > 0 else set())
+        """Needs of the loss, and those of its terms."""
+        needs: set[Need] = set(self.loss.needs)
+        if self.kl_coef > 0:
+            needs.add("reference_logprobs")
+        if self.importance is not None:
+            needs.add("trainer_logprobs")
+            needs |= {"sequence_ratio"} if self.importance.level == "sequence" else set()
+        if isinstance(self.loss.advantage, str) and self.loss.advantage in OF_STEP:
+            needs.add("step_statistics")
+        return frozenset(needs)
 
     def __call__(self, tokens: LossTokens) -> Terms:
         """Loss of every token; the gradient goes through `tokens.logprobs_T`."""
@@ -46,19 +71,27 @@ class Objective:
                 tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
-        if tokens.reference_logprobs_T is None:
-            assert self.kl_coef == 0, "the reference was not scored"
-            return Terms(loss_T, clipped_T, None)
-        divergence_T = kl_T(tokens.logprobs_T, tokens.reference_logprobs_T)
-        if self.kl_coef > 0:
-            loss_T = loss_T + self.kl_coef * divergence_T
-        return Terms(loss_T, clipped_T, divergence_T)
+        measured: dict[str, Tensor] = {}
+        if self.importance is not None:
+            weights_T, bounded_T = importance_of(self.importance, tokens)
+            loss_T = loss_T * weights_T
+            measured |= {"importance/weight": weights_T, "importance/bounded": bounded_T}
+        if self.kl_coef > 0 and self.kl_in == "loss":
+            assert tokens.reference_logprobs_T is not None, "the reference was not scored"
+            penalty = DIVERGENCES[self.kl_estimator]
+            penalty_T = penalty(tokens.logprobs_T, tokens.reference_logprobs_T)
+            loss_T = loss_T + self.kl_coef * penalty_T
+        if tokens.reference_logprobs_T is not None:
+            measured["kl"] = kl_T(tokens.logprobs_T.detach(), tokens.reference_logprobs_T)
+        return Terms(loss_T, clipped_T, measured)
 
-    def advantages(self, rewards_PG: Tensor) -> Tensor:
+    def advantages(self, rewards_PG: Tensor, lengths_PG: Tensor | None = None) -> Tensor:
         """float64 rewards_PG -> float32 advantages_PG on the CPU. A user's function gets the
-        equal rewards of a group (`equal_groups`) as one number."""
+        equal rewards of a group (`equal_groups`) as one number. lengths_PG: loss tokens of each
+        rollout, for the kinds that are whitened over tokens; unset: as many of each."""
         if isinstance(self.loss.advantage, str):
-            return group_advantages(rewards_PG, self.loss.advantage, self.advantage_eps)
+            kind, eps = self.loss.advantage, self.advantage_eps
+            return group_advantages(rewards_PG, kind, eps, lengths_PG)
         return rounded(self.loss.advantage(made_equal(rewards_PG)), rewards_PG)
 
     def weights(self, lengths_R: Tensor) -> Tensor:
@@ -68,6 +101,12 @@ class Objective:
     def normaliser(self, num_tokens: int, num_sequences: int) -> float:
         """Divisor of the step's sum of losses, from the counts of all ranks and waves."""
         return normaliser(num_tokens, num_sequences, self.loss.aggregation, self.longest_response)
+
+
+def importance_of(importance: Importance, tokens: LossTokens) -> tuple[Tensor, Tensor]:
+    """(weights_T, bounded_T) of tokens whose old logprobs are the trainer's."""
+    assert tokens.generator_logprobs_T is not None, "the generator's logprobs are not there"
+    return importance.weights(tokens.old_logprobs_T, tokens.generator_logprobs_T, tokens.sequence_T)
 
 
 def check_shapes(loss_T: Tensor, clipped_T: Tensor, tokens: LossTokens) -> None:
@@ -89,16 +128,13 @@ def objective_of(
     advantage: Advantage | None = None,
     aggregation: Aggregation | None = None,
     settings: Mapping[str, Any] | None = None,
-    kl_coef: float = 0.0,
-    longest_response: int = 1,
-    advantage_eps: float = 1e-6,
+    **terms: Any,
 ) -> Objective:
-    """The objective of a loss; what is None is the loss's own."""
+    """The objective of a loss; what is None is the loss's own. terms: fields of `Objective`."""
     loss = replace(
         loss,
         advantage=advantage or loss.advantage,
         aggregation=aggregation or loss.aggregation,
     )
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    settings = {**loss.settings, **given}
-    return Objective(loss, settings, kl_coef, longest_response, advantage_eps)
+    return Objective(loss, {**loss.settings, **given}, **terms)

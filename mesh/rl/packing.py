@@ -45,7 +45,7 @@ class PackedBatch:
     The hidden state at `index_A` predicts `targets_A`, the loss tokens in order; all `_A` tensors
     are aligned with them. Sequence s fills tokens cu_seqlens[s] to cu_seqlens[s + 1]. The ratio is
     taken against `old_logprobs_A`, the mismatch measured against `generator_logprobs_A`; both are
-    the same numbers while a batch gives one update.
+    the same numbers as a batch is packed.
     """
 
     tokens_T: Tensor  # int64

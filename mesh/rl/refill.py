@@ -8,7 +8,7 @@ outlines, so it is the same on any mesh.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -61,9 +61,3 @@ def next_round(num_groups: int, found: int, drawn: int) -> int:
     """
     missing = num_groups - found
     return min(num_groups, ceil(missing * drawn / found)) if found else num_groups
-
-
-def of_prompts(wave: Wave, prompt_ids: Collection[int]) -> Wave:
-    """The groups of these prompts."""
-    outlines = [o for o in wave.outlines if o.prompt_id in prompt_ids]
-    return Wave(outlines, [r for r in wave.rollouts if r.prompt_id in prompt_ids])

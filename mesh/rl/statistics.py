@@ -18,8 +18,12 @@ from mesh.types import FINISH_REASONS, TRUNCATED, Outline, Parts, Wave
 class TokenStats:
     """Mergeable statistics of tokens: `sums` add, of `maxima` the largest stays.
 
-    float64 on the tokens' device. `sums`: tokens, clipped tokens, |logprob difference|, ratio.
+    float64 on the tokens' device. `sums`: tokens, clipped tokens, |logprob difference|, ratio, KL.
     `maxima`: |logprob difference|, ratio. Two all-reduces (SUM, MAX) merge them over ranks.
+
+    The KL is that of the policy from the old one, by k3 = ratio - 1 - log(ratio) (Schulman,
+    "Approximating KL Divergence", 2020): on average KL(old || policy), as the old one drew the
+    tokens.
     """
 
     sums: Tensor
@@ -33,8 +37,9 @@ def token_stats(
     old ones. 0 tokens give the neutral element of `merge`.
     """
     mismatch_T = (logprobs_T - generator_logprobs_T).detach().to(torch.float64).abs()
-    ratio_T = (logprobs_T - old_logprobs_T).detach().to(torch.float64).exp()
-    summed = (torch.ones_like(ratio_T), clipped_T.to(torch.float64), mismatch_T, ratio_T)
+    moved_T = (logprobs_T - old_logprobs_T).detach().to(torch.float64)
+    ratio_T, kl_T = moved_T.exp(), torch.expm1(moved_T) - moved_T
+    summed = (torch.ones_like(ratio_T), clipped_T.to(torch.float64), mismatch_T, ratio_T, kl_T)
     floor = ratio_T.new_zeros(1)
     largest = [torch.cat([x_T, floor]).amax() for x_T in (mismatch_T, ratio_T)]
     return TokenStats(torch.stack([x_T.sum() for x_T in summed]), torch.stack(largest))
@@ -47,7 +52,7 @@ def merge(one: TokenStats, other: TokenStats) -> TokenStats:
 
 def stats_metrics(stats: TokenStats) -> dict[str, float]:
     """Metrics of the merged statistics, under the names of `metrics.jsonl`; 0 for no tokens."""
-    num_tokens, num_clipped, mismatch, ratio = stats.sums.tolist()
+    num_tokens, num_clipped, mismatch, ratio, _ = stats.sums.tolist()
     mismatch_max, ratio_max = stats.maxima.tolist()
     count = max(num_tokens, 1.0)
     return {
@@ -57,6 +62,12 @@ def stats_metrics(stats: TokenStats) -> dict[str, float]:
         "ratio/mean": ratio / count,
         "clip_fraction": num_clipped / count,
     }
+
+
+def approx_kl(stats: TokenStats) -> float:
+    """Mean KL of the policy from the old one, of merged statistics; 0 for no tokens."""
+    num_tokens, *_, divergence = stats.sums.tolist()
+    return divergence / max(num_tokens, 1.0)
 
 
 def part_means(scores: Iterable[Parts]) -> dict[str, float]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from math import inf
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from mesh.rl.advantages import equal_groups, rewards_of
-from mesh.rl.cutting import leaf_tokens, schedule
+from mesh.rl.advantages import equal_groups, lengths_of, rewards_of
+from mesh.rl.cutting import leaf_tokens, minibatches, schedule
 from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf, assert_complete, leaves
+from mesh.rl.rewards import shaped_rewards
 from mesh.types import TRUNCATED, NumberedPrompt, Outline, Rollout, RolloutKey, Wave
+
+T = TypeVar("T")
 
 Advantages = Mapping[int, Sequence[float]]
 """By prompt_id, one for each of its samples."""
@@ -31,8 +36,9 @@ class StepSettings:
     """Sizes of a step, and what counts. pass_tokens: most tokens of a forward pass; a group of more
     is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
     their group's statistics; truncated_reward: theirs, in place of their score. log_tokens: samples
-    have token ids and logprobs. refill_rounds: most rounds in which groups that are equal in
-    `refill_on` are replaced.
+    have token ids and logprobs. updates: of a step, each on a minibatch of groups, cut by `seed`;
+    kl_stop: bound of the KL from which on the step makes no more of them. refill_rounds: most
+    rounds in which groups that are equal in `refill_on` are replaced.
     """
 
     num_prompts: int
@@ -43,14 +49,17 @@ class StepSettings:
     mask_truncated: bool = False
     truncated_reward: float | None = None
     log_tokens: bool = False
+    updates: int = 1
+    kl_stop: float = inf
+    seed: int = 0
     refill_rounds: int = 0
     refill_on: str = "reward"
 
 
 @dataclass(frozen=True)
-class Share:
-    """A wave's work: this rank's passes, of which every rank has the same number, and what the
-    whole wave counts.
+class Minibatch:
+    """The work of one update on one wave: this rank's passes, of which every rank has the same
+    number, and what the whole minibatch counts.
 
     tokens, sequences: loss tokens and rollouts that enter the loss, over all ranks.
     """
@@ -58,6 +67,28 @@ class Share:
     passes: list[Pass]
     tokens: int
     sequences: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A wave's work: a minibatch for each update of the step."""
+
+    minibatches: list[Minibatch]
+
+    @property
+    def passes(self) -> list[Pass]:
+        """This rank's passes of all minibatches, in order."""
+        return [one for minibatch in self.minibatches for one in minibatch.passes]
+
+    @property
+    def tokens(self) -> int:
+        """Loss tokens of the wave, over all ranks."""
+        return sum(minibatch.tokens for minibatch in self.minibatches)
+
+    @property
+    def sequences(self) -> int:
+        """Rollouts of the wave that enter the loss, over all ranks."""
+        return sum(minibatch.sequences for minibatch in self.minibatches)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -67,11 +98,11 @@ class Share:
 
 @dataclass(frozen=True)
 class ScoredWave:
-    """A wave after its backward passes and before the step's update, as its inspector sees it.
+    """A wave before the step's first update, as its inspector sees it.
 
     prompts: all that were answered for it, also those whose groups were replaced; generated:
-    rollouts that this rank's replica made of them; logprobs_A, entropy_A: the trainer's, of the
-    loss tokens of `share.rollouts`, in order.
+    rollouts that this rank's replica made of them; logprobs_A: the trainer's, of the loss tokens of
+    `share.rollouts`, in order.
     """
 
     step: int
@@ -80,21 +111,33 @@ class ScoredWave:
     wave: Wave
     share: Share
     logprobs_A: torch.Tensor
-    entropy_A: torch.Tensor
 
 
-def share_of(wave: Wave, step: StepSettings, num_ranks: int, rank: int | None) -> Share:
-    """The work of data-parallel `rank` of `num_ranks` on a wave, cut into passes, before anything
-    is known of advantages; None, off the trainer: nothing.
+def share_of(wave: Wave, keys: StepSettings, num_ranks: int, rank: int | None, step: int) -> Share:
+    """The work of data-parallel `rank` of `num_ranks` on a wave of a step, cut into minibatches and
+    passes, before anything is known of advantages; rank None, off the trainer: nothing.
     """
     if not wave.outlines or rank is None:
-        return Share([], 0, 0)
-    outlines = counted(wave, step)
-    mine = _leaves(wave, {o.key for o in outlines}, step)
-    counts = leaf_tokens(outlines, num_ranks, step.pass_tokens)
+        return Share([Minibatch([], 0, 0)] * keys.updates)
+    parts = minibatches(prompt_ids_of(wave, keys.group_size), keys.updates, keys.seed, step)
+    return Share([_minibatch(part_of(wave, ids), keys, num_ranks, rank) for ids in parts])
+
+
+def part_of(wave: Wave, prompt_ids: set[int]) -> Wave:
+    """What a wave has of these prompts."""
+    return Wave(
+        [o for o in wave.outlines if o.prompt_id in prompt_ids],
+        [r for r in wave.rollouts if r.prompt_id in prompt_ids],
+    )
+
+
+def _minibatch(wave: Wave, keys: StepSettings, num_ranks: int, rank: int) -> Minibatch:
+    outlines = counted(wave, keys)
+    mine = _leaves(wave, {o.key for o in outlines}, keys)
+    counts = leaf_tokens(outlines, num_ranks, keys.pass_tokens)
     assert [leaf.num_tokens for leaf in mine] == counts[rank], "leaves are not the schedule's"
-    return Share(
-        passes_of(mine, counts, rank, step.pass_tokens),
+    return Minibatch(
+        passes_of(mine, counts, rank, keys.pass_tokens),
         sum(o.length for o in outlines),
         len(outlines),
     )
@@ -113,8 +156,20 @@ def counted(wave: Wave, step: StepSettings) -> list[Outline]:
 
 def credited(share: Share, advantages: Advantages, objective: Objective) -> Share:
     """The share with the advantages of its rollouts, and the weights of their tokens."""
-    passes = [[_credited(leaf, advantages, objective) for leaf in one] for one in share.passes]
-    return replace(share, passes=passes)
+    return Share([
+        replace(minibatch, passes=[
+            [_credited(leaf, advantages, objective) for leaf in one] for one in minibatch.passes
+        ])
+        for minibatch in share.minibatches
+    ])  # fmt: skip
+
+
+def with_scores(share: Share, scores: Sequence[T]) -> list[tuple[Minibatch, list[T]]]:
+    """Each minibatch with the scores of its passes; scores: of `share.passes`, in order."""
+    left = iter(scores)
+    pairs = [(one, list(islice(left, len(one.passes)))) for one in share.minibatches]
+    assert sum(len(found) for _, found in pairs) == len(scores), "scores of other passes"
+    return pairs
 
 
 def _credited(leaf: Leaf, advantages: Advantages, objective: Objective) -> Leaf:
@@ -137,11 +192,20 @@ def prompt_ids_of(wave: Wave, group_size: int) -> list[int]:
     return [o.prompt_id for o in wave.outlines[::group_size]]
 
 
-def advantages_of(wave: Wave, objective: Objective, group_size: int) -> dict[int, list[float]]:
-    """The advantages of each prompt's samples, by prompt_id; none off the trainer."""
+def advantages_of(
+    wave: Wave,
+    objective: Objective,
+    group_size: int,
+    divergences: Mapping[RolloutKey, float] | None = None,
+) -> dict[int, list[float]]:
+    """The advantages of each prompt's samples, by prompt_id; none off the trainer.
+
+    divergences: weighted KL of each rollout to the reference, where rewards are less by it.
+    """
     if not wave.outlines:
         return {}
-    advantages_PG = objective.advantages(rewards_of(wave, group_size))
+    rewards_PG = shaped_rewards(wave, group_size, objective.length_penalty, divergences)
+    advantages_PG = objective.advantages(rewards_PG, lengths_of(wave, group_size))
     return dict(zip(prompt_ids_of(wave, group_size), advantages_PG.tolist(), strict=True))
 
 

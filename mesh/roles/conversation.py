@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from mesh.engine.base import Continuation
 from mesh.engine.conversation import Dialogue
+from mesh.tasks.prompts import SHOWN
+from mesh.tasks.replying import converses
 from mesh.tasks.scorer import Scorer
 from mesh.tasks.transcript import replied, said
 from mesh.text.encoding import PromptEncoder
@@ -109,10 +111,14 @@ class Conversations:
         if reply is None:
             return None
         prompt, texts = self.prompts[key[0]], self.texts[key]
+        replies = self.scorer.replies
         try:
-            return self.encoder.after(prompt, texts, reply)
+            tokens = self.encoder.after(prompt, texts, reply)
+            if not (replies.warned or replies.warning):
+                replies.warning = control_warning(self.encoder, reply)
+            return tokens
         except Unencodable as error:
-            self.scorer.replies.refuse(prompt, texts, f"returned {reply!r}: {error}")
+            replies.refuse(prompt, texts, f"returned {reply!r}: {error}")
             self.failed.add(key)
             return None
 
@@ -135,6 +141,40 @@ class Conversations:
         most = min(self.sampling.max_new_tokens, room - len(tokens))
         self.limit[key] = limit if most < self.sampling.max_new_tokens else "length"
         return Continuation(*key, tokens, most)
+
+
+def control_warning(encoder: PromptEncoder, reply: Reply) -> str:
+    """The warning that a text of a reply has a control token, which the model does not read as the
+    characters that the task wrote; "": none has. What a chat template writes is no text of a reply.
+    """
+    if isinstance(reply, str):
+        texts = [reply]
+    else:
+        messages = [reply] if isinstance(reply, Mapping) else reply or ()
+        texts = [one["content"] for one in messages]
+    for text in texts:
+        if control := encoder.control_in(text):
+            end = encoder.tokenizer.backend.token_to_id(control) in encoder.tokenizer.eos_ids
+            return (
+                f"warning: the reply {text[:SHOWN]!r} has the control token {control!r}"
+                f"{', which ends a turn' if end else ''}: the model does not read it as text; take "
+                "it out of what reply returns, unless it is there on purpose"
+            )
+    return ""
+
+
+def warn_of_replies(scorer: Scorer, cpu_group: dist.ProcessGroup) -> None:
+    """Print what some rank has to say about replies, once in a run, by the first rank. Collective;
+    nothing where the task does not reply.
+    """
+    if not converses(scorer.task) or scorer.replies.warned:
+        return
+    found = [""] * dist.get_world_size(cpu_group)
+    dist.all_gather_object(found, scorer.replies.warning, group=cpu_group)
+    if warning := next(filter(None, found), ""):
+        scorer.replies.warned = True
+        if dist.get_rank() == 0:
+            print(warning, flush=True)
 
 
 def reply_seed(sampling: Sampling, key: RolloutKey, turn: int) -> int:

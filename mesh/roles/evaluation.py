@@ -1,47 +1,82 @@
-"""Evaluation on held-out prompts: sampled pass@1 and pass@k, greedy accuracy, and mean reward.
+"""Evaluation on held-out prompts: pass@k and majority votes of samples, greedy answers, rewards.
 
-Part of a run and a program of its own (`recipes/evaluate.py`), through the same engine.
+Part of a run and a program of its own (`recipes/evaluate.py`), through the same engine. The sets of
+an evaluation come one after the other, under the weights of one sync.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from mesh.rl.statistics import part_means
+from mesh.rl.estimators import mean_of
+from mesh.roles.answers import GREEDY, Answer, Values, answer_of, gathered, means, values_of, voted
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
 from mesh.tasks import Task, numbered
 from mesh.tasks.calls import TaskSource
-from mesh.tasks.correct import METHOD, correctness_rule, is_correct
+from mesh.tasks.correct import METHOD, correctness_rule
 from mesh.tasks.scorer import Scorer
-from mesh.types import Parts, Prompt, Rollout
+from mesh.tasks.transcript import shown
+from mesh.text.stopping import StopStrings
+from mesh.text.tokenizer import Tokenizer
+from mesh.types import Prompt, Rollout, RolloutKey, Sampling
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the samples of a set are drawn. temperature 0: they are greedy."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    stops: StopStrings | None
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out prompts of a task, drawn once, and how many samples of each (k of pass@k)."""
+    """Held-out prompts of a task, drawn once. ks: the k of pass@k and maj@k, of `num_samples` of
+    each; greedy: each is answered greedily, too; draws: None: as the rollouts of a step.
+    """
 
     source: TaskSource
     prompts: tuple[Prompt, ...]
     num_samples: int
+    ks: tuple[int, ...]
+    greedy: bool = True
+    draws: Draws | None = None
+
+    @property
+    def asked(self) -> list[int]:
+        """The sample ids of the answers to each prompt."""
+        return [*range(self.num_samples), *([GREEDY] if self.greedy else [])]
+
+    def sampling(self, generator: Generator, greedy: bool) -> Sampling:
+        """How its answers are drawn: the same random numbers at every evaluation."""
+        draws = self.draws
+        greedy = greedy or (draws is not None and draws.temperature == 0)
+        sampling = generator.sampling(EVAL_STEP, temperature=0 if greedy else None)
+        if draws is None:
+            return sampling
+        sampling = replace(sampling, max_new_tokens=draws.max_new_tokens, stops=draws.stops)
+        if greedy:
+            return sampling
+        sampling = replace(sampling, temperature=draws.temperature)
+        return replace(sampling, top_k=draws.top_k, top_p=draws.top_p)
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right.
-
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of a set found, the same on every rank but for the rows. values: by
+    metric, those of each problem; rows: the results of this replica's prompts, if asked for.
     """
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
-
-def metric_names(num_samples: int, prefix: str = "eval") -> list[str]:
-    """Metrics of an evaluation, of all of which more is better."""
-    passes = [f"{prefix}/pass@{k}" for k in _ks(num_samples)]
-    return [f"{prefix}/accuracy", *passes, f"{prefix}/accuracy_greedy", f"{prefix}/reward"]
+    metrics: dict[str, float]
+    values: Values
+    rows: list[dict[str, Any]]
 
 
 def evaluate(
@@ -49,74 +84,111 @@ def evaluate(
     generator: Generator,
     scorer: Scorer,
     cpu_group: dist.ProcessGroup,
-    prefix: str = "eval",
-) -> dict[str, float]:
-    """The metrics `eval/*` of the generator's present weights, on every rank. Collective.
+    name: str = "",
+    rows: bool = False,
+) -> Evaluation:
+    """Evaluate the generator's present weights. Collective.
 
-    `eval/reward` is the mean reward of the sampled responses, `eval/reward/NAME` that of a part of
-    their scores; the others count responses that are correct. The same prompts and random numbers
-    at every call, whatever the step: curves compare like with like. A replica's share may be empty.
-    The layout changes no bit.
+    The metrics are `eval/*`, of a named set `eval/NAME/*`. `reward` is the mean reward of the
+    sampled responses, `reward/PART` that of a part of their scores; `accuracy`, pass@k and maj@k
+    count responses that are correct. The same prompts and random numbers at every call, whatever
+    the step: curves compare like with like. A replica's share may be empty. The layout changes no
+    bit.
     """
-    prompts, samples = numbered(held_out.prompts), held_out.num_samples
-    sampled = generator.rollout(scorer, prompts, samples, generator.sampling(EVAL_STEP))
-    greedy = generator.rollout(scorer, prompts, 1, generator.sampling(EVAL_STEP, temperature=0))
-    table_PGC = answer_table(held_out, sampled, greedy)
-    table_PGC = table_PGC if generator.speaks else torch.zeros_like(table_PGC)
-    dist.all_reduce(table_PGC, group=cpu_group)
-    counts_PG, rewards_PG, correct_PG = table_PGC.unbind(-1)
-    assert (counts_PG == 1).all(), "held-out prompts were lost, or answered twice"
-    parts, ruled = shared_scores(sampled if generator.speaks else [], cpu_group)
-    nothing = ruled and not correct_PG.any() and rewards_PG.min() < rewards_PG.max()
-    if nothing and not scorer.warned:
+    task, prefix = held_out.source.task, prefix_of(name)
+    found = answers(held_out, generator, scorer)
+    mine = [answer_of(task, generator.tokenizer, rollout) for rollout in found.values()]
+    problems = gathered(mine, cpu_group, len(held_out.prompts), held_out.asked)
+    warn_of_none(problems, scorer, task, prefix)
+    values = values_of(problems, held_out.ks)
+    metrics = means(values, prefix) | failed_scores(scorer, f"{prefix}/failed", cpu_group)
+    results = rows_of(held_out, generator.tokenizer, name, found, problems, values) if rows else []
+    return Evaluation(metrics, values, results)
+
+
+def prefix_of(name: str) -> str:
+    """How the metrics of a set begin; the run's own has no name."""
+    return f"eval/{name}" if name else "eval"
+
+
+def answers(
+    held_out: EvaluationSet, generator: Generator, scorer: Scorer
+) -> Mapping[RolloutKey, Rollout]:
+    """The scored answers to this replica's share of the prompts, by (prompt_id, sample_id); empty
+    where this rank does not speak for it.
+    """
+    found: dict[RolloutKey, Rollout] = {}
+    prompts = numbered(held_out.prompts)
+    sampling = held_out.sampling(generator, greedy=False)
+    for rollout in generator.rollout(scorer, prompts, held_out.num_samples, sampling):
+        found[rollout.key] = rollout
+    if held_out.greedy:
+        sampling = held_out.sampling(generator, greedy=True)
+        for rollout in generator.rollout(scorer, prompts, 1, sampling):
+            found[rollout.prompt_id, GREEDY] = replace(rollout, sample_id=GREEDY)
+    return found if generator.speaks else {}
+
+
+LISTS = {name: name for name in ("correct", "parts", "turns")}
+"""Names of fields whose list in a row has the same one."""
+
+
+def rows_of(
+    held_out: EvaluationSet,
+    tokenizer: Tokenizer,
+    name: str,
+    found: Mapping[RolloutKey, Rollout],
+    problems: Sequence[Sequence[Answer]],
+    values: Values,
+) -> list[dict[str, Any]]:
+    """The results of the problems of which this rank has the answers, each as a JSON object."""
+    rows = []
+    for index in sorted({prompt_id for prompt_id, _ in found}):
+        prompt = held_out.prompts[index]
+        columns = {metric: column[index] for metric, column in values.items()}
+        by_sample = {
+            a.sample_id: response_row(tokenizer, found[index, a.sample_id], a)
+            for a in problems[index]
+        }
+        greedy = by_sample.pop(GREEDY, None)
+        lists = {field: [one[field] for one in by_sample.values()] for field in by_sample[0]}
+        rows.append({
+            "set": name, "index": index, "question": prompt.question, "answer": prompt.answer,
+            **{LISTS.get(field, f"{field}s"): values for field, values in lists.items()},
+            **({"greedy": greedy} if greedy else {}),
+            "metrics": {metric: mean_of([column]) for metric, column in columns.items() if column},
+        })  # fmt: skip
+    return rows
+
+
+def response_row(tokenizer: Tokenizer, rollout: Rollout, answer: Answer) -> dict[str, Any]:
+    """One answer: its text, what it is counted as in a vote (null: it has none), and its score."""
+    said = shown(tokenizer, rollout)
+    return {
+        "response": said["response"],
+        "vote": None if answer.vote is None else voted(tokenizer, rollout),
+        "reward": answer.reward,
+        "correct": answer.correct,
+        "parts": dict(answer.parts),
+        "length": answer.length,
+        "finish_reason": rollout.finish_reason,
+        **({"turns": said["turns"]} if "turns" in said else {}),
+    }
+
+
+def warn_of_none(
+    problems: Sequence[Sequence[Answer]], scorer: Scorer, task: Task, prefix: str
+) -> None:
+    """Say, once, that rewards differ and yet no response is correct where a rule decides that."""
+    flat = [answer for answers in problems for answer in answers]
+    rewards = [answer.reward for answer in flat]
+    sampled = [answer for answer in flat if answer.sample_id != GREEDY]
+    if scorer.warned or any(a.correct for a in flat) or min(rewards) == max(rewards):
+        return
+    if any(a.ruled for a in sampled):
         scorer.warned = True
         if dist.get_rank() == 0:
-            print(none_correct(held_out.source.task, float(rewards_PG.max()), prefix), flush=True)
-    metrics = metrics_of(rewards_PG, correct_PG, prefix)
-    metrics |= {f"{prefix}/reward/{name}": mean for name, mean in part_means(parts).items()}
-    return metrics | failed_scores(scorer, f"{prefix}/failed", cpu_group)
-
-
-def shared_scores(
-    sampled: Sequence[Rollout], cpu_group: dist.ProcessGroup
-) -> tuple[list[Parts], bool]:
-    """The parts of all replicas' scores, and whether a score leaves it to a rule if it is correct.
-    Collective.
-    """
-    mine = [r.parts for r in sampled if r.parts], any(r.correct is None for r in sampled)
-    shares: list[tuple[list[Parts], bool]] = [([], False)] * dist.get_world_size(cpu_group)
-    dist.all_gather_object(shares, mine, group=cpu_group)
-    return [parts for found, _ in shares for parts in found], any(ruled for _, ruled in shares)
-
-
-def answer_table(
-    held_out: EvaluationSet, sampled: Sequence[Rollout], greedy: Sequence[Rollout]
-) -> torch.Tensor:
-    """float64 table_PGC: for each answer, the greedy one behind the samples of its prompt, 1, its
-    reward, and 1 if it is correct. 0 where the rollouts are another replica's: tables add up.
-    """
-    last = held_out.num_samples
-    rows = [[(0.0, 0.0, 0.0)] * (last + 1) for _ in range(len(held_out.prompts))]
-    for rollout in (*sampled, *(replace(r, sample_id=last) for r in greedy)):
-        correct = is_correct(held_out.source.task, rollout.reward, rollout.correct)
-        rows[rollout.prompt_id][rollout.sample_id] = (1.0, rollout.reward, float(correct))
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def metrics_of(
-    rewards_PG: torch.Tensor, correct_PG: torch.Tensor, prefix: str = "eval"
-) -> dict[str, float]:
-    """The metrics of an evaluation, from its whole table's columns. Sums are exactly rounded."""
-    num_prompts, samples = len(rewards_PG), rewards_PG.shape[1] - 1
-    counts = [int(count) for count in correct_PG[:, :-1].sum(1).tolist()]
-    by_k = {
-        k: math.fsum(pass_at_k(samples, count, k) for count in counts) / num_prompts
-        for k in _ks(samples)
-    }
-    greedy = float(correct_PG[:, -1].sum()) / num_prompts
-    reward = math.fsum(rewards_PG[:, :-1].flatten().tolist()) / (num_prompts * samples)
-    values = [by_k[1], *by_k.values(), greedy, reward]
-    return dict(zip(metric_names(samples, prefix), values, strict=True))
+            print(none_correct(task, max(rewards), prefix), flush=True)
 
 
 def none_correct(task: Task, largest: float, prefix: str) -> str:
@@ -132,7 +204,3 @@ def none_correct(task: Task, largest: float, prefix: str) -> str:
         f"response is correct where {correctness_rule(task)}; {remedy}. The best model may follow "
         f"another metric: checkpoint.best_metric={prefix}/reward"
     )
-
-
-def _ks(num_samples: int) -> list[int]:
-    return sorted({1, num_samples})

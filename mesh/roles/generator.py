@@ -20,7 +20,7 @@ from mesh.exchange.rollouts import replica_of
 from mesh.layout.meshes import Layout, Meshes, dp_rank
 from mesh.layout.reshard import ParamLayout
 from mesh.model.layouts import role_layouts, weight_names
-from mesh.roles.conversation import Conversations, Limits
+from mesh.roles.conversation import Conversations, Limits, warn_of_replies
 from mesh.tasks.replying import converses
 from mesh.tasks.response import Response, Score
 from mesh.tasks.scorer import Scorer
@@ -164,6 +164,7 @@ class Generator:
                 reward=score.reward,
                 parts=tuple(score.parts.items()),
                 correct=score.correct,
+                answer=score.answer,
             )
             for rollout, score in zip(rollouts, scores, strict=True)
         ]
@@ -250,8 +251,10 @@ def reply_group(layout: Layout, timeout_seconds: int) -> dist.ProcessGroup | Non
 def failed_scores(scorer: Scorer, name: str, cpu_group: dist.ProcessGroup) -> dict[str, float]:
     """The metric `name`: scores of all replicas that have failed since this was last asked.
 
-    The first rank shows one of them. Collective; empty where a failure ends the run.
+    The first rank shows one of them, and a warning about replies. Collective; empty where a failure
+    ends the run.
     """
+    warn_of_replies(scorer, cpu_group)
     if scorer.settings.on_failure == "stop":
         return {}
     shares: list[tuple[int, str]] = [(0, "")] * dist.get_world_size(cpu_group)

@@ -77,8 +77,9 @@ class BadParameter:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of all ranks in a step, sorted. `loss` and `grad_norm` are texts;
-    `weights`: those not finite before the step; `parameters`: how many the model has.
+    """The findings of all ranks in an update of a step, sorted. `loss` and `grad_norm` are texts;
+    `weights`: those not finite before it; `parameters`: how many the model has; `update`: which of
+    the step, from 1.
     """
 
     step: int
@@ -89,6 +90,7 @@ class Report:
     gradients: list[BadParameter]
     weights: list[BadParameter]
     parameters: int
+    update: int = 1
 
 
 def bad_sequences(trained: Iterable[Trained]) -> list[BadSequence]:
@@ -160,6 +162,7 @@ def merged(
     metrics: Mapping[str, float],
     parts: Sequence[Findings],
     layouts: Sequence[ParamLayout],
+    update: int = 1,
 ) -> Report:
     """All ranks' findings as one report: what replicas or tensor-parallel ranks both hold counts
     once. metrics: the step's `loss` and `grad_norm`; layouts: of every parameter.
@@ -174,6 +177,7 @@ def merged(
         _parameters((x for part in parts for x in part.gradients), totals),
         _parameters((x for part in parts for x in part.weights), totals),
         len(totals),
+        update,
     )
 
 
@@ -215,7 +219,8 @@ def head(report: Report) -> str:
 
 def _numbers(report: Report) -> str:
     numbers = f"loss {report.loss}, gradient norm {report.grad_norm}"
-    return f"step {report.step} is not finite ({numbers})"
+    which = f", update {report.update}" if report.update > 1 else ""
+    return f"step {report.step}{which} is not finite ({numbers})"
 
 
 def _count(what: str, found: Sequence[BadParameter], report: Report) -> str:

@@ -48,14 +48,11 @@ def lr_at(step: int, settings: OptimizerSettings) -> float:
 
 
 class Optimizer:
-    """Owns the moments of these parameters. Counts the updates that were made, and the steps that
-    gave none because their gradient was exactly 0.
-    """
+    """Owns the moments of these parameters. Counts the updates that were made."""
 
     def __init__(self, parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
         self.settings = settings
         self.updates = 0
-        self.without_signal = 0
         self._moving = threading.Lock()
         self._whole = True
         self.adamw = torch.optim.AdamW(
@@ -78,7 +75,6 @@ class Optimizer:
         moving the weights, and weight decay shrink them.
         """
         if norm == 0:
-            self.without_signal += 1
             return
         if 0 < self.settings.clip_norm < norm:
             torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
@@ -109,15 +105,13 @@ class Optimizer:
             state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 
-    def continue_after(
-        self, updates: int, without_signal: int, parameters: Iterable[Tensor]
-    ) -> None:
-        """Resume after so many updates, whose moments are already loaded, and steps without."""
-        self.updates, self.without_signal = updates, without_signal
+    def continue_after(self, updates: int, parameters: Iterable[Tensor]) -> None:
+        """Resume after so many updates, whose moments are already loaded."""
+        self.updates = updates
         for parameter in parameters:
             self.moments(parameter)["step"].fill_(updates)
 
     def restart(self) -> None:
         """Forget all updates."""
         self.adamw.state.clear()
-        self.updates = self.without_signal = 0
+        self.updates = 0

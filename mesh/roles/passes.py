@@ -6,6 +6,7 @@ what is known before any gradient: it is scored first. `backward` then trains on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from mesh.model.attention import packed_context
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy
 from mesh.rl.aggregation import loss_sum
-from mesh.rl.losses import LossTokens
+from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch
 from mesh.rl.statistics import token_stats
@@ -23,11 +24,19 @@ from mesh.rl.step import Pass
 from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
 
+SCORED: frozenset[Need] = frozenset({"reference_logprobs"})
+"""Needs for which passes are scored first."""
+
 
 @dataclass(frozen=True)
 class PassScores:
-    """Logprobs of one pass's loss tokens that are known before it is trained on."""
+    """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
+    old_logprobs_A: the trainer's before the step's first update, where there are several.
+    reference_logprobs_A: of the frozen reference.
+    """
+
+    old_logprobs_A: torch.Tensor | None = None
     reference_logprobs_A: torch.Tensor | None = None
 
 
@@ -39,10 +48,53 @@ def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScore
                  temperature)  # fmt: skip
 
 
-def loss_tokens(logprobs_A: torch.Tensor, batch: PackedBatch, known: PassScores) -> LossTokens:
-    """What the loss sees of a batch."""
+@torch.no_grad()
+def score_pass(
+    batch: PackedBatch,
+    model: Policy,
+    reference: Policy | None,
+    needs: frozenset[Need],
+    policy: bool,
+    temperature: float,
+    sums: StepSums,
+) -> PassScores:
+    """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
+    logprobs, whose difference from the generator's goes into `sums`."""
+    old_A = reference_A = None
+    if policy:
+        old_A = forward(model, batch, temperature).logprobs_A
+        sums.add_before(
+            token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
+        )
+    if "reference_logprobs" in needs:
+        assert reference is not None, "a reference is needed, and none is kept"
+        reference_A = forward(reference, batch, temperature).logprobs_A
+    return PassScores(old_A, reference_A)
+
+
+def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
+    """The trainer's logprobs before the step's first update, of passes that are scored or else, as
+    `trained_A` was, trained on by that update."""
+    scored = [one.old_logprobs_A for one in known if one.old_logprobs_A is not None]
+    assert len(scored) in (0, len(known)), "some passes were scored, and others were not"
+    return torch.cat(scored) if scored else trained_A
+
+
+def loss_tokens(
+    logprobs_A: torch.Tensor, batch: PackedBatch, known: PassScores, needs: frozenset[Need]
+) -> LossTokens:
+    """What the loss sees of a batch.
+
+    The old logprobs are the trainer's before the step's first update where passes are scored for
+    several, and with `trainer_logprobs`: of a step with one update they are those of now.
+    """
+    old_A = batch.old_logprobs_A
+    if known.old_logprobs_A is not None:
+        old_A = known.old_logprobs_A
+    elif "trainer_logprobs" in needs:
+        old_A = logprobs_A.detach()
     return LossTokens(
-        logprobs_A, batch.old_logprobs_A, batch.advantages_A, batch.sequence_A,
+        logprobs_A, old_A, batch.advantages_A, batch.sequence_A,
         generator_logprobs_T=batch.generator_logprobs_A,
         reference_logprobs_T=known.reference_logprobs_A,
     )  # fmt: skip
@@ -63,15 +115,15 @@ def backward(
     """
     logprobs_A, entropy_A = forward(model, batch, temperature)
     logprobs_A.retain_grad()
-    tokens = loss_tokens(logprobs_A, batch, known)
-    loss_A, clipped_A, kl_A = objective(tokens)
+    tokens = loss_tokens(logprobs_A, batch, known, objective.needs)
+    loss_A, clipped_A, measured = objective(tokens)
     loss = loss_sum(loss_A, batch.weights_A)
     loss.backward()
-    kl_A = torch.zeros_like(entropy_A) if kl_A is None else kl_A
     old_A = tokens.old_logprobs_T
     sums.add(
         token_stats(logprobs_A, batch.generator_logprobs_A, old_A, clipped_A),
-        (loss, entropy_A.double().sum(), kl_A.double().sum()),
+        loss,
+        {"entropy": entropy_A, **measured},
         Trained(
             tuple(r for leaf in leaves for r in leaf.rollouts), logprobs_A.detach(),
             loss_A.detach(), logprobs_A.grad,

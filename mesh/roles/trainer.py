@@ -1,8 +1,9 @@
-"""The trainer: fp32 master weights under FSDP and TP, one optimizer step from summed losses.
+"""The trainer: fp32 master weights under FSDP and TP, an optimizer's update from summed losses.
 
-A step is any number of `accumulate` calls, then one `update`: losses are unnormalised sums, so the
-gradients of passes and waves simply add; what they are divided by is known after the last wave and
-applied once. Off the trainer's submesh every verb returns an empty result.
+An update is any number of `accumulate` calls, then one `update`: losses are unnormalised sums, so
+the gradients of passes and waves simply add; what they are divided by is known after the last wave
+and applied once. A step has one update, or several, each on a minibatch. Off the trainer's submesh
+every verb returns an empty result.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.models import build_model
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import MOMENTS, Optimizer
-from mesh.roles.passes import PassScores, backward, forward
+from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import TrainerSettings
 
@@ -54,7 +55,10 @@ class Trainer:
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
-        self.sums = StepSums(device)
+        self.without_signal = 0  # of them those whose gradients were all exactly 0
+        self.silent = False  # the last one is such a step, so far
+        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         self.reference: Policy | None = None
         if meshes.on_trainer:
@@ -95,28 +99,22 @@ class Trainer:
 
     @property
     def updates(self) -> int:
-        """Steps that changed the weights; 0 off the trainer."""
+        """Updates that changed the weights; 0 off the trainer."""
         return self.optimizer.updates if self.model is not None else 0
 
-    @property
-    def without_signal(self) -> int:
-        """Steps whose gradient was exactly 0, which changed nothing; 0 off the trainer."""
-        return self.optimizer.without_signal if self.model is not None else 0
-
     def continue_after(self, steps: int, updates: int, without_signal: int) -> None:
-        """Continue after so many steps, of which `updates` changed the weights and some were
-        without signal; `state` holds that step's tensors already."""
-        self.steps = steps
+        """Continue after so many steps with `updates` that changed the weights; some steps were
+        without signal. `state` holds the last step's tensors already."""
+        self.steps, self.without_signal = steps, without_signal
         if self.model is not None:
-            weights = self.state()["weights"].values()
-            self.optimizer.continue_after(updates, without_signal, weights)
+            self.optimizer.continue_after(updates, self.state()["weights"].values())
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""
         with torch.no_grad():
             for name, tensor in local_tensors(self.parameters()).items():
                 tensor.copy_(weights[name])
-        self.steps = 0
+        self.steps = self.without_signal = 0
         if self.model is not None:
             self.optimizer.restart()
 
@@ -131,16 +129,21 @@ class Trainer:
             model, batch, self.settings.temperature if temperature is None else temperature
         )
 
-    @torch.no_grad()
-    def score(self, passes: Sequence[Pass], needs: frozenset[Need]) -> list[PassScores]:
-        """First phase of a wave: what the objective needs of its passes before they are trained on.
+    def score(
+        self, passes: Sequence[Pass], needs: frozenset[Need], policy: bool = False
+    ) -> list[PassScores]:
+        """First phase of a wave: what is needed of its passes before they are trained on; policy:
+        also the policy's own logprobs, with which all updates of a step compare.
 
         A collective of the trainer, in which every rank has the same number of passes.
         """
-        if self.reference is None or "reference_logprobs" not in needs:
+        if self.model is None or not (policy or needs & SCORED):
             return [PassScores() for _ in passes]
-        batches = (pack(one).to(self.device) for one in passes)
-        return [PassScores(self.forward(self.reference, batch).logprobs_A) for batch in batches]
+        models, rest = (self.model, self.reference), (self.settings.temperature, self.sums)
+        return [
+            score_pass(pack(leaves).to(self.device), *models, needs, policy, *rest)
+            for leaves in passes
+        ]
 
     def accumulate(
         self, passes: Sequence[Pass], objective: Objective, scores: Sequence[PassScores]
@@ -165,39 +168,73 @@ class Trainer:
         return TokenScores(torch.cat(logprobs), torch.cat(entropies))
 
     @torch.no_grad()
-    def update(self, normaliser: float, tokens: int) -> dict[str, float]:
-        """Divide the gradients by `normaliser`, clip, step. Returns the step's metrics.
+    def update(self, normaliser: float, tokens: int, number: int = 0) -> dict[str, float]:
+        """Divide the gradients by `normaliser`, clip, step. Returns the update's metrics.
 
-        tokens: loss tokens of the whole step, over all ranks; checked against what was trained.
-        A step whose loss, gradient or logprobs are not finite on any rank changes neither weights
-        nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`, on all ranks. Nor
-        does one whose whole gradient is exactly 0, which `steps_without_signal` counts over the
-        run. The learning rate's schedule advances. Empty off the trainer.
+        tokens: loss tokens of the whole update, over all ranks; checked against what was trained.
+        number: of the update in its step, whose learning rate all its updates have; the first one
+        begins a step. An update whose loss, gradient or logprobs are not finite on any rank changes
+        neither weights nor moments: RuntimeError, or with on_nonfinite=skip the metric `skipped`,
+        on all ranks. Nor does one whose whole gradient is exactly 0; `steps_without_signal` counts
+        the steps of the run that had no other. Empty off the trainer.
         """
         if self.model is None:
             return {}
         gradients = summed_gradients(self.model)
         torch._foreach_div_(list(gradients.values()), normaliser)
         norm, finite = gradient_norm(gradients, self.sums.bad(), self.model, self.mesh)
-        lr = self.optimizer.lr(self.steps)
+        step = self.steps if number == 0 else self.steps - 1
+        lr = self.optimizer.lr(step)
         if finite:
             self.optimizer.step(gradients, norm, lr)
-        metrics = self.sums.metrics(self.mesh, normaliser, tokens) | {"grad_norm": norm, "lr": lr}
-        metrics["steps_without_signal"] = float(self.without_signal)
-        if self.reference is None:
-            del metrics["kl"]
+        self.sums.reduce(self.mesh)
+        metrics = self.sums.metrics(normaliser, tokens) | {"grad_norm": norm, "lr": lr}
         if self.settings.on_nonfinite == "skip":
             metrics["skipped"] = float(not finite)
         if not finite:
-            self._report(gradients, metrics)
-        self.optimizer.zero_grad()
-        self.sums = StepSums(self.device)
-        self.steps += 1
+            self._report(step, number, gradients, metrics)
+        self._count(number, silent=finite and norm == 0)
+        metrics["steps_without_signal"] = float(self.without_signal)
+        self._clear()
         return metrics
 
-    def _report(self, gradients: Mapping[str, torch.Tensor], metrics: Mapping[str, float]) -> None:
-        """Report where the step is not finite, which all ranks of the trainer look for; raises that
-        as RuntimeError unless the step is to be skipped."""
+    def _count(self, number: int, silent: bool) -> None:
+        """Count a step, which is without signal while all of its updates are silent."""
+        was = self.silent if number else False
+        self.silent = silent and (was or number == 0)
+        self.without_signal += int(self.silent) - int(was)
+        self.steps += number == 0
+
+    def approx_kl(self) -> float:
+        """Mean KL of the policy from the old one over the tokens accumulated since the last update,
+        on all ranks; 0 off the trainer. A collective of the trainer."""
+        if self.model is None:
+            return 0.0
+        self.sums.reduce(self.mesh)
+        return self.sums.ratios()["approx_kl"]
+
+    def leave_out(self) -> dict[str, float]:
+        """Make no update of what was accumulated since the last one; how far the policy had moved
+        from the old one on it, once `approx_kl` was asked for. Empty off the trainer."""
+        if self.model is None:
+            return {}
+        moved = self.sums.ratios()
+        self._clear()
+        return moved
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad()
+        self.sums = StepSums(self.device, self.measured)
+
+    def _report(
+        self,
+        step: int,
+        number: int,
+        gradients: Mapping[str, torch.Tensor],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Report where an update is not finite, which all ranks of the trainer look for; raises
+        that as RuntimeError unless it is to be skipped."""
         layouts = [layout for layout in self.layouts if layout.name in self.master_names]
         weights = local_tensors(self.parameters())
         mine = findings(
@@ -207,5 +244,6 @@ class Trainer:
             self._blocks(),
         )
         parts = gathered(mine, self.cpu_group)
-        report = merged(self.steps + 1, self.settings.on_nonfinite, metrics, parts, layouts)
+        action = self.settings.on_nonfinite
+        report = merged(step + 1, action, metrics, parts, layouts, update=number + 1)
         announce(report, self.run_dir, self.cpu_group)

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code
 from mesh.tasks.classes import class_of
 from mesh.tasks.response import Response, Score
 from mesh.text.forms import form_problem
 from mesh.types import NumberedPrompt, Prompt
+
+USUAL_HELD_OUT = 256
+"""Held-out prompts of a task that does not know how many it has."""
 
 FORMS = "give a text, messages (with role and content) or token ids, and one of the three"
 T = TypeVar("T")
@@ -180,10 +183,22 @@ def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:
     return checked(prompts, draw.num, "train_prompts")
 
 
-def draw_held_out(task: Task, num: int) -> list[Prompt]:
-    """A task's first `num` held-out prompts; ValueError if it does not return them, each with a
-    text of its own, returns others when it is asked again, or raises.
+def num_held_out(task: Task, num: int | None) -> int:
+    """`num`, or, where that is unset, the usual number: no more than the task has, where it has a
+    method `num_held_out() -> int`. ValueError where that raises.
     """
+    method = getattr(task, "num_held_out", None)
+    if num is not None or not callable(method):
+        return num or USUAL_HELD_OUT
+    has = call_user_code(f"num_held_out of {task!r}", method)
+    return max(1, min(has, USUAL_HELD_OUT))
+
+
+def draw_held_out(task: Task, num: int | None) -> list[Prompt]:
+    """A task's first `num` held-out prompts (None: the usual number); ValueError if it does not
+    return them, each with a text of its own, returns others when it is asked again, or raises.
+    """
+    num = num_held_out(task, num)
     drawn, again = (
         call_user_code(f"eval_prompts of {task!r}", lambda: task.eval_prompts(num))
         for _ in range(2)
@@ -286,9 +301,7 @@ def numbered(prompts: Sequence[Prompt], first_id: int = 0) -> list[NumberedPromp
 def _choice(key: str, fields: dict[str, Any]) -> str:
     if not fields:
         return "it takes none; leave task_args empty"
-    close = nearest(key, fields)
-    meant = f"did you mean task_args.{close}? " if close else ""
-    return f"{meant}it has {', '.join(fields)}"
+    return f"{meant(key, fields, 'task_args.')}it has {', '.join(fields)}"
 
 
 def _required(fields: dict[str, Any], args: Mapping[str, Any]) -> list[str]:

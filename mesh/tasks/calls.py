@@ -154,10 +154,13 @@ class Replies:
     """Owns the replies of the environment, as they become ready: nobody waits for the slowest.
 
     Replies and scores of a task share processes: no reply is out when scores are asked for.
+    warning: about one of them, which no rank has said yet; warned: some rank has said one.
     """
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
+        self.warning = ""
+        self.warned = False
 
     @property
     def num(self) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.config.user_code import import_named
 from mesh.tasks.arithmetic import Arithmetic
 from mesh.tasks.calculator import Calculator
@@ -35,7 +35,7 @@ def class_of(name: str) -> type:
 def _shipped_class(name: str) -> type:
     if name not in SHIPPED:
         remedy = f"use one of {', '.join(SHIPPED)}, or MODULE:CLASS for a task of your own"
-        raise ValueError(f"task={name}: no such task; {_meant(name, SHIPPED)}{remedy}")
+        raise ValueError(f"task={name}: no such task; {meant(name, SHIPPED)}{remedy}")
     return SHIPPED[name]
 
 
@@ -44,7 +44,7 @@ def _import_class(name: str) -> type:
     task_class = getattr(module, class_name, None)
     if task_class is None:
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        remedy = f"{_meant(class_name, classes)}its classes are {', '.join(classes) or 'none'}"
+        remedy = f"{meant(class_name, classes)}its classes are {', '.join(classes) or 'none'}"
         raise ValueError(f"task={name}: {module.__name__} has no {class_name}; {remedy}")
     _check_class(name, task_class)
     return task_class
@@ -66,8 +66,3 @@ def scored_apart(name: str, args: Mapping[str, Any]) -> bool:
     """
     apart = getattr(SHIPPED.get(name), "scored_apart", None)
     return ":" in name or (apart is not None and apart(args))
-
-
-def _meant(word: str, choices: Iterable[str]) -> str:
-    close = nearest(word, choices)
-    return f"did you mean {close}? " if close else ""

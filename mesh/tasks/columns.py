@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.tasks.rows import Row, kind_of
 from mesh.types import Prompt
 
@@ -75,13 +75,11 @@ class Columns:
         for key, columns in self.used().items():
             for column in columns:
                 if column not in names:
-                    close = nearest(column, names)
-                    meant = f"did you mean {close}? " if close else ""
                     where = f"{{{column}}} in task_args.template"
                     where = (
                         where if key == "template" else f"task_args.{KEYS.get(key, key)}={column}"
                     )
-                    found.append(f"{where}: there is no such column; {meant}{has}")
+                    found.append(f"{where}: there is no such column; {meant(column, names)}{has}")
         questions = [key for key in ("prompt", "messages", "template") if getattr(self, key)]
         if not questions:
             found.append(

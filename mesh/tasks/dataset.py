@@ -100,6 +100,9 @@ class Dataset:
             )
         return [self._selection.prompt(*at, i) for i, at in enumerate(held_out[:num])]
 
+    def num_held_out(self) -> int:
+        return len(self._selection.held_out)
+
     def all_prompts(self) -> list[Prompt]:
         places = [(part, row) for part, rows in enumerate(self._selection.train) for row in rows]
         return [self._selection.prompt(*at, i) for i, at in enumerate(places)]

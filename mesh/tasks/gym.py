@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.tasks.draw import is_held_out
 from mesh.tasks.judges import in_box
 from mesh.tasks.numerals import last_number
@@ -112,7 +112,7 @@ class ReasoningGym:
             with silent():
                 reward = float(self._dataset(stage, made).score_answer(answer, dict(item)))
         parts = {} if self.extract == "all" else {"format": float(answer is not None)}
-        return Score(reward, parts, reward >= 1.0)
+        return Score(reward, parts, reward >= 1.0, answer or "")
 
     def _drawn(self, stage: int, step: int, round: int, index: int) -> Prompt:
         for attempt in range(MOST_ATTEMPTS):
@@ -204,8 +204,7 @@ def setting_hints(name: str) -> dict[str, Any]:
 
 
 def choices(word: str, among: Any) -> str:
-    close = nearest(word, among)
-    return f"{f'did you mean {close}? ' if close else ''}it has {', '.join(among)}"
+    return f"{meant(word, among)}it has {', '.join(among)}"
 
 
 def library() -> Any:

@@ -3,7 +3,8 @@
     judge(answer, response, **settings) -> Score
 
 `answer` is what a data set has. The reward is 1 or 0, and so is `correct`; where the form is asked
-of the response, the part `format` is 1 if it was found. A task of your own calls them as functions,
+of the response, the part `format` is 1 if it was found. `answer` is what was found, in one way of
+writing, so that responses can vote (maj@k). A task of your own calls them as functions,
 `task=dataset` by name (docs/judges.md has a table of what each takes).
 
 A judge that reads answers of a form has a second function, which says what is wrong with one.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, get_type_hints
 
-from mesh.config.spelling import nearest
+from mesh.config.spelling import meant
 from mesh.config.text import Text, mismatch, value_as
 from mesh.config.user_code import import_named
 from mesh.tasks import symbolic
@@ -35,7 +36,7 @@ def exact(answer: str, response: str, *, ignore_case: bool = False) -> Score:
     """The whole response, without the spaces around it."""
     found, wanted = response.strip(), answer.strip()
     equal = found.casefold() == wanted.casefold() if ignore_case else found == wanted
-    return _score(equal)
+    return _score(equal, answer=found.casefold() if ignore_case else found)
 
 
 def number(answer: str, response: str) -> Score:
@@ -54,13 +55,14 @@ def boxed(answer: str, response: str) -> Score:
     if found is None:
         return _score(False, False)
     wanted = in_box(answer)
-    return _score(same(answer if wanted is None else wanted, found), True)
+    return _score(same(answer if wanted is None else wanted, found), True, _written(found))
 
 
 def choice(answer: str, response: str) -> Score:
     """The letter that is chosen: `B`, `(b)`, `B. Paris`, `The answer is B`, `\\boxed{B}`."""
     found = chosen_letter(response)
-    return _score(found is not None and found == chosen_letter(answer), found is not None)
+    formed = found is not None
+    return _score(formed and found == chosen_letter(answer), formed, found or "")
 
 
 def regex(answer: str, response: str, *, pattern: str, ignore_case: bool = False) -> Score:
@@ -73,14 +75,15 @@ def regex(answer: str, response: str, *, pattern: str, ignore_case: bool = False
     wanted = answer.strip()
     if ignore_case:
         found, wanted = found.casefold(), wanted.casefold()
-    return _score(same(wanted, found), True)
+    return _score(same(wanted, found), True, _written(found))
 
 
 def math(answer: str, response: str) -> Score:
     """An expression that equals the answer, by math-verify: \\frac{1}{2} and 0.5, x+1 and 1+x."""
     box = in_box(response)  # math-verify would make one set of several boxes
     found = symbolic.in_response(response if box is None else f"\\boxed{{{box}}}")
-    return _score(bool(found) and symbolic.equal(symbolic.in_answer(answer), found), bool(found))
+    correct = bool(found) and symbolic.equal(symbolic.in_answer(answer), found)
+    return _score(correct, bool(found), str(found[0]) if found else "")
 
 
 def in_box(text: str) -> str | None:
@@ -148,12 +151,19 @@ def _marked(text: str) -> Fraction | None:
 
 
 def _of_numbers(wanted: Fraction | None, found: Fraction | None) -> Score:
-    return _score(found is not None and found == wanted, found is not None)
+    formed = found is not None
+    return _score(formed and found == wanted, formed, str(found) if formed else "")
 
 
-def _score(correct: bool, formed: bool | None = None) -> Score:
+def _written(found: str) -> str:
+    """What `same` calls equal, as equal texts; never the empty one, which is no answer."""
+    number = number_of(found)
+    return str(number) if number is not None else bare_latex(found) or repr(found)
+
+
+def _score(correct: bool, formed: bool | None = None, answer: str = "") -> Score:
     parts = {} if formed is None else {"format": float(formed)}
-    return Score(float(correct), parts, correct)
+    return Score(float(correct), parts, correct, answer)
 
 
 def no_number(answer: str) -> str:
@@ -210,16 +220,13 @@ def judge_named(name: str) -> Judge:
     if name in JUDGES:
         return JUDGES[name]
     if ":" not in name:
-        close = nearest(name, JUDGES)
-        meant = f"did you mean {close}? " if close else ""
-        remedy = f"{meant}use one of {', '.join(JUDGES)}, or MODULE:NAME for a judge of your own"
+        choices = f"{meant(name, JUDGES)}use one of {', '.join(JUDGES)}"
+        remedy = f"{choices}, or MODULE:NAME for a judge of your own"
         raise ValueError(f"task_args.judge={name}: no such judge; {remedy}")
     module, attribute = import_named("task_args.judge", name, "my_package.judges:chess")
     function = getattr(module, attribute, None)
     if not callable(function):
-        close = nearest(attribute, vars(module))
-        meant = f"did you mean {close}? " if close else ""
-        remedy = f"{meant}name a function (answer, response) of it"
+        remedy = f"{meant(attribute, vars(module))}name a function (answer, response) of it"
         wrong = f"{module.__name__} has no function {attribute}"
         raise ValueError(f"task_args.judge={name}: {wrong}; {remedy}")
     return Judge(function, lambda answer: "", apart=True)
@@ -238,10 +245,8 @@ def settings_of(name: str, judge: Judge, args: Mapping[str, Any]) -> dict[str, A
     for key, value in args.items():
         written = f"task_args.judge_args.{key}={value!r}"
         if key not in keys:
-            close = nearest(key, keys)
-            meant = f"did you mean {close}? " if close else ""
             has = f"it has {', '.join(keys)}" if keys else "it takes none"
-            problems.append(f"{written}: judge={name} has no such setting; {meant}{has}")
+            problems.append(f"{written}: judge={name} has no such setting; {meant(key, keys)}{has}")
             continue
         hint = hints.get(key, Any)
         try:

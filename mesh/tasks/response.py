@@ -59,9 +59,11 @@ class Response(str):
 @dataclass(frozen=True)
 class Score:
     """A reward with what is known of it. parts: each becomes the metric `reward/NAME`; correct:
-    what an evaluation counts, None: the task's `is_correct`, or else a reward of 1.
+    what an evaluation counts, None: the task's `is_correct`, or else a reward of 1; answer: what
+    the response says, for the vote of maj@k, "": nothing, None: the response itself.
     """
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
     correct: bool | None = None
+    answer: str | None = None

@@ -26,7 +26,8 @@ def score_of(value: Any) -> Score:
     """The score that a score function returned: a `Score`, or a reward alone.
 
     Raises Unusable for a reward or a part that is none (`reward_of`), for a name of a part that no
-    metric can have or that is ours, and for a `correct` that is neither True, False nor None.
+    metric can have or that is ours, for a `correct` that is neither True, False nor None, and for
+    an `answer` that is no text.
     """
     if not isinstance(value, Score):
         return Score(reward_of(value))
@@ -36,7 +37,8 @@ def score_of(value: Any) -> Score:
     if wrong := [text for name in value.parts if (text := name_problem(name))]:
         raise Unusable(f"returned a Score of which {wrong[0]}")
     parts = {name: _inside(f"part {name}", v, reward_of) for name, v in value.parts.items()}
-    return Score(reward, parts, _inside("correct", value.correct, _correct_of))
+    correct = _inside("correct", value.correct, _correct_of)
+    return Score(reward, parts, correct, _inside("answer", value.answer, _answer_of))
 
 
 def reward_of(value: Any) -> float:
@@ -92,6 +94,12 @@ def _correct_of(value: Any) -> bool | None:
     if scalar is not None and not isinstance(scalar, bool):
         raise Unusable(f"{shown(value)}, which is neither True, False nor None")
     return scalar
+
+
+def _answer_of(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise Unusable(f"{shown(value)}, which is no text")
+    return None if value is None else str(value)
 
 
 def only_element(value: Any) -> Any:

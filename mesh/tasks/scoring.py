@@ -16,19 +16,21 @@ from mesh.tasks.returned import Unusable, score_of
 from mesh.types import Prompt, Reply, TurnText
 
 MAX_DETAIL = 20_000  # characters kept of a traceback, from its end
-NO_SCORE = Score(0.0)
+NO_SCORE = Score(0.0, answer="")  # has no vote
 TITLES = {"score": "the score function of", "reply": "the reply function of"}
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A score or a reply; or a `problem`: what the task's method did, with its traceback or stack
-    (`detail`) and, if raised in this process, the exception.
+    (`detail`) and, if raised in this process, the exception. returned: the problem is what it
+    returned.
     """
 
     score: Score = NO_SCORE
     reply: Reply = None
     problem: str = ""
+    returned: bool = False
     detail: str = ""
     error: BaseException | None = None
 
@@ -56,7 +58,7 @@ def _outcome(
         found: dict[str, Any] = {field: check(method(*args, **more))}
         return Outcome(**found)
     except Unusable as wrong:
-        return Outcome(problem=str(wrong))
+        return Outcome(problem=str(wrong), returned=True)
     except (Exception, SystemExit) as error:  # user code may raise anything
         inside = error.__traceback__.tb_next if error.__traceback__ else None
         lines = traceback.format_exception(type(error), error, inside)
@@ -68,9 +70,10 @@ def as_message(outcome: Outcome, seconds: float) -> bytes:
     """Serialise all but the exception, which stays in its process. seconds: that the call took."""
     score = outcome.score
     fields = {
-        "score": [score.reward, dict(score.parts), score.correct],
+        "score": [score.reward, dict(score.parts), score.correct, score.answer],
         "reply": outcome.reply,
         "problem": outcome.problem,
+        "returned": outcome.returned,
         "detail": outcome.detail,
         "seconds": seconds,
     }
@@ -80,7 +83,8 @@ def as_message(outcome: Outcome, seconds: float) -> bytes:
 def received(message: dict[str, Any]) -> Outcome:
     """The outcome of a message, whose problem may be the receiver's own."""
     score = Score(*message["score"]) if "score" in message else NO_SCORE
-    return Outcome(score, message.get("reply"), message["problem"], message["detail"])
+    returned = message.get("returned", False)
+    return Outcome(score, message.get("reply"), message["problem"], returned, message["detail"])
 
 
 def describe_failure(

@@ -34,8 +34,9 @@ class WeightedScore:
     """A score function: the sum of weight * reward of several functions, by their names.
 
     Each reward, without its weight, is the part of that name, and a part that a function returns
-    is NAME.PART. `correct` is that of the first function that says so. Raises ValueError for a name
-    that no part can have, a weight that is no finite number, and what cannot be called.
+    is NAME.PART. `correct` and `answer` are those of the first function that gives one. Raises
+    ValueError for a name that no part can have, a weight that is no finite number, and what cannot
+    be called.
     """
 
     functions: Mapping[str, tuple[ScoreFunction, float]]
@@ -56,12 +57,14 @@ class WeightedScore:
         rewards: list[float] = []
         parts: dict[str, float] = {}
         correct: bool | None = None
+        answer: str | None = None
         for name, (function, weight) in self.functions.items():
             one = self._score(name, function, prompt, response)
             rewards.append(weight * one.reward)
             parts |= {name: one.reward} | {f"{name}.{k}": v for k, v in one.parts.items()}
             correct = one.correct if correct is None else correct
-        return Score(math.fsum(rewards), parts, correct)
+            answer = one.answer if answer is None else answer
+        return Score(math.fsum(rewards), parts, correct, answer)
 
     def _score(self, name: str, function: ScoreFunction, prompt: Prompt, response: Response) -> Any:
         first = next(iter(inspect.signature(function).parameters), "")
@@ -87,7 +90,8 @@ class WithScores:
         if twice := parts.keys() & more.parts.keys():
             raise Unusable(f"has the part {min(twice)}, and so has a function of scores")
         correct = is_correct(self.task, own.reward, own.correct)
-        return Score(own.reward + more.reward, parts | dict(more.parts), correct)
+        parts |= more.parts
+        return Score(own.reward + more.reward, parts, correct, own.answer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)

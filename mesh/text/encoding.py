@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from mesh.text.few_shot import Shot, as_messages, as_text
+from mesh.text.fidelity import control_ids
 from mesh.text.forms import form_problem
 from mesh.text.template import ChatTemplate
 from mesh.text.tokenizer import Tokenizer, Unencodable
@@ -29,7 +30,8 @@ class PromptForm:
 
     begins: a beginning-of-sequence token is in front of every prompt (True) or of no plain text
     (False); None: of a text by the tokenizer's rule, of a chat by its template. day: the date that
-    a template may write; arguments: what else it reads.
+    a template may write; arguments: what else it reads. prefix: directly in front of a question
+    that is a text, behind the examples, whether it is a chat or not.
     """
 
     chat: bool = False
@@ -123,6 +125,15 @@ class PromptEncoder:
                 return marked[len(self._mark) :]
         return tuple(self.tokenizer.encode(text))
 
+    def control_in(self, text: str) -> str | None:
+        """The first control token that a text encodes to, where its characters were to be; None:
+        there is none.
+        """
+        if not any(token in text for token in self._controls.values()):
+            return None
+        found = (self._controls.get(token_id) for token_id in self.tokenizer.encode(text))
+        return next((token for token in found if token is not None), None)
+
     @cached_property
     def beginning(self) -> tuple[int, ...]:
         """Tokens in front of a text: by the tokenizer's own rule, else, where the run asks for
@@ -131,6 +142,11 @@ class PromptEncoder:
         rule = self.tokenizer.beginning
         bos = self.tokenizer.bos_id
         return rule or ((bos,) if self.form.begins and bos is not None else ())
+
+    @cached_property
+    def _controls(self) -> dict[int, str]:
+        tokens = self.tokenizer.backend.get_added_tokens_decoder()
+        return {i: tokens[i].content for i in control_ids(self.tokenizer)}
 
     @cached_property
     def _mark(self) -> tuple[int, ...]:
@@ -161,7 +177,7 @@ class PromptEncoder:
                 f"{wrong} prompt.{unread[0]}",
                 f"set prompt.chat=true, or leave out prompt.{unread[0]}",
             )
-        return form.prefix + as_text(form.shots) + prompt.text
+        return as_text(form.shots) + form.prefix + prompt.text
 
     def _rendered(self, messages: Sequence[Message], generation: bool = False) -> str:
         template, form = self._template(), self.form

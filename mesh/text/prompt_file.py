@@ -27,26 +27,31 @@ def _prompt(index: int, number: int, line: str) -> Prompt:
     if len(names) != 1:
         found = f"has {' and '.join(names)}" if names else "has none of these columns"
         raise ValueError(f"line {number} {found}; {ROW}")
-    value = row[names[0]]
+    value, more = row[names[0]], _more(row, number)
+    answer = more.pop("answer")
     if names[0] == "messages":
         if wrong := messages_problem(value):
             raise ValueError(f"line {number}: messages {wrong}; {ROW}")
-        return Prompt(index, "", "", messages=value, prefill=_prefill(row, number))
+        return Prompt(index, "", answer, messages=value, **more)
     if names[0] == "tokens":
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise ValueError(f"line {number}: tokens are no list of ids; {ROW}")
-        return Prompt(index, "", "", tokens=value, prefill=_prefill(row, number))
+        return Prompt(index, "", answer, tokens=value, **more)
     if not isinstance(value, str):
         raise ValueError(f"line {number}: the {names[0]} {value!r} is no text; {ROW}")
-    return Prompt(index, value, "", prefill=_prefill(row, number))
+    return Prompt(index, value, answer, **more)
 
 
 def _has(row: Any, name: str) -> bool:
     return isinstance(row, dict) and bool(row.get(name))
 
 
-def _prefill(row: dict[str, Any], number: int) -> str:
-    prefill = row.get("prefill") or ""
+def _more(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """What a row may have beside its prompt. A column `answer` or `info` of another kind than a
+    prompt's is not for `reply`, its only reader.
+    """
+    prefill, answer, info = row.get("prefill") or "", row.get("answer", ""), row.get("info")
     if not isinstance(prefill, str):
         raise ValueError(f"line {number}: the prefill {prefill!r} is no text")
-    return prefill
+    answer = str(answer) if isinstance(answer, str | int | float) else ""
+    return {"prefill": prefill, "answer": answer, "info": info if isinstance(info, dict) else {}}

@@ -95,8 +95,8 @@ class Rollout(Sample):
     """A scored sequence of one prompt: the unit that goes from generator to trainer.
 
     `tokens` follow the prompt; `turns` cut them, in order (empty: all were sampled). Only sampled
-    tokens carry loss; `logprobs[i]` belongs to the i-th of them. `parts` and `correct`: of its
-    score, if it has them.
+    tokens carry loss; `logprobs[i]` belongs to the i-th of them. `parts`, `correct` and
+    `answer`: of its score, if it has them; the answer stays with the generator.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -107,6 +107,7 @@ class Rollout(Sample):
     turns: tuple[Turn, ...] = ()
     parts: Parts = ()
     correct: bool | None = None
+    answer: str | None = None
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:

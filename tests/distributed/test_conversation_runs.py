@@ -1,6 +1,6 @@
 """Conversations in real runs: the same bits in every layout, at any pace, and after a resume.
 
-About 40 s on two ranks.
+About 50 s on two ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def talks(tmp_path_factory) -> dict[str, Run]:
         "stopped": ("grpo", [*SMALL, "reward.workers=0", "steps=1", "checkpoint.every=1"]),
         "resumed": ("grpo", [f"resume={resumed}", "steps=2"]),
         "replayed": ("replay", [str(resumed), "step=2"]),
+        "controls": ("grpo", [*SMALL, "task=talking_tasks:Controls", "reward.workers=0"]),
     }
     return runs(root, 2, asked) | {"resumed": Run(resumed, "")}
 
@@ -68,8 +69,33 @@ def test_a_step_of_conversations_is_replayed_to_the_bit(talks):
     assert "equal to the bit" in talks["replayed"].output
 
 
+def test_a_control_token_in_a_reply_is_said_once_by_one_rank(talks):
+    """The prompts with odd numbers are rank 1's."""
+    talked = talks["controls"]
+    warning = (
+        "warning: the reply 'a<eos>' has the control token '<eos>', which ends a turn: the model "
+        "does not read it as text; take it out of what reply returns, unless it is there on purpose"
+    )
+    assert talked.output.count(warning) == 1 and talked.metrics[-1]["step"] == 2
+    other = (talked.path.parent / "output-1.txt").read_text()
+    assert "control token" not in other
+    assert not any("control token" in talks[name].output for name in ("plain", "others"))
+
+
 def test_generate_shows_replies_in_brackets():
     words = ["conf=qwen3_tiny", *TASK, "model.max_length=64", "generate.prompts=[abc>]"]
     output = launch("recipes/generate.py", 1, *words).stdout
     (line,) = [line for line in output.splitlines() if line.startswith("abc> -> ")]
     assert line.count("[") == 2 and line.count(">]") == 2
+    assert (
+        "replies to what is generated, and 1 of 1 prompts have neither an answer nor in" in output
+    )
+
+
+def test_generate_gives_a_reply_the_answer_and_info_of_a_file(tmp_path):
+    rows = [{"prompt": "3-60:", "answer": "45", "info": {"low": 3, "high": 60}}]
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["conf=qwen3_tiny", "task=guess", "model.max_length=128", f"generate.file={file}"]
+    output = launch("recipes/generate.py", 1, *words).stdout
+    (line,) = [line for line in output.splitlines() if line.startswith("3-60: -> ")]
+    assert line.count("[ guess one number ]") >= 3 and "replies to" not in output

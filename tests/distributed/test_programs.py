@@ -106,7 +106,8 @@ def test_generate_answers_the_chats_of_a_file_and_writes_them_down(tmp_path):
     ids = load_tokenizer(tokenizer).encode(chat)
     file, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
     messages = [{"role": "user", "content": "abc>"}]
-    rows = [{"prompt": "abc>"}, {"messages": messages}, {"tokens": ids}, {"prompt": "xyz>"}]
+    rows = [{"prompt": "abc>"}, {"messages": messages}, {"tokens": ids}, {"prompt": "xyz>"},
+            {"prompt": "abc>", "prefill": "zz"}]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model.tokenizer={tokenizer}", "prompt.chat=true", f"generate.file={file}",
              f"generate.output={output}", "model.max_length=100"]  # fmt: skip
@@ -114,10 +115,11 @@ def test_generate_answers_the_chats_of_a_file_and_writes_them_down(tmp_path):
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row | {name: answer[name] for name in row} for row, answer in
             zip(rows, answers, strict=True)] == rows  # fmt: skip
-    first, *same, _ = [(a["response"], a["finish_reason"]) for a in answers]
-    assert same == [first, first]
+    assert [(a["prompt_id"], a["sample_id"]) for a in answers] == [(i, 0) for i in range(5)]
+    first, second, third, _, begun = [(a["response"], a["finish_reason"]) for a in answers]
+    assert first == second == third != begun
     shown = [line.partition(" -> ")[2] for line in result.stdout.splitlines()]
-    assert answers[3]["response"] in shown[-1]
+    assert [line.removesuffix(" ...") for line in shown[-5:]] == [a["response"] for a in answers]
 
 
 def test_supervised_steps_lower_the_cross_entropy(on_two):

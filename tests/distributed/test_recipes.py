@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ METRICS = {
     "tokens_per_second/generate", "tokens_per_second/train",
 }  # fmt: skip
 EVAL = {
-    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/reward",
+    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/maj@4",
+    "eval/reward", "eval/response_length/mean", "eval/response/truncated",
 }  # fmt: skip
 
 
@@ -263,8 +265,13 @@ def test_unequal_submeshes_train_on_every_prompt(runs):
 def test_evaluate_alone_gives_the_numbers_of_the_run(launched):
     made, evaluated = launched(2)["colocated"], launched(2)["evaluated"]
     metrics = evaluation_of(evaluated)
+    intervals = metrics.pop("intervals")
+    assert intervals.keys() == EVAL
+    assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
     assert metrics == {key: made.metrics[-1][key] for key in EVAL}
-    assert f"eval/accuracy         {metrics['eval/accuracy']:.4f}" in evaluated.output
+    low, high = intervals["eval/accuracy"]
+    shown = f"{metrics['eval/accuracy']:.4f}  [{low:.4f}, {high:.4f}]"
+    assert f"eval/accuracy         {shown}" in evaluated.output
     written = {item.name for item in evaluated.path.parent.iterdir()}
     assert written - OF_A_LAUNCH == {"eval.json"}
 
@@ -275,5 +282,5 @@ def test_fewer_prompts_than_replicas_leave_one_an_empty_share(launched):
     assert one == two
 
 
-def evaluation_of(evaluated: Run) -> dict[str, float]:
+def evaluation_of(evaluated: Run) -> dict[str, Any]:
     return json.loads((evaluated.path.parent / "eval.json").read_text())

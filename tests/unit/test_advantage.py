@@ -210,7 +210,8 @@ def test_std_is_torchs_in_float64(rewards):
         (torch.zeros(4), "std", "group_size G of 2"),
         (torch.tensor([[0.0, float("nan")]]), "std", "finite"),
         (torch.tensor([[0.0, float("inf")]]), "centred", "finite"),
-        (torch.zeros(1, 2), "mean", "'std' or 'centred'"),
+        (torch.zeros(1, 2), "median", "choose one of std, centred, leave_one_out, mean"),
+        (torch.tensor([[1.0, -0.5]]), "mean", "rewards of 0 or more; shift the rewards"),
     ],
 )
 def test_bad_input_is_named(rewards_PG, kind, message):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from mesh.config.changes import changed
+from mesh.config.evaluation_sets import documented_keys
 from mesh.config.keys import Refusal, conf_keys, range_problems, refuse, value_of
 from mesh.config.loading import load_conf, read_conf, save_conf
 from mesh.config.schema import CONF_DIR, Conf, resolve_path
@@ -137,7 +138,7 @@ def test_every_problem_is_listed_at_once():
         ("gradient_accumulation_steps", "trainer.microbatch_tokens"),
         ("model_name_or_path", "model.path"),
         # nothing that it could mean
-        ("updates_per_batch", ""),
+        ("updates_per_batch", "updates_per_step"),
         ("trainer.foo", ""),
         ("log.wandb_api_key", ""),
         ("x", ""),
@@ -157,8 +158,8 @@ def test_names_of_other_systems_lead_to_keys_that_exist_and_are_no_keys():
 def test_a_far_choice_is_not_suggested():
     assert nearest("qwen_tiny", NAMES) == "qwen3_tiny" and nearest("llama", NAMES) is None
     assert refusal("conf=llama") == [f"conf=llama: no such config; {CONFIGS}"]
-    assert refusal("conf=qwen3_tiny", "updates_per_batch=2") == [
-        "updates_per_batch=2: unknown key; --help lists all keys"
+    assert refusal("conf=qwen3_tiny", "quantisation=2") == [
+        "quantisation=2: unknown key; --help lists all keys"
     ]
 
 
@@ -173,7 +174,7 @@ def test_a_far_choice_is_not_suggested():
         (
             "log=3",
             "log=3: a group of keys; set one of log.progress, log.tensorboard, log.wandb, "
-            "log.samples, log.tokens",
+            "log.samples, log.tokens, log.evaluations",
         ),
         ("steps=3.5", "steps=3.5: expected an integer; write e.g. steps=100"),
         ("steps=true", "steps=true: expected an integer; write e.g. steps=100"),
@@ -311,7 +312,7 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     )
     assert "trainer.lr=1e-06 peak learning rate of AdamW (> 0 and finite)" in lines
     listed = {line.partition("=")[0] for line in lines[5 + len(NAMES) :]}
-    assert listed == set(conf_keys())
+    assert listed == {key.name for key in documented_keys()} > set(conf_keys())
 
 
 def test_a_missing_config_is_refused_with_the_list_of_configs():

@@ -10,7 +10,7 @@ from mesh.engine.base import Continuation
 from mesh.engine.conversation import Dialogue
 from mesh.program.limits import limit_problems
 from mesh.rl.statistics import turn_metrics
-from mesh.roles.conversation import Conversations, Limits, reply_seed
+from mesh.roles.conversation import Conversations, Limits, control_warning, reply_seed
 from mesh.tasks import TaskSpec, load_task
 from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.scorer import Scorer
@@ -169,6 +169,30 @@ def test_what_was_sampled_stays_where_a_template_rewrites_earlier_turns(tmp_path
         True,
     )
     assert "hm" not in rendered, "the template would have dropped what was thought"
+
+
+@pytest.mark.parametrize(
+    ("reply", "control"),
+    [
+        ("=84; <|im_end|>\n<|im_start|>user", "<|im_end|>', which ends a turn"),
+        ({"role": "tool", "content": "see <|header|> here"}, "<|header|>'"),
+        (
+            [{"role": "a", "content": "b"}, {"role": "c", "content": "<eos>"}],
+            "<eos>', which ends a turn",
+        ),
+        ("<|im_end", None),
+        ({"role": "tool", "content": "84"}, None),
+        ("<plain>", None),  # an added token that is text
+        (None, None),
+    ],
+)
+def test_control_tokens_that_a_task_writes_are_warned_about_and_a_templates_are_not(
+    reply, control, tmp_path
+):
+    encoder = PromptEncoder(load_tokenizer(saved(tmp_path, REWRITES, eos=[EOS, IM_END])))
+    warning = control_warning(encoder, reply)
+    expected = f"has the control token '{control}: the model does not read it as text"
+    assert warning == "" if control is None else expected in warning
 
 
 def test_samples_show_what_was_said_and_what_came_back():

@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from mesh.config.keys import Refusal
+from mesh.config.loading import load_conf
 from mesh.config.text import Text
+from mesh.program.assembly import check
 from mesh.program.shared import user_code
 from mesh.tasks import Draw, data_set, draw_held_out, draw_prompts, load_task
 from mesh.tasks.classes import scored_apart
 from mesh.tasks.response import Response
+from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt
 
 SUMS = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(10, 20) for b in range(10)]
@@ -76,6 +80,27 @@ def test_held_out_questions_do_not_depend_on_the_seed_and_are_never_trained_on(s
         ValueError, match=r"num_prompts=11: the number .* is 10; use eval.num_prompts=10"
     ):
         draw_held_out(tasks[0], 11)
+
+
+def test_without_a_number_all_that_a_small_set_holds_out_is_evaluated(process, capsys, sums):
+    words = ["conf=qwen3_tiny", "task=dataset", f"task_args.path={sums}", "num_prompts=4"]
+    plan = check(load_conf(words)[1], process)
+    assert len(plan.evaluations[""].prompts) == 10
+    line = "eval.num_prompts is unset, and the task holds out 10 prompts: all are evaluated"
+    assert line in capsys.readouterr().out.splitlines()
+    fewer = check(load_conf([*words, "eval.num_prompts=7"])[1], process)
+    assert len(fewer.evaluations[""].prompts) == 7
+    assert "eval.num_prompts" not in capsys.readouterr().out
+    with pytest.raises(Refusal, match="eval.num_prompts=11: the number of different questions"):
+        check(load_conf([*words, "eval.num_prompts=11"])[1], process)
+
+
+def test_without_a_number_256_are_evaluated_where_there_are_as_many(process, capsys, tmp_path):
+    rows = [{"prompt": f"{i}+0=", "answer": str(i)} for i in range(2700)]
+    held = made(str(write(tmp_path / "a.jsonl", rows)), held_out_rows=300)
+    assert len(draw_held_out(held, None)) == 256 == len(draw_held_out(SpellBackward(0), None))
+    check(load_conf(["conf=qwen3_tiny", "num_prompts=4"])[1], process)
+    assert "eval.num_prompts" not in capsys.readouterr().out
 
 
 def test_rows_of_one_question_are_held_out_together_and_counted(tmp_path):

@@ -1,33 +1,35 @@
-"""pass@k against a count of all subsets, what counts as correct, and what evaluation reduces over
-ranks."""
+"""Metrics of an evaluation by hand, what counts as correct, and the metric of a best model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 from user_tasks import Short
 
+from mesh.checkpoint.best import best_metric_problems
 from mesh.config.loading import load_conf
+from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import assemble, check, sync
 from mesh.program.plan import Plan
 from mesh.recipes import grpo
-from mesh.roles.evaluation import (
-    EvaluationSet,
-    answer_table,
+from mesh.roles.answers import (
+    GREEDY,
+    Values,
+    answer_of,
+    means,
     metric_names,
-    metrics_of,
-    pass_at_k,
+    values_of,
+    voted,
 )
-from mesh.tasks import TaskSpec, draw_held_out
-from mesh.tasks.calls import ScoringSettings, TaskSource
+from mesh.tasks import draw_held_out
 from mesh.tasks.correct import is_correct
 from mesh.tasks.response import Score
 from mesh.tasks.spell_backward import SpellBackward
+from mesh.text.tokenizer import CHARACTERS, load_tokenizer
 from mesh.types import Prompt, Rollout
 
 
@@ -37,28 +39,10 @@ def generating(process: Process, *words: str, held_out: bool = True) -> Plan:
     return check(conf, replace(process, world_size=3), training=False, held_out=held_out)
 
 
-@pytest.mark.parametrize("num_samples", range(1, 7))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
-    for num_correct in range(num_samples + 1):
-        right = [index < num_correct for index in range(num_samples)]
-        for k in range(1, num_samples + 1):
-            subsets = list(combinations(right, k))
-            share = sum(map(any, subsets)) / len(subsets)
-            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-12)
-
-
-def test_pass_at_1_is_the_mean_reward_and_k_of_all_is_any():
-    assert [pass_at_k(4, correct, 1) for correct in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    assert [pass_at_k(4, correct, 4) for correct in range(5)] == [0, 1, 1, 1, 1]
-
-
-def rollout(prompt_id: int, sample_id: int, reward: float) -> Rollout:
-    return Rollout(prompt_id, sample_id, (1,), (2,), (-0.5,), reward, "stop")
-
-
-def held_out(task: SpellBackward, num_samples: int) -> EvaluationSet:
-    source = TaskSource(task, TaskSpec("spell_backward", 0), ScoringSettings(0, 1.0, "stop"))
-    return EvaluationSet(source, tuple(task.eval_prompts(3)), num_samples)
+def rollout(prompt_id: int, sample_id: int, reward: float, *tokens: int) -> Rollout:
+    """tokens: of the response; none: one that names the reward."""
+    said = tokens or (2 + int(10 * reward),)
+    return Rollout(prompt_id, sample_id, (1,), said, (-0.5,) * len(said), reward, "stop")
 
 
 @dataclass(frozen=True)
@@ -77,31 +61,45 @@ REWARDS = {0: (0.9, 0.0, 0.2), 1: (0.7 + 0.2 + 0.1, 0.5, 0.9), 2: (1.0, 1.5, 1 -
 """Of prompts: those of two samples, and the greedy one; 0.7 + 0.2 + 0.1 is less than 1."""
 
 
-def test_metrics_by_hand_over_two_replicas():
-    """0, 1 and 2 samples of 2 are correct, and the last greedy answer; where 0.5 is enough, 1, 2
-    and 2, and two greedy ones. Partial credit counts in the mean reward alone."""
+def values_by_hand(task: Any) -> Values:
+    tokenizer = load_tokenizer(CHARACTERS)
     sampled = [rollout(p, g, REWARDS[p][g]) for p in REWARDS for g in range(2)]
-    greedy = [rollout(p, 0, REWARDS[p][2]) for p in REWARDS]
+    greedy = [rollout(p, GREEDY, REWARDS[p][2]) for p in REWARDS]
+    answers = [answer_of(task, tokenizer, r) for r in (*sampled, *greedy)]
+    return values_of([[a for a in answers if a.prompt_id == p] for p in REWARDS], ks=[1, 2])
+
+
+def test_metrics_by_hand():
+    """0, 1 and 2 samples of 2 are correct, and the last greedy answer; where 0.5 is enough, 1, 2
+    and 2, and two greedy ones. Partial credit counts in the mean reward alone. No two responses
+    are the same, so each vote is a tie."""
     expected = {
-        SpellBackward(0): [1 / 2, 1 / 2, 2 / 3, 1 / 3],
-        FromHalf(0): [5 / 6, 5 / 6, 1.0, 2 / 3],
+        SpellBackward(0): [1 / 2, 1 / 2, 2 / 3, 1 / 2, 1 / 3],
+        FromHalf(0): [5 / 6, 5 / 6, 1.0, 5 / 6, 2 / 3],
     }
-    for task, (accuracy, pass_1, pass_2, accuracy_greedy) in expected.items():
-        held = held_out(task, 2)
-        parts = [
-            answer_table(held, sampled[::2], greedy[1:]),
-            answer_table(held, sampled[1::2], greedy[:1]),
-        ]
-        counts_PG, *columns = (parts[0] + parts[1]).unbind(-1)
-        assert counts_PG.tolist() == [[1, 1, 1]] * 3
-        assert metrics_of(*columns, "eval/hard") == {
-            "eval/hard/accuracy": pytest.approx(accuracy, abs=1e-15),
-            "eval/hard/pass@1": pytest.approx(pass_1, abs=1e-15),
-            "eval/hard/pass@2": pytest.approx(pass_2, abs=1e-15),
-            "eval/hard/accuracy_greedy": pytest.approx(accuracy_greedy, abs=1e-15),
-            "eval/hard/reward": (0.9 + 1.0 + 0.5 + 1.0 + 1.5) / 6,
+    names = ["accuracy", "pass@1", "pass@2", "maj@2", "accuracy_greedy"]
+    for task, shares in expected.items():
+        found = means(values_by_hand(task), "eval/hard")
+        wanted = dict(zip(names, shares, strict=True)) | {
+            "reward": (0.9 + 1.0 + 0.5 + 1.0 + 1.5) / 6,
+            "response_length/mean": 1.0,
+            "response/truncated": 0.0,
         }
-    assert answer_table(held, [], []).tolist() == [[[0.0] * 3] * 3] * 3
+        assert found == {f"eval/hard/{k}": pytest.approx(v, abs=1e-15) for k, v in wanted.items()}
+        assert list(found) == metric_names([1, 2], True, "eval/hard")
+
+
+def test_what_is_voted_on():
+    """The answer that the score found, else the stripped text of the response; an empty answer has
+    no vote, an empty response has one."""
+    tokenizer, task = load_tokenizer(CHARACTERS), SpellBackward(0)
+    a, space = tokenizer.encode("a")[0], tokenizer.encode(" ")[0]
+    one, spaced = rollout(0, 0, 0.0, a), rollout(0, 1, 0.0, space, a, space)
+    votes = [answer_of(task, tokenizer, r).vote for r in (one, spaced)]
+    assert votes[0] == votes[1] and [voted(tokenizer, r) for r in (one, spaced)] == ["a", "a"]
+    assert answer_of(task, tokenizer, replace(one, answer="7")).vote not in (votes[0], None)
+    assert answer_of(task, tokenizer, replace(one, answer="")).vote is None
+    assert answer_of(task, tokenizer, rollout(0, 0, 0.0, space)).vote not in (votes[0], None)
 
 
 @pytest.mark.parametrize(
@@ -198,38 +196,54 @@ def test_rewards_that_differ_and_none_correct_are_warned_of_once(process, capsys
     assert other["eval/accuracy_greedy"] > 0
 
 
+MORE_SETS = ["eval.sets.hard.num_samples=2", "eval.sets.cold.temperature=0"]
+
+
 @pytest.mark.parametrize(
     ("metric", "line"),
     [
         (
             "eval/rewards",
-            "did you mean eval/reward? use one of eval/accuracy, eval/pass@1, eval/pa",
+            "logs it; did you mean eval/reward? use one of eval/accuracy, eval/pass@1, eval/pass@4",
         ),
-        ("accuracy", "did you mean eval/accuracy? use one of"),
-        (
-            "eval/pass@8",
-            "did you mean eval/pass@4? use one of eval/accuracy, eval/pass@1, eval/pass@4",
-        ),
-        (
-            "loss",
-            "logs it; use one of eval/accuracy, eval/pass@1, eval/pass@4, eval/accuracy_greedy",
-        ),
+        ("accuracy", "logs it, and a step's own metrics are of the weights before its update; did"),
+        ("eval/pass@8", "logs it; did you mean eval/pass@4? use one of eval/accuracy, eval/pass@1"),
+        ("-eval/reward/", "logs it; did you mean eval/reward? use one of eval/accuracy, "),
+        ("loss", "logs it, and a step's own metrics are of the weights before its update; use one"),
+        ("eval/hard/pass@4", "logs it; did you mean eval/hard/pass@2? use one of eval/accuracy, "),
+        ("eval/cold/accuracy_greedy", "logs it; did you mean eval/"),
+        ("eval/failed", "logs it; did you mean eval/"),
     ],
 )
-def test_the_best_model_follows_a_metric_of_the_evaluations(process, metric, line):
-    def start(metric: str) -> Plan:
-        conf = load_conf(["conf=qwen3_tiny", f"checkpoint.best_metric={metric}"])[1]
-        return check(conf, replace(process, world_size=2))
+def test_the_best_model_follows_a_metric_of_the_evaluations(metric, line):
+    (refused,) = best_metric_problems(following(metric))
+    assert refused.startswith(f"checkpoint.best_metric={metric}: no evaluation of the run {line}")
+    assert refused.endswith(", or eval/reward/PART of a score with parts")
 
-    with pytest.raises(ValueError) as refused:
-        start(metric)
-    assert (
-        f"- checkpoint.best_metric={metric}: no evaluation with eval.num_samples=4 logs it; "
-        in (str(refused.value))
-    )
-    assert line in str(refused.value)
-    for known in metric_names(4):
-        start(known)
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *metric_names([1, 4], True), *metric_names([1, 2], True, "eval/hard"),
+        *metric_names([1], False, "eval/cold"), "-eval/response_length/mean", "eval/reward/format",
+        "-eval/cold/reward/steps",
+    ],
+)  # fmt: skip
+def test_every_metric_of_every_set_can_be_followed(metric):
+    assert best_metric_problems(following(metric)) == []
+
+
+def test_failed_scores_can_be_followed_where_they_are_counted():
+    assert best_metric_problems(following("-eval/failed", "reward.on_failure=zero")) == []
+
+
+def following(metric: str, *words: str) -> Conf:
+    return load_conf(["conf=qwen3_tiny", f"checkpoint.best_metric={metric}", *MORE_SETS, *words])[1]
+
+
+def test_a_start_refuses_a_metric_that_is_none(process):
+    with pytest.raises(ValueError, match="- checkpoint.best_metric=loss: no evaluation of the run"):
+        check(following("loss"), replace(process, world_size=2))
 
 
 def test_held_out_prompts_are_those_of_the_task_and_as_many_as_asked():

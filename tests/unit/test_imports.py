@@ -29,8 +29,16 @@ HOUSE = """
     types
 """
 PURE = [
-    *(f"rl/{name}" for name in ("advantages", "aggregation", "cutting", "losses", "objective")),
-    *("rl/packing", "rl/statistics", "rl/step", "layout/reshard"),
+    *(f"rl/{name}" for name in ("advantages", "aggregation", "cutting", "objective")),
+    *(f"rl/losses/{name}" for name in ("divergence", "importance", "nouns", "sequences")),
+    *(
+        "rl/losses/surrogates",
+        "rl/losses/table",
+        "rl/packing",
+        "rl/statistics",
+        "rl/step",
+        "layout/reshard",
+    ),
 ]
 MOST_FUNCTION_LINES = 60
 MOST_CLASS_LINES = 250

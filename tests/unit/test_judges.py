@@ -176,3 +176,30 @@ def test_wrong_names_and_settings_are_refused(name, args, message):
 )
 def test_answers_that_a_judge_cannot_read(name, answer, problem):
     assert JUDGES[name].answer_problem(answer) == problem
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "responses", "answer"),
+    [
+        ("exact", {}, [" Paris \n", "Paris"], "Paris"),
+        ("exact", {"ignore_case": True}, ["PARIS", "paris"], "paris"),
+        ("number", {}, ["it is $1,000.00.", "first 3, then 1000"], "1000"),
+        ("number", {}, ["1/2", "0.50", "that makes \\frac{1}{2}"], "1/2"),
+        ("gsm8k", {}, ["24 + 48\n#### 72", "#### 72.0 apples"], "72"),
+        ("boxed", {}, ["\\boxed{0.5}", "\\boxed{\\frac{1}{2}}"], "1/2"),
+        ("boxed", {}, ["\\boxed{\\dfrac{x}{2}}", "\\boxed{ \\frac{x}{2} }"], "\\frac{x}{2}"),
+        ("choice", {}, ["The answer is B", "(b)", "B. Paris"], "B"),
+        ("regex", {"pattern": "= (.*)"}, ["x = 3.0", "x = 3"], "3"),
+        ("math", {}, ["\\boxed{x+1}", "\\boxed{1+x}"], "x + 1"),
+    ],
+)
+def test_responses_that_say_the_same_vote_for_one_answer(name, settings, responses, answer):
+    scores = [JUDGES[name].score("7", response, **settings) for response in responses]
+    assert [score.answer for score in scores] == [answer] * len(responses)
+
+
+@pytest.mark.parametrize("name", ["number", "gsm8k", "boxed", "choice", "regex", "math"])
+def test_a_response_without_an_answer_has_no_vote(name):
+    settings = {"pattern": "= (.*)"} if name == "regex" else {}
+    score = JUDGES[name].score("7", "?", **settings)
+    assert score.answer == "" and not score.correct

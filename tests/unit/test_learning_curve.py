@@ -37,6 +37,20 @@ def test_values_are_drawn_at_their_step_and_a_null_is_left_out():
     assert drawn["reward"] == [pytest.approx(middle)]
 
 
+def test_the_first_part_of_the_held_out_scores_is_a_line_with_its_name():
+    metrics = [
+        {"step": 0, "eval/reward/used": 0.0, "eval/reward/late": 1.0},
+        {"step": 1, "eval/reward/used": 0.5},
+    ]
+    text = picture(metrics, "a run")
+    assert lines(ElementTree.fromstring(text))["part"] == [
+        (LEFT, HEIGHT - BOTTOM),
+        (WIDTH - RIGHT, (TOP + HEIGHT - BOTTOM) / 2),
+    ]
+    assert ">held-out used<" in text and "late" not in text
+    assert "part" not in lines(ElementTree.fromstring(picture(METRICS, "a run")))
+
+
 def test_the_command_says_where_the_curve_comes_from(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -59,10 +73,11 @@ def test_a_run_without_a_step_is_refused(tmp_path, capsys, metrics):
     assert not (tmp_path / "curve.svg").exists()
 
 
-def test_the_readmes_curve_learns_and_is_legible_on_dark_pages():
-    text = (REPOSITORY / "docs" / "learning_curve.svg").read_text()
+@pytest.mark.parametrize(("name", "steps"), [("learning_curve", 150), ("calculator_curve", 117)])
+def test_the_readmes_curves_learn_and_are_legible_on_dark_pages(name, steps):
+    text = (REPOSITORY / "docs" / f"{name}.svg").read_text()
     drawn = lines(ElementTree.fromstring(text))
-    assert len(drawn["reward"]) == 150
+    assert len(drawn["reward"]) == steps
     first, last = drawn["sampled"][0][1], drawn["sampled"][-1][1]
     height = HEIGHT - TOP - BOTTOM
     assert (HEIGHT - BOTTOM - first) / height < 0.35 and (HEIGHT - BOTTOM - last) / height > 0.85

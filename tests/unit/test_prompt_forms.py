@@ -98,12 +98,12 @@ def test_a_text_becomes_a_chat_with_all_that_the_keys_say(process, tmp_path):
     )  # fmt: skip
 
 
-def test_plain_text_has_its_examples_and_prefix_in_front(process, tmp_path):
+def test_plain_text_has_its_prefix_behind_the_examples_as_a_chat_has(process, tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text('{"question": "ab>", "answer": "ba"}\n{"question": "c>", "answer": "c"}\n')
     plan = planned(process, "prompt.prefix=Spell\n", f"prompt.few_shot={shots}",
                    "prompt.prefill=z", "model.max_length=100")  # fmt: skip
-    assert shown(plan, Prompt(0, "cd>", "dc")) == "Spell\nab>ba\nc>c\ncd>z"
+    assert shown(plan, Prompt(0, "cd>", "dc")) == "ab>ba\nc>c\nSpell\ncd>z"
 
 
 def test_template_arguments_have_types_and_reach_the_template(process, tmp_path):
@@ -242,12 +242,21 @@ def test_prompts_come_from_files(tmp_path):
     lines.write_text("one\n\n two \n")
     assert [p.text for p in read_prompts(lines)] == ["one", " two "]
     messages = [{"role": "user", "content": "three"}]
-    found = [{"prompt": "one"}, {"text": "two", "prefill": "So"}, {"messages": messages},
-             {"tokens": [1, 2]}]  # fmt: skip
+    found = [
+        {"prompt": "one"},
+        {"text": "two", "prefill": "So"},
+        {"messages": messages},
+        {"tokens": [1, 2]},
+        {"prompt": "six", "answer": "6", "info": {"low": 1}},
+        {"messages": messages, "answer": 3},
+        {"prompt": "x", "answer": ["a"], "info": "b"},
+    ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in found))
     assert read_prompts(rows) == [
         Prompt(0, "one", ""), Prompt(1, "two", "", prefill="So"),
         Prompt(2, "", "", messages=messages), Prompt(3, "", "", tokens=[1, 2]),
+        Prompt(4, "six", "6", info={"low": 1}), Prompt(5, "", "3", messages=messages),
+        Prompt(6, "x", ""),
     ]  # fmt: skip
 
 

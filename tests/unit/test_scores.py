@@ -18,6 +18,7 @@ from mesh.config.schema import Conf
 from mesh.program.plan import task_spec
 from mesh.tasks import TaskSpec
 from mesh.tasks.calls import ScoringSettings, TaskSource
+from mesh.tasks.judges import exact
 from mesh.tasks.response import Response, Score
 from mesh.tasks.returned import OUR_PARTS, Unusable, score_of
 from mesh.tasks.scorer import Scorer, checked_task, num_workers, reward_problems
@@ -60,6 +61,7 @@ def test_a_score_becomes_plain_numbers_and_a_reward_alone_one_without_parts():
                           "correct of a Score"),
         (Score(0, {}, "yes"), "returned 'yes' of type str, which is neither True, False nor None, "
                               "as the correct of a Score"),
+        (Score(0, answer=5), "returned 5 of type int, which is no text, as the answer of a Score"),
     ],
 )  # fmt: skip
 def test_what_no_score_is_made_of_is_refused(score, wrong):
@@ -91,6 +93,16 @@ def right(answer: str, response: str, *, bonus: float = 0.0) -> Score:
     """As a judge."""
     correct = response.strip() == answer
     return Score(correct + bonus, {"format": float(response.isalpha())}, correct)
+
+
+def says(answer: str, response: str) -> Score:
+    return Score(0.0, answer=response.strip())
+
+
+def test_the_first_answer_that_a_function_finds_is_the_vote():
+    both = WeightedScore({"right": (right, 1.0), "a": (says, 1.0), "b": (exact, 1.0)})
+    assert both(PROMPT, Response(" cba")).answer == "cba"
+    assert WeightedScore({"right": (right, 1.0)})(PROMPT, Response("cba")).answer is None
 
 
 def brevity(prompt: Prompt, response: Response) -> float:

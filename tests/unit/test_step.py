@@ -17,6 +17,7 @@ from mesh.rl.objective import Objective
 from mesh.rl.packing import Leaf
 from mesh.rl.statistics import rollout_metrics, score_metrics
 from mesh.rl.step import (
+    Minibatch,
     Share,
     StepSettings,
     advantages_of,
@@ -56,7 +57,7 @@ def credited_share(
     wave: Wave, objective: Objective, step: StepSettings, num_ranks: int, rank: int | None
 ) -> Share:
     """A rank's share, cut and then credited."""
-    share = share_of(wave, step, num_ranks, rank)
+    share = share_of(wave, step, num_ranks, rank, step=7)
     return credited(share, advantages_of(wave, objective, step.group_size), objective)
 
 
@@ -86,7 +87,7 @@ def test_share_by_hand():
 def test_a_share_is_cut_before_anything_is_known_of_advantages():
     """And has the same passes afterwards."""
     wave = wave_of(GROUPS)
-    before, after = share_of(wave, STEP, 1, 0), credited_share(wave, CENTRED, STEP, 1, 0)
+    before, after = share_of(wave, STEP, 1, 0, step=7), credited_share(wave, CENTRED, STEP, 1, 0)
     assert {x for leaf in leaves_in(before) for x in (*leaf.advantages, *leaf.weights)} == {0.0}
     assert before.rollouts == after.rollouts == GROUPS
     assert (before.tokens, before.sequences) == (after.tokens, after.sequences)
@@ -139,11 +140,11 @@ def test_nothing_left_is_no_pass():
     for rank in range(2):
         for group, keys in ((GROUPS[2:4], DROPPING), (cut, MASKING)):
             wave = wave_of(group, rank, 2)
-            assert credited_share(wave, CENTRED, keys, 2, rank) == Share([], 0, 0)
+            assert credited_share(wave, CENTRED, keys, 2, rank) == Share([Minibatch([], 0, 0)])
 
 
 def test_off_the_trainer_nothing_is_due():
-    assert credited_share(Wave([], []), CENTRED, STEP, 3, None) == Share([], 0, 0)
+    assert credited_share(Wave([], []), CENTRED, STEP, 3, None) == Share([Minibatch([], 0, 0)])
 
 
 def test_weights_follow_the_aggregation():

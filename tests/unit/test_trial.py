@@ -10,7 +10,7 @@ import torch
 from small_trainer import conf_of
 from torch import Tensor
 
-from mesh.program.assembly import read_loss
+from mesh.program.loss_checks import read_loss
 from mesh.rl.losses import LOSSES, Loss, LossTokens, TokenLoss, clipped_surrogate
 
 HERE = __name__

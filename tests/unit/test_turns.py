@@ -119,7 +119,7 @@ def test_a_step_weighs_and_counts_loss_tokens():
     wave = Wave([outline(PLAIN), outline(TURNED)], [PLAIN, TURNED])
     step = StepSettings(1, 2, waves=1, drop_equal_groups=False, pass_tokens=13)
     objective = Objective(Loss(clipped_surrogate, "centred", "sequence"))
-    share = share_of(wave, step, 1, 0)
+    share = share_of(wave, step, 1, 0, step=0)
     assert [leaf.weights for one in share.passes for leaf in one] == [(0.0, 0.0)], "not yet known"
     share = credited(share, advantages_of(wave, objective, 2), objective)
     ((leaf,),) = share.passes
@@ -127,7 +127,7 @@ def test_a_step_weighs_and_counts_loss_tokens():
     assert leaf.weights == (0.5, torch.tensor(1 / 3).item())
     assert (share.tokens, share.sequences) == (5, 2)
     smaller = replace(step, pass_tokens=12)
-    assert len(share_of(wave, smaller, 1, 0).passes) == 2
+    assert len(share_of(wave, smaller, 1, 0, step=0).passes) == 2
 
 
 def test_statistics_count_loss_tokens_and_every_end_but_a_stop_is_truncated():

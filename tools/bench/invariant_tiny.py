@@ -34,7 +34,7 @@ def bench_tiny() -> list[str]:
         generator, trainer = program.generator, program.trainer
         asked = (program.scorer, prompts, plan.step.group_size, generator.sampling(0))
         wave = program.exchange([p.prompt_id for p in prompts], generator.rollout(*asked))
-        share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank)
+        share = share_of(wave, plan.step, trainer.dp, trainer.dp_rank, step=0)
         advantages = advantages_of(wave, plan.objective, plan.step.group_size)
         share = credited(share, advantages, plan.objective)
         parts: dict[str, Callable[[], object]] = {
