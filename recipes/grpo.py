@@ -40,6 +40,7 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
@@ -65,6 +66,7 @@ from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.tasks.transcript import shown
@@ -90,6 +92,7 @@ def main(argv: list[str]) -> None:
             conf, run_dir, process, program.trainer, inputs, program.pass_rates
         )
         first = checkpoints.load() if resume else 0
+        stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
         with MetricsLogger(
@@ -100,9 +103,12 @@ def main(argv: list[str]) -> None:
             if not resume:
                 metrics = held_out(program, process, results_file(conf, run_dir, 0))
                 logger.log(0, metrics)
+                stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
+                if stopping.reason and not checkpoints.unlogged:
+                    break
                 metrics, samples = checkpoints.to_log() or train_step(
                     program, process, phases, step, inspect
                 )
@@ -114,12 +120,15 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
-                    checkpoints.after(step + 1, stop)
+                    checkpoints.after(step + 1, stop, bool(stopping.reason))
                 if stop:
                     break
+            if stopping.reason:
+                process.say(f"the run ends here: {stopping.reason}")
             save(run_dir / "model")
 
 
@@ -163,8 +172,8 @@ def train_step(
         sync(program)
         digest = weights_digest(program)
     answered = joined(made, drawn)
-    metrics: Metrics = {**answered.metrics, "digest/weights": digest}
-    metrics |= step_metrics(updates) | rollout_metrics([answered.drawn], keys.group_size)
+    metrics: Metrics = {**step_metrics(updates), **answered.metrics, "digest/weights": digest}
+    metrics |= rollout_metrics([answered.drawn], keys.group_size, objective.length_penalty)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     metrics |= remember(program, process, step, answered)
     samples = samples_of(
@@ -197,8 +206,10 @@ def later_updates(
 
 def held_out(program: Program, process: Process, results: Path | None = None) -> Metrics:
     """The metrics of every evaluation set, on prompts that training never draws; every prompt's
-    results go to the file `results`, if there is one."""
-    found = evaluations(program, process, rows=results is not None)
+    results go to the file `results`, if there is one. By the averaged weights of a run that has
+    them."""
+    with averaged_weights(program):
+        found = evaluations(program, process, rows=results is not None)
     if results is not None:
         write_results(results, found, process)
     return {name: value for one in found.values() for name, value in one.metrics.items()}

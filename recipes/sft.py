@@ -47,7 +47,7 @@ from mesh.program.assembly import (
     sync,
 )
 from mesh.program.encoding import dated
-from mesh.program.plan import Plan
+from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.recipes.grpo import held_out
@@ -78,6 +78,8 @@ INSTEAD = {
     "difficulty.forget": "leave it out, every prompt is taught",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
+    "stop.above": "leave it out, the first and the last step alone are evaluated",
+    "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
 
 
@@ -128,13 +130,9 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys: dict[str, Any] = {
-        "steps": conf.sft.steps,
-        "trainer.lr": conf.sft.lr,
-        "kl_coef": 0.0,
-        "check": None,
-    }
-    keys |= {"updates_per_step": 1, "kl_stop": None, "refill_rounds": 0, "refill_on": "reward"}
+    keys: dict[str, Any] = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr}
+    keys |= {"kl_coef": 0.0, "check": None, "updates_per_step": 1, "kl_stop": None}
+    keys |= {"stop.above": None, "stop.after": None, "refill_rounds": 0, "refill_on": "reward"}
     keys |= {"difficulty.min": None, "difficulty.max": None, "difficulty.forget": 0}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
@@ -155,16 +153,13 @@ def teaching(plan: Plan) -> Plan:
 
 
 def scheduled(conf: Conf, plan: Plan, num_examples: int) -> tuple[Conf, Plan]:
-    """Both with the number of steps that sft.epochs makes of the examples, where it is set, and
-    with the schedule of the learning rate over them.
-    """
-    if conf.sft.epochs:
-        steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
-        conf = changed(conf, {"steps": steps})
-    keys = plan.trainer.optimizer
-    assert keys is not None, "a plan of a program that trains has an optimizer"
-    optimizer = replace(keys, decay=conf.sft.decay, steps=conf.steps)
-    return conf, replace(plan, trainer=replace(plan.trainer, optimizer=optimizer))
+    """Both with the number of steps that sft.epochs makes of the examples, where it is set."""
+    if not conf.sft.epochs:
+        return conf, plan
+    steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
+    conf = changed(conf, {"steps": steps})
+    trainer = replace(plan.trainer, optimizer=optimizer_settings(conf))
+    return conf, replace(plan, trainer=trainer)
 
 
 def examples_of(conf: Conf, source: PromptSource, process: Process) -> list[Prompt]:

@@ -136,17 +136,18 @@ class Checkpointer:
             self.best.store(step, metrics, save)
             self._on_rank0(self._remove_bests)
 
-    def after(self, step: int, stop: bool) -> None:
-        """Call after every step, with the number of finished steps; `stop`: it was the last one.
+    def after(self, step: int, stop: bool, done: bool = False) -> None:
+        """Call after every step, with the number of finished steps; `stop`: the run is stopped
+        after it; `done`: it ends with it, as with the last one.
 
         Writes a checkpoint every `checkpoint.every` steps and after the last one, and also, if none
         are requested, when a run is stopped early. Raises RuntimeError on all ranks if one could
         not be written; earlier ones are unaffected.
         """
         self._note(step)  # before anything here can fail
-        every, last = self.conf.checkpoint.every, self.conf.steps
-        ending = stop or step == last
-        if not every and not (stop and step < last):
+        every, done = self.conf.checkpoint.every, done or step == self.conf.steps
+        ending = stop or done
+        if not every and (done or not stop):
             return
         due = ending or step % every == 0
         self._finish(wait=due)
@@ -155,7 +156,7 @@ class Checkpointer:
         if ending:
             self._finish(wait=True)
             self.best.report()
-            if step < self.conf.steps:
+            if not done:
                 self.process.say(f"to continue after step {step}: resume={self.run_dir}")
 
     def digests(self) -> dict[str, str]:

@@ -31,6 +31,7 @@ from mesh.config.keys import (
     range_problems,
     refuse,
 )
+from mesh.config.moved import MOVED, moved_problem
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
 from mesh.config.spelling import meant, near_keys
@@ -220,6 +221,8 @@ def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str
     """Set one key of `merged`; return the problem where its name or its type is wrong."""
     name, value = setting.name, setting.value
     key = keys.get(name)
+    if name in MOVED:
+        return moved_problem(name, value, setting.source)
     if key is None:
         return unknown_key(name, value, keys)
     if "${" in str(value):

@@ -24,6 +24,7 @@ from mesh.config.sections import (
     PromptConf,
     RewardConf,
     SFTConf,
+    StopConf,
     SyncConf,
     TrainerConf,
     ValidateConf,
@@ -169,6 +170,13 @@ class Conf:
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
     )
+    ema: float = key(
+        0.0,
+        "exponential average of the weights, which is evaluated and exported: its decay at an "
+        "update, e.g. 0.99; 0: none",
+        ge=0,
+        lt=1,
+    )
     check: Literal["strict"] | None = key(
         None,
         "strict: end at the first token whose trainer and generator logprobs differ, and name the "
@@ -191,6 +199,7 @@ class Conf:
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
+    stop: StopConf = field(default_factory=StopConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
     validate: ValidateConf = field(default_factory=ValidateConf)

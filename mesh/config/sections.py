@@ -99,9 +99,22 @@ class TrainerConf:
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
     weight_decay: float = key(
-        0.0, "AdamW's weight decay, of all weights (norms and embeddings too)", ge=0, lt=INF
+        0.0, "decoupled weight decay of the weights in trainer.weight_decay_on", ge=0, lt=INF
     )
+    weight_decay_on: Literal["all", "matrices"] = key(
+        "all", "weights that decay: all, or neither norms nor biases nor embeddings"
+    )
+    fused: bool = key(False, "AdamW's fused kernel: each update in one pass over the weights")
     warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
+    decay: Literal["none", "linear", "cosine"] = key(
+        "none", "learning rate after the warm-up: constant, or down to trainer.lr_floor"
+    )
+    decay_steps: int | None = key(
+        None, "steps at whose end the decay has reached the floor; unset: all of the run", ge=1
+    )
+    lr_floor: float = key(
+        0.0, "where the decay ends, as a share of the peak learning rate", ge=0, le=1
+    )
     clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
     microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
     activation_checkpointing: Literal["none", "selective", "full"] = key(
@@ -210,6 +223,17 @@ class EvalConf:
 
 
 @dataclass(frozen=True)
+class StopConf:
+    metric: str = key(
+        "eval/accuracy", "the metric of evaluations that stop.above and stop.after follow"
+    )
+    above: float | None = key(None, "end the run where it is at least this", gt=-INF, lt=INF)
+    after: int | None = key(
+        None, "end the run after so many evaluations in which it has not exceeded its best", ge=1
+    )
+
+
+@dataclass(frozen=True)
 class GenerateConf:
     prompts: list[str] = key(
         [], "prompts for recipes/generate.py; -: lines of stdin; unset: held-out prompts"
@@ -229,9 +253,8 @@ class SFTConf:
         None, "in place of sft.steps: passes over everything that the task's all_prompts has", ge=1
     )
     batch_size: int = key(128, "examples per step", ge=1)
-    lr: float = key(1e-3, "peak learning rate of AdamW", gt=0, lt=INF)
-    decay: Literal["none", "linear", "cosine"] = key(
-        "none", "learning rate after trainer.warmup_steps: constant, or down to 0 at the end"
+    lr: float = key(
+        1e-3, "peak learning rate; trainer.warmup_steps and trainer.decay hold", gt=0, lt=INF
     )
     output: str | None = key(None, "directory for the model; unset: RUN_DIR/model")
 

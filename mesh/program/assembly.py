@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mesh.checkpoint.best import best_metric_problems
 from mesh.config.keys import Refusal, attempt
@@ -22,7 +23,7 @@ from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import Meshes, build_meshes, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
-from mesh.model.families import directory_warnings, shape_of_directory, shape_of_flavor
+from mesh.model.families import shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, json_problem
@@ -49,13 +50,13 @@ from mesh.program.prompt_checks import held_out_notes, prompt_problems, training
 from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.text_warnings import prompt_warnings
+from mesh.program.warnings import model_warnings
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
-from mesh.tasks.calls import TaskSource
 from mesh.tasks.difficulty import PassRates
-from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
+from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
@@ -138,8 +139,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
-            called = TaskSource(task, spec, scoring_of(conf))
-            wrong += first_call_problems(process, called, encoder, own)
+            wrong += first_call_problems(process, conf, task, encoder, own)
         if training:
             wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
@@ -148,10 +148,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
-    if conf.model.path is not None:
-        directory = resolve_path(conf.model.path)
-        for line in directory_warnings(directory, conf.model.ignore_config):
-            process.say(f"warning: {line}")
+    for line in model_warnings(conf):
+        process.say(line)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, own, sets)
@@ -237,9 +235,12 @@ def run_self_test(plan: Plan, process: Process) -> str:
     )
 
 
-def sync(program: Program) -> float:
-    """Make the trainer's weights the generator's, and drop what was cached. Seconds."""
-    report = program.bridge.sync()
+def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:
+    """Make the trainer's weights the generator's, and drop what was cached. Seconds.
+
+    weights: other ones than its newest.
+    """
+    report = program.bridge.sync(weights)
     program.generator.reset(report.version)
     return report.seconds
 
@@ -253,9 +254,10 @@ def weights_digest(program: Program) -> str:
 
 
 def save_model(program: Program, path: Path) -> None:
-    """Export the trainer's weights as a Hugging Face directory. A collective of the trainer."""
+    """Export the trainer's weights, of a run that averages them the averaged ones, as a Hugging
+    Face directory. A collective of the trainer."""
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
     write = dist.get_rank() == plan.layout.trainer_ranks[0]
-    export(path, trainer.parameters(), plan.shape, plan.export, write)
+    export(path, trainer.answering(), plan.shape, plan.export, write)

@@ -47,9 +47,8 @@ def advantage_problems(conf: Conf, loss: Loss) -> list[str]:
         wrong = f"the advantage is {name}, which does not divide by a deviation or mean"
         found.append(problem("advantage_eps", eps, wrong, "leave it out, or set advantage=std"))
     if conf.waves > 1 and (advantage in OF_STEP or "step_statistics" in loss.needs):
-        wrong = (
-            f"loss={conf.loss} needs the rewards of the whole step before the first backward pass"
-        )
+        needs = f"loss={conf.loss}" if conf.advantage is None else f"advantage={conf.advantage}"
+        wrong = f"{needs} needs the rewards of the whole step before the first backward pass"
         found.append(problem("waves", conf.waves, wrong, "set waves=1"))
     if conf.drop_equal_groups and advantage == "whitened":
         wrong = (

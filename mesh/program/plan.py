@@ -148,20 +148,36 @@ def trainer_settings(
 ) -> TrainerSettings:
     """The trainer's part; objective None: nothing is trained."""
     keys = conf.trainer
-    optimizer = OptimizerSettings(
-        keys.lr, keys.betas, keys.eps, keys.weight_decay, keys.warmup_steps, keys.clip_norm
-    )
     return TrainerSettings(
         shape=shape,
         max_length=conf.model.max_length,
         dtype=dtype_of(keys.dtype, device),
         start=Start(start_path(conf), conf.seed),
         temperature=conf.generator.temperature,
-        optimizer=None if objective is None else optimizer,
+        optimizer=None if objective is None else optimizer_settings(conf),
         reference=objective is not None and "reference_logprobs" in objective.needs,
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,
+    )
+
+
+def optimizer_settings(conf: Conf) -> OptimizerSettings:
+    """The optimizer's part; its schedule is over the steps of the run."""
+    keys = conf.trainer
+    return OptimizerSettings(
+        lr=keys.lr,
+        betas=keys.betas,
+        eps=keys.eps,
+        weight_decay=keys.weight_decay,
+        warmup_steps=keys.warmup_steps,
+        clip_norm=keys.clip_norm,
+        decay=keys.decay,
+        steps=keys.decay_steps or conf.steps,
+        lr_floor=keys.lr_floor,
+        weight_decay_on=keys.weight_decay_on,
+        fused=keys.fused,
+        ema=conf.ema,
     )
 
 

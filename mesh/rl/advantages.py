@@ -58,13 +58,14 @@ def group_advantages(
     `centred`: r - mean (Dr. GRPO, arXiv:2503.20783, section 3.2), since dividing by the deviation
     gives questions that are nearly all right or all wrong a larger weight.
     `leave_one_out`: r - mean of the others, which is G / (G - 1) * (r - mean) (RLOO,
-    arXiv:2402.14740, section 3.2).
+    arXiv:2402.14740; verl's compute_rloo_outcome_advantage).
     `mean`: (r - mean) / (mean + eps), for rewards of 0 or more (MaxRL, arXiv:2602.02710,
     algorithm 1).
     `whitened`: (r - mean) / (std + eps) over the loss tokens of the whole step, each of which has
-    its rollout's reward (REINFORCE++, arXiv:2501.03262, section 3.1); `centred_whitened`: the
-    same of r minus the group's mean (REINFORCE++ with baseline, section 3.2). The deviation is the
-    sample one, as in verl's masked_whiten. lengths_PG: those tokens; unset: as many of each.
+    its rollout's reward (REINFORCE++, arXiv:2501.03262, its global normalisation);
+    `centred_whitened`: the same of r minus the group's mean (its variant with baseline). The
+    deviation is the sample one, as in verl's masked_whiten. lengths_PG: those tokens; unset: as
+    many of each.
 
     A group of equal rewards (`equal_groups`) gets exactly 0, and for the whitened kinds a step of
     them. Raises ValueError for an unknown kind, for G < 2, for a reward that is not finite or

@@ -19,7 +19,7 @@ def token_weights(lengths_R: Tensor, aggregation: Aggregation) -> Tensor:
     """float32 weights_R: how much each token of rollout r counts in the sum of losses.
 
     `sequence` (GRPO, arXiv:2402.03300, eq. 3): 1 / length, so that every response counts the same.
-    `token` (DAPO, arXiv:2503.14476, eq. 8), `sum` (RLOO, arXiv:2402.14740, section 3.2) and
+    `token` (DAPO, arXiv:2503.14476, eq. 8), `sum` (RLOO, arXiv:2402.14740) and
     `constant` (Dr. GRPO, arXiv:2503.20783, section 3.2): 1. An empty response has no token to weigh
     and gets 0. Raises ValueError for an unknown aggregation.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mesh.rl.advantages import equal_groups, rewards_of
+from mesh.rl.advantages import equal_groups, lengths_of, rewards_of
+from mesh.rl.rewards import LengthPenalty
 from mesh.types import FINISH_REASONS, TRUNCATED, Outline, Parts, Wave
 
 
@@ -89,8 +90,11 @@ def score_metrics(outlines: Sequence[Outline]) -> dict[str, float]:
     return metrics | ({"reward/correct": sum(said) / len(said)} if said else {})
 
 
-def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
-    """Scores, lengths and truncation of a whole step's rollouts; empty off the trainer."""
+def rollout_metrics(
+    waves: Sequence[Wave], group_size: int, penalty: LengthPenalty | None = None
+) -> dict[str, float]:
+    """Scores, lengths and truncation of a whole step's rollouts, and what long ones lose; empty off
+    the trainer."""
     outlines = [o for wave in waves for o in wave.outlines]
     if not outlines:
         return {}
@@ -107,8 +111,23 @@ def rollout_metrics(waves: Sequence[Wave], group_size: int) -> dict[str, float]:
         "response_length/max": float(max(lengths)),
         "response/truncated": unfinished / len(outlines),
         "truncated": truncated / len(outlines),
+        **penalty_metrics(waves, group_size, penalty),
         **score_metrics(outlines),
         **turn_metrics(outlines),
+    }
+
+
+def penalty_metrics(
+    waves: Sequence[Wave], group_size: int, penalty: LengthPenalty | None
+) -> dict[str, float]:
+    """The mean of what rollouts lose for their length, and the share of those that lose anything;
+    nothing without a penalty."""
+    if penalty is None:
+        return {}
+    taken_PG = torch.cat([penalty.of(lengths_of(wave, group_size)) for wave in waves])
+    return {
+        "length_penalty/mean": float(taken_PG.mean()),
+        "length_penalty/share": float((taken_PG > 0).double().mean()),
     }
 
 

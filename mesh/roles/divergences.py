@@ -45,8 +45,10 @@ def divergences(leaves: Pass, known: PassScores, objective: Objective) -> dict[R
     if not rollouts:
         return {}
     assert known.reference_logprobs_A is not None, "the reference was not scored"
-    policy_A = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float32)
+    policy_A = known.old_logprobs_A
+    if policy_A is None:
+        policy_A = torch.tensor([x for r in rollouts for x in r.logprobs], dtype=torch.float32)
     estimate = DIVERGENCES[objective.kl_estimator]
-    values_A = estimate(policy_A.double(), known.reference_logprobs_A.cpu().double())
+    values_A = estimate(policy_A.cpu().double(), known.reference_logprobs_A.cpu().double())
     values = iter(values_A.tolist())
     return {r.key: objective.kl_coef * math.fsum(islice(values, r.length)) for r in rollouts}

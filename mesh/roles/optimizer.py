@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mesh.roles.averaging import AveragedWeights
+
 Decay = Literal["none", "linear", "cosine"]
+DecayedWeights = Literal["all", "matrices"]
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none;
-    decay: from the peak to 0 over the rest of `steps`.
+    decay: from the peak to lr_floor, a share of it, at the end of `steps`; weight_decay_on: the
+    weights that decay; fused: AdamW's one kernel an update; ema: decay of the averaged weights, 0:
+    there are none.
     """
 
     lr: float
@@ -28,39 +33,75 @@ class OptimizerSettings:
     clip_norm: float
     decay: Decay = "none"
     steps: int = 0
+    lr_floor: float = 0.0
+    weight_decay_on: DecayedWeights = "all"
+    fused: bool = False
+    ema: float = 0.0
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Kinds of state that an update needs beside the weights, each in their shape and dtype."""
 
+EMA = "ema"
+"""Kind of state that the averaged weights are."""
+
+EMBEDDINGS = "tok_embeddings.weight"  # also the name of a tied weight
+
 
 def lr_at(step: int, settings: OptimizerSettings) -> float:
-    """Linear warm-up to the peak, then constant or decaying. The first of `warmup_steps` gets
-    peak / warmup_steps, and the step after the last would get 0.
+    """Learning rate of the updates that follow `step` steps: linear warm-up to the peak, then
+    constant or decaying to the floor.
+
+    The first of `warmup_steps` gets peak / warmup_steps. The first step of the decay gets the peak,
+    and the step after its last one would get the floor, as all that follow do.
     """
-    warmup = settings.warmup_steps
+    warmup, peak = settings.warmup_steps, settings.lr
     if step < warmup or settings.decay == "none":
-        return settings.lr * min(1.0, (step + 1) / max(warmup, 1))
+        return peak * min(1.0, (step + 1) / max(warmup, 1))
     left = max(settings.steps - step, 0) / max(settings.steps - warmup, 1)
-    if settings.decay == "linear":
-        return settings.lr * left
-    return settings.lr * (1 - math.cos(math.pi * left)) / 2
+    if settings.decay == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return peak * (settings.lr_floor + (1 - settings.lr_floor) * left)
+
+
+def decays(name: str, weight: Tensor, on: DecayedWeights) -> bool:
+    """True if weight decay shrinks this weight: with `matrices` neither norms nor biases nor the
+    embeddings, which a tied model's head shares."""
+    return on == "all" or (weight.dim() > 1 and name != EMBEDDINGS)
+
+
+def state_kinds(settings: OptimizerSettings) -> tuple[str, ...]:
+    """Kinds of state that `Optimizer.state` has, in order."""
+    return (*MOMENTS, *([EMA] if settings.ema else []))
+
+
+def groups_of(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """The weights as groups of torch's optimizers, each with its weight decay; none is empty."""
+    groups = []
+    for decayed in (True, False):
+        mine = [w for n, w in weights.items() if decays(n, w, settings.weight_decay_on) == decayed]
+        decay = settings.weight_decay if decayed else 0.0
+        groups += [{"params": mine, "weight_decay": decay}] if mine else []
+    return groups
 
 
 class Optimizer:
-    """Owns the moments of these parameters. Counts the updates that were made."""
+    """Owns the moments of these weights, by torchtitan's names, and their average. Counts the
+    updates that were made.
+    """
 
-    def __init__(self, parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
-        self.settings = settings
+    def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings) -> None:
+        self.settings, self.weights = settings, weights
+        self.averaged = AveragedWeights(weights, settings.ema) if settings.ema else None
         self.updates = 0
         self._moving = threading.Lock()
         self._whole = True
         self.adamw = torch.optim.AdamW(
-            parameters,
+            groups_of(weights, settings),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            fused=settings.fused or None,
         )
 
     def lr(self, step: int) -> float:
@@ -71,8 +112,8 @@ class Optimizer:
         """Clip the gradients (the local shards of the parameters' own) to the bound, and update.
 
         norm: of the whole gradient, the same on all ranks. Where it is 0 there is nothing to learn
-        from, and weights, moments and AdamW's count of updates stay: its moments would go on
-        moving the weights, and weight decay shrink them.
+        from, and weights, moments, average and AdamW's count of updates stay: its moments would go
+        on moving the weights, and weight decay shrink them.
         """
         if norm == 0:
             return
@@ -83,6 +124,8 @@ class Optimizer:
         with self._moving:
             self._whole = False
             self.adamw.step()
+            if self.averaged is not None:
+                self.averaged.move()
             self.updates += 1
             self._whole = True
 
@@ -101,17 +144,26 @@ class Optimizer:
         """A parameter's state, `MOMENTS` and `step`: zeros before its first update."""
         state = self.adamw.state[parameter]
         if not state:  # as AdamW makes it in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device if self.settings.fused else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state |= {kind: torch.zeros_like(parameter) for kind in MOMENTS}
         return state
 
-    def continue_after(self, updates: int, parameters: Iterable[Tensor]) -> None:
-        """Resume after so many updates, whose moments are already loaded."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors beside the weights that the next update depends on, by kind and name."""
+        moments = {name: self.moments(weight) for name, weight in self.weights.items()}
+        found = {kind: {name: m[kind] for name, m in moments.items()} for kind in MOMENTS}
+        return found | ({EMA: self.averaged.tensors} if self.averaged is not None else {})
+
+    def continue_after(self, updates: int) -> None:
+        """Resume after so many updates, whose state is already loaded."""
         self.updates = updates
-        for parameter in parameters:
-            self.moments(parameter)["step"].fill_(updates)
+        for weight in self.weights.values():
+            self.moments(weight)["step"].fill_(updates)
 
     def restart(self) -> None:
-        """Forget all updates."""
+        """Forget all updates; the average begins again at the weights."""
         self.adamw.state.clear()
+        if self.averaged is not None:
+            self.averaged.restart()
         self.updates = 0

@@ -27,7 +27,7 @@ from mesh.rl.step import Pass
 from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.models import build_model
 from mesh.roles.nonfinite import announce, findings, gathered, merged
-from mesh.roles.optimizer import MOMENTS, Optimizer
+from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import TrainerSettings
@@ -66,7 +66,7 @@ class Trainer:
             if settings.reference:
                 self.reference = self._build().requires_grad_(False)
             if settings.optimizer is not None:
-                self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
+                self.optimizer = Optimizer(self.masters(), settings.optimizer)
 
     def _build(self) -> Policy:
         return build_model(self.settings, self.mesh, self.device, self.layouts, self._blocks())
@@ -85,17 +85,38 @@ class Trainer:
         """Master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
 
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Master weights, a tied one under its first name."""
+        return {k: w for k, w in self.parameters().items() if k in self.master_names}
+
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """Weights of the frozen reference; none without one."""
         return named_weights(self.reference) if self.reference is not None else {}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
-        moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
-        weight is listed once. Empty off the trainer."""
-        masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
-        moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
-        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
+        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's,
+        of which moments are zeros before the first step. DTensors, the trainer's own; a tied weight
+        is listed once. Off the trainer every kind is empty."""
+        if self.model is None:
+            settings = self.settings.optimizer
+            kinds = state_kinds(settings) if settings is not None else ()
+            return {kind: {} for kind in ("weights", *kinds)}
+        return {"weights": self.masters()} | self.optimizer.state()
+
+    def answering(self) -> dict[str, torch.Tensor]:
+        """The weights that are evaluated and exported, by the names of `parameters`: the average of
+        a run that has one, else the newest. Empty off the trainer."""
+        if self.model is None or not self.averages:
+            return self.parameters()
+        averaged = self.optimizer.averaged
+        assert averaged is not None, "the optimizer averages as its settings say"
+        tied = {"lm_head.weight": averaged.tensors[EMBEDDINGS]} if self.settings.shape.tied else {}
+        return averaged.tensors | tied
+
+    @property
+    def averages(self) -> bool:
+        """True if the run has averaged weights; the same on all ranks."""
+        return self.settings.optimizer is not None and self.settings.optimizer.ema > 0
 
     @property
     def updates(self) -> int:
@@ -107,7 +128,7 @@ class Trainer:
         without signal. `state` holds the last step's tensors already."""
         self.steps, self.without_signal = steps, without_signal
         if self.model is not None:
-            self.optimizer.continue_after(updates, self.state()["weights"].values())
+            self.optimizer.continue_after(updates)
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""

@@ -338,7 +338,8 @@ def test_every_key_has_a_meaning_and_its_default():
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
         "invariant", "mesh", "model", "prompt", "trainer", "generator", "conversation", "reward",
-        "vllm", "sync", "eval", "generate", "sft", "validate", "checkpoint", "export", "log",
+        "vllm", "sync", "eval", "stop", "generate", "sft", "validate", "checkpoint", "export",
+        "log",
     ]  # fmt: skip
 
 

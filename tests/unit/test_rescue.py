@@ -23,9 +23,9 @@ from mesh.roles.trainer import Trainer
 INF = float("inf")
 
 
-def begun(process: Process, path: Path, steps: int) -> tuple[Checkpointer, Trainer]:
+def begun(process: Process, path: Path, steps: int, *words: str) -> tuple[Checkpointer, Trainer]:
     """A run that writes no checkpoints, after so many steps."""
-    conf = conf_of("checkpoint.every=0", "on_nonfinite=stop")
+    conf = conf_of("checkpoint.every=0", "on_nonfinite=stop", *words)
     path.mkdir()
     trainer = trainer_of(conf)
     keeper = Checkpointer(conf, path, process, trainer, Inputs())

@@ -32,8 +32,7 @@ def k1_T(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:
 
 
 def k2_T(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:
-    """Half the squared log-ratio. Its gradient is on average that of KL(policy || other)
-    (REINFORCE++, arXiv:2501.03262, section 3.3)."""
+    """Half the squared log-ratio. Its gradient is on average that of KL(policy || other)."""
     return (logprobs_T - other_logprobs_T.detach()).square() / 2
 
 

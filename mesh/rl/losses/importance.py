@@ -25,7 +25,7 @@ class Importance:
     `tis`: the loss is multiplied by w, clamped to [low, high] (truncated importance sampling, Yao
     et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025).
     `mask`: by w where low <= w <= high, and by 0 elsewhere (Liu et al., "When Speed Kills
-    Stability", 2025; IcePop, arXiv:2510.18855, eq. 4).
+    Stability", 2025; IcePop, arXiv:2510.18855).
     Neither has a gradient. What is masked still counts in what the step's loss is divided by.
     """
 

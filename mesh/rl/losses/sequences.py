@@ -12,7 +12,8 @@ def sequence_sums(x_T: Tensor, sequence_T: Tensor) -> Tensor:
     sequence_T: ascending, as in `LossTokens`. Neighbours are added along a binary tree that begins
     at the sequence's first token, by elementwise operations alone: the bits depend on the
     sequence's own numbers, not on the pass, its length or the sequence's place in it. On a GPU
-    nothing waits for the device.
+    nothing waits for the device. Use it without a gradient, whose sums autograd would order:
+    `gspo_surrogate` shows how.
     """
     place_T = torch.arange(len(x_T), device=x_T.device)
     begins_T = torch.ones_like(sequence_T, dtype=torch.bool)

@@ -24,7 +24,8 @@ def clipped_surrogate(
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) with DAPO's two bounds (arXiv:2503.14476,
     eq. 8): -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A).
 
-    dual_clip: where A < 0, the ratio counts as at most this c (Ye et al., arXiv:1912.09729, eq. 5).
+    dual_clip: where A < 0, the ratio counts as at most this c (dual-clip PPO, Ye et al.,
+    arXiv:1912.09729; `clip_ratio_c` of verl, `delta` of TRL).
     A token is clipped where a bound is taken: its loss is constant and its gradient exactly 0.
     Other gradients are -ratio * A.
     """
@@ -77,7 +78,7 @@ def rloo_surrogate(
     dual_clip: float | None = None,
 ) -> TokenLoss:
     """The clipped surrogate with the probability ratio of a whole sequence, whose log is the sum of
-    its tokens' log-ratios (RLOO, arXiv:2402.14740, section 3.2; TRL's RLOOTrainer clips it).
+    its tokens' log-ratios (RLOO, arXiv:2402.14740; clipped as in TRL's RLOOTrainer).
 
     A token's value is its share of the sequence's loss, 1 / length, its gradient -ratio * A.
     Added over a sequence, that is the loss and the gradient of the sequence.
@@ -106,7 +107,8 @@ def sapo_surrogate(
     tokens: LossTokens, *, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> TokenLoss:
     """-(4 / tau) * sigmoid(tau * (ratio - 1)) * A, where tau is `tau_positive` for A > 0 and else
-    `tau_negative` (SAPO, arXiv:2511.20347, eqs. 5 and 6).
+    `tau_negative` (SAPO, arXiv:2511.20347, as in TRL and in verl's
+    compute_policy_loss_sapo).
 
     At ratio 1 the gradient is that of the plain ratio; away from it the gate closes smoothly, and
     faster with a larger tau. Nothing is clipped.
