@@ -194,11 +194,9 @@ class Checkpointer:
                 for name, local in local_tensors(whole).items()
                 if name in self.own
             }
-        jobs: dict[Path, Callable[[Path], Entry]] = {}
+        jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
-        if self.process.rank == 0:
-            jobs |= rates_job(folder, self.pass_rates.kept)
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, self.own)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mesh.config.asking import ConversationConf, DifficultyConf, PromptConf, RewardConf
 from mesh.config.declare import INF, key
 from mesh.config.sections import (
     CheckpointConf,
-    ConversationConf,
-    DifficultyConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -21,8 +20,6 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
-    PromptConf,
-    RewardConf,
     SFTConf,
     StopConf,
     SyncConf,
