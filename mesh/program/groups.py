@@ -17,7 +17,7 @@ from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
 from mesh.rl.refill import CORRECT, next_round, quantity_of, unequal_groups
 from mesh.rl.step import part_of
-from mesh.tasks import refill_draw
+from mesh.tasks.drawing import refill_draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import NumberedPrompt, Rollout, Wave
 

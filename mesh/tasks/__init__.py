@@ -16,6 +16,7 @@ from mesh.config.spelling import meant
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code
 from mesh.tasks.classes import class_of
+from mesh.tasks.drawing import Draw
 from mesh.tasks.response import Response, Score
 from mesh.text.forms import form_problem
 from mesh.types import NumberedPrompt, Prompt
@@ -131,36 +132,6 @@ def all_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if field.init and field.name != "seed"
     }
     return {**defaults, **typed_args(name, args)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """A request for training prompts: `num` of a step, in a round of it.
-
-    A prompt is a pure function of (seed, step, round, index); rounds after the first draw more for
-    a step. first_id: the place in the step of index 0, after those of the rounds before.
-    `refill_draw` says which rounds a step that is refilled has.
-    """
-
-    step: int
-    num: int
-    round: int = 0
-    first_id: int = 0
-
-    @property
-    def refill(self) -> int:
-        """Which refill of the step it is; 0: the step's first draw."""
-        return self.round // ROUNDS_OF_DRAW
-
-
-ROUNDS_OF_DRAW = 10_000
-"""Rounds that one draw of a step may use: its own, and those that replace prompts of no use."""
-
-
-def refill_draw(step: int, refill: int, num: int, num_prompts: int) -> Draw:
-    """The draw of `num` more prompts for a step of `num_prompts`, in its refill 1, 2, ..."""
-    assert num <= num_prompts, "places of two refills would overlap"
-    return Draw(step, num, ROUNDS_OF_DRAW * refill, num_prompts * refill)
 
 
 def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:

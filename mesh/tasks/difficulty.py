@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mesh.tasks import ROUNDS_OF_DRAW, Draw, Task, draw_prompts
+from mesh.tasks import Draw, Task, draw_prompts
+from mesh.tasks.drawing import ROUNDS_OF_DRAW
 from mesh.types import Prompt
 
 MAX_ROUNDS = 100

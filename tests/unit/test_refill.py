@@ -18,7 +18,8 @@ from mesh.program.refill_checks import difficulty_problems, refill_problems, rou
 from mesh.rl.refill import next_round, unequal_groups
 from mesh.rl.step import batch_of, samples_of
 from mesh.runs.warnings import StepWarnings
-from mesh.tasks import Draw, numbered, refill_draw
+from mesh.tasks import Draw, numbered
+from mesh.tasks.drawing import refill_draw
 from mesh.tasks.prompts import digest_of, step_prompts
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.types import Prompt, Rollout
