@@ -20,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
-from mesh.checkpoint.files import Entry, Index, file_problem, read_blocks, write_index
+from mesh.checkpoint.files import Entry, Index, file_problem, write_index
 from mesh.checkpoint.folder import (
     OLD,
     PARTIAL,
@@ -44,16 +42,21 @@ from mesh.checkpoint.same_run import (
     refuse_another_run,
     refuse_fewer_steps,
 )
+from mesh.checkpoint.state import (
+    host_copies,
+    own_blocks,
+    restore_state,
+    state_digests,
+    with_own,
+)
 from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
-from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
 from mesh.tasks.difficulty import PassRates
-from mesh.weights.bridge import weights_digest
 
 T = TypeVar("T")
 
@@ -161,13 +164,9 @@ class Checkpointer:
 
     def digests(self) -> dict[str, str]:
         """Mesh-independent digests of each kind of trainer state and of the reference; that of the
-        weights is the metric `digest/weights`, which counts a tied weight under both names."""
-        trainer, group = self.trainer, self.process.cpu_group
-        state = trainer.state()
-        weights = {"weights": weights_digest(trainer.parameters(), self.digested, group)}
-        moments = state.keys() - weights
-        kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
-        return weights | kinds | self.reference
+        weights is the metric `digest/weights`."""
+        found = state_digests(self.process, self.trainer, self.layouts, self.digested)
+        return found | self.reference
 
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
@@ -180,26 +179,22 @@ class Checkpointer:
         updates, without_signal = self.trainer.updates, self.trainer.without_signal
         best, seed = self.best.current, self.conf.seed
         inputs = self.recorded | {"prompts": self.drawn}
-        return Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        index = Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        return with_own(index, self.trainer)
 
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
         folder = self.path / f"step-{step}{PARTIAL}"
         index = replace(self._index(step), digests=self.digests())
         self._on_rank0(lambda: folder.mkdir())
-        with torch.no_grad():
-            tensors = {
-                f"{kind}/{name}": local.to("cpu", copy=True).contiguous()
-                for kind, whole in self.trainer.state().items()
-                for name, local in local_tensors(whole).items()
-                if name in self.own
-            }
+        own = self.own | own_blocks(self.trainer, self.process.rank)
+        tensors = host_copies(self.trainer, own)
         jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
-            jobs[file] = partial(write_blocks, tensors, self.own)
+            jobs[file] = partial(write_blocks, tensors, own)
         self.pending = Pending(index, CheckpointWriter(jobs))
         self.pending.writer.start()
 
@@ -283,9 +278,7 @@ class Checkpointer:
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
         refuse_another_run(self.process, path, index, self.conf, self.inputs, self.reference)
-        with torch.no_grad():
-            state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
-        read_blocks(path, index, state, self.layouts, self.process.rank)
+        restore_state(self.process, self.trainer, path, index, self.layouts)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
         self.pass_rates.restore(read_rates(path, index.files))
         digests = self.digests()

@@ -25,6 +25,7 @@ from mesh.checkpoint.files import Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
 from mesh.checkpoint.logs import copy_jobs
 from mesh.checkpoint.pass_rates import rates_job
+from mesh.checkpoint.state import OWN, own_blocks, own_layouts
 from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.layout.holdings import local_tensors
@@ -179,12 +180,14 @@ class Rescue:
         """Write this rank's file, and add up the digests of what it holds."""
         keeper, rank = self.keeper, self.keeper.process.rank
         tensors: dict[str, Tensor] = {}
+        blocks = keeper.own | own_blocks(keeper.trainer, rank)
+        held = {"weights": keeper.digested, OWN: own_layouts(keeper.trainer)}
         for kind, part in shards.items():
-            layouts = first_held(keeper.digested if kind == "weights" else keeper.layouts, rank)
+            layouts = first_held(held.get(kind, keeper.layouts), rank)
             mine = on_host({layout.name: part[layout.name] for layout in layouts})
             sums[kind] = sum(local_digests(mine, layouts, rank).values())
-            tensors |= {f"{kind}/{name}": mine[name] for name in keeper.own}
-        return write_blocks(tensors, keeper.own, path)
+            tensors |= {f"{kind}/{name}": x for name, x in mine.items() if name in blocks}
+        return write_blocks(tensors, blocks, path)
 
     def _complete(self, meeting: Meeting, pending: Pending, sums: Mapping[str, int]) -> str:
         """Complete a checkpoint once all ranks have written their part; the reason if they cannot.

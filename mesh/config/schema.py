@@ -23,10 +23,10 @@ from mesh.config.sections import (
     SFTConf,
     StopConf,
     SyncConf,
-    TrainerConf,
     ValidateConf,
     VllmConf,
 )
+from mesh.config.trainer_section import TrainerConf
 
 
 @dataclass(frozen=True)

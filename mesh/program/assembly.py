@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mesh.checkpoint.best import best_metric_problems
+from mesh.checkpoint.state import refuse_own
 from mesh.config.keys import Refusal, attempt
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
@@ -39,6 +40,7 @@ from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
 from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.loss_checks import read_loss
+from mesh.program.optimizer_checks import own_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -124,8 +126,10 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
-    wrong += best_metric_problems(conf) if training else []
+    refuse_differences(
+        process, of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
+    )
+    wrong += best_metric_problems(conf) + own_problems(conf) if training else []
     own: list[Prompt] = []
     if task is not None and held_out:
         own += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
@@ -203,6 +207,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
+    refuse_own(process, trainer)
     generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = evaluation_scorers(plan, scorer)

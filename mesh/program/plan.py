@@ -178,6 +178,8 @@ def optimizer_settings(conf: Conf) -> OptimizerSettings:
         weight_decay_on=keys.weight_decay_on,
         fused=keys.fused,
         ema=conf.ema,
+        name=keys.optimizer,
+        args=keys.optimizer_args,
     )
 
 
