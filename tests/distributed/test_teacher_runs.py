@@ -112,11 +112,11 @@ def test_a_resumed_run_has_the_teacher_by_its_weights(launched, root):
         shutil.rmtree(root / name / "checkpoints" / "step-3")
     edit = root / "moved" / "config.yaml"
     edit.write_text(edit.read_text().replace(str(root / "teacher"), str(elsewhere)))
-    launch("recipes/grpo.py", 1, f"resume={root / 'same'}", "log.progress=false")
+    launch("recipes/grpo.py", 1, f"resume={root / 'moved'}", "log.progress=false")
     lines = Run(root / "moved", "").metrics
     assert lines[-1]["teacher_kl"] == pytest.approx(launched["full"].metrics[-1]["teacher_kl"])
     shutil.rmtree(root / "teacher")
     moved(root / "teacher", 2)
-    done = launch("recipes/grpo.py", 1, f"resume={root / "changed"}", status=1)
+    done = launch("recipes/grpo.py", 1, f"resume={root / 'changed'}", status=1)
     assert "teacher.path=" in done.stdout + done.stderr
     assert "its weights are not those that" in done.stdout + done.stderr
