@@ -153,16 +153,14 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
-    for line in model_warnings(conf):
-        process.say(line)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, own, sets, teacher)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
-    notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
-    notes += teacher_warnings(conf, tokenizer) if training else []
+    notes = model_warnings(conf) + (teacher_warnings(conf, tokenizer) if training else [])
+    notes += [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
     notes += held_out_notes(conf, len(own))
     num = conf.num_prompts if training else 0
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:

@@ -21,7 +21,7 @@ def run_objective(conf: Conf, loss: Loss) -> Objective:
         settings={**bounds, **typed_settings(loss, conf.loss_args)},
         kl_coef=conf.kl_coef,
         entropy_coef=conf.entropy_coef,
-        teacher_coef=loss.teacher_coef if conf.teacher.coef is None else conf.teacher.coef,
+        teacher_coef=conf.teacher.coef,
         teacher_kl=conf.teacher.kl,
         kl_in=conf.kl_in,
         kl_estimator=conf.kl_estimator or ("k3" if conf.kl_in == "loss" else "k1"),

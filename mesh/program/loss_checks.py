@@ -220,6 +220,7 @@ def unrewarded_problems(conf: Conf, loss: Loss) -> list[str]:
     given = {
         "advantage": conf.advantage is not None,
         "drop_equal_groups": conf.drop_equal_groups,
+        "refill_rounds": conf.refill_rounds > 0,
         "length_penalty": conf.length_penalty > 0,
         "kl_in": conf.kl_in == "reward",
         "truncated_reward": conf.truncated_reward is not None,

@@ -157,6 +157,7 @@ def objective_of(
     advantage: Advantage | None = None,
     aggregation: Aggregation | None = None,
     settings: Mapping[str, Any] | None = None,
+    teacher_coef: float | None = None,
     **terms: Any,
 ) -> Objective:
     """The objective of a loss; what is None is the loss's own. terms: fields of `Objective`."""
@@ -166,4 +167,5 @@ def objective_of(
         aggregation=aggregation or loss.aggregation,
     )
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    return Objective(loss, {**loss.settings, **given}, **terms)
+    coef = loss.teacher_coef if teacher_coef is None else teacher_coef
+    return Objective(loss, {**loss.settings, **given}, teacher_coef=coef, **terms)

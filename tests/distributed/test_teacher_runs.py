@@ -9,6 +9,7 @@ import pytest
 import torch
 from launching import Run, launch, runs
 from safetensors.torch import load_file, save_file
+from tiny_qwen3 import Variant, save_checkpoint
 
 from mesh.config.schema import PACKAGE_DATA
 
@@ -38,6 +39,14 @@ def moved(path: Path, seed: int) -> Path:
     return path
 
 
+def llama(path: Path) -> Path:
+    """A random teacher of another family, size and padding; the policy's vocabulary is 128."""
+    save_checkpoint(path, Variant(3, tied=False, vocab_size=100, family="llama", head_dim=16))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, path / name)
+    return path
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("teachers")
@@ -49,12 +58,15 @@ def launched(root) -> dict[str, Run]:
     full = ["loss=distill", teacher, "teacher.kl=full"]
     sampled = ["loss=grpo", teacher, "teacher.coef=0.5", "entropy_coef=0.01",
                "updates_per_step=2"]  # fmt: skip
+    other = ["loss=distill", f"teacher.path={llama(root / 'llama')}", "steps=1", "check=strict"]
     asked = {
         "full": ("grpo", [*STRICT, *full]),
         "full_tp": ("grpo", [*STRICT, *full, *TP]),
         "sampled": ("grpo", [*STRICT, *sampled]),
         "replay": ("replay", [str(root / "full" / "run"), "step=3"]),
         "replay_sampled": ("replay", [str(root / "sampled" / "run"), "step=3"]),
+        "other": ("grpo", [*SMALL, *other, "teacher.kl=full"]),
+        "other_tp": ("grpo", [*SMALL, *other, "teacher.kl=full", *TP]),
         "valid": ("validate", [*VALIDATION, *full, f"run_dir={root / 'valid' / 'run'}"]),
     }
     return runs(root, 2, asked)
@@ -73,6 +85,14 @@ def test_strict_runs_with_a_teacher_measure_and_lower_the_kl_to_it(launched):
             assert one[name] == pytest.approx(other[name], rel=1e-4)
 
 
+def test_a_teacher_of_another_family_is_sharded_and_tested_as_the_policy_is(launched):
+    one, other = launched["other"], launched["other_tp"]
+    assert "\nteacher: batch-invariant: " in one.output
+    assert one.metrics[1]["teacher_kl"] > 0.5
+    for name in ("teacher_kl", "loss", "grad_norm"):
+        assert one.metrics[1][name] == pytest.approx(other.metrics[1][name], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["replay", "replay_sampled"])
 def test_a_replay_has_the_teacher(launched, name):
     assert launched[name].output.splitlines()[-1].startswith("equal to the bit: ")
@@ -87,16 +107,16 @@ def test_a_resumed_run_has_the_teacher_by_its_weights(launched, root):
     """Moved elsewhere, it is the same; with other weights it is refused."""
     source = launched["full"].path
     elsewhere = shutil.copytree(root / "teacher", root / "elsewhere")
-    for name in ("same", "other"):
+    for name in ("moved", "changed"):
         shutil.copytree(source, root / name)
         shutil.rmtree(root / name / "checkpoints" / "step-3")
-    edit = root / "same" / "config.yaml"
+    edit = root / "moved" / "config.yaml"
     edit.write_text(edit.read_text().replace(str(root / "teacher"), str(elsewhere)))
-    launch("recipes/grpo.py", 1, f"resume={root / 'same'}", "log.progress=false")
-    lines = Run(root / "same", "").metrics
+    launch("recipes/grpo.py", 1, f"resume={root / 'moved'}", "log.progress=false")
+    lines = Run(root / "moved", "").metrics
     assert lines[-1]["teacher_kl"] == pytest.approx(launched["full"].metrics[-1]["teacher_kl"])
     shutil.rmtree(root / "teacher")
     moved(root / "teacher", 2)
-    done = launch("recipes/grpo.py", 1, f"resume={root / 'other'}", status=1)
+    done = launch("recipes/grpo.py", 1, f"resume={root / 'changed'}", status=1)
     assert "teacher.path=" in done.stdout + done.stderr
     assert "its weights are not those that" in done.stdout + done.stderr

@@ -174,10 +174,12 @@ REFUSALS = {  # words, and the lines
          "or use loss=dapo or grpo"],
     ),
     "rewards that nothing learns from": (
-        ["loss=distill", TEACHER, "advantage=std", "drop_equal_groups=true", "truncated_reward=-1"],
+        ["loss=distill", TEACHER, "advantage=std", "drop_equal_groups=true", "refill_rounds=2",
+         "truncated_reward=-1"],
         [f"{given}: loss=distill learns from the teacher alone, whatever the rewards are; leave it "
          "out, or use a loss of rewards with teacher.coef"
-         for given in ("advantage=std", "drop_equal_groups=true", "truncated_reward=-1.0")],
+         for given in ("advantage=std", "drop_equal_groups=true", "refill_rounds=2",
+                       "truncated_reward=-1.0")],
     ),
 }  # fmt: skip
 

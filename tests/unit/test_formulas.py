@@ -82,7 +82,7 @@ FORMULAS = {
 
 
 def test_every_loss_has_its_formula_here():
-    assert set(FORMULAS) == {name for name in LOSSES if not LOSSES[name].credit}
+    assert set(FORMULAS) == {name for name in LOSSES if not LOSSES[name].teacher_coef}
 
 
 @pytest.mark.parametrize("spread", [0.0, 2e-3, 0.5, 2.5])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mesh.config.loading import load_conf
-from mesh.rl.losses import LOSSES
-from tools.bench.losses import Curve, Trial, curve_of, missed, read_words, table_of
+from tools.bench.losses import REWARDED, Curve, Trial, curve_of, missed, read_words, table_of
 
 RISING = ((0, 0.25), (10, 0.5), (20, 0.81), (30, 0.79))
 
@@ -27,7 +26,7 @@ def test_a_run_is_written_as_a_user_would():
 def test_options_are_ours_and_the_rest_is_the_recipes():
     options, words = read_words(["losses=rloo", "updates=1,4", "steps=9", "jobs=3", "output=/o"])
     assert (options["losses"], options["jobs"], words) == ("rloo", "3", ["steps=9"])
-    assert read_words(["output=/o"])[0]["losses"] == ",".join(LOSSES)
+    assert read_words(["output=/o"])[0]["losses"] == ",".join(REWARDED)
     for wrong in ("seeds=no", "updates=1,0", "jobs=0"):
         with pytest.raises(SystemExit):
             read_words([wrong])

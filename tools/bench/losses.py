@@ -29,6 +29,8 @@ from tools import ROOT
 from tools.bench.report import hardware
 
 METRIC = "eval/accuracy"
+REWARDED = [name for name, loss in LOSSES.items() if not loss.teacher_coef]
+"""Losses that need no teacher; for others, say losses=distill teacher.path=DIRECTORY."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our own options, and the recipe's arguments."""
     cores = len(os.sched_getaffinity(0))
     options = {
-        "losses": ",".join(LOSSES), "seeds": "3", "updates": "1", "jobs": str(cores),
+        "losses": ",".join(REWARDED), "seeds": "3", "updates": "1", "jobs": str(cores),
         "target": "0.8", "output": "",
     }  # fmt: skip
     options |= dict(word.split("=", 1) for word in argv if word.partition("=")[0] in options)
