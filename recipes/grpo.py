@@ -10,7 +10,7 @@ With updates_per_step > 1 the rollouts are cut into minibatches, and forward to 
 for each; what is scored is scored for all of them before the first update.
 
 Left out: off-policy rollouts (the generator always has the newest weights, so in a step's first
-update the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
+update the ratio differs from 1 by rounding only), learned rewards.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from mesh.program.assembly import (
     sync,
     weights_digest,
 )
+from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
+from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.objective import Objective
@@ -64,6 +66,7 @@ from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.tasks.transcript import shown
@@ -85,8 +88,11 @@ def main(argv: list[str]) -> None:
             process.say(warning)
         program = assemble(plan, process)
         inputs = inputs_of(conf, plan)
-        checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
+        checkpoints = Checkpointer(
+            conf, run_dir, process, program.trainer, inputs, program.pass_rates
+        )
         first = checkpoints.load() if resume else 0
+        stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
         with MetricsLogger(
@@ -97,9 +103,12 @@ def main(argv: list[str]) -> None:
             if not resume:
                 metrics = held_out(program, process, results_file(conf, run_dir, 0))
                 logger.log(0, metrics)
+                stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
             for step in range(first, conf.steps):
+                if stopping.reason and not checkpoints.unlogged:
+                    break
                 metrics, samples = checkpoints.to_log() or train_step(
                     program, process, phases, step, inspect
                 )
@@ -111,12 +120,15 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 logger.log(step + 1, metrics | timings(phases, metrics, process))
                 logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
                     checkpoints.consider(step + 1, metrics, save)
-                    checkpoints.after(step + 1, stop)
+                    checkpoints.after(step + 1, stop, bool(stopping.reason))
                 if stop:
                     break
+            if stopping.reason:
+                process.say(f"the run ends here: {stopping.reason}")
             save(run_dir / "model")
 
 
@@ -130,20 +142,16 @@ def train_step(
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
-    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
+    draw = Draw(step, keys.num_prompts)
+    prompts, drawn = step_prompts(plan.prompts, process, draw, program.pass_rates)
     advantages: dict[int, list[float]] = {}
-    waves, tokens, sequences = [], 0, 0
+    made, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
-        with phases("generate"):
-            sampling = generator.sampling(step)
-            rollouts = generator.rollout(
-                program.scorer, part, keys.group_size, sampling, keys.truncated_reward
-            )
-        with phases("exchange"):
-            wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
+        groups = groups_of(program, process, phases, step, part)
         with phases("train"):
             generator.release()
+            wave = groups.wave
+            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
             known = trainer.score(share.passes, objective.needs, policy=keys.updates > 1)
             divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
             advantages |= advantages_of(wave, objective, keys.group_size, divergences)
@@ -152,8 +160,9 @@ def train_step(
             logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)
         if inspect is not None:
             seen_A = old_logprobs(known, logprobs_A)
-            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, seen_A))
-        waves.append(wave)
+            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, seen_A)
+            inspect(program, process, seen)
+        made.append(groups)
         tokens, sequences = tokens + first.tokens, sequences + first.sequences
     program.exchange.flush()
     with phases("train"):
@@ -162,12 +171,15 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = step_metrics(updates) | drawn | {"digest/weights": digest}
-    metrics |= rollout_metrics(waves, keys.group_size, objective.length_penalty)
+    answered = joined(made, drawn)
+    metrics: Metrics = {**step_metrics(updates), **answered.metrics, "digest/weights": digest}
+    metrics |= rollout_metrics([answered.drawn], keys.group_size, objective.length_penalty)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
+    metrics |= remember(program, process, step, answered)
     samples = samples_of(
-        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
-    )
+        answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
+        keys.log_tokens, answered.left_out,
+    )  # fmt: skip
     return metrics, samples
 
 
@@ -194,8 +206,10 @@ def later_updates(
 
 def held_out(program: Program, process: Process, results: Path | None = None) -> Metrics:
     """The metrics of every evaluation set, on prompts that training never draws; every prompt's
-    results go to the file `results`, if there is one."""
-    found = evaluations(program, process, rows=results is not None)
+    results go to the file `results`, if there is one. By the averaged weights of a run that has
+    them."""
+    with averaged_weights(program):
+        found = evaluations(program, process, rows=results is not None)
     if results is not None:
         write_results(results, found, process)
     return {name: value for one in found.values() for name, value in one.metrics.items()}

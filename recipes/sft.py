@@ -47,7 +47,7 @@ from mesh.program.assembly import (
     sync,
 )
 from mesh.program.encoding import dated
-from mesh.program.plan import Plan
+from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
 from mesh.recipes.grpo import held_out
@@ -65,7 +65,7 @@ from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
-# what to do instead of setting a key that `supervised` sets
+# what to do instead of setting a key that `supervised` sets, for most to its default
 INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
@@ -76,8 +76,15 @@ INSTEAD = {
     "teacher.kl": "leave it out, solutions are learned, and no teacher",
     "check": "leave it out, there is no generator to agree with",
     "truncated_logprobs": "leave it out, answers are not drawn from a set",
+    "refill_rounds": "leave it out, solutions have no rewards",
+    "refill_on": "leave it out, solutions have no rewards",
+    "difficulty.min": "leave it out, every prompt is taught",
+    "difficulty.max": "leave it out, every prompt is taught",
+    "difficulty.forget": "leave it out, every prompt is taught",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
+    "stop.above": "leave it out, the first and the last step alone are evaluated",
+    "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
 
 
@@ -128,12 +135,10 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    keys |= {"entropy_coef": 0.0, "teacher.path": None, "teacher.coef": None}
-    keys |= {"teacher.kl": "sampled", "truncated_logprobs": False}
-    keys |= {"updates_per_step": 1, "kl_stop": None}
-    # refused without a weight, which is the run's that this one prepares
-    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
+    # kl_in and kl_estimator are refused without a weight, which is the run's that this prepares
+    unread = [*INSTEAD, "kl_in", "kl_estimator"]
+    keys = {name: value_of(Conf(), name) for name in unread}
+    conf = changed(conf, keys | {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]
@@ -151,16 +156,13 @@ def teaching(plan: Plan) -> Plan:
 
 
 def scheduled(conf: Conf, plan: Plan, num_examples: int) -> tuple[Conf, Plan]:
-    """Both with the number of steps that sft.epochs makes of the examples, where it is set, and
-    with the schedule of the learning rate over them.
-    """
-    if conf.sft.epochs:
-        steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
-        conf = changed(conf, {"steps": steps})
-    keys = plan.trainer.optimizer
-    assert keys is not None, "a plan of a program that trains has an optimizer"
-    optimizer = replace(keys, decay=conf.sft.decay, steps=conf.steps)
-    return conf, replace(plan, trainer=replace(plan.trainer, optimizer=optimizer))
+    """Both with the number of steps that sft.epochs makes of the examples, where it is set."""
+    if not conf.sft.epochs:
+        return conf, plan
+    steps = conf.sft.epochs * steps_per_epoch(num_examples, conf.sft.batch_size)
+    conf = changed(conf, {"steps": steps})
+    trainer = replace(plan.trainer, optimizer=optimizer_settings(conf))
+    return conf, replace(plan, trainer=trainer)
 
 
 def examples_of(conf: Conf, source: PromptSource, process: Process) -> list[Prompt]:

@@ -139,9 +139,15 @@ class BestModel:
 
 
 def best_metric_problems(conf: Conf) -> list[str]:
-    """A metric to follow that no evaluation of the run logs. Parts of scores have any name."""
-    given, choices = conf.checkpoint.best_metric, evaluation_metrics(conf)
-    metric = given.removeprefix(SMALLEST)
+    """A best model by a metric that no evaluation of the run logs."""
+    return metric_problems(conf, "checkpoint.best_metric", conf.checkpoint.best_metric)
+
+
+def metric_problems(conf: Conf, key: str, given: str, either: bool = True) -> list[str]:
+    """A metric to follow, the value of `key`, that no evaluation of the run logs. Parts of scores
+    have any name. either: it may begin with a minus, for the smallest value."""
+    choices = evaluation_metrics(conf)
+    metric = given.removeprefix(SMALLEST) if either else given
     parts = [f"{name}/" for name in choices if name.endswith("/reward")]
     part = any(metric.startswith(prefix) and metric != prefix for prefix in parts)
     if metric in choices or part:
@@ -152,7 +158,7 @@ def best_metric_problems(conf: Conf) -> list[str]:
     if not metric.startswith("eval/"):
         wrong += ", and a step's own metrics are of the weights before its update"
     remedy = f"{meant}use one of {', '.join(choices)}, or eval/reward/PART of a score with parts"
-    return [problem("checkpoint.best_metric", given, wrong, remedy)]
+    return [problem(key, given, wrong, remedy)]
 
 
 def evaluation_metrics(conf: Conf) -> list[str]:

@@ -20,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
-from mesh.checkpoint.files import Entry, Index, file_problem, read_blocks, write_index
+from mesh.checkpoint.files import Entry, Index, file_problem, write_index
 from mesh.checkpoint.folder import (
     OLD,
     PARTIAL,
@@ -36,17 +34,29 @@ from mesh.checkpoint.folder import (
     steps_in,
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.pass_rates import rates_job, read_rates
 from mesh.checkpoint.rescue import Rescue, first_held
-from mesh.checkpoint.same_run import Inputs, refuse_another_run, refuse_fewer_steps
+from mesh.checkpoint.same_run import (
+    Inputs,
+    frozen_digests,
+    refuse_another_run,
+    refuse_fewer_steps,
+)
+from mesh.checkpoint.state import (
+    host_copies,
+    own_blocks,
+    restore_state,
+    state_digests,
+    with_own,
+)
 from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
-from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
-from mesh.weights.bridge import weights_digest
+from mesh.tasks.difficulty import PassRates
 
 T = TypeVar("T")
 
@@ -55,18 +65,20 @@ class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every public method is collective over the world."""
 
     def __init__(
-        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs
-    ) -> None:
+        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs,
+        pass_rates: PassRates | None = None,
+    ) -> None:  # fmt: skip
         """Construct before the first step. Raises RuntimeError if checkpoints are requested and
         their directory cannot be created."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
+        self.pass_rates = pass_rates or PassRates()
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
         self.layouts = [layout for layout in trainer.layouts if layout.name in names]
         self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
-        self.frozen = self._frozen_digests()
+        self.frozen = frozen_digests(trainer, process.cpu_group)
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
@@ -127,17 +139,18 @@ class Checkpointer:
             self.best.store(step, metrics, save)
             self._on_rank0(self._remove_bests)
 
-    def after(self, step: int, stop: bool) -> None:
-        """Call after every step, with the number of finished steps; `stop`: it was the last one.
+    def after(self, step: int, stop: bool, done: bool = False) -> None:
+        """Call after every step, with the number of finished steps; `stop`: the run is stopped
+        after it; `done`: it ends with it, as with the last one.
 
         Writes a checkpoint every `checkpoint.every` steps and after the last one, and also, if none
         are requested, when a run is stopped early. Raises RuntimeError on all ranks if one could
         not be written; earlier ones are unaffected.
         """
         self._note(step)  # before anything here can fail
-        every, last = self.conf.checkpoint.every, self.conf.steps
-        ending = stop or step == last
-        if not every and not (stop and step < last):
+        every, done = self.conf.checkpoint.every, done or step == self.conf.steps
+        ending = stop or done
+        if not every and (done or not stop):
             return
         due = ending or step % every == 0
         self._finish(wait=due)
@@ -146,25 +159,14 @@ class Checkpointer:
         if ending:
             self._finish(wait=True)
             self.best.report()
-            if step < self.conf.steps:
+            if not done:
                 self.process.say(f"to continue after step {step}: resume={self.run_dir}")
 
     def digests(self) -> dict[str, str]:
         """Mesh-independent digests of each kind of trainer state and of frozen models; that of the
-        weights is the metric `digest/weights`, which counts a tied weight under both names."""
-        trainer, group = self.trainer, self.process.cpu_group
-        state = trainer.state()
-        weights = {"weights": weights_digest(trainer.parameters(), self.digested, group)}
-        moments = state.keys() - weights
-        kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
-        return weights | kinds | self.frozen
-
-    def _frozen_digests(self) -> dict[str, str]:
-        """Digests of the weights of frozen models, by name, before any forward pass gathers
-        them."""
-        group = self.process.cpu_group
-        frozen = self.trainer.frozen.items()
-        return {name: weights_digest(one.weights(), one.layouts, group) for name, one in frozen}
+        weights is the metric `digest/weights`."""
+        found = state_digests(self.process, self.trainer, self.layouts, self.digested)
+        return found | self.frozen
 
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
@@ -177,26 +179,22 @@ class Checkpointer:
         updates, without_signal = self.trainer.updates, self.trainer.without_signal
         best, seed = self.best.current, self.conf.seed
         inputs = self.recorded | {"prompts": self.drawn}
-        return Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        index = Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        return with_own(index, self.trainer)
 
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
         folder = self.path / f"step-{step}{PARTIAL}"
         index = replace(self._index(step), digests=self.digests())
         self._on_rank0(lambda: folder.mkdir())
-        with torch.no_grad():
-            tensors = {
-                f"{kind}/{name}": local.to("cpu", copy=True).contiguous()
-                for kind, whole in self.trainer.state().items()
-                for name, local in local_tensors(whole).items()
-                if name in self.own
-            }
-        jobs: dict[Path, Callable[[Path], Entry]] = {}
+        own = self.own | own_blocks(self.trainer, self.process.rank)
+        tensors = host_copies(self.trainer, own)
+        jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
-            jobs[file] = partial(write_blocks, tensors, self.own)
+            jobs[file] = partial(write_blocks, tensors, own)
         self.pending = Pending(index, CheckpointWriter(jobs))
         self.pending.writer.start()
 
@@ -280,10 +278,9 @@ class Checkpointer:
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
         refuse_another_run(self.process, path, index, self.conf, self.inputs, self.frozen)
-        with torch.no_grad():
-            state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
-        read_blocks(path, index, state, self.layouts, self.process.rank)
+        restore_state(self.process, self.trainer, path, index, self.layouts)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
+        self.pass_rates.restore(read_rates(path, index.files))
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from mesh.checkpoint.files import Index
 from mesh.config.changes import changed
 from mesh.config.keys import RAISABLE, Refusal, override_problems, problem, refuse, value_of
 from mesh.config.loading import from_yaml, to_yaml
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
+from mesh.roles.trainer import Trainer
 from mesh.tasks.prompts import PURE
+from mesh.weights.bridge import weights_digest
 
 ANEW = "or start a new run"
 OF_PLACE = ("run_dir", "resume", "model.path", "model.tokenizer", "teacher.path")
@@ -47,6 +51,13 @@ class Inputs:
     def record(self, conf: Conf) -> dict[str, Any]:
         """As an index holds it; the keeper adds the prompts of the step."""
         return {"conf": to_yaml(conf), "files": dict(self.files), "code": dict(self.code)}
+
+
+def frozen_digests(trainer: Trainer, group: dist.ProcessGroup) -> dict[str, str]:
+    """Digests of the weights of frozen models, by name, while they are sharded: FSDP leaves some
+    gathered after a forward pass. Collective."""
+    frozen = trainer.frozen.items()
+    return {name: weights_digest(one.weights(), one.layouts, group) for name, one in frozen}
 
 
 def refuse_another_run(

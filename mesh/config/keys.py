@@ -46,6 +46,7 @@ HOW_IT_RUNS = (
     "reward.",
     "sync.",
     "eval.",
+    "stop.",
     "checkpoint.",
     "export.",
     "log.",
@@ -149,8 +150,12 @@ def override_problems(
 ) -> list[str]:
     """The keys of a resumed run that would change what the saved one has computed."""
     found = []
+    decays = saved.trainer.decay != "none" and saved.trainer.decay_steps is None
     for name in conf_keys():
         before, now = value_of(saved, name), value_of(conf, name)
+        if before != now and name == "steps" and decays:
+            wrong = f"the run's learning rate decays over {before} steps (trainer.decay_steps)"
+            found.append(problem(name, now, wrong, remedy))
         if before == now or name.startswith(HOW_IT_RUNS):
             continue
         differs = f"the run computes with {shown(before)}"

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mesh.config.asking import ConversationConf, DifficultyConf, PromptConf, RewardConf
 from mesh.config.declare import INF, key
+from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
-    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -20,15 +21,13 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
-    PromptConf,
-    RewardConf,
     SFTConf,
+    StopConf,
     SyncConf,
-    TeacherConf,
-    TrainerConf,
     ValidateConf,
     VllmConf,
 )
+from mesh.config.trainer_section import TrainerConf
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,18 @@ class Conf:
     )
     score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    refill_rounds: int = key(
+        0,
+        "dynamic sampling: groups that are equal in refill_on are left out, and more prompts are "
+        "drawn, at most so many times, until there are num_prompts others; 0: off",
+        ge=0,
+        le=1000,
+    )
+    refill_on: str = key(
+        "reward",
+        "what a group must not be equal in, to be trained on: reward, correct, or the name of a "
+        "part of the score",
+    )
     overlong: Literal["stop", "skip"] = key(
         "stop",
         "a training prompt that leaves no room for a response, or that the tokenizer cannot "
@@ -165,6 +176,13 @@ class Conf:
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
     )
+    ema: float = key(
+        0.0,
+        "exponential average of the weights, which is evaluated and exported: its decay at an "
+        "update, e.g. 0.99; 0: none",
+        ge=0,
+        lt=1,
+    )
     check: Literal["strict"] | None = key(
         None,
         "strict: end at the first token whose trainer and generator logprobs differ, and name the "
@@ -180,6 +198,7 @@ class Conf:
     model: ModelConf = field(default_factory=ModelConf)
     teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
+    difficulty: DifficultyConf = field(default_factory=DifficultyConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     conversation: ConversationConf = field(default_factory=ConversationConf)
@@ -187,6 +206,7 @@ class Conf:
     vllm: VllmConf = field(default_factory=VllmConf)
     sync: SyncConf = field(default_factory=SyncConf)
     eval: EvalConf = field(default_factory=EvalConf)
+    stop: StopConf = field(default_factory=StopConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     sft: SFTConf = field(default_factory=SFTConf)
     validate: ValidateConf = field(default_factory=ValidateConf)

@@ -29,7 +29,7 @@ from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, sync, weights_digest
-from mesh.rl.step import Pass, ScoredWave, share_of
+from mesh.rl.step import Pass, ScoredWave, batch_of, share_of
 from mesh.roles.trainer import Trainer
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
@@ -106,8 +106,9 @@ def generation_replayer(
     """
 
     def trace(key: RolloutKey) -> Trace:
-        generator = program.generator
-        requests = generator.requests(prompts, program.plan.step.group_size)
+        generator, keys = program.generator, program.plan.step
+        together = batch_of(prompts, key[0], keys.num_prompts)
+        requests = generator.requests(together, keys.group_size)
         if generator.engine is None or key[0] not in {r.prompt_id for r in requests}:
             return NOTHING
         return trace_generation(generator.engine, requests, sampling, key, script_of(generated))
@@ -125,6 +126,7 @@ def twice_checks(walk: Walk, program: Program) -> Iterator[Check]:
     for _ in range(2):
         runs.append([take_step(walk, program, i, seek=False) for i in range(TWICE)])
         program.trainer.restart(start)
+        program.pass_rates.restore({})
         sync(program)
     pairs = list(enumerate(zip(*runs, strict=True)))
     kinds = {

@@ -13,8 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mesh.checkpoint.best import best_metric_problems
+from mesh.checkpoint.state import refuse_own
 from mesh.config.keys import Refusal, attempt
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
@@ -22,7 +24,7 @@ from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import Meshes, build_meshes, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
-from mesh.model.families import directory_warnings, shape_of_directory, shape_of_flavor
+from mesh.model.families import shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
 from mesh.program.checks import check_start, json_problem
@@ -38,6 +40,7 @@ from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
 from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.loss_checks import read_loss
+from mesh.program.optimizer_checks import own_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -46,15 +49,17 @@ from mesh.program.plan import (
     task_spec,
 )
 from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
+from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.teacher import read_teacher, teacher_warnings
 from mesh.program.text_warnings import prompt_warnings
+from mesh.program.warnings import model_warnings
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
-from mesh.tasks.calls import TaskSource
-from mesh.tasks.scorer import Scorer, checked_task, num_workers, scoring_of
+from mesh.tasks.difficulty import PassRates
+from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
 from mesh.weights.bridge import WeightBridge
@@ -65,7 +70,8 @@ from mesh.weights.bridge import weights_digest as digest_of
 class Program:
     """Both roles of a plan on this rank, and what crosses between them.
 
-    scorer: of the task that is trained on; evaluation_scorers: by the names of the plan's sets.
+    scorer: of the task that is trained on; pass_rates: of its questions, so far;
+    evaluation_scorers: by the names of the plan's sets.
     """
 
     plan: Plan
@@ -73,6 +79,7 @@ class Program:
     trainer: Trainer
     generator: Generator
     scorer: Scorer
+    pass_rates: PassRates
     evaluation_scorers: Mapping[str, Scorer]
     exchange: Exchange
     bridge: WeightBridge
@@ -120,10 +127,10 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    beside = (conf, device, shape, tokenizer)
-    teacher = attempt(wrong, read_teacher, *beside) if training else None
-    refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
-    wrong += best_metric_problems(conf) if training else []
+    teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
+    code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
+    refuse_differences(process, code)
+    wrong += best_metric_problems(conf) + own_problems(conf) if training else []
     own: list[Prompt] = []
     if task is not None and held_out:
         own += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
@@ -137,28 +144,27 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         if not formed:
             held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
-            called = TaskSource(task, spec, scoring_of(conf))
-            wrong += first_call_problems(process, called, encoder, own)
+            wrong += first_call_problems(process, conf, task, encoder, own)
+        if training:
+            wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
     check_start(conf, device, world_size, shape, wrong, training)
-    if conf.model.path is not None:
-        directory = resolve_path(conf.model.path)
-        for line in directory_warnings(directory, conf.model.ignore_config):
-            process.say(f"warning: {line}")
+    for line in model_warnings(conf):
+        process.say(line)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
     found = Found(shape, tokenizer, task, loss, own, sets, teacher)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
-    num = conf.num_prompts if training else 0
     notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
-    notes += held_out_notes(conf, len(own))
     notes += teacher_warnings(conf, tokenizer) if training else []
+    notes += held_out_notes(conf, len(own))
+    num = conf.num_prompts if training else 0
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
@@ -203,6 +209,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
+    refuse_own(process, trainer)
     generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = evaluation_scorers(plan, scorer)
@@ -210,7 +217,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
-    return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)
+    rates = PassRates(plan.difficulty)
+    return Program(plan, meshes, trainer, generator, scorer, rates, others, exchange, bridge)
 
 
 def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:
@@ -239,9 +247,12 @@ def run_self_test(plan: Plan, process: Process) -> str:
     return "\n".join(lines)
 
 
-def sync(program: Program) -> float:
-    """Make the trainer's weights the generator's, and drop what was cached. Seconds."""
-    report = program.bridge.sync()
+def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:
+    """Make the trainer's weights the generator's, and drop what was cached. Seconds.
+
+    weights: other ones than its newest.
+    """
+    report = program.bridge.sync(weights)
     program.generator.reset(report.version)
     return report.seconds
 
@@ -255,9 +266,10 @@ def weights_digest(program: Program) -> str:
 
 
 def save_model(program: Program, path: Path) -> None:
-    """Export the trainer's weights as a Hugging Face directory. A collective of the trainer."""
+    """Export the trainer's weights, of a run that averages them the averaged ones, as a Hugging
+    Face directory. A collective of the trainer."""
     trainer, plan = program.trainer, program.plan
     if trainer.model is None:
         return
     write = dist.get_rank() == plan.layout.trainer_ranks[0]
-    export(path, trainer.parameters(), plan.shape, plan.export, write)
+    export(path, trainer.answering(), plan.shape, plan.export, write)

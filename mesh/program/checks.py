@@ -18,6 +18,8 @@ from mesh.lifecycle.json_files import read_object
 from mesh.model.attention import HEAD_DIMS
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
+from mesh.program.optimizer_checks import optimizer_problems
+from mesh.program.refill_checks import difficulty_problems, refill_problems
 from mesh.program.update_checks import update_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.types import ModelShape
@@ -68,9 +70,12 @@ def training_problems(conf: Conf) -> list[str]:
         *truncation_problems(conf),
         *sequence_problems(conf),
         *microbatch_problems(conf),
+        *optimizer_problems(conf),
         *update_problems(conf),
         *run_dir_problems(conf),
         *log_problems(conf),
+        *refill_problems(conf),
+        *difficulty_problems(conf),
     ]
 
 

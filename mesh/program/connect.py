@@ -13,7 +13,7 @@ from mesh.weights.bridge import WeightBridge
 
 def connect(plan: Plan, process: Process, trainer: Trainer, generator: Generator) -> WeightBridge:
     """The weight bridge; where both roles' layouts and dtypes match, the engine takes the trainer's
-    storage instead of its own.
+    storage instead of its own. Not with averaged weights, which come to it as the newest do.
     """
     assert dist.group.WORLD is not None, "the process group is not there"
     names = {layout.name for layout in generator.layouts}
@@ -28,7 +28,7 @@ def connect(plan: Plan, process: Process, trainer: Trainer, generator: Generator
         verify=plan.verify,
         bucket_bytes=plan.bucket_bytes,
         device=process.device,
-        allow_alias=generator.binds,
+        allow_alias=generator.binds and not trainer.averages,
     )
     if bridge.aliased:
         generator.bind(bridge.aliases())

@@ -96,9 +96,8 @@ def held_out_prompts(
     if shape is not None and not form_problems(own, encoder):
         source = prompt_source(own, task, encoder, shape)
         wrong += attempt(wrong, prompt_problems, process, source, prompts, HELD_OUT) or []
-        called = TaskSource(task, task_spec(own), scoring_of(own))
         asked = [] if task is known.task else prompts
-        wrong += first_call_problems(process, called, encoder, asked)
+        wrong += first_call_problems(process, own, task, encoder, asked)
     return prompts
 
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mesh.config.keys import problem
+from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
+from mesh.program.plan import task_spec
 from mesh.tasks import Task, load_task
 from mesh.tasks.calls import REMEDIES, Calls, TaskSource
 from mesh.tasks.replying import converses
 from mesh.tasks.response import Response
+from mesh.tasks.scorer import scoring_of
 from mesh.tasks.scoring import Outcome
 from mesh.tasks.told import tell_tokenizer
 from mesh.text.encoding import PromptEncoder
@@ -41,7 +44,7 @@ class Fault:
 
 
 def first_call_problems(
-    process: Process, source: TaskSource, encoder: PromptEncoder, prompts: Sequence[Prompt]
+    process: Process, conf: Conf, task: Task, encoder: PromptEncoder, prompts: Sequence[Prompt]
 ) -> list[str]:
     """What `reply` and `score` return of which no run could make use, with an empty answer to the
     first prompt. Warns of calls that raise, hang or end their process: they may take any other
@@ -49,6 +52,7 @@ def first_call_problems(
 
     Without a prompt, which is reported elsewhere, nothing is called.
     """
+    source = TaskSource(task, task_spec(conf), scoring_of(conf))
     wrong: list[str] = []
     faults: list[Fault] = []
     if process.rank == 0 and prompts:

@@ -36,6 +36,7 @@ from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.calls import TaskSource
+from mesh.tasks.difficulty import Bounds
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import scoring_of
@@ -78,6 +79,7 @@ class Plan:
     generator: GeneratorSettings
     objective: Objective
     step: StepSettings
+    difficulty: Bounds | None
     training: TaskSource
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
@@ -129,8 +131,10 @@ def resolve(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
             conf.log.tokens, conf.updates_per_step,
-            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed, conf.refill_rounds,
+            conf.refill_on,
         ),
+        difficulty=difficulty_bounds(conf),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),
         evaluations=evaluations,
@@ -154,16 +158,13 @@ def trainer_settings(
     """The trainer's part; objective None: nothing is trained. teacher: as its directory has it."""
     keys, start = conf.trainer, Start(start_path(conf), conf.seed)
     dtype = dtype_of(keys.dtype, device)
-    optimizer = OptimizerSettings(
-        keys.lr, keys.betas, keys.eps, keys.weight_decay, keys.warmup_steps, keys.clip_norm
-    )
     return TrainerSettings(
         shape=shape,
         max_length=conf.model.max_length,
         dtype=dtype,
         start=start,
         temperature=conf.generator.temperature,
-        optimizer=None if objective is None else optimizer,
+        optimizer=None if objective is None else optimizer_settings(conf),
         frozen={}
         if objective is None
         else frozen_models(conf, shape, start, teacher, objective, dtype),
@@ -172,6 +173,27 @@ def trainer_settings(
         on_nonfinite=conf.on_nonfinite,
         top_k=conf.generator.top_k if conf.truncated_logprobs else 0,
         top_p=conf.generator.top_p if conf.truncated_logprobs else 1.0,
+    )
+
+
+def optimizer_settings(conf: Conf) -> OptimizerSettings:
+    """The optimizer's part; its schedule is over the steps of the run."""
+    keys = conf.trainer
+    return OptimizerSettings(
+        lr=keys.lr,
+        betas=keys.betas,
+        eps=keys.eps,
+        weight_decay=keys.weight_decay,
+        warmup_steps=keys.warmup_steps,
+        clip_norm=keys.clip_norm,
+        decay=keys.decay,
+        steps=keys.decay_steps or conf.steps,
+        lr_floor=keys.lr_floor,
+        weight_decay_on=keys.weight_decay_on,
+        fused=keys.fused,
+        ema=conf.ema,
+        name=keys.optimizer,
+        args=keys.optimizer_args,
     )
 
 
@@ -213,6 +235,15 @@ def evaluation_sets(
         return {}
     keys = conf.eval
     return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
+
+
+def difficulty_bounds(conf: Conf) -> Bounds | None:
+    """The pass rates of questions that are drawn; None: all are."""
+    keys = conf.difficulty
+    if keys.min is None and keys.max is None:
+        return None
+    highest = 1.0 if keys.max is None else keys.max
+    return Bounds(keys.min or 0.0, highest, keys.forget)
 
 
 def prompt_source(

@@ -60,24 +60,37 @@ def of_start(conf: Conf) -> list[Part]:
     ]
 
 
-def of_user_code(task: Any, loss: Any, scores: Iterable[str], problems: Iterable[str]) -> Part:
-    """The modules of a task, a loss and score functions, and the problems that reading them had."""
-    items = user_code(task, loss, scores) | {"the problem": "; ".join(problems) or "none"}
+def of_user_code(
+    task: Any,
+    loss: Any,
+    scores: Iterable[str],
+    problems: Iterable[str],
+    optimizer: str | None = None,
+) -> Part:
+    """The modules of a task, a loss, an optimizer and score functions, and the problems that
+    reading them had."""
+    items = user_code(task, loss, scores, optimizer) | {
+        "the problem": "; ".join(problems) or "none"
+    }
     return Part("the task or the loss", items, "use the same code on every machine")
 
 
-def user_code(task: Any, loss: Any, scores: Iterable[str]) -> dict[str, str]:
-    """Digests of the modules of a task, a loss, and score functions MODULE:FUNCTION."""
+def user_code(
+    task: Any, loss: Any, scores: Iterable[str], optimizer: str | None = None
+) -> dict[str, str]:
+    """Digests of the modules of a task, a loss, and score functions and an optimizer, which are
+    named as MODULE:NAME."""
     modules = [(what, module) for what, value in (("task", task), ("loss", loss))
                for module in modules_of(value)]  # fmt: skip
     modules += [("task", module) for module in getattr(task, "user_modules", ())]
     modules += [("score function", name.partition(":")[0]) for name in scores]
+    modules += [("optimizer", optimizer.partition(":")[0])] if optimizer else []
     return {f"the {what}'s module {module}": source_of(module) for what, module in modules}
 
 
 def inputs_of(conf: Conf, plan: Plan) -> Inputs:
     """What a run computes with, for its checkpoints."""
-    code = user_code(plan.task, plan.objective.loss, conf.scores)
+    code = user_code(plan.task, plan.objective.loss, conf.scores, conf.trainer.optimizer)
     drawn = partial(digest_of_step, plan.prompts, conf.num_prompts)
     return Inputs(digests_of(small_files(conf)), code, drawn)
 

@@ -10,6 +10,7 @@ from mesh.config.evaluation_sets import PREFIX, set_confs
 from mesh.config.keys import Refusal, conf_keys, shown, value_of
 from mesh.config.loading import read_conf
 from mesh.config.schema import Conf, resolve_path
+from mesh.model.families import directory_warnings
 from mesh.program.plan import Plan, dtype_of
 from mesh.tasks import all_args
 
@@ -30,6 +31,14 @@ SHOWN_ONLY = ("k", "greedy")
 def start_warnings(plan: Plan) -> list[str]:
     """The warnings of a program that trains on its own rollouts, each a line."""
     return truncation_warnings(plan)
+
+
+def model_warnings(conf: Conf) -> list[str]:
+    """What the model's directory says that is not read, each a line."""
+    if conf.model.path is None:
+        return []
+    directory, ignored = resolve_path(conf.model.path), conf.model.ignore_config
+    return [f"warning: {line}" for line in directory_warnings(directory, ignored)]
 
 
 def truncation_warnings(plan: Plan) -> list[str]:

@@ -5,7 +5,6 @@ teacher. They are sharded over the trainer's ranks as the policy is.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,9 +33,7 @@ class FrozenModel:
         self.layouts = [layout for layout in layouts if layout.name in names]
         self.model: Policy | None = None
         if on_trainer:
-            rank = dist.get_rank()
-            blocks = {layout.name: layout.blocks.get(rank) for layout in layouts}
-            self.model = build_model(source, settings, mesh, device, layouts, blocks)
+            self.model = build_model(source, settings, mesh, device, layouts)
             self.model.requires_grad_(False)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
-from mesh.layout.reshard import Block
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy, named_weights, parameter_names
@@ -26,9 +24,9 @@ from mesh.rl.packing import PackedBatch, pack
 from mesh.rl.step import Pass
 from mesh.roles.frozen import FrozenModel
 from mesh.roles.gradients import gradient_norm, summed_gradients
-from mesh.roles.models import build_model
+from mesh.roles.models import build_model, own_blocks
 from mesh.roles.nonfinite import announce, findings, gathered, merged
-from mesh.roles.optimizer import MOMENTS, Optimizer
+from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import REFERENCE, TEACHER, TrainerSettings
@@ -66,19 +64,13 @@ class Trainer:
         self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
         if meshes.on_trainer:
-            self.model = self._build()
+            self.model = build_model(settings.source, settings, self.mesh, device, self.layouts)
             if settings.optimizer is not None:
-                self.optimizer = Optimizer(self.model.parameters(), settings.optimizer)
+                self.optimizer = Optimizer(self.masters(), settings.optimizer)
         self.frozen = {
             name: FrozenModel(source, settings, self.mesh, device, meshes.on_trainer)
             for name, source in settings.frozen.items()
         }
-
-    def _build(self) -> Policy:
-        return build_model(
-            self.settings.source, self.settings, self.mesh, self.device, self.layouts,
-            self._blocks(),
-        )  # fmt: skip
 
     @property
     def reference(self) -> Policy | None:
@@ -90,10 +82,6 @@ class Trainer:
         """The frozen model to distil from; None without one, and off the trainer."""
         return self.frozen[TEACHER].model if TEACHER in self.frozen else None
 
-    def _blocks(self) -> dict[str, Block | None]:
-        rank = dist.get_rank()
-        return {layout.name: layout.blocks.get(rank) for layout in self.layouts}
-
     def weights(self) -> dict[str, torch.Tensor]:
         """Master weights and buffers by torchtitan's names; DTensors. Empty off the trainer."""
         if self.model is None:
@@ -104,13 +92,34 @@ class Trainer:
         """Master weights alone, without buffers."""
         return named_weights(self.model) if self.model is not None else {}
 
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Master weights, a tied one under its first name."""
+        return {k: w for k, w in self.parameters().items() if k in self.master_names}
+
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's
-        moments, which are zeros before the first step. fp32 DTensors, the trainer's own; a tied
-        weight is listed once. Empty off the trainer."""
-        masters = {k: w for k, w in self.parameters().items() if k in self.master_names}
-        moments = {name: self.optimizer.moments(weight) for name, weight in masters.items()}
-        return {"weights": masters} | {k: {n: m[k] for n, m in moments.items()} for k in MOMENTS}
+        """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's,
+        of which moments are zeros before the first step. DTensors, the trainer's own; a tied weight
+        is listed once. Off the trainer every kind is empty."""
+        if self.model is None:
+            settings = self.settings.optimizer
+            kinds = state_kinds(settings) if settings is not None else ()
+            return {kind: {} for kind in ("weights", *kinds)}
+        return {"weights": self.masters()} | self.optimizer.state()
+
+    def answering(self) -> dict[str, torch.Tensor]:
+        """The weights that are evaluated and exported, by the names of `parameters`: the average of
+        a run that has one, else the newest. Empty off the trainer."""
+        if self.model is None or not self.averages:
+            return self.parameters()
+        averaged = self.optimizer.averaged
+        assert averaged is not None, "the optimizer averages as its settings say"
+        tied = {"lm_head.weight": averaged.tensors[EMBEDDINGS]} if self.settings.shape.tied else {}
+        return averaged.tensors | tied
+
+    @property
+    def averages(self) -> bool:
+        """True if the run has averaged weights; the same on all ranks."""
+        return self.settings.optimizer is not None and self.settings.optimizer.ema > 0
 
     @property
     def updates(self) -> int:
@@ -122,7 +131,7 @@ class Trainer:
         without signal. `state` holds the last step's tensors already."""
         self.steps, self.without_signal = steps, without_signal
         if self.model is not None:
-            self.optimizer.continue_after(updates, self.state()["weights"].values())
+            self.optimizer.continue_after(updates)
 
     def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these local weights, with an optimizer that has made no step."""
@@ -263,7 +272,7 @@ class Trainer:
             self.sums.trained,
             {parameter_names(name): gradient for name, gradient in gradients.items()},
             {layout.name: weights[layout.name] for layout in layouts},
-            self._blocks(),
+            own_blocks(self.layouts),
         )
         parts = gathered(mine, self.cpu_group)
         action = self.settings.on_nonfinite

@@ -106,13 +106,17 @@ class WeightBridge:
         self.destination = destination
 
     @torch.no_grad()
-    def sync(self) -> SyncReport:
+    def sync(self, instead: Mapping[str, Tensor] | None = None) -> SyncReport:
         """Copy the trainer's current weights to the generator. Collective over the world.
 
-        Raises `RuntimeError` on all ranks, naming parameters and ranks, if the digests differ.
+        instead: other tensors of the trainer in place of those of these names, of their shapes and
+        dtypes; not where weights are aliased. Raises `RuntimeError` on all ranks, naming parameters
+        and ranks, if the digests differ.
         """
         start = time.perf_counter()
-        source, destination = local_tensors(self.source), local_tensors(self.destination)
+        assert not (self.aliased and instead), "the generator has no weights of its own"
+        given = {name: (instead or {}).get(name, own) for name, own in self.source.items()}
+        source, destination = local_tensors(given), local_tensors(self.destination)
         if self.aliased:
             _check_aliases(source, destination)
         for copy in self.local_copies:

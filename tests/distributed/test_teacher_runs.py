@@ -17,6 +17,7 @@ SMALL = [
     "conf=qwen3_tiny", "num_prompts=8", "group_size=4", "log.tensorboard=false",
     "generator.max_new_tokens=8", "batch_invariant=true", "eval.num_prompts=4",
     "eval.num_samples=1", "eval.every=0",
+    "trainer.lr=1e-4", "trainer.warmup_steps=0",
 ]  # fmt: skip
 STRICT = [*SMALL, "steps=3", "check=strict", "checkpoint.every=2", "checkpoint.best=false",
           "log.samples=-1"]  # fmt: skip
@@ -29,7 +30,7 @@ def moved(path: Path, seed: int) -> Path:
     shutil.copytree(TINY, path)
     file, generator = path / "model.safetensors", torch.Generator().manual_seed(seed)
     weights = {
-        name: x + 0.1 * torch.randn(x.shape, generator=generator) * x.std()
+        name: x + 0.5 * torch.randn(x.shape, generator=generator) * x.std()
         for name, x in load_file(file).items()
         if x.ndim == 2
     }
@@ -46,7 +47,7 @@ def root(tmp_path_factory) -> Path:
 def launched(root) -> dict[str, Run]:
     teacher = f"teacher.path={moved(root / 'teacher', 1)}"
     full = ["loss=distill", teacher, "teacher.kl=full"]
-    sampled = ["loss=grpo", teacher, "teacher.coef=0.5", "entropy_coef=0.01", "waves=2",
+    sampled = ["loss=grpo", teacher, "teacher.coef=0.5", "entropy_coef=0.01",
                "updates_per_step=2"]  # fmt: skip
     asked = {
         "full": ("grpo", [*STRICT, *full]),

@@ -63,8 +63,8 @@ def test_a_bonus_needs_its_entropy():
 
 def test_distillation_has_the_detached_difference_as_its_advantage():
     """Written out: ratio * (log p - log q), of which only the ratio has a gradient."""
-    tokens = some_tokens()
-    tokens = replace(tokens, advantages_T=torch.zeros_like(tokens.advantages_T))
+    zeros_T = torch.zeros_like(some_tokens().advantages_T)
+    tokens = replace(some_tokens(), advantages_T=zeros_T, teacher_kl_T=None)
     terms = terms_of("loss=distill", TEACHER, tokens=tokens)
     difference_T = tokens.logprobs_T.detach() - tokens.teacher_logprobs_T
     expected_T = tokens.ratio_T * difference_T

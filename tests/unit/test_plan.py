@@ -107,7 +107,7 @@ def test_every_part_has_the_keys_that_it_uses():
     plan, shape = planned(*words, world_size=4), replace(TINY, textless=((98, 128),))
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
     trainer, generator, step = plan.trainer, plan.generator, plan.step
-    assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5)
+    assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5, steps=150)
     assert "reference" in trainer.frozen and trainer.sequence_parallel
     assert (trainer.activation_checkpointing, trainer.on_nonfinite) == ("full", "skip")
     assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, shape)

@@ -23,9 +23,9 @@ from mesh.roles.trainer import Trainer
 INF = float("inf")
 
 
-def begun(process: Process, path: Path, steps: int) -> tuple[Checkpointer, Trainer]:
+def begun(process: Process, path: Path, steps: int, *words: str) -> tuple[Checkpointer, Trainer]:
     """A run that writes no checkpoints, after so many steps."""
-    conf = conf_of("checkpoint.every=0", "on_nonfinite=stop")
+    conf = conf_of("checkpoint.every=0", "on_nonfinite=stop", *words)
     path.mkdir()
     trainer = trainer_of(conf)
     keeper = Checkpointer(conf, path, process, trainer, Inputs())
@@ -72,7 +72,7 @@ def test_a_failure_within_an_update_saves_nothing(process, tmp_path, monkeypatch
     def fail(*_) -> None:
         raise torch.cuda.OutOfMemoryError("half of the weights have moved")
 
-    monkeypatch.setattr(trainer.optimizer.adamw, "step", fail)
+    monkeypatch.setattr(trainer.optimizer.inner, "step", fail)
     with pytest.raises(RuntimeError, match="half of the weights"):
         advance(trainer, 3)
     assert rescued(keeper) == (

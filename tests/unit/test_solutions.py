@@ -217,7 +217,7 @@ def test_epochs_of_a_task_without_a_data_set_are_refused(process):
 
 
 def test_epochs_decide_how_many_steps_the_learning_rate_decays_over(process):
-    words = ["conf=qwen3_tiny", "sft.epochs=3", "sft.batch_size=4", "sft.decay=linear"]
+    words = ["conf=qwen3_tiny", "sft.epochs=3", "sft.batch_size=4", "trainer.decay=linear"]
     plan = check(load_conf(["conf=qwen3_tiny"])[1], process)
     conf, plan = scheduled(load_conf(words)[1], plan, 10)
     assert conf.steps == 9

@@ -18,21 +18,25 @@ from small_trainer import (
     objective_for,
     passes_in,
     some_leaves,
+    some_rollouts,
 )
-from tiny_qwen3 import Variant, save_checkpoint
+from tiny_qwen3 import MAX_LENGTH, Variant, save_checkpoint
 
 from mesh.config.schema import PACKAGE_DATA
+from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import build_meshes, plan_layout
 from mesh.model.attention import packed_context
 from mesh.model.families import TINY, shape_of_directory
 from mesh.model.parallel import local
+from mesh.model.policy import Policy, build_policy, named_weights
 from mesh.program.plan import trainer_settings
 from mesh.program.teacher import read_teacher, teacher_warnings
-from mesh.rl.packing import PackedBatch, pack
+from mesh.rl.packing import Leaf, PackedBatch, leaves, pack
 from mesh.roles.gradients import summed_gradients
 from mesh.roles.trainer import Trainer
 from mesh.roles.trainer_settings import Start
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
+from mesh.types import ModelShape
 
 KNOWN = 98  # ids of the shipped tokenizer; the tiny model has 128
 TEXTLESS = ((KNOWN, 128),)
@@ -58,12 +62,49 @@ def trainer_with(teacher: Path, *words: str) -> tuple[Trainer, list[str]]:
     return Trainer(settings, build_meshes(plan_layout(conf, 1), "cpu"), CPU), words
 
 
-def plain(model, batch: PackedBatch) -> torch.Tensor:
-    """Logprobs of all ids with a token, by plain operators, float64 [A, KNOWN]."""
+def unsharded(model: Policy, shape: ModelShape, mesh) -> Policy:
+    """The same model without FSDP, for plain autograd."""
+    copy = build_policy(shape, MAX_LENGTH, CPU, torch.float32, mesh)
+    weights = local_tensors(named_weights(model))
+    with torch.no_grad():
+        for name, parameter in named_weights(copy).items():
+            parameter.copy_(weights[name])
+    return copy
+
+
+def unrewarded() -> list[Leaf]:
+    """Leaves without advantages, as loss=distill has them; every token weighs 0.5."""
+    rollouts = some_rollouts()
+    weights_R = torch.full((len(rollouts),), 0.5)
+    return leaves(rollouts, torch.zeros(len(rollouts)), weights_R)
+
+
+def trained_and_plain(teacher: Path, mesh, words: list[str], share: list[Leaf], plain_loss):
+    """(metrics, gradients) of a trainer's step, and those of `plain_loss(policy, teacher, batch)`:
+    both models without FSDP give the logprobs of all ids with a token."""
+    trainer, words = trainer_with(teacher, *words)
+    sides = [
+        unsharded(trainer.model, POLICY, mesh),
+        unsharded(trainer.teacher, trainer.settings.frozen["teacher"].shape, mesh),
+    ]
+    accumulate(trainer, passes_in(share), objective_for(conf_of(*words)))
+    found = {name: g.clone() for name, g in summed_gradients(trainer.model).items()}
+    plain_loss(*(plain(model, pack(share)) for model in sides), pack(share)).backward()
+    for name, parameter in named_weights(sides[0]).items():
+        if name in found:
+            scale = parameter.grad.abs().max().item()
+            assert scale > 0
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-4 * scale)
+    assert len(found) > 20
+    return trainer.update(2.0, num_tokens(share))
+
+
+def plain(model: Policy, batch: PackedBatch) -> torch.Tensor:
+    """Logits of all ids with a token, by plain operators, float64 [A, KNOWN]."""
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, context)
     logits = hidden_TD[batch.index_A] @ local(model.lm_head.weight).t()
-    return logits[:, :KNOWN].double().log_softmax(-1)
+    return logits[:, :KNOWN].double()
 
 
 @pytest.fixture(scope="module")
@@ -96,53 +137,44 @@ def test_a_teacher_has_transformers_scores_of_the_tokens_that_there_are(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_full_kl_trains_with_the_gradient_of_its_definition(teachers, temperature, solo_mesh):
-    """Every weight's, with autograd through both models' plain logits."""
-    trainer, words = trainer_with(
-        teachers[160], "loss=distill", "teacher.kl=full", f"generator.temperature={temperature}"
-    )
-    objective, share = objective_for(conf_of(*words)), some_leaves()
-    accumulate(trainer, passes_in(share), objective)
-    found = {name: g.clone() for name, g in summed_gradients(trainer.model).items()}
-    metrics = trainer.update(2.0, num_tokens(share))
-    fresh, _ = trainer_with(teachers[160], "loss=distill", "teacher.kl=full")
-    batch = pack(share)
-    with torch.no_grad():
-        theirs = (plain(fresh.teacher, batch) / temperature).log_softmax(-1)
-    ours = (plain(fresh.model, batch) / temperature).log_softmax(-1)
-    divergence_A = (ours.exp() * (ours - theirs)).sum(-1)
-    (divergence_A * batch.weights_A).sum().backward()
-    assert metrics["teacher_kl"] == pytest.approx(float(divergence_A.mean()), rel=1e-4)
-    assert metrics["loss"] == pytest.approx(float((divergence_A * batch.weights_A).sum()) / 2, 1e-4)
+    """Every weight's, with autograd through the plain logits in float64."""
+    means = []
+
+    def loss(ours, theirs, batch):
+        p, q = ((x / temperature).log_softmax(-1) for x in (ours, theirs))
+        divergence_A = (p.exp() * (p - q)).sum(-1)
+        means.append(float(divergence_A.mean()))
+        return (divergence_A * batch.weights_A).sum()
+
+    words = ["loss=distill", "teacher.kl=full", f"generator.temperature={temperature}"]
+    metrics = trained_and_plain(teachers[160], solo_mesh, words, unrewarded(), loss)
+    assert metrics["teacher_kl"] == pytest.approx(means[0], rel=1e-4)
+    # every token weighs 0.5, and the normaliser is 2
+    tokens = num_tokens(unrewarded())
+    assert metrics["loss"] == pytest.approx(means[0] * tokens * 0.5 / 2, rel=1e-4)
     assert metrics["clip_fraction"] == 0 and "kl" not in metrics
-    for name, gradient in summed_gradients(fresh.model).items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4 * scale)
 
 
-def test_the_sampled_kl_trains_with_the_advantage_of_its_definition(teachers, solo_mesh):
-    trainer, words = trainer_with(teachers[128], "teacher.coef=0.5", "entropy_coef=0.25")
-    objective, share = objective_for(conf_of(*words)), some_leaves()
-    accumulate(trainer, passes_in(share), objective)
-    found = {name: g.clone() for name, g in summed_gradients(trainer.model).items()}
-    metrics = trainer.update(2.0, num_tokens(share))
-    batch = pack(share)
-    fresh, _ = trainer_with(teachers[128], "teacher.coef=0.5")
-    with torch.no_grad():
-        theirs = plain(fresh.teacher, batch).gather(1, batch.targets_A[:, None])[:, 0]
-    all_A = plain(fresh.model, batch)
-    logprobs_A = all_A.gather(1, batch.targets_A[:, None])[:, 0]
-    difference_A = logprobs_A.detach() - theirs
-    advantages_A = batch.advantages_A - 0.5 * difference_A
-    ratio_A = (logprobs_A - batch.old_logprobs_A).exp()
-    bounded_A = ratio_A.clamp(0.8, 1.2)
-    loss_A = -torch.minimum(ratio_A * advantages_A, bounded_A * advantages_A)
-    entropy_A = -(all_A.exp() * all_A).sum(-1)
-    ((loss_A - 0.25 * entropy_A) * batch.weights_A).sum().backward()
-    assert metrics["teacher_kl"] == pytest.approx(float(difference_A.mean()), rel=1e-4)
-    assert metrics["entropy"] == pytest.approx(float(entropy_A.mean()), rel=1e-4)
-    for name, gradient in summed_gradients(fresh.model).items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4 * scale)
+def test_the_sampled_kl_and_the_entropy_train_with_their_definitions(teachers, solo_mesh):
+    measured = []
+
+    def loss(ours, theirs, batch):
+        all_AV, other_AV = ours.log_softmax(-1), theirs.detach().log_softmax(-1)
+        logprobs_A, teacher_A = (
+            x.gather(1, batch.targets_A[:, None])[:, 0] for x in (all_AV, other_AV)
+        )
+        difference_A = logprobs_A.detach() - teacher_A
+        advantages_A = batch.advantages_A - 0.5 * difference_A
+        ratio_A = (logprobs_A - batch.old_logprobs_A).exp()
+        loss_A = -torch.minimum(ratio_A * advantages_A, ratio_A.clamp(0.8, 1.2) * advantages_A)
+        entropy_A = -(all_AV.exp() * all_AV).sum(-1)
+        measured.extend([float(difference_A.mean()), float(entropy_A.mean())])
+        return ((loss_A - 0.25 * entropy_A) * batch.weights_A).sum()
+
+    words = ["teacher.coef=0.5", "entropy_coef=0.25"]
+    metrics = trained_and_plain(teachers[128], solo_mesh, words, some_leaves(), loss)
+    found = [metrics["teacher_kl"], metrics["entropy"]]
+    assert found == pytest.approx(measured, rel=1e-4)
 
 
 def test_an_empty_pass_runs_beside_a_teacher(teachers, solo_mesh):
@@ -243,7 +275,7 @@ def test_the_shipped_model_teaches_itself_nothing(solo_mesh):
         shape = read_teacher(conf, "cpu", POLICY, load_tokenizer(CHARACTERS))
         settings = trainer_settings(conf, POLICY, "cpu", objective_for(conf), shape)
         trainer = Trainer(settings, build_meshes(plan_layout(conf, 1), "cpu"), CPU)
-        share = some_leaves()
+        share = unrewarded()
         accumulate(trainer, passes_in(share), objective_for(conf))
         metrics = trainer.update(1.0, num_tokens(share))
         assert metrics["teacher_kl"] == 0 == metrics["loss"]
