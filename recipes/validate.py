@@ -62,12 +62,19 @@ def main(argv: list[str]) -> None:
         checks = said(process, ladder(walk_of(conf, plan, process, seek=True)))
         if conf.validate.control:
             with ordinary_kernels():
-                control = ladder(walk_of(conf, replace(plan, chunks=None), process, seek=False))
+                control = ladder(walk_of(conf, ordinary(plan), process, seek=False))
                 checks = with_control(checks, list(control))
             process.say("\n".join(["", header(control=True), *map(line, checks)]))
         process.say(f"\n{verdict(checks)}; {run_dir / 'validation.json'}")
         process.write(run_dir / "validation.json", as_json(conf, plan, process, tested, checks))
     sys.exit(not passed(checks))
+
+
+def ordinary(plan: Plan) -> Plan:
+    """The plan with ordinary kernels. Steps go on where a token that was drawn lies outside of the
+    trainer's truncated set, which they do not prevent."""
+    trainer = replace(plan.trainer, on_nonfinite="skip")
+    return replace(plan, chunks=None, trainer=trainer)
 
 
 def uneven_plan(conf: Conf, process: Process) -> Plan:

@@ -84,8 +84,9 @@ class Sampling:
 
     @property
     def scored(self) -> Distribution:
-        """The distribution that logprobs belong to; of greedy tokens, at temperature 1."""
-        return self.drawn if self.truncated_logprobs else Distribution(self.drawn.temperature)
+        """The distribution that logprobs belong to; of greedy tokens the whole, at temperature 1."""
+        cut = self.truncated_logprobs and self.temperature > 0
+        return self.drawn if cut else Distribution(self.drawn.temperature)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,15 @@ ALONE = {
         "validate.steps=1",
         "validate.control=true",
     ],
+    "truncated": [
+        "truncated_logprobs=true",
+        "generator.top_k=40",
+        "generator.top_p=0.9",
+        "updates_per_step=2",
+        "kl_coef=0.05",
+        "validate.steps=1",
+        "validate.control=true",
+    ],
     # the last one in its process, as what its task breaks stays broken
     "releasing": ["task=releasing:Task", "reward.workers=0"],
 }
@@ -142,6 +151,13 @@ def test_every_rung_holds_for_conversations_and_sees_ordinary_kernels(alone):
     assert sum(row["differ_without"] for row in rows(report, "L1").values()) > 10
     preempted = rows(report, "L1")["generator, sequences preempted"]
     assert preempted["not_run"] is None and preempted["tally"]["compared"] > 17 * 10
+
+
+def test_truncated_logprobs_hold_with_several_updates_and_a_reference(alone):
+    output, report = alone["truncated"]
+    assert report["passed"] is True, output
+    for rung in ("L0", "L1", "L2"):
+        assert {row["result"] for row in rows(report, rung).values()} == {"pass"}, output
 
 
 def test_bfloat16_holds_and_ordinary_kernels_would_be_seen(alone):

@@ -20,11 +20,13 @@ from mesh.model.vocabulary import MASKED, mask_ids
 from mesh.types import Distribution
 
 DISTRIBUTIONS = [
-    Distribution(t, k, p)
-    for t in (0.7, 1.0)
-    for k, p in ((1, 1.0), (7, 1.0), (0, 0.01), (0, 0.9), (0, 0.999999), (50, 0.8), (9999, 0.95))
+    Distribution(0.7, 7, 1.0),
+    Distribution(1.0, 0, 0.01),
+    Distribution(0.7, 0, 0.9),
+    Distribution(1.0, 50, 0.8),
+    Distribution(0.9, 9999, 0.999999),
 ]
-WIDTH = 5000  # more than one block, and no multiple of it
+WIDTH = 4500  # more than one block, and no multiple of it
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,11 +35,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def rows_of(dtype: torch.dtype) -> torch.Tensor:
     """Rows that are sharp, flat, full of ties, of one value, masked, and of zeros of both signs."""
-    sharp, flat = 6 * normal(4, WIDTH), 0.01 * normal(2, WIDTH, seed=1)
-    ties = (2 * normal(3, WIDTH, seed=2)).round()
+    sharp, flat = 6 * normal(2, WIDTH), 0.01 * normal(1, WIDTH, seed=1)
+    ties = (2 * normal(1, WIDTH, seed=2)).round()
     equal = torch.full((1, WIDTH), 3.25)
-    masked = 3 * normal(2, WIDTH, seed=3)
-    mask_ids(masked, ((0, 300), (4000, 5000)), 0)
+    masked = 3 * normal(1, WIDTH, seed=3)
+    mask_ids(masked, ((0, 300), (4000, WIDTH)), 0)
     zeros = torch.tensor([0.0, -0.0]).repeat(1, WIDTH // 2)
     return torch.cat([sharp, flat, ties, equal, masked, zeros]).to(dtype)
 
@@ -75,7 +77,7 @@ def check(found: dict, dtype: torch.dtype) -> None:
         expected = rows[:, 1003:].contiguous()
         mask_outside(expected, plain, 1003)
         assert torch.equal(piece, expected)
-    assert len(sizes) > 40 and 1 in sizes, "control: the sets have many sizes"
+    assert len(sizes) > 15 and 1 in sizes, "control: the sets have many sizes"
 
 
 def test_the_kernels_in_the_interpreter(tmp_path: Path):
