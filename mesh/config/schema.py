@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mesh.config.asking import ConversationConf, DifficultyConf, PromptConf, RewardConf
 from mesh.config.declare import INF, key
+from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
     EvalConf,
@@ -88,7 +89,7 @@ class Conf:
     loss: str = key(
         "grpo",
         "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
-        "max_rl, or MODULE:NAME for a loss of your own",
+        "max_rl, distill, or MODULE:NAME for a loss of your own",
     )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: (
@@ -116,6 +117,9 @@ class Conf:
     )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
+    )
+    entropy_coef: float = key(
+        0.0, "weight of the entropy bonus, with its exact gradient; 0: none", ge=0, lt=INF
     )
     kl_in: Literal["loss", "reward"] = key(
         "loss",
@@ -163,6 +167,11 @@ class Conf:
     truncated_reward: float | None = key(
         None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
     )
+    truncated_logprobs: bool = key(
+        False,
+        "with generator.top_k or generator.top_p: logprobs of the truncated distribution, in "
+        "training too; needs batch_invariant",
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
@@ -187,6 +196,7 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
     difficulty: DifficultyConf = field(default_factory=DifficultyConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)

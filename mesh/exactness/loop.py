@@ -33,7 +33,7 @@ from mesh.rl.step import Pass, ScoredWave, batch_of, share_of
 from mesh.roles.trainer import Trainer
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
-from mesh.types import NumberedPrompt, Rollout, RolloutKey, Sampling
+from mesh.types import Distribution, NumberedPrompt, Rollout, RolloutKey, Sampling
 
 WARM = (0.7, 1.3)  # temperatures beside the configuration's own
 
@@ -68,9 +68,8 @@ class SeenStep:
         mine = wave.share.rollouts
         found = compare_rollouts(scored(mine, wave.logprobs_A), by_key(mine), wave.step)
         sampling = program.generator.sampling(wave.step)
-        temperature = sampling.temperature
         sides = (
-            passes_replayer(program.trainer, wave.share.passes, temperature),
+            passes_replayer(program.trainer, wave.share.passes, sampling.scored),
             generation_replayer(program, wave.prompts, sampling, wave.generated),
         )
         seek = self.seek and self.logprobs.first is None
@@ -86,12 +85,12 @@ def take_step(walk: Walk, program: Program, step: int, seek: bool) -> SeenStep:
     return seen
 
 
-def passes_replayer(trainer: Trainer, passes: Sequence[Pass], temperature: float) -> Replay:
+def passes_replayer(trainer: Trainer, passes: Sequence[Pass], scored: Distribution) -> Replay:
     """Runs these forward passes again and traces one of their rollouts."""
 
     def trace(key: RolloutKey) -> Trace:
         with resharded(trainer):
-            return trace_training(trainer, passes, key, temperature)
+            return trace_training(trainer, passes, key, scored)
 
     return trace
 
@@ -153,9 +152,9 @@ def rewards(step: SeenStep) -> dict[str, float | str]:
 
 def mixed_check(walk: Walk, program: Program, mixed: Rollouts, sampling: Sampling) -> Check:
     """The row of L2 on the batch of mixed lengths, which every rank has as generated."""
-    trainer, temperature = program.trainer, sampling.temperature
-    found = compare_rollouts(score_arranged(walk, trainer, mixed, temperature), mixed)
-    one = arrangement_replayer(walk, trainer, mixed, temperature)
+    trainer, at = program.trainer, sampling.scored
+    found = compare_rollouts(score_arranged(walk, trainer, mixed, at), mixed)
+    one = arrangement_replayer(walk, trainer, mixed, at)
     whole = Variant(walk.requests, script=walk.script)
     other = engine_replayer(program.generator.engine, whole, sampling)
     tally = settle(walk.process, found, one, other, walk.seek)
@@ -199,7 +198,7 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     # greedy samples of a prompt are equal, and so are their rewards
     whole = replace(plan.step, drop_equal_groups=False)
     share = share_of(wave, whole, trainer.dp, trainer.dp_rank, step)
-    at = temperature or 1.0
+    at = sampling.scored
     found = score(trainer, share.passes, at)
     program.exchange.flush()
     sides = (

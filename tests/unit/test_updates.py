@@ -165,7 +165,8 @@ def plain_step(model: Policy, optimizer: torch.optim.Optimizer) -> list[dict[str
         optimizer.step()
         moved_A = (logprobs_A - old_A).detach().double()
         found.append({
-            "loss": float(loss.detach()), "grad_norm": float(norm), "ratio/max": float(ratio_A.detach().max()),
+            "loss": float(loss.detach()), "grad_norm": float(norm),
+            "ratio/max": float(ratio_A.detach().max()),
             "ratio/mean": float(ratio_A.detach().mean()),
             "clip_fraction": float((ratio_A * advantages_A > clipped_A * advantages_A).double()
                                    .mean()),
