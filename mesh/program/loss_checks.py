@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mesh.config.keys import problem, unset, value_of
 from mesh.config.schema import Conf
@@ -50,14 +51,20 @@ def advantage_problems(conf: Conf, loss: Loss) -> list[str]:
         needs = f"loss={conf.loss}" if conf.advantage is None else f"advantage={conf.advantage}"
         wrong = f"{needs} needs the rewards of the whole step before the first backward pass"
         found.append(problem("waves", conf.waves, wrong, "set waves=1"))
-    if conf.drop_equal_groups and advantage == "whitened":
+    if advantage == "whitened":
         wrong = (
             "with advantage=whitened groups of equal rewards teach too, as they are compared with "
             "the whole step"
         )
         remedy = "leave it out, or set advantage=centred_whitened (loss=reinforce_pp_baseline)"
-        found.append(problem("drop_equal_groups", True, wrong, remedy))
+        found += [problem(name, value, wrong, remedy) for name, value in leaving_out(conf).items()]
     return found
+
+
+def leaving_out(conf: Conf) -> dict[str, Any]:
+    """The keys by which groups of equal rewards are not trained on, where they are set."""
+    keys = {name: value_of(conf, name) for name in ("drop_equal_groups", "refill_rounds")}
+    return {name: value for name, value in keys.items() if value}
 
 
 def negative_problems(conf: Conf, loss: Loss) -> list[str]:
@@ -219,8 +226,7 @@ def unrewarded_problems(conf: Conf, loss: Loss) -> list[str]:
         return []
     given = {
         "advantage": conf.advantage is not None,
-        "drop_equal_groups": conf.drop_equal_groups,
-        "refill_rounds": conf.refill_rounds > 0,
+        **dict.fromkeys(leaving_out(conf), True),
         "length_penalty": conf.length_penalty > 0,
         "kl_in": conf.kl_in == "reward",
         "truncated_reward": conf.truncated_reward is not None,

@@ -37,7 +37,10 @@ def no_signal_text(step: int, metrics: Metrics) -> str:
             "a higher generator.temperature"
         )
     elif metrics.get("tokens/trained") == 0:
-        why, remedy = "no token entered the loss", "look at drop_equal_groups and truncated"
+        why, remedy = (
+            "no token entered the loss",
+            "look at drop_equal_groups, refill_on and truncated",
+        )
     else:
         why, remedy = "the loss has no gradient", "look at the loss and the advantages"
     return (

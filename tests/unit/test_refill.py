@@ -14,6 +14,7 @@ from test_step import rollout, wave_of
 
 from mesh.config.loading import load_conf
 from mesh.program.groups import Groups, filled, joined
+from mesh.program.loss_checks import read_loss
 from mesh.program.refill_checks import difficulty_problems, refill_problems, round_problems
 from mesh.rl.refill import next_round, unequal_groups
 from mesh.rl.step import batch_of, samples_of
@@ -182,6 +183,19 @@ def test_keys_that_do_not_go_together_are_refused():
         "difficulty.forget=9: no pass rate is asked for without difficulty.min or difficulty.max; "
         "set one, or leave it out"
     ]
+
+
+def test_losses_to_which_equal_groups_teach_something_are_not_refilled():
+    def refused(*words: str) -> list[str]:
+        with pytest.raises(ValueError) as caught:
+            read_loss(conf_of("refill_rounds=3", *words))
+        return str(caught.value).splitlines()
+
+    assert read_loss(conf_of("refill_rounds=3", "loss=reinforce_pp_baseline")).advantage
+    (line,) = refused("loss=reinforce_pp")
+    assert line.startswith("refill_rounds=3: with advantage=whitened groups of equal rewards teach")
+    lines = refused("loss=distill", "teacher.path=package:qwen3_tiny")
+    assert [line for line in lines if line.startswith("refill_rounds=3: loss=distill learns from")]
 
 
 def test_a_task_has_to_draw_more_and_to_say_what_it_draws():
