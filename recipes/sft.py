@@ -70,6 +70,10 @@ INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
+    "entropy_coef": "leave it out, solutions are learned by their cross entropy",
+    "teacher.path": "leave it out, solutions are learned, and no teacher",
+    "teacher.coef": "leave it out, solutions are learned, and no teacher",
+    "teacher.kl": "leave it out, solutions are learned, and no teacher",
     "check": "leave it out, there is no generator to agree with",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
@@ -125,8 +129,10 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    keys |= {"updates_per_step": 1, "kl_stop": None, "stop.above": None, "stop.after": None}
+    keys: dict[str, Any] = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "check": None}
+    keys |= {"kl_coef": 0.0, "entropy_coef": 0.0, "updates_per_step": 1, "kl_stop": None}
+    keys |= {"teacher.path": None, "teacher.coef": None, "teacher.kl": "sampled"}
+    keys |= {"stop.above": None, "stop.after": None}
     # refused without a weight, which is the run's that this one prepares
     conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
@@ -140,8 +146,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
 
 
 def teaching(plan: Plan) -> Plan:
-    """The plan with the cross entropy of solutions as its objective, and no reference model."""
-    trainer, prompts = replace(plan.trainer, reference=False), replace(plan.prompts, teaches=True)
+    """The plan with the cross entropy of solutions as its objective, and no frozen models."""
+    trainer, prompts = replace(plan.trainer, frozen={}), replace(plan.prompts, teaches=True)
     return replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY), prompts=prompts)
 
 

@@ -5,7 +5,7 @@ rank writes into `checkpoints/step-N.partial` while training continues. Once all
 - polled after every step - rank 0 writes the index and renames the directory to `step-N`: a
 directory with that name is complete, even after a power loss. A checkpoint holds what the next step
 needs and cannot recompute: fp32 weights and AdamW's moments. Prompts and random numbers are
-functions of (seed, step); the frozen reference is read again from where the run began, and only its
+functions of (seed, step); frozen models are read again from their directories, and only their
 digest is stored. It also holds the run's logs (`logs.py`) and its best evaluation (`best.py`).
 
 The run directory must be visible to all ranks.
@@ -37,7 +37,7 @@ from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
 from mesh.checkpoint.rescue import Rescue, first_held
 from mesh.checkpoint.same_run import (
     Inputs,
-    reference_digest,
+    frozen_digests,
     refuse_another_run,
     refuse_fewer_steps,
 )
@@ -74,7 +74,7 @@ class Checkpointer:
         self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
-        self.reference = reference_digest(trainer, self.layouts, process.cpu_group)
+        self.frozen = frozen_digests(trainer, process.cpu_group)
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
@@ -159,10 +159,10 @@ class Checkpointer:
                 self.process.say(f"to continue after step {step}: resume={self.run_dir}")
 
     def digests(self) -> dict[str, str]:
-        """Mesh-independent digests of each kind of trainer state and of the reference; that of the
+        """Mesh-independent digests of each kind of trainer state and of frozen models; that of the
         weights is the metric `digest/weights`."""
         found = state_digests(self.process, self.trainer, self.layouts, self.digested)
-        return found | self.reference
+        return found | self.frozen
 
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
@@ -273,7 +273,7 @@ class Checkpointer:
         self._on_rank0(self._remove_old)  # the run may have died before doing so
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
-        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.reference)
+        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.frozen)
         restore_state(self.process, self.trainer, path, index, self.layouts)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
         digests = self.digests()

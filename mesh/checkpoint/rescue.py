@@ -201,7 +201,7 @@ class Rescue:
         if meeting.rank == 0:
             try:
                 if not why:
-                    self.keeper.complete(filled(pending.index, parts, self.keeper.reference))
+                    self.keeper.complete(filled(pending.index, parts, self.keeper.frozen))
             except OSError as error:
                 why = f"{error.filename or self.keeper.path}: {error.strerror or error}"
             meeting.tell(f"{name}/end", why)
@@ -240,7 +240,7 @@ def wrong_parts(parts: Sequence[Mapping[str, Any] | None]) -> str:
     return "; ".join(said + ([f"{ranks(silent)} did not write in time"] if silent else []))
 
 
-def filled(index: Index, parts: Sequence[Mapping[str, Any]], reference: Mapping[str, str]) -> Index:
+def filled(index: Index, parts: Sequence[Mapping[str, Any]], frozen: Mapping[str, str]) -> Index:
     """The index with the files of all ranks, and with digests where it has none yet."""
     files = {n: entry_of(entry) for part in parts for n, entry in part["files"].items()}
     if index.digests:
@@ -248,7 +248,7 @@ def filled(index: Index, parts: Sequence[Mapping[str, Any]], reference: Mapping[
     kinds = sorted({kind for part in parts for kind in part["sums"]})
     totals = {kind: sum(part["sums"].get(kind, 0) for part in parts) for kind in kinds}
     digests = {kind: f"{total % (1 << 64):016x}" for kind, total in totals.items()}
-    return replace(index, files=files, digests=digests | dict(reference))
+    return replace(index, files=files, digests=digests | dict(frozen))
 
 
 def first_held(layouts: Sequence[ParamLayout], rank: int) -> list[ParamLayout]:

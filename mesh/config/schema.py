@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mesh.config.declare import INF, key
+from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
     ConversationConf,
@@ -78,7 +79,7 @@ class Conf:
     loss: str = key(
         "grpo",
         "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
-        "max_rl, or MODULE:NAME for a loss of your own",
+        "max_rl, distill, or MODULE:NAME for a loss of your own",
     )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: (
@@ -106,6 +107,9 @@ class Conf:
     )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
+    )
+    entropy_coef: float = key(
+        0.0, "weight of the entropy bonus, with its exact gradient; 0: none", ge=0, lt=INF
     )
     kl_in: Literal["loss", "reward"] = key(
         "loss",
@@ -177,6 +181,7 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mesh.engine.sampler import draw, gather_shards
-from mesh.model.logprobs import score_tiles, shard_of
+from mesh.model.logprobs import score_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
+from mesh.model.tiles import shard_of
 from mesh.model.vocabulary import mask_ids, vocab_products, vocab_tiles
 from mesh.types import IdSpans, Sampling
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine import kernels
-from mesh.model.logprobs import shard_of
+from mesh.model.tiles import shard_of
 from mesh.types import Sampling
 
 _GAMMA = 0x9E3779B97F4A7C15

@@ -50,6 +50,7 @@ from mesh.program.plan import (
 )
 from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
+from mesh.program.teacher import read_teacher, teacher_warnings
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import model_warnings
 from mesh.rl.losses import CROSS_ENTROPY
@@ -122,9 +123,9 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    refuse_differences(
-        process, of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
-    )
+    teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
+    code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
+    refuse_differences(process, code)
     wrong += best_metric_problems(conf) + own_problems(conf) if training else []
     own: list[Prompt] = []
     if task is not None and held_out:
@@ -150,13 +151,14 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         process.say(line)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
-    found = Found(shape, tokenizer, task, loss, own, sets)
+    found = Found(shape, tokenizer, task, loss, own, sets, teacher)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
-    num = conf.num_prompts if training else 0
     notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
+    notes += teacher_warnings(conf, tokenizer) if training else []
     notes += held_out_notes(conf, len(own))
+    num = conf.num_prompts if training else 0
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
@@ -224,13 +226,18 @@ def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:
 
 
 def run_self_test(plan: Plan, process: Process) -> str:
-    """The self-test of the batch-invariant kernels on the model's own products, as a line that says
+    """The self-test of the batch-invariant kernels on the products of all models, as lines that say
     what was done. Collective; RuntimeError where results depend on the batch.
     """
     assert plan.chunks is not None, "the plan is not batch-invariant"
-    return self_test_of(
-        plan.shape, plan.chunks, plan.trainer.dtype, process.device, process.cpu_group
-    )
+    where = (plan.chunks, plan.trainer.dtype, process.device, process.cpu_group)
+    lines = [self_test_of(plan.shape, *where)]
+    lines += [
+        f"{name}: {self_test_of(source.shape, *where)}"
+        for name, source in plan.trainer.frozen.items()
+        if source.shape != plan.shape
+    ]
+    return "\n".join(lines)
 
 
 def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:

@@ -26,6 +26,7 @@ from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
 from mesh.program.loss import run_objective
+from mesh.program.teacher import frozen_models
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective
 from mesh.rl.step import StepSettings
@@ -51,7 +52,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class Found:
     """The things that a configuration names, read and checked. held_out: of the task, sets: other
-    ones by name; none where nothing is evaluated."""
+    ones by name; none where nothing is evaluated. teacher: as its directory has it; None: there is
+    none."""
 
     shape: ModelShape
     tokenizer: Tokenizer
@@ -59,6 +61,7 @@ class Found:
     loss: Loss
     held_out: Sequence[Prompt] = ()
     sets: Mapping[str, EvaluationSet] = field(default_factory=dict)
+    teacher: ModelShape | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def resolve(
     return Plan(
         device=device,
         layout=layout,
-        trainer=trainer_settings(conf, shape, device, objective if training else None),
+        trainer=trainer_settings(
+            conf, shape, device, objective if training else None, found.teacher
+        ),
         generator=generator_settings(conf, shape, found.tokenizer, device, ends),
         objective=objective,
         step=StepSettings(
@@ -140,18 +145,25 @@ def resolve(
 
 
 def trainer_settings(
-    conf: Conf, shape: ModelShape, device: Device, objective: Objective | None
+    conf: Conf,
+    shape: ModelShape,
+    device: Device,
+    objective: Objective | None,
+    teacher: ModelShape | None = None,
 ) -> TrainerSettings:
-    """The trainer's part; objective None: nothing is trained."""
-    keys = conf.trainer
+    """The trainer's part; objective None: nothing is trained. teacher: as its directory has it."""
+    keys, start = conf.trainer, Start(start_path(conf), conf.seed)
+    dtype = dtype_of(keys.dtype, device)
     return TrainerSettings(
         shape=shape,
         max_length=conf.model.max_length,
-        dtype=dtype_of(keys.dtype, device),
-        start=Start(start_path(conf), conf.seed),
+        dtype=dtype,
+        start=start,
         temperature=conf.generator.temperature,
         optimizer=None if objective is None else optimizer_settings(conf),
-        reference=objective is not None and "reference_logprobs" in objective.needs,
+        frozen={}
+        if objective is None
+        else frozen_models(conf, shape, start, teacher, objective, dtype),
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,

@@ -125,13 +125,19 @@ def model_files(conf: Conf) -> dict[str, str]:
     paths = small_files(conf)
     if conf.model.path is not None and conf.model.init == "checkpoint":
         model = resolve_path(conf.model.path)
-        paths["model"] += [path for kind in WEIGHTS for path in sorted(model.glob(kind))]
+        paths["model"] += weights_in(model)
+    if conf.teacher.path is not None:
+        paths["teacher"] += weights_in(resolve_path(conf.teacher.path))
     return digests_of(paths)
 
 
+def weights_in(directory: Path) -> list[Path]:
+    return [path for kind in WEIGHTS for path in sorted(directory.glob(kind))]
+
+
 def small_files(conf: Conf) -> dict[str, list[Path]]:
-    """The files of the tokenizer and its templates, those of the model that hold no weights, and
-    the examples before every prompt."""
+    """The files of the tokenizer and its templates, those of model and teacher that hold no
+    weights, and the examples before every prompt."""
     tokenizer = tokenizer_directory(conf)
     paths = {"tokenizer": [tokenizer / name for name in (*TOKENIZER, *CONFIGS)]}
     paths["tokenizer"] += sorted((tokenizer / TEMPLATE_FOLDER).glob("*.jinja"))
@@ -139,6 +145,9 @@ def small_files(conf: Conf) -> dict[str, list[Path]]:
         paths["prompt"] = [resolve_path(conf.prompt.few_shot)]
     if conf.model.path is not None:
         paths["model"] = [resolve_path(conf.model.path) / name for name in CONFIGS]
+    if conf.teacher.path is not None:
+        read = ("config.json", "tokenizer.json")
+        paths["teacher"] = [resolve_path(conf.teacher.path) / name for name in read]
     return paths
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,10 +21,27 @@ class Start:
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """A model to build. dtype: in which its weights are kept; stored_vocab: rows of the vocabulary
+    in its directory, where they are not those of `shape`: its embedding and its head are cut to the
+    shape's, or padded with zeros.
+    """
+
+    shape: ModelShape
+    start: Start
+    dtype: torch.dtype = torch.float32
+    stored_vocab: int | None = None
+
+
+REFERENCE, TEACHER = "reference", "teacher"
+"""Names of frozen models."""
+
+
+@dataclass(frozen=True)
 class TrainerSettings:
     """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
     context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
-    trained; reference: whether a frozen copy of the start is kept.
+    trained; frozen: models that are scored beside the policy, by name.
     """
 
     shape: ModelShape
@@ -32,7 +50,12 @@ class TrainerSettings:
     start: Start
     temperature: float
     optimizer: OptimizerSettings | None = None
-    reference: bool = False
+    frozen: Mapping[str, ModelSource] = field(default_factory=dict)
     sequence_parallel: bool = False
     activation_checkpointing: str = "none"
     on_nonfinite: str = "stop"
+
+    @property
+    def source(self) -> ModelSource:
+        """The policy's start."""
+        return ModelSource(self.shape, self.start)

@@ -6,8 +6,10 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from docs_coverage import CI, COVERED, LAUNCHERS, to_run
 from docs_reading import (
     NEEDS,
@@ -104,7 +106,28 @@ def test_commands_name_programs_and_keys_that_exist(command):
 def test_shell_blocks_say_what_they_need_in_words_that_are_known(page):
     needs = {block.needs for block in blocks(page) if block.language == "bash"}
     assert needs <= {"", *NEEDS}
-    assert not {block.language for block in blocks(page)} - {"bash", "python", "diff", ""}
+    assert not {block.language for block in blocks(page)} - {"bash", "python", "diff", "yaml", ""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_yaml_blocks_have_keys_of_the_configuration(page):
+    for block in blocks(page):
+        if block.language == "yaml":
+            names = [
+                re.sub(r"^(eval\.sets)\.\w+", r"\1.NAME", name)
+                for name in dotted(yaml.safe_load(block.text))
+            ]
+            assert names
+            assert not {name for name in names if not name.startswith("task_args.")} - DOCUMENTED
+
+
+def dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys of a nested mapping as the command line writes them."""
+    found = []
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and name != "task_args"
+        found += dotted(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return found
 
 
 @pytest.mark.parametrize("command", to_run(), ids=str)
