@@ -65,7 +65,7 @@ from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
-# what to do instead of setting a key that `supervised` sets
+# what to do instead of setting a key that `supervised` sets, for most to its default
 INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
@@ -75,6 +75,12 @@ INSTEAD = {
     "teacher.coef": "leave it out, solutions are learned, and no teacher",
     "teacher.kl": "leave it out, solutions are learned, and no teacher",
     "check": "leave it out, there is no generator to agree with",
+    "truncated_logprobs": "leave it out, answers are not drawn from a set",
+    "refill_rounds": "leave it out, solutions have no rewards",
+    "refill_on": "leave it out, solutions have no rewards",
+    "difficulty.min": "leave it out, every prompt is taught",
+    "difficulty.max": "leave it out, every prompt is taught",
+    "difficulty.forget": "leave it out, every prompt is taught",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
     "stop.above": "leave it out, the first and the last step alone are evaluated",
@@ -129,12 +135,10 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys: dict[str, Any] = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "check": None}
-    keys |= {"kl_coef": 0.0, "entropy_coef": 0.0, "updates_per_step": 1, "kl_stop": None}
-    keys |= {"teacher.path": None, "teacher.coef": None, "teacher.kl": "sampled"}
-    keys |= {"stop.above": None, "stop.after": None}
-    # refused without a weight, which is the run's that this one prepares
-    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
+    # kl_in and kl_estimator are refused without a weight, which is the run's that this prepares
+    unread = [*INSTEAD, "kl_in", "kl_estimator"]
+    keys = {name: value_of(Conf(), name) for name in unread}
+    conf = changed(conf, keys | {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]

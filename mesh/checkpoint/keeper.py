@@ -34,6 +34,7 @@ from mesh.checkpoint.folder import (
     steps_in,
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.pass_rates import rates_job, read_rates
 from mesh.checkpoint.rescue import Rescue, first_held
 from mesh.checkpoint.same_run import (
     Inputs,
@@ -55,6 +56,7 @@ from mesh.config.schema import Conf
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
+from mesh.tasks.difficulty import PassRates
 
 T = TypeVar("T")
 
@@ -63,11 +65,13 @@ class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every public method is collective over the world."""
 
     def __init__(
-        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs
-    ) -> None:
+        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs,
+        pass_rates: PassRates | None = None,
+    ) -> None:  # fmt: skip
         """Construct before the first step. Raises RuntimeError if checkpoints are requested and
         their directory cannot be created."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
+        self.pass_rates = pass_rates or PassRates()
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
         self.layouts = [layout for layout in trainer.layouts if layout.name in names]
@@ -185,7 +189,7 @@ class Checkpointer:
         self._on_rank0(lambda: folder.mkdir())
         own = self.own | own_blocks(self.trainer, self.process.rank)
         tensors = host_copies(self.trainer, own)
-        jobs: dict[Path, Callable[[Path], Entry]] = {}
+        jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
@@ -276,6 +280,7 @@ class Checkpointer:
         refuse_another_run(self.process, path, index, self.conf, self.inputs, self.frozen)
         restore_state(self.process, self.trainer, path, index, self.layouts)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
+        self.pass_rates.restore(read_rates(path, index.files))
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

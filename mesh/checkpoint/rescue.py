@@ -24,6 +24,7 @@ from torch import Tensor
 from mesh.checkpoint.files import Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
 from mesh.checkpoint.logs import copy_jobs
+from mesh.checkpoint.pass_rates import rates_job
 from mesh.checkpoint.state import OWN, own_blocks, own_layouts
 from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
@@ -31,6 +32,7 @@ from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout
 from mesh.lifecycle.ending import say
 from mesh.lifecycle.meeting import Meeting
+from mesh.tasks.difficulty import Known
 from mesh.weights.digest import local_digests
 
 if TYPE_CHECKING:
@@ -44,11 +46,12 @@ WRITE_SECONDS = 600.0  # the longest that writing may take; a signal ends it bef
 @dataclass(frozen=True)
 class Rest:
     """This rank's state between two steps: the index of its checkpoint without files and digests,
-    the lengths of the logs, its shards by kind and name, which only an update changes, what was to
-    be logged when it was trained, and whether that is done."""
+    the lengths of the logs, pass rates where they are kept, its shards by kind and name, which only
+    an update changes, what was to be logged when it was trained, and whether that is done."""
 
     index: Index
     logs: Mapping[str, int]
+    rates: Known | None
     shards: Mapping[str, Mapping[str, Tensor]]
     unlogged: Unlogged | None
     logged: bool
@@ -85,7 +88,8 @@ class Rescue:
         with torch.no_grad():
             shards = {kind: local_tensors(part) for kind, part in trainer.state().items()}
             shards["weights"] = local_tensors(trainer.parameters())  # a tied one has both names
-        self.rest = Rest(index, logs, shards, unlogged, logged)
+        rates = self.keeper.pass_rates.kept
+        self.rest = Rest(index, logs, rates, shards, unlogged, logged)
 
     def __call__(self, meeting: Meeting) -> str:
         """Save what can be saved; what `resume=` will give, and why it is not more."""
@@ -163,6 +167,7 @@ class Rescue:
         """Make the directory, and add what copies the logs; the reason if that fails."""
         try:
             jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, rest.logs)
+            jobs |= rates_job(folder, rest.rates)
             prepare(folder.parent)
             folder.mkdir()
         except OSError as error:

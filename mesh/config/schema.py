@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mesh.config.asking import ConversationConf, DifficultyConf, PromptConf, RewardConf
 from mesh.config.declare import INF, key
 from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
-    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -21,8 +21,6 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
-    PromptConf,
-    RewardConf,
     SFTConf,
     StopConf,
     SyncConf,
@@ -57,6 +55,18 @@ class Conf:
     )
     score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    refill_rounds: int = key(
+        0,
+        "dynamic sampling: groups that are equal in refill_on are left out, and more prompts are "
+        "drawn, at most so many times, until there are num_prompts others; 0: off",
+        ge=0,
+        le=1000,
+    )
+    refill_on: str = key(
+        "reward",
+        "what a group must not be equal in, to be trained on: reward, correct, or the name of a "
+        "part of the score",
+    )
     overlong: Literal["stop", "skip"] = key(
         "stop",
         "a training prompt that leaves no room for a response, or that the tokenizer cannot "
@@ -157,6 +167,11 @@ class Conf:
     truncated_reward: float | None = key(
         None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
     )
+    truncated_logprobs: bool = key(
+        False,
+        "with generator.top_k or generator.top_p: logprobs of the truncated distribution, in "
+        "training too; needs batch_invariant",
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
@@ -183,6 +198,7 @@ class Conf:
     model: ModelConf = field(default_factory=ModelConf)
     teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
+    difficulty: DifficultyConf = field(default_factory=DifficultyConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     conversation: ConversationConf = field(default_factory=ConversationConf)

@@ -11,6 +11,7 @@ from torchtitan.models.common.linear import Linear as TitanLinear
 from mesh.model.divergence import HeadInputs
 from mesh.model.logprobs import TaughtScores, TokenScores, taught_logprobs, token_logprobs
 from mesh.model.parallel import local
+from mesh.model.token_sets import TokenSets
 from mesh.types import IdSpans
 
 
@@ -34,12 +35,15 @@ class LMHead(TitanLinear):
         targets_A: torch.Tensor | None,
         temperature: float,
         teacher: HeadInputs | None = None,
+        sets: TokenSets | None = None,
     ) -> TokenScores | TaughtScores | HeadInputs:
-        """Scores of the targets, beside a teacher where there is one; without targets its own
-        inputs."""
+        """Scores of the targets, beside a teacher where there is one, over truncated `sets` where
+        they are given; without targets its own inputs."""
         weight, group, textless = local(self.weight), self.tp_group, self.textless
         if targets_A is None:
             return HeadInputs(hidden_AD, weight)
         if teacher is None:
-            return token_logprobs(hidden_AD, weight, targets_A, temperature, group, textless)
-        return taught_logprobs(hidden_AD, weight, targets_A, temperature, group, textless, teacher)
+            return token_logprobs(hidden_AD, weight, targets_A, temperature, group, textless, sets)
+        return taught_logprobs(
+            hidden_AD, weight, targets_A, temperature, group, textless, teacher, sets
+        )

@@ -8,13 +8,14 @@ tiles and [T, V] need not exist. The backward pass recomputes the logits (as Lig
 arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009, do). Entropies, and the divergence from a
 teacher whose head is given (`divergence.py`), are functions of the same tiles, and so are their
 gradients. On CUDA each pass over the logits is a kernel of `triton_scores`, specified by the plain
-functions here.
+functions here. Of a truncated distribution, all of them are those of the logits that are left when
+the others are masked (`token_sets.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from mesh.model.divergence import HeadInputs, combine_divergence, tile_divergence
 from mesh.model.tile_gradient import DivergenceTerm, EntropyTerm, tile_gradient
 from mesh.model.tiles import combine_scores, gather_tiles, shard_of, tile_scores
-from mesh.model.vocabulary import mask_ids, vocab_products
+from mesh.model.token_sets import Mask, TokenSets
+from mesh.model.vocabulary import MASKED, mask_ids, vocab_products
 from mesh.types import IdSpans
 
 
@@ -81,16 +83,46 @@ def piece_logits(
 
 @dataclass(frozen=True)
 class _Head:
-    """What a head's scores are taken over. Targets are relative to the shard's first id."""
+    """What a head's scores are taken over. Targets are relative to the shard's first id. mask: of
+    the ids outside of truncated sets; None: nothing is truncated."""
 
     temperature: float
     group: dist.ProcessGroup | None
     textless: IdSpans
     num_shards: int
     first: int
+    mask: Mask | None = None
+
+    def whole_logits(self, inputs: HeadInputs, edges: Sequence[int]) -> torch.Tensor:
+        return piece_logits(*inputs, edges, self.first, self.textless)
 
     def logits(self, inputs: HeadInputs, edges: Sequence[int]) -> torch.Tensor:
-        return piece_logits(*inputs, edges, self.first, self.textless)
+        logits_AV = self.whole_logits(inputs, edges)
+        if self.mask is not None:
+            self.mask(logits_AV, edges[0])
+        return logits_AV
+
+    def teacher_logits(
+        self, teacher: HeadInputs, edges: Sequence[int], logits_AV: torch.Tensor
+    ) -> torch.Tensor:
+        """A teacher's logits, over the same sets; logits_AV: the policy's `logits`."""
+        theirs_AV = self.whole_logits(teacher, edges)
+        if self.mask is not None:
+            theirs_AV.masked_fill_(logits_AV < MASKED / 2, MASKED)
+        return theirs_AV
+
+    def truncated(self, inputs: HeadInputs, sets: TokenSets) -> _Head:
+        """The head over the sets of these rows. Collective of the group."""
+
+        def logits_of(rows: slice) -> torch.Tensor:
+            part = HeadInputs(inputs.hidden_AD[rows], inputs.weight)
+            pieces = vocab_products(len(inputs.weight), self.num_shards)
+            logits = [self.whole_logits(part, edges) for edges in pieces]
+            return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
+
+        vocab = len(inputs.weight) * self.num_shards
+        mask = sets.mask(logits_of, len(inputs.hidden_AD), vocab, self.first, self.group)
+        return replace(self, mask=mask)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -108,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = head.logits(HeadInputs(hidden_AD, weight), edges)
             scores.append(tile_scores(logits, edges, targets_A, head.temperature, True))
             if teacher is not None:
-                theirs = head.logits(teacher, edges)
+                theirs = head.teacher_logits(teacher, edges, logits)
                 taught.append(tile_divergence(logits, theirs, edges, head.temperature))
         scores_K3A = gather_tiles(_joined(scores), head.group)
         logprobs_A, entropy_A, logsumexp_A = combine_scores(scores_K3A, with_entropy=True)
@@ -141,7 +173,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = head.logits(HeadInputs(hidden_AD, weight), edges)
             if divergence_grad_A is not None:
                 *inputs, divergence_A, teacher_A = taught
-                theirs = head.logits(HeadInputs(*inputs), edges)
+                theirs = head.teacher_logits(HeadInputs(*inputs), edges, logits)
                 divergence = DivergenceTerm(
                     theirs, teacher_A, divergence_A, divergence_grad_A / head.temperature
                 )
@@ -173,15 +205,19 @@ def token_logprobs(
     temperature: float,
     group: dist.ProcessGroup | None = None,
     textless: IdSpans = (),
+    sets: TokenSets | None = None,
 ) -> TokenScores:
     """Logprob of every target token and the entropy of its distribution.
 
     hidden_AD: hidden states that predict the targets, replicated over `group`; weight: this rank's
     vocabulary shard [V / shards, D]; targets_A: global token ids. `temperature` divides the
     logits. Ids of `textless` have probability exactly 0, and their rows gradient exactly 0.
+
+    sets: of the truncated distribution that is scored, whose gradient is that for these sets as
+    they are; ids outside have probability and gradient 0, and as a target the logprob -inf.
     """
     inputs = HeadInputs(hidden_AD, weight)
-    return TokenScores(*_scores(inputs, targets_A, temperature, group, textless, None))
+    return TokenScores(*_scores(inputs, targets_A, temperature, group, textless, None, sets))
 
 
 def taught_logprobs(
@@ -192,11 +228,13 @@ def taught_logprobs(
     group: dist.ProcessGroup | None,
     textless: IdSpans,
     teacher: HeadInputs,
+    sets: TokenSets | None = None,
 ) -> TaughtScores:
-    """`token_logprobs`, and the divergence from a teacher, whose weight is the same shard."""
+    """`token_logprobs`, and the divergence from a teacher, whose weight is the same shard. With
+    `sets` both distributions are over them."""
     assert len(teacher.weight) == len(weight), "the teacher's head has another vocabulary"
     inputs = HeadInputs(hidden_AD, weight)
-    return TaughtScores(*_scores(inputs, targets_A, temperature, group, textless, teacher))
+    return TaughtScores(*_scores(inputs, targets_A, temperature, group, textless, teacher, sets))
 
 
 def _scores(
@@ -206,8 +244,15 @@ def _scores(
     group: dist.ProcessGroup | None,
     textless: IdSpans,
     teacher: HeadInputs | None,
+    sets: TokenSets | None,
 ) -> tuple[torch.Tensor, ...]:
     shard, num_shards = shard_of(group)
     first = shard * len(inputs.weight)
     head = _Head(temperature, group, textless, num_shards, first)
-    return _TokenLogprobs.apply(*inputs, targets_A - first, head, teacher)
+    if sets is None:
+        return _TokenLogprobs.apply(*inputs, targets_A - first, head, teacher)
+    with torch.no_grad():
+        head = head.truncated(inputs, sets)
+    logprobs_A, *others = _TokenLogprobs.apply(*inputs, targets_A - first, head, teacher)
+    impossible_A = logprobs_A < MASKED / temperature / 2
+    return logprobs_A.masked_fill(impossible_A, -torch.inf), *others

@@ -38,6 +38,7 @@ from mesh.model.layers import (
 from mesh.model.logprobs import TaughtScores, TokenScores
 from mesh.model.parallel import apply_tp, replicate
 from mesh.model.rope import rope_table
+from mesh.model.token_sets import TokenSets
 from mesh.types import ModelShape
 
 
@@ -75,14 +76,16 @@ class Policy(Qwen3Model):
         targets_A: torch.Tensor | None,
         temperature: float,
         teacher: HeadInputs | None = None,
+        sets: TokenSets | None = None,
     ) -> TokenScores | TaughtScores | HeadInputs:
         """Scores of targets_A, each predicted from the hidden state at index_A of the row.
 
-        teacher: its head's inputs at the same places, for the KL to it. Without targets: the own
-        head's inputs, as another model's scores take them.
+        teacher: its head's inputs at the same places, for the KL to it. sets: of the truncated
+        distributions that are scored. Without targets: the own head's inputs, as another model's
+        scores take them.
         """
         hidden_TD = self.hidden(tokens_T, positions_T, context)
-        return self.lm_head(hidden_TD[index_A], targets_A, temperature, teacher)
+        return self.lm_head(hidden_TD[index_A], targets_A, temperature, teacher, sets)
 
 
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:

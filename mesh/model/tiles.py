@@ -52,6 +52,15 @@ def gather_tiles(tiles_KA: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return out
 
 
+def gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Concatenate the ranks' parts along the last dim."""
+    if group is None:
+        return part_SX
+    parts = [torch.empty_like(part_SX) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part_SX.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
 def shard_of(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """(index, count) of this rank's vocabulary shard."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))

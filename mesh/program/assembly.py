@@ -49,6 +49,7 @@ from mesh.program.plan import (
     task_spec,
 )
 from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
+from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
 from mesh.program.teacher import read_teacher, teacher_warnings
 from mesh.program.text_warnings import prompt_warnings
@@ -57,6 +58,7 @@ from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
+from mesh.tasks.difficulty import PassRates
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -68,7 +70,8 @@ from mesh.weights.bridge import weights_digest as digest_of
 class Program:
     """Both roles of a plan on this rank, and what crosses between them.
 
-    scorer: of the task that is trained on; evaluation_scorers: by the names of the plan's sets.
+    scorer: of the task that is trained on; pass_rates: of its questions, so far;
+    evaluation_scorers: by the names of the plan's sets.
     """
 
     plan: Plan
@@ -76,6 +79,7 @@ class Program:
     trainer: Trainer
     generator: Generator
     scorer: Scorer
+    pass_rates: PassRates
     evaluation_scorers: Mapping[str, Scorer]
     exchange: Exchange
     bridge: WeightBridge
@@ -141,6 +145,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
             wrong += first_call_problems(process, conf, task, encoder, own)
+        if training:
+            wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
@@ -211,7 +217,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
-    return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)
+    rates = PassRates(plan.difficulty)
+    return Program(plan, meshes, trainer, generator, scorer, rates, others, exchange, bridge)
 
 
 def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:

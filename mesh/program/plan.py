@@ -36,6 +36,7 @@ from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.calls import TaskSource
+from mesh.tasks.difficulty import Bounds
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import scoring_of
@@ -78,6 +79,7 @@ class Plan:
     generator: GeneratorSettings
     objective: Objective
     step: StepSettings
+    difficulty: Bounds | None
     training: TaskSource
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
@@ -129,8 +131,10 @@ def resolve(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
             conf.log.tokens, conf.updates_per_step,
-            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed, conf.refill_rounds,
+            conf.refill_on,
         ),
+        difficulty=difficulty_bounds(conf),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),
         evaluations=evaluations,
@@ -167,6 +171,8 @@ def trainer_settings(
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,
+        top_k=conf.generator.top_k if conf.truncated_logprobs else 0,
+        top_p=conf.generator.top_p if conf.truncated_logprobs else 1.0,
     )
 
 
@@ -205,6 +211,7 @@ def generator_settings(
         temperature=keys.temperature,
         top_k=keys.top_k,
         top_p=keys.top_p,
+        truncated_logprobs=conf.truncated_logprobs,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
@@ -228,6 +235,15 @@ def evaluation_sets(
         return {}
     keys = conf.eval
     return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
+
+
+def difficulty_bounds(conf: Conf) -> Bounds | None:
+    """The pass rates of questions that are drawn; None: all are."""
+    keys = conf.difficulty
+    if keys.min is None and keys.max is None:
+        return None
+    highest = 1.0 if keys.max is None else keys.max
+    return Bounds(keys.min or 0.0, highest, keys.forget)
 
 
 def prompt_source(

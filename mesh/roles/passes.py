@@ -16,6 +16,7 @@ from mesh.model.attention import packed_context
 from mesh.model.divergence import HeadInputs
 from mesh.model.logprobs import TaughtScores, TokenScores
 from mesh.model.policy import Policy
+from mesh.model.token_sets import TokenSets
 from mesh.rl.aggregation import loss_sum
 from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
@@ -24,6 +25,7 @@ from mesh.rl.statistics import token_stats
 from mesh.rl.step import Pass
 from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
+from mesh.types import Distribution
 
 SCORED: frozenset[Need] = frozenset({"reference_logprobs", "teacher_logprobs"})
 """Needs for which passes are scored first."""
@@ -34,21 +36,31 @@ class PassScores:
     """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
     old_logprobs_A: the trainer's before the step's first update, where there are several.
-    reference_logprobs_A, teacher_logprobs_A: of frozen
-    models.
+    reference_logprobs_A, teacher_logprobs_A: of frozen models. sets: the truncated sets of the
+    policy that drew the tokens, kept for other weights and models; without them a pass derives its
+    own.
     """
 
     old_logprobs_A: torch.Tensor | None = None
     reference_logprobs_A: torch.Tensor | None = None
     teacher_logprobs_A: torch.Tensor | None = None
+    sets: TokenSets | None = None
 
 
-def forward(model: Policy, batch: PackedBatch, temperature: float) -> TokenScores:
-    """(logprobs_A, entropy_A) of a batch's loss tokens."""
+def forward(
+    model: Policy, batch: PackedBatch, at: Distribution, sets: TokenSets | None = None
+) -> TokenScores:
+    """(logprobs_A, entropy_A) of a batch's loss tokens, of the distribution `at`, over these sets;
+    without them the model's own, if it is truncated."""
     heartbeat()
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                 temperature)  # fmt: skip
+                 at.temperature, None, sets or derived_sets(at))  # fmt: skip
+
+
+def derived_sets(at: Distribution, keeps: bool = False) -> TokenSets | None:
+    """Sets that the next forward pass derives from its logits; None: nothing is truncated."""
+    return TokenSets(at, keeps) if at.truncated else None
 
 
 def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
@@ -60,14 +72,15 @@ def head_inputs(model: Policy, batch: PackedBatch) -> HeadInputs:
 
 
 def taught_forward(
-    model: Policy, teacher: Policy, batch: PackedBatch, temperature: float
-) -> TaughtScores:
+    model: Policy, teacher: Policy, batch: PackedBatch, at: Distribution,
+    sets: TokenSets | None = None,
+) -> TaughtScores:  # fmt: skip
     """The policy's scores of a batch's loss tokens, with the KL to the teacher at each."""
     with torch.no_grad():
         inputs = head_inputs(teacher, batch)
     context = packed_context(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.tokens_T, batch.positions_T, context, batch.index_A, batch.targets_A,
-                 temperature, inputs)  # fmt: skip
+                 at.temperature, inputs, sets or derived_sets(at))  # fmt: skip
 
 
 @torch.no_grad()
@@ -77,23 +90,26 @@ def score_pass(
     others: Mapping[Need, Policy | None],
     needs: frozenset[Need],
     policy: bool,
-    temperature: float,
+    at: Distribution,
     sums: StepSums,
 ) -> PassScores:
     """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
     logprobs, whose difference from the generator's goes into `sums`. others: by what is needed of
-    them."""
-    old_A, found = None, {}
-    if policy:
-        old_A = forward(model, batch, temperature).logprobs_A
+    them. Truncated sets are the policy's for all of them."""
+    old_A, kept = None, derived_sets(at, keeps=True)
+    found: dict[str, torch.Tensor] = {}
+    if policy or kept is not None:
+        now_A = forward(model, batch, at, kept).logprobs_A
+        old_A = now_A if policy else None
+    if old_A is not None:
         sums.add_before(
             token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
         )
     for need in sorted(needs & SCORED):
         other = others[need]
         assert other is not None, f"{need} are needed, and no such model is kept"
-        found[f"{need}_A"] = forward(other, batch, temperature).logprobs_A
-    return PassScores(old_A, **found)
+        found[f"{need}_A"] = forward(other, batch, at, kept).logprobs_A
+    return PassScores(old_A, **found, sets=kept)
 
 
 def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
@@ -135,7 +151,7 @@ def backward(
     leaves: Pass,
     objective: Objective,
     known: PassScores,
-    temperature: float,
+    at: Distribution,
     sums: StepSums,
     teacher: Policy | None = None,
 ) -> TokenScores:
@@ -144,9 +160,9 @@ def backward(
     batch: `leaves`, packed, on the device. teacher: where the objective needs the KL to it.
     """
     scores: TokenScores | TaughtScores = (
-        forward(model, batch, temperature)
+        forward(model, batch, at, known.sets)
         if teacher is None
-        else taught_forward(model, teacher, batch, temperature)
+        else taught_forward(model, teacher, batch, at, known.sets)
     )
     logprobs_A, entropy_A = scores.logprobs_A, scores.entropy_A
     logprobs_A.retain_grad()

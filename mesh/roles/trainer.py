@@ -30,6 +30,7 @@ from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
 from mesh.roles.trainer_settings import REFERENCE, TEACHER, TrainerSettings
+from mesh.types import Distribution
 
 MEASURED = {REFERENCE: "kl", TEACHER: "teacher_kl"}
 """By the name of a frozen model, the metric that compares the policy with it."""
@@ -142,15 +143,13 @@ class Trainer:
             self.optimizer.restart()
 
     def forward(
-        self, model: Policy, batch: PackedBatch, temperature: float | None = None
+        self, model: Policy, batch: PackedBatch, at: Distribution | None = None
     ) -> TokenScores:
         """(logprobs_A, entropy_A) of a batch's loss tokens, by the policy or a frozen model.
 
-        temperature: unset, that of training.
+        at: the distribution; unset, that of training.
         """
-        return forward(
-            model, batch, self.settings.temperature if temperature is None else temperature
-        )
+        return forward(model, batch, at or self.settings.distribution)
 
     def score(
         self, passes: Sequence[Pass], needs: frozenset[Need], policy: bool = False
@@ -166,7 +165,7 @@ class Trainer:
             "reference_logprobs": self.reference,
             "teacher_logprobs": self.teacher,
         }
-        rest = (others, needs, policy, self.settings.temperature, self.sums)
+        rest = (others, needs, policy, self.settings.distribution, self.sums)
         found = [score_pass(pack(leaves).to(self.device), self.model, *rest) for leaves in passes]
         self._reshard()
         return found
@@ -190,7 +189,7 @@ class Trainer:
         found = [
             backward(
                 self.model, pack(leaves).to(self.device), leaves, objective, known,
-                self.settings.temperature, self.sums, teacher,
+                self.settings.distribution, self.sums, teacher,
             )
             for leaves, known in zip(passes, scores, strict=True)
         ]  # fmt: skip

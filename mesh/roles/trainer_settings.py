@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mesh.roles.optimizer import OptimizerSettings
-from mesh.types import ModelShape
+from mesh.types import Distribution, ModelShape
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ REFERENCE, TEACHER = "reference", "teacher"
 @dataclass(frozen=True)
 class TrainerSettings:
     """The trainer, resolved. dtype: of its computation, over fp32 master weights; max_length: the
-    context [tokens]; temperature: at which logprobs are taken; optimizer: None where nothing is
-    trained; frozen: models that are scored beside the policy, by name.
+    context [tokens]; temperature, top_k, top_p: of the distribution whose logprobs are taken;
+    optimizer: None where nothing is trained; frozen: models that are scored beside the policy, by
+    name.
     """
 
     shape: ModelShape
@@ -54,6 +55,12 @@ class TrainerSettings:
     sequence_parallel: bool = False
     activation_checkpointing: str = "none"
     on_nonfinite: str = "stop"
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def distribution(self) -> Distribution:
+        return Distribution(self.temperature, self.top_k, self.top_p)
 
     @property
     def source(self) -> ModelSource:

@@ -337,9 +337,9 @@ def test_every_key_has_a_meaning_and_its_default():
         assert key.meaning and key.default == value_of(conf, key.name)
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
-        "invariant", "mesh", "model", "prompt", "trainer", "generator", "conversation", "reward",
-        "vllm", "sync", "eval", "stop", "generate", "sft", "validate", "checkpoint", "export",
-        "log",
+        "invariant", "mesh", "model", "teacher", "prompt", "difficulty", "trainer", "generator",
+        "conversation", "reward", "vllm", "sync", "eval", "stop", "generate", "sft", "validate",
+        "checkpoint", "export", "log",
     ]  # fmt: skip
 
 

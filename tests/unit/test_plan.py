@@ -29,7 +29,7 @@ from mesh.tasks import TaskSpec, draw_held_out, load_task
 from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
-from mesh.types import Prompt
+from mesh.types import Distribution, Prompt
 
 ENGINES = {
     NATIVE: ["engine=native"],
@@ -237,8 +237,14 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
 def test_truncated_sampling_is_warned_about_with_the_remedy(words, named, remedy):
     (line,) = start_warnings(planned(*words))
     assert line.startswith(f"warning: {named}tokens are drawn from the truncated distribution")
-    assert "the policy gradient is biased" in line and line.endswith(remedy)
+    other = "batch_invariant=true truncated_logprobs=true"
+    assert "the policy gradient is biased" in line and line.endswith(f"{remedy}, or {other}")
     assert start_warnings(planned(*remedy.split()[1:])) == []
+    unbiased = planned(*words, *other.split())
+    assert start_warnings(unbiased) == []
+    kept = unbiased.generator
+    assert unbiased.trainer.distribution == Distribution(1.0, kept.top_k, kept.top_p)
+    assert planned(*words).trainer.distribution == Distribution(1.0)
 
 
 def test_sampling_that_truncates_nothing_is_not_warned_about():
