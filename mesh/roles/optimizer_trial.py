@@ -74,7 +74,7 @@ def steps_of(
             weight.grad = gradients[name].detach()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr / (step + 1)
-        call_user_code(f"{KEY}={settings.name}: its step()", optimizer.step)
+        call_user_code("its step()", optimizer.step)
 
 
 def saved(optimizer: torch.optim.Optimizer, weights: Weights, what: str) -> OwnState:

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from mesh.config.user_code import call_user_code
 from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import Block, ParamLayout
-from mesh.roles.own_optimizer import KEY
 
 OWN = "optimizer"
 """Kind of state that it is, beside `weights` and `ema`."""
@@ -81,7 +80,7 @@ def prepare(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> 
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     try:
-        call_user_code(f"{KEY}: its step()", optimizer.step)
+        call_user_code("its step()", optimizer.step)
     finally:
         for weight in weights.values():
             weight.grad = None
