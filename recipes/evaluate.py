@@ -50,10 +50,11 @@ def table(conf: Conf, plan: Plan, name: str, found: Evaluation) -> str:
     held = plan.evaluations[name]
     asked = f"{len(held.prompts)} held-out prompts x {held.num_samples} samples"
     title, lines = f"{name or conf.task}: {asked}", []
+    width = max(map(len, found.metrics)) + 2
     for metric, value in found.metrics.items():
         column = found.values.get(metric.removeprefix(f"{prefix_of(name)}/"))
         ends = f"  [{', '.join(f'{end:.4f}' for end in interval_of(column))}]" if column else ""
-        lines.append(f"  {metric:<22}{value:.4f}{ends}")
+        lines.append(f"  {metric:<{width}}{value:.4f}{ends}")
     return "\n".join([f"{title}, model {conf.model.path or conf.model.init}", *lines])
 
 

@@ -10,7 +10,7 @@ With updates_per_step > 1 the rollouts are cut into minibatches, and forward to 
 for each; what is scored is scored for all of them before the first update.
 
 Left out: off-policy rollouts (the generator always has the newest weights, so in a step's first
-update the ratio differs from 1 by rounding only), refilling dropped groups, learned rewards.
+update the ratio differs from 1 by rounding only), learned rewards.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from mesh.program.assembly import (
 )
 from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
+from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
 from mesh.program.warnings import start_warnings
 from mesh.rl.objective import Objective
@@ -87,7 +88,9 @@ def main(argv: list[str]) -> None:
             process.say(warning)
         program = assemble(plan, process)
         inputs = inputs_of(conf, plan)
-        checkpoints = Checkpointer(conf, run_dir, process, program.trainer, inputs)
+        checkpoints = Checkpointer(
+            conf, run_dir, process, program.trainer, inputs, program.pass_rates
+        )
         first = checkpoints.load() if resume else 0
         stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
@@ -139,20 +142,16 @@ def train_step(
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
-    prompts, drawn = step_prompts(plan.prompts, process, Draw(step, keys.num_prompts))
+    draw = Draw(step, keys.num_prompts)
+    prompts, drawn = step_prompts(plan.prompts, process, draw, program.pass_rates)
     advantages: dict[int, list[float]] = {}
-    waves, tokens, sequences = [], 0, 0
+    made, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
-        with phases("generate"):
-            sampling = generator.sampling(step)
-            rollouts = generator.rollout(
-                program.scorer, part, keys.group_size, sampling, keys.truncated_reward
-            )
-        with phases("exchange"):
-            wave = program.exchange([p.prompt_id for p in part], rollouts)
-            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
+        groups = groups_of(program, process, phases, step, part)
         with phases("train"):
             generator.release()
+            wave = groups.wave
+            share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
             known = trainer.score(share.passes, objective.needs, policy=keys.updates > 1)
             divergences = reward_divergences(share.passes, known, objective, trainer.cpu_group)
             advantages |= advantages_of(wave, objective, keys.group_size, divergences)
@@ -161,8 +160,9 @@ def train_step(
             logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)
         if inspect is not None:
             seen_A = old_logprobs(known, logprobs_A)
-            inspect(program, process, ScoredWave(step, part, rollouts, wave, share, seen_A))
-        waves.append(wave)
+            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, seen_A)
+            inspect(program, process, seen)
+        made.append(groups)
         tokens, sequences = tokens + first.tokens, sequences + first.sequences
     program.exchange.flush()
     with phases("train"):
@@ -171,12 +171,15 @@ def train_step(
     with phases("sync"):
         sync(program)
         digest = weights_digest(program)
-    metrics = step_metrics(updates) | drawn | {"digest/weights": digest}
-    metrics |= rollout_metrics(waves, keys.group_size, objective.length_penalty)
+    answered = joined(made, drawn)
+    metrics: Metrics = {**step_metrics(updates), **answered.metrics, "digest/weights": digest}
+    metrics |= rollout_metrics([answered.drawn], keys.group_size, objective.length_penalty)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
+    metrics |= remember(program, process, step, answered)
     samples = samples_of(
-        prompts, waves, advantages, partial(shown, plan.tokenizer), keys.log_tokens
-    )
+        answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
+        keys.log_tokens, answered.left_out,
+    )  # fmt: skip
     return metrics, samples
 
 

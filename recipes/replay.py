@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
             process.say(caution)
         program = assemble(plan, process)
         inputs = inputs_of(conf, plan)
-        keeper = Checkpointer(conf, run_dir, process, program.trainer, inputs)
+        keeper = Checkpointer(conf, run_dir, process, program.trainer, inputs, program.pass_rates)
         first = keeper.load_before(step)
         process.say(f"step {step} of {run_dir}, run again from {origin(conf, first)}")
         again = run_again(program, process, range(first, step), logged.evaluated)

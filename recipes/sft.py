@@ -65,12 +65,22 @@ from mesh.types import NumberedPrompt, Prompt, Rollout
 
 # metrics that compare with the policy that generated the tokens, which here is nobody's
 OF_A_GENERATOR = ("logprob_diff/", "ratio/", "clip_fraction", "approx_kl")
-# what to do instead of setting a key that `supervised` sets
+# what to do instead of setting a key that `supervised` sets, for most to its default
 INSTEAD = {
     "steps": "set sft.steps",
     "trainer.lr": "set sft.lr",
     "kl_coef": "leave it out, there is no reference model",
+    "entropy_coef": "leave it out, solutions are learned by their cross entropy",
+    "teacher.path": "leave it out, solutions are learned, and no teacher",
+    "teacher.coef": "leave it out, solutions are learned, and no teacher",
+    "teacher.kl": "leave it out, solutions are learned, and no teacher",
     "check": "leave it out, there is no generator to agree with",
+    "truncated_logprobs": "leave it out, answers are not drawn from a set",
+    "refill_rounds": "leave it out, solutions have no rewards",
+    "refill_on": "leave it out, solutions have no rewards",
+    "difficulty.min": "leave it out, every prompt is taught",
+    "difficulty.max": "leave it out, every prompt is taught",
+    "difficulty.forget": "leave it out, every prompt is taught",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
     "stop.above": "leave it out, the first and the last step alone are evaluated",
@@ -125,10 +135,10 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    keys = {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr, "kl_coef": 0.0, "check": None}
-    keys |= {"updates_per_step": 1, "kl_stop": None, "stop.above": None, "stop.after": None}
-    # refused without a weight, which is the run's that this one prepares
-    conf = changed(conf, {**keys, "kl_in": "loss", "kl_estimator": None})
+    # kl_in and kl_estimator are refused without a weight, which is the run's that this prepares
+    unread = [*INSTEAD, "kl_in", "kl_estimator"]
+    keys = {name: value_of(Conf(), name) for name in unread}
+    conf = changed(conf, keys | {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]
     wrong = "recipes/sft.py does not read it"
     found = [problem(name, typed[name], wrong, INSTEAD[name]) for name in overruled]
@@ -140,8 +150,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
 
 
 def teaching(plan: Plan) -> Plan:
-    """The plan with the cross entropy of solutions as its objective, and no reference model."""
-    trainer, prompts = replace(plan.trainer, reference=False), replace(plan.prompts, teaches=True)
+    """The plan with the cross entropy of solutions as its objective, and no frozen models."""
+    trainer, prompts = replace(plan.trainer, frozen={}), replace(plan.prompts, teaches=True)
     return replace(plan, trainer=trainer, objective=Objective(CROSS_ENTROPY), prompts=prompts)
 
 

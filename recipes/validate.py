@@ -94,7 +94,7 @@ def in_own_layout(walk: Walk) -> Generator[Check, None, Rollouts]:
         reference, engines = reference_of(walk, program)
         sampling = sampling_of(program.generator)
         yield from generator_checks(walk, program.generator.engine, sampling)
-        yield from trainer_checks(walk, program.trainer, reference, sampling.temperature)
+        yield from trainer_checks(walk, program.trainer, reference, sampling.scored)
         yield mixed_check(walk, program, reference, sampling)
         yield from loop_checks(walk, program, walk.conf.validate.steps)
         yield from engine_checks(walk, program.generator.engine, sampling)

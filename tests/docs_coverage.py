@@ -10,6 +10,7 @@ CI = ".ci/run"
 RECIPES = "tests/distributed/test_recipes.py"
 PROGRAMS = "tests/distributed/test_programs.py"
 RESUME = "tests/faults/test_resume.py"
+OPTIMIZER = "tests/distributed/test_optimizer_runs.py"
 COVERED = {
     # the README's block under "Tests" is what .ci/run executes
     "ruff format --check . && ruff check .": CI,
@@ -44,6 +45,14 @@ COVERED = {
         f"{PROGRAMS}::test_supervised_steps_lower_the_cross_entropy",
     "cat questions.txt | torchrun recipes/generate.py conf=qwen3_tiny generate.prompts=-":
         f"{PROGRAMS}::test_generate_reads_stdin_and_samples",
+    "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny trainer.decay=cosine "
+    "trainer.lr_floor=0.1":
+        "tests/faults/test_optimizer_resumed.py::"
+        "test_killed_and_resumed_is_the_run_that_was_never_killed",
+    "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny ema=0.99":
+        f"{OPTIMIZER}::test_the_average_changes_evaluations_and_nothing_else",
+    "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny stop.above=0.3 stop.after=5":
+        f"{OPTIMIZER}::test_patience_ends_the_run_with_a_model_and_a_checkpoint",
     "python tools/compare_runs.py A B":
         "tests/unit/test_compare.py::test_the_command_says_equal_different_or_unreadable",
     "python tools/compare_evaluations.py A B":

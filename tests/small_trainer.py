@@ -39,7 +39,9 @@ def objective_for(conf: Conf) -> Objective:
 def settings_of(conf: Conf) -> TrainerSettings:
     """The trainer's part of a plan; the weights are random ones."""
     settings = trainer_settings(conf, TINY, "cpu", objective_for(conf))
-    return replace(settings, start=Start(None, seed=3))
+    start = Start(None, seed=3)
+    frozen = {name: replace(source, start=start) for name, source in settings.frozen.items()}
+    return replace(settings, start=start, frozen=frozen)
 
 
 def built(settings: TrainerSettings, conf: Conf, run_dir: Path | None = None) -> Trainer:

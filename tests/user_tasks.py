@@ -27,6 +27,14 @@ ORPHAN = "import subprocess; print(subprocess.Popen(['sleep', '1000'], stdout=2)
 
 
 @dataclass(frozen=True)
+class Flat(SpellBackward):
+    """Every response is worth the same."""
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        return 0.5
+
+
+@dataclass(frozen=True)
 class Obedient(SpellBackward):
     """The score is the number that the response is, or what a method that it names makes of the
     rest of the response. `notes`: a directory for process ids.

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ FORMAT = 4  # of the index and the files; raise it with every incompatible chang
 READABLE = (3, FORMAT)  # 3 neither names the best model's metric nor holds unlogged steps
 INDEX = "index.json"
 READ_BYTES = 1 << 22
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of dtypes in a file; weights, moments and averages are fp32."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class Index:
     `without_signal`: steps that made none, as their gradients were 0. `digests`: one
     mesh-independent digest per kind of state; `shapes`: each parameter's global shape; `files`:
     entries by file name; `best` names the model in RUN_DIR/best that was the best at that step;
-    `inputs`: what the run computes with (`same_run.py`), empty in those of older versions."""
+    `inputs`: what the run computes with (`same_run.py`), empty in those of older versions;
+    `optimizer`: plain values of the state of a user's optimizer (`state.py`)."""
 
     step: int
     updates: int
@@ -71,15 +78,18 @@ class Index:
     best: Best | None = None
     without_signal: int = 0
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
-    def layouts(self) -> list[ParamLayout]:
-        """Layouts of the stored blocks; the "ranks" number the files, sorted by name."""
+    def layouts(self, own: bool = False) -> list[ParamLayout]:
+        """Layouts of the stored blocks; the "ranks" number the files, sorted by name. own: those of
+        the tensors of a user's optimizer (`KEY/WEIGHT`), else those of the weights."""
         files = enumerate(self.files[name] for name in sorted(self.files))
         blocks: dict[str, dict[int, Block]] = defaultdict(dict)
         for number, entry in files:
             for name, block in entry.blocks.items():
                 blocks[name][number] = block
-        return [ParamLayout(n, shape, blocks[n]) for n, shape in sorted(self.shapes.items())]
+        shapes = {name: x for name, x in self.shapes.items() if ("/" in name) == own}
+        return [ParamLayout(n, shape, blocks[n]) for n, shape in sorted(shapes.items())]
 
     def to_json(self) -> str:
         content = {"format": FORMAT} | asdict(self)
@@ -87,18 +97,23 @@ class Index:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
-    """Write contiguous fp32 CPU tensors as one safetensors file; returns (length, SHA-256) of the
+    """Write contiguous CPU tensors as one safetensors file; returns (length, SHA-256) of the
     intended bytes. Layout: https://huggingface.co/docs/safetensors, "Format"."""
     header, end = {}, 0
     for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), f"{name}: {tensor.dtype}"
+        assert tensor.dtype in DTYPES and tensor.is_contiguous(), f"{name}: {tensor.dtype}"
         offsets = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
     digest, length = hashlib.sha256(), 8 + len(text) + end
     pieces: list[Any] = [len(text).to_bytes(8, "little"), text]
-    pieces += [tensor.numpy().reshape(-1).data for tensor in tensors.values()]
+    flat = (tensor.view(-1).view(torch.uint8) for tensor in tensors.values())
+    pieces += [tensor.numpy().data for tensor in flat]
     with open(path, "xb") as file:
         for piece in pieces:
             file.write(piece)
@@ -153,7 +168,10 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     best = None if content["best"] is None else Best(**content["best"])
     digests, inputs = content["digests"], content.get("inputs", {})
     without_signal = content.get("without_signal", 0)  # older checkpoints did not count them
-    return Index(step, updates, seed, digests, shapes, files, best, without_signal, inputs)
+    optimizer = content.get("optimizer", {})
+    return Index(
+        step, updates, seed, digests, shapes, files, best, without_signal, inputs, optimizer
+    )
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:
@@ -203,7 +221,7 @@ def read_blocks(
         for layout in layouts
     ]
     by_file: dict[int, list[Copy]] = defaultdict(list)
-    for copy in plan(index.layouts(), mine):
+    for copy in plan(index.layouts(own=any("/" in layout.name for layout in layouts)), mine):
         by_file[copy.src_rank].append(copy)
     names = sorted(index.files)
     for number, copies in by_file.items():
@@ -212,20 +230,29 @@ def read_blocks(
             for kind, tensors in state.items():
                 for copy in copies:
                     heartbeat()
-                    stored = handle.get_slice(f"{kind}/{copy.name}")[copy.source.slices]
+                    stored = _stored(handle, f"{kind}/{copy.name}", copy.source)
                     tensors[copy.name][copy.destination.slices].copy_(stored)
 
 
-def _check_header(file: Path, entry: Entry, kinds: Collection[str]) -> None:
+def _stored(handle: Any, name: str, block: Block) -> torch.Tensor:
+    """A block of a stored tensor; slices of a scalar are not theirs to give."""
+    return handle.get_slice(name)[block.slices] if block.size else handle.get_tensor(name)
+
+
+def _check_header(
+    file: Path, entry: Entry, state: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
     held = header_of(file)
     for name, block in entry.blocks.items():
-        for kind in kinds:
-            stored = held.get(f"{kind}/{name}")
-            if stored is None or (stored.dtype, stored.shape) != ("F32", block.size):
+        for kind, tensors in state.items():
+            if name not in tensors:  # of other kinds
+                continue
+            stored, dtype = held.get(f"{kind}/{name}"), DTYPES[tensors[name].dtype]
+            if stored is None or (stored.dtype, stored.shape) != (dtype, block.size):
                 wrong = "nothing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
                 raise ValueError(
-                    f"{file}: {INDEX} says F32 {list(block.size)} of {kind}/{name}, and there is "
-                    f"{wrong}"
+                    f"{file}: {INDEX} says {dtype} {list(block.size)} of {kind}/{name}, and there "
+                    f"is {wrong}"
                 )
 
 

@@ -5,7 +5,7 @@ rank writes into `checkpoints/step-N.partial` while training continues. Once all
 - polled after every step - rank 0 writes the index and renames the directory to `step-N`: a
 directory with that name is complete, even after a power loss. A checkpoint holds what the next step
 needs and cannot recompute: fp32 weights and AdamW's moments. Prompts and random numbers are
-functions of (seed, step); the frozen reference is read again from where the run began, and only its
+functions of (seed, step); frozen models are read again from their directories, and only their
 digest is stored. It also holds the run's logs (`logs.py`) and its best evaluation (`best.py`).
 
 The run directory must be visible to all ranks.
@@ -20,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
-from mesh.checkpoint.files import Entry, Index, file_problem, read_blocks, write_index
+from mesh.checkpoint.files import Entry, Index, file_problem, write_index
 from mesh.checkpoint.folder import (
     OLD,
     PARTIAL,
@@ -36,17 +34,29 @@ from mesh.checkpoint.folder import (
     steps_in,
 )
 from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.pass_rates import rates_job, read_rates
 from mesh.checkpoint.rescue import Rescue, first_held
-from mesh.checkpoint.same_run import Inputs, refuse_another_run, refuse_fewer_steps
+from mesh.checkpoint.same_run import (
+    Inputs,
+    frozen_digests,
+    refuse_another_run,
+    refuse_fewer_steps,
+)
+from mesh.checkpoint.state import (
+    host_copies,
+    own_blocks,
+    restore_state,
+    state_digests,
+    with_own,
+)
 from mesh.checkpoint.unlogged import Unlogged, read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
-from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
 from mesh.roles.trainer import Trainer
-from mesh.weights.bridge import weights_digest
+from mesh.tasks.difficulty import PassRates
 
 T = TypeVar("T")
 
@@ -55,18 +65,20 @@ class Checkpointer:
     """Owns RUN_DIR/checkpoints. Every public method is collective over the world."""
 
     def __init__(
-        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs
-    ) -> None:
+        self, conf: Conf, run_dir: Path, process: Process, trainer: Trainer, inputs: Inputs,
+        pass_rates: PassRates | None = None,
+    ) -> None:  # fmt: skip
         """Construct before the first step. Raises RuntimeError if checkpoints are requested and
         their directory cannot be created."""
         self.conf, self.run_dir, self.process, self.trainer = conf, run_dir, process, trainer
+        self.pass_rates = pass_rates or PassRates()
         self.path = run_dir / "checkpoints"
         names = trainer.master_names
         self.layouts = [layout for layout in trainer.layouts if layout.name in names]
         self.digested = [one for one in trainer.layouts if one.name in trainer.weight_names]
         mine = first_held(self.layouts, process.rank)  # the first holder of a block writes it
         self.own = {layout.name: layout.blocks[process.rank] for layout in mine}
-        self.reference = self._reference_digest()
+        self.frozen = frozen_digests(trainer, process.cpu_group)
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
         self.unlogged: Unlogged | None = None  # of the step with which the run continues
@@ -151,22 +163,10 @@ class Checkpointer:
                 self.process.say(f"to continue after step {step}: resume={self.run_dir}")
 
     def digests(self) -> dict[str, str]:
-        """Mesh-independent digests of each kind of trainer state and of the reference; that of the
-        weights is the metric `digest/weights`, which counts a tied weight under both names."""
-        trainer, group = self.trainer, self.process.cpu_group
-        state = trainer.state()
-        weights = {"weights": weights_digest(trainer.parameters(), self.digested, group)}
-        moments = state.keys() - weights
-        kinds = {k: weights_digest(state[k], self.layouts, group) for k in sorted(moments)}
-        return weights | kinds | self.reference
-
-    def _reference_digest(self) -> dict[str, str]:
-        """Digest of the frozen reference's weights while they are sharded: FSDP leaves some
-        gathered after a forward pass. Empty if the loss has no KL."""
-        if not self.trainer.settings.reference:
-            return {}
-        weights, group = self.trainer.reference_weights(), self.process.cpu_group
-        return {"reference": weights_digest(weights, self.layouts, group)}
+        """Mesh-independent digests of each kind of trainer state and of frozen models; that of the
+        weights is the metric `digest/weights`."""
+        found = state_digests(self.process, self.trainer, self.layouts, self.digested)
+        return found | self.frozen
 
     def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
@@ -179,26 +179,22 @@ class Checkpointer:
         updates, without_signal = self.trainer.updates, self.trainer.without_signal
         best, seed = self.best.current, self.conf.seed
         inputs = self.recorded | {"prompts": self.drawn}
-        return Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        index = Index(step, updates, seed, {}, shapes, {}, best, without_signal, inputs)
+        return with_own(index, self.trainer)
 
     def _begin(self, step: int) -> None:
         self._on_rank0(lambda: prepare(self.path))  # missing if none were requested
         folder = self.path / f"step-{step}{PARTIAL}"
         index = replace(self._index(step), digests=self.digests())
         self._on_rank0(lambda: folder.mkdir())
-        with torch.no_grad():
-            tensors = {
-                f"{kind}/{name}": local.to("cpu", copy=True).contiguous()
-                for kind, whole in self.trainer.state().items()
-                for name, local in local_tensors(whole).items()
-                if name in self.own
-            }
-        jobs: dict[Path, Callable[[Path], Entry]] = {}
+        own = self.own | own_blocks(self.trainer, self.process.rank)
+        tensors = host_copies(self.trainer, own)
+        jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         now = log_sizes(self.run_dir)
         self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
-            jobs[file] = partial(write_blocks, tensors, self.own)
+            jobs[file] = partial(write_blocks, tensors, own)
         self.pending = Pending(index, CheckpointWriter(jobs))
         self.pending.writer.start()
 
@@ -281,11 +277,10 @@ class Checkpointer:
         self._on_rank0(self._remove_old)  # the run may have died before doing so
 
     def _restore_trainer(self, path: Path, index: Index) -> None:
-        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.reference)
-        with torch.no_grad():
-            state = {kind: local_tensors(part) for kind, part in self.trainer.state().items()}
-        read_blocks(path, index, state, self.layouts, self.process.rank)
+        refuse_another_run(self.process, path, index, self.conf, self.inputs, self.frozen)
+        restore_state(self.process, self.trainer, path, index, self.layouts)
         self.trainer.continue_after(index.step, index.updates, index.without_signal)
+        self.pass_rates.restore(read_rates(path, index.files))
         digests = self.digests()
         if digests != index.digests:
             raise RuntimeError(

@@ -24,12 +24,15 @@ from torch import Tensor
 from mesh.checkpoint.files import Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
 from mesh.checkpoint.logs import copy_jobs
+from mesh.checkpoint.pass_rates import rates_job
+from mesh.checkpoint.state import OWN, own_blocks, own_layouts
 from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout
 from mesh.lifecycle.ending import say
 from mesh.lifecycle.meeting import Meeting
+from mesh.tasks.difficulty import Known
 from mesh.weights.digest import local_digests
 
 if TYPE_CHECKING:
@@ -43,11 +46,12 @@ WRITE_SECONDS = 600.0  # the longest that writing may take; a signal ends it bef
 @dataclass(frozen=True)
 class Rest:
     """This rank's state between two steps: the index of its checkpoint without files and digests,
-    the lengths of the logs, its shards by kind and name, which only an update changes, what was to
-    be logged when it was trained, and whether that is done."""
+    the lengths of the logs, pass rates where they are kept, its shards by kind and name, which only
+    an update changes, what was to be logged when it was trained, and whether that is done."""
 
     index: Index
     logs: Mapping[str, int]
+    rates: Known | None
     shards: Mapping[str, Mapping[str, Tensor]]
     unlogged: Unlogged | None
     logged: bool
@@ -84,7 +88,8 @@ class Rescue:
         with torch.no_grad():
             shards = {kind: local_tensors(part) for kind, part in trainer.state().items()}
             shards["weights"] = local_tensors(trainer.parameters())  # a tied one has both names
-        self.rest = Rest(index, logs, shards, unlogged, logged)
+        rates = self.keeper.pass_rates.kept
+        self.rest = Rest(index, logs, rates, shards, unlogged, logged)
 
     def __call__(self, meeting: Meeting) -> str:
         """Save what can be saved; what `resume=` will give, and why it is not more."""
@@ -162,6 +167,7 @@ class Rescue:
         """Make the directory, and add what copies the logs; the reason if that fails."""
         try:
             jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, rest.logs)
+            jobs |= rates_job(folder, rest.rates)
             prepare(folder.parent)
             folder.mkdir()
         except OSError as error:
@@ -174,12 +180,14 @@ class Rescue:
         """Write this rank's file, and add up the digests of what it holds."""
         keeper, rank = self.keeper, self.keeper.process.rank
         tensors: dict[str, Tensor] = {}
+        blocks = keeper.own | own_blocks(keeper.trainer, rank)
+        held = {"weights": keeper.digested, OWN: own_layouts(keeper.trainer)}
         for kind, part in shards.items():
-            layouts = first_held(keeper.digested if kind == "weights" else keeper.layouts, rank)
+            layouts = first_held(held.get(kind, keeper.layouts), rank)
             mine = on_host({layout.name: part[layout.name] for layout in layouts})
             sums[kind] = sum(local_digests(mine, layouts, rank).values())
-            tensors |= {f"{kind}/{name}": mine[name] for name in keeper.own}
-        return write_blocks(tensors, keeper.own, path)
+            tensors |= {f"{kind}/{name}": x for name, x in mine.items() if name in blocks}
+        return write_blocks(tensors, blocks, path)
 
     def _complete(self, meeting: Meeting, pending: Pending, sums: Mapping[str, int]) -> str:
         """Complete a checkpoint once all ranks have written their part; the reason if they cannot.
@@ -198,7 +206,7 @@ class Rescue:
         if meeting.rank == 0:
             try:
                 if not why:
-                    self.keeper.complete(filled(pending.index, parts, self.keeper.reference))
+                    self.keeper.complete(filled(pending.index, parts, self.keeper.frozen))
             except OSError as error:
                 why = f"{error.filename or self.keeper.path}: {error.strerror or error}"
             meeting.tell(f"{name}/end", why)
@@ -237,7 +245,7 @@ def wrong_parts(parts: Sequence[Mapping[str, Any] | None]) -> str:
     return "; ".join(said + ([f"{ranks(silent)} did not write in time"] if silent else []))
 
 
-def filled(index: Index, parts: Sequence[Mapping[str, Any]], reference: Mapping[str, str]) -> Index:
+def filled(index: Index, parts: Sequence[Mapping[str, Any]], frozen: Mapping[str, str]) -> Index:
     """The index with the files of all ranks, and with digests where it has none yet."""
     files = {n: entry_of(entry) for part in parts for n, entry in part["files"].items()}
     if index.digests:
@@ -245,7 +253,7 @@ def filled(index: Index, parts: Sequence[Mapping[str, Any]], reference: Mapping[
     kinds = sorted({kind for part in parts for kind in part["sums"]})
     totals = {kind: sum(part["sums"].get(kind, 0) for part in parts) for kind in kinds}
     digests = {kind: f"{total % (1 << 64):016x}" for kind, total in totals.items()}
-    return replace(index, files=files, digests=digests | dict(reference))
+    return replace(index, files=files, digests=digests | dict(frozen))
 
 
 def first_held(layouts: Sequence[ParamLayout], rank: int) -> list[ParamLayout]:

@@ -13,17 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from mesh.checkpoint.files import Index
 from mesh.config.changes import changed
 from mesh.config.keys import RAISABLE, Refusal, override_problems, problem, refuse, value_of
 from mesh.config.loading import from_yaml, to_yaml
 from mesh.config.schema import Conf
 from mesh.lifecycle.process import Process
+from mesh.roles.trainer import Trainer
 from mesh.tasks.prompts import PURE
+from mesh.weights.bridge import weights_digest
 
 ANEW = "or start a new run"
-OF_PLACE = ("run_dir", "resume", "model.path", "model.tokenizer")
+OF_PLACE = ("run_dir", "resume", "model.path", "model.tokenizer", "teacher.path")
 """Keys that say where something lies, which may be moved; what lies there is compared."""
+
+FROZEN = {
+    "reference": ("model.path", "reference of the KL (kl_coef)"),
+    "teacher": ("teacher.path", "teacher"),
+}
+"""By the name of a frozen model, the key of its directory, and what it is to the run."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +53,32 @@ class Inputs:
         return {"conf": to_yaml(conf), "files": dict(self.files), "code": dict(self.code)}
 
 
+def frozen_digests(trainer: Trainer, group: dist.ProcessGroup) -> dict[str, str]:
+    """Digests of the weights of frozen models, by name, while they are sharded: FSDP leaves some
+    gathered after a forward pass. Collective."""
+    frozen = trainer.frozen.items()
+    return {name: weights_digest(one.weights(), one.layouts, group) for name, one in frozen}
+
+
 def refuse_another_run(
     process: Process,
     path: Path,
     index: Index,
     conf: Conf,
     inputs: Inputs,
-    reference: Mapping[str, str],
+    frozen: Mapping[str, str],
 ) -> None:
     """Raise Refusal where the checkpoint at `path` is not one of the run of `conf`, and warn where
-    the user's code has changed. reference: digest of the KL's model, if any. Collective.
+    the user's code has changed. frozen: digests of the weights of frozen models. Collective.
     """
     if index.seed != conf.seed:
         wrong = f"{path} belongs to a run with seed {index.seed}"
         raise Refusal(problem("seed", conf.seed, wrong, f"use {index.seed}"))
-    if index.digests.get("reference") != reference.get("reference"):
-        wrong = f"its weights are not those that {path} has as reference of the KL (kl_coef)"
-        raise Refusal(
-            problem("model.path", conf.model.path, wrong, f"restore the original weights, {ANEW}")
-        )
+    for name, (key, role) in FROZEN.items():
+        if index.digests.get(name) != frozen.get(name):
+            wrong = f"its weights are not those that {path} has as {role}"
+            remedy = f"restore the original weights, {ANEW}"
+            raise Refusal(problem(key, value_of(conf, key), wrong, remedy))
     if not index.inputs:
         process.say(
             f"{path} was written by an older version: it could not be checked that configuration, "

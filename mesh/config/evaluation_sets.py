@@ -20,6 +20,7 @@ from mesh.config.keys import (
     expected,
     in_range,
     problem,
+    range_problems,
     range_text,
 )
 from mesh.config.schema import Conf
@@ -82,6 +83,11 @@ def set_confs(conf: Conf) -> dict[str, SetConf]:
     if problems:
         raise ValueError("\n".join(problems))
     return found
+
+
+def start_problems(conf: Conf) -> list[str]:
+    """Problems with single values of a configuration, those of its sets among them."""
+    return [*range_problems(conf), *set_problems(conf)]
 
 
 def set_problems(conf: Conf) -> list[str]:

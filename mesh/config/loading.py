@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mesh.config.changes import changed
-from mesh.config.evaluation_sets import set_problems
+from mesh.config.evaluation_sets import start_problems
 from mesh.config.help import missing_config_text, print_help_and_exit
 from mesh.config.keys import (
     SECRETS,
@@ -28,7 +28,6 @@ from mesh.config.keys import (
     expected,
     override_problems,
     problem,
-    range_problems,
     refuse,
 )
 from mesh.config.moved import MOVED, moved_problem
@@ -101,11 +100,6 @@ def resumed_conf(run_dir: str, words: list[Setting], can: bool) -> tuple[Conf, l
     if more:
         return saved, problems + more
     return conf, problems + override_problems(saved, conf) + of_words
-
-
-def start_problems(conf: Conf) -> list[str]:
-    """Problems with single values of a configuration."""
-    return [*range_problems(conf), *set_problems(conf)]
 
 
 def to_yaml(conf: Conf) -> str:
@@ -220,10 +214,9 @@ def writable(node: DictConfig) -> DictConfig:
 def apply(merged: DictConfig, setting: Setting, keys: dict[str, ConfKey]) -> str | None:
     """Set one key of `merged`; return the problem where its name or its type is wrong."""
     name, value = setting.name, setting.value
-    key = keys.get(name)
     if name in MOVED:
         return moved_problem(name, value, setting.source)
-    if key is None:
+    if (key := keys.get(name)) is None:
         return unknown_key(name, value, keys)
     if "${" in str(value):
         return problem(name, value, *NO_REFERENCES)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mesh.config.asking import ConversationConf, DifficultyConf, PromptConf, RewardConf
 from mesh.config.declare import INF, key
+from mesh.config.learning import TeacherConf
 from mesh.config.sections import (
     CheckpointConf,
-    ConversationConf,
     EvalConf,
     ExportConf,
     GenerateConf,
@@ -20,15 +21,13 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
-    PromptConf,
-    RewardConf,
     SFTConf,
     StopConf,
     SyncConf,
-    TrainerConf,
     ValidateConf,
     VllmConf,
 )
+from mesh.config.trainer_section import TrainerConf
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,18 @@ class Conf:
     )
     score_weights: list[float] = key([], "their weights, one for each; unset: 1 each")
     num_prompts: int = key(64, "prompts per step", ge=1)
+    refill_rounds: int = key(
+        0,
+        "dynamic sampling: groups that are equal in refill_on are left out, and more prompts are "
+        "drawn, at most so many times, until there are num_prompts others; 0: off",
+        ge=0,
+        le=1000,
+    )
+    refill_on: str = key(
+        "reward",
+        "what a group must not be equal in, to be trained on: reward, correct, or the name of a "
+        "part of the score",
+    )
     overlong: Literal["stop", "skip"] = key(
         "stop",
         "a training prompt that leaves no room for a response, or that the tokenizer cannot "
@@ -78,7 +89,7 @@ class Conf:
     loss: str = key(
         "grpo",
         "grpo, dr_grpo, bnpo, dapo, rloo, reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, "
-        "max_rl, or MODULE:NAME for a loss of your own",
+        "max_rl, distill, or MODULE:NAME for a loss of your own",
     )
     loss_args: dict[str, Any] = key({}, "the loss's own settings, e.g. loss_args.scale=0.5")
     advantage: (
@@ -106,6 +117,9 @@ class Conf:
     )
     kl_coef: float = key(
         0.0, "weight of the KL to the frozen starting model; 0: no reference", ge=0, lt=INF
+    )
+    entropy_coef: float = key(
+        0.0, "weight of the entropy bonus, with its exact gradient; 0: none", ge=0, lt=INF
     )
     kl_in: Literal["loss", "reward"] = key(
         "loss",
@@ -153,6 +167,11 @@ class Conf:
     truncated_reward: float | None = key(
         None, "reward of truncated responses in training; unset: their score", ge=-1e100, le=1e100
     )
+    truncated_logprobs: bool = key(
+        False,
+        "with generator.top_k or generator.top_p: logprobs of the truncated distribution, in "
+        "training too; needs batch_invariant",
+    )
     batch_invariant: bool = key(
         False,
         "batch-invariant kernels: equal bits on both sides, whatever the batch and the layout",
@@ -177,7 +196,9 @@ class Conf:
     invariant: InvariantConf = field(default_factory=InvariantConf)
     mesh: MeshConf = field(default_factory=MeshConf)
     model: ModelConf = field(default_factory=ModelConf)
+    teacher: TeacherConf = field(default_factory=TeacherConf)
     prompt: PromptConf = field(default_factory=PromptConf)
+    difficulty: DifficultyConf = field(default_factory=DifficultyConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     generator: GeneratorConf = field(default_factory=GeneratorConf)
     conversation: ConversationConf = field(default_factory=ConversationConf)

@@ -44,72 +44,6 @@ class ModelConf:
 
 
 @dataclass(frozen=True)
-class PromptConf:
-    chat: bool = key(
-        False, "a prompt that is a text is sent as a user's message, through the chat template"
-    )
-    system: str | None = key(None, "system message of every chat that has none of its own")
-    template_args: dict[str, Any] = key(
-        {}, "what else the chat template reads, e.g. prompt.template_args.enable_thinking=false"
-    )
-    prefill: str = key("", "text that begins every answer: the model continues it, without loss")
-    prefix: str = key(
-        "", "directly in front of every prompt that is a text, behind the examples of few_shot"
-    )
-    few_shot: str | None = key(
-        None, "JSON Lines file of examples before every prompt: question and answer, or messages"
-    )
-    bos: bool | None = key(
-        None,
-        "the beginning-of-sequence token: true: in front of every prompt, false: of no plain text; "
-        "unset: as the tokenizer's own rule and the chat template have it",
-    )
-    date: str | None = key(
-        None, "the day that a chat template writes, as 2026-01-31; unset: that of the run's start"
-    )
-
-
-@dataclass(frozen=True)
-class TrainerConf:
-    dp_replicate: int = key(1, "replicas of the sharded model (HSDP)", ge=1)
-    dp_shard: int | None = key(
-        None, "ranks that share one copy (FSDP); unset: fills the submesh", ge=1
-    )
-    tp: int = key(1, "tensor-parallel degree", ge=1)
-    dtype: Literal["float32", "bfloat16"] | None = key(
-        None, "compute dtype over fp32 master weights; unset: bfloat16 on CUDA, float32 on CPU"
-    )
-    lr: float = key(1e-6, "peak learning rate of AdamW", gt=0, lt=INF)
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's betas", ge=0, lt=1)
-    eps: float = key(1e-8, "AdamW's epsilon", gt=0, lt=INF)
-    weight_decay: float = key(
-        0.0, "decoupled weight decay of the weights in trainer.weight_decay_on", ge=0, lt=INF
-    )
-    weight_decay_on: Literal["all", "matrices"] = key(
-        "all", "weights that decay: all, or neither norms nor biases nor embeddings"
-    )
-    fused: bool = key(False, "AdamW's fused kernel: each update in one pass over the weights")
-    warmup_steps: int = key(0, "steps of linear learning-rate warm-up", ge=0)
-    decay: Literal["none", "linear", "cosine"] = key(
-        "none", "learning rate after the warm-up: constant, or down to trainer.lr_floor"
-    )
-    decay_steps: int | None = key(
-        None, "steps at whose end the decay has reached the floor; unset: all of the run", ge=1
-    )
-    lr_floor: float = key(
-        0.0, "where the decay ends, as a share of the peak learning rate", ge=0, le=1
-    )
-    clip_norm: float = key(1.0, "max gradient norm; 0: no clipping", ge=0, lt=INF)
-    microbatch_tokens: int = key(16384, "max tokens packed into one forward pass [tokens]", ge=1)
-    activation_checkpointing: Literal["none", "selective", "full"] = key(
-        "none", "recompute activations in the backward pass"
-    )
-    sequence_parallel: bool = key(
-        False, "between tensor-parallel layers a rank keeps only its share of the tokens"
-    )
-
-
-@dataclass(frozen=True)
 class GeneratorConf:
     dp: int | None = key(None, "data-parallel engines; unset: fills the submesh", ge=1)
     tp: int = key(1, "tensor-parallel degree", ge=1)
@@ -140,33 +74,6 @@ class GeneratorConf:
     prefill_tokens: int = key(8192, "max prompt tokens per forward pass [tokens]", ge=1)
     prefix_cache: bool = key(True, "samples of one prompt share the prompt's KV")
     cuda_graphs: bool = key(True, "replay decode steps as CUDA graphs (CUDA only)")
-
-
-@dataclass(frozen=True)
-class ConversationConf:
-    max_turns: int = key(8, "most turns of the model, where the task has a reply", ge=1)
-    max_tokens: int = key(
-        0,
-        "most tokens of a conversation after its prompt, sampled and replied; 0: as many as "
-        "model.max_length holds [tokens]",
-        ge=0,
-    )
-
-
-@dataclass(frozen=True)
-class RewardConf:
-    workers: int | None = key(
-        None,
-        "scoring processes per engine; 0: none; unset: 1 for code of others (MODULE:CLASS, "
-        "reasoning_gym, a judge of your own, regex, math), else 0",
-        ge=0,
-    )
-    timeout_seconds: float = key(60.0, "time limit of one score or reply [s]", gt=0, le=1e6)
-    on_failure: Literal["stop", "zero"] = key(
-        "stop",
-        "a score or reply that hangs, raises, crashes or is of no use: end the run, or count 0.0 "
-        "(in its group's mean and deviation too)",
-    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ OTHER_SYSTEMS = {
     "num_prompts": "batch_size train_batch_size global_batch_size rollout_batch_size",
     "sft.batch_size": "batch_size",
     "group_size": "num_generations num_rollouts rollouts_per_prompt n_samples_per_prompt",
+    "updates_per_step": "num_minibatches num_mini_batches mini_batch_size ppo_mini_batch_size",
+    "kl_stop": "target_kl",
     "steps": "epochs num_epochs num_train_epochs total_epochs max_steps num_steps total_steps",
     "trainer.lr": "learning_rate",
     "trainer.microbatch_tokens": "gradient_accumulation_steps per_device_train_batch_size",

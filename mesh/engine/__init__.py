@@ -27,6 +27,7 @@ A completion depends on the weights, the tokens before it and (seed, step, promp
 position), not on its batch nor on when it was added, nor on whether keys and values were kept
 between turns; in batch-invariant mode to the bit. Positions count from the end of the prompt, with
 the tokens of replies. Its logprobs are
-those of `mesh.model.logprobs`: log_softmax(logits / temperature) before truncation. Ids without a
+those of `mesh.model.logprobs`: log_softmax(logits / temperature) before truncation, or with
+`Sampling.truncated_logprobs` over the truncated set. Ids without a
 text (`ModelShape.textless`) have probability 0.
 """

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mesh.engine.sampler import draw, gather_shards
-from mesh.model.logprobs import score_tiles, shard_of
+from mesh.engine.sampler import draw, truncated
+from mesh.model.logprobs import score_tiles
 from mesh.model.parallel import adopt, local
 from mesh.model.policy import Policy, named_weights
+from mesh.model.tiles import gather_shards, shard_of
 from mesh.model.vocabulary import mask_ids, vocab_products, vocab_tiles
 from mesh.types import IdSpans, Sampling
 
@@ -53,15 +54,18 @@ def choose(
     """(tokens_S, logprobs_S), by the trainer's logprob function over the same tiles.
 
     logits_SV: this rank's vocabulary shard of logits; keys_S: `sampler.token_keys`. Consumes the
-    logits: those of `textless` ids are overwritten, and never drawn.
+    logits: those of `textless` ids are overwritten, and never drawn. Logprobs are those of
+    `Sampling.scored`.
     """
     shard, num_shards = shard_of(group)
     first = shard * logits_SV.shape[-1]
     mask_ids(logits_SV, textless, first)
     temperature = sampling.temperature or 1.0
     tiles = vocab_tiles(logits_SV.shape[-1] * num_shards, num_shards)
-    tokens_S = draw(logits_SV, keys_S, sampling, group, temperature)
-    pieces = [([0, *(last for _, last in tiles)], logits_SV)]
+    drawn_SV = truncated(logits_SV, sampling, group)
+    tokens_S = draw(drawn_SV, keys_S, sampling, group, temperature)
+    scored_SV = drawn_SV if sampling.truncated_logprobs else logits_SV
+    pieces = [([0, *(last for _, last in tiles)], scored_SV)]
     scores = score_tiles(pieces, tokens_S - first, temperature, group, with_entropy=False)
     return tokens_S, scores[0]
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mesh.engine import kernels
-from mesh.model.logprobs import shard_of
+from mesh.model.tiles import gather_shards, shard_of
+from mesh.model.truncated import cut_of, mask_outside
 from mesh.types import Sampling
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -88,32 +89,21 @@ def _murmur3(x: np.ndarray) -> np.ndarray:
     return x ^ x >> 16
 
 
-def truncate(logits_SV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Logits with all but the `top_k` likeliest (0: all) and the nucleus of mass `top_p` at -inf.
+def truncated(
+    logits_SV: torch.Tensor, sampling: Sampling, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """The logits from which tokens are drawn: those outside of the rows' truncated sets masked.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p
-    (arXiv:1904.09751); it is taken after top_k, and never empty. Ties at the edge go to the lower
-    id.
+    logits_SV: this rank's vocabulary shard of logits. The same tensor where nothing is truncated,
+    as in greedy sampling, or where `truncated_logprobs` are to be read from it too; else a copy.
     """
-    if top_k <= 0 and top_p >= 1.0:
+    if sampling.temperature == 0 or not sampling.drawn.truncated:
         return logits_SV
-    ordered, order = logits_SV.sort(dim=-1, descending=True, stable=True)
-    if 0 < top_k < logits_SV.shape[-1]:
-        ordered[:, top_k:] = -torch.inf
-    if top_p < 1.0:
-        probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability
-        ordered[before >= top_p] = -torch.inf
-    return torch.full_like(logits_SV, -torch.inf).scatter(-1, order, ordered)
-
-
-def gather_shards(part_SX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Concatenate the ranks' parts along the last dim."""
-    if group is None:
-        return part_SX
-    parts = [torch.empty_like(part_SX) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part_SX.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    cut = cut_of(gather_shards(logits_SV, group), sampling.drawn)
+    shard, _ = shard_of(group)
+    drawn_SV = logits_SV if sampling.truncated_logprobs else logits_SV.clone()
+    mask_outside(drawn_SV, cut, shard * logits_SV.shape[-1])
+    return drawn_SV
 
 
 def draw(
@@ -125,14 +115,10 @@ def draw(
 ) -> torch.Tensor:
     """One token per row, int64 [S], the same on every rank of `group`.
 
-    logits_SV: this rank's vocabulary shard of logits, to be divided by `divisor` in fp32, which
-    gives logits / temperature. Greedy at temperature 0, where truncation changes nothing.
+    logits_SV: this rank's vocabulary shard of `truncated` logits, to be divided by `divisor` in
+    fp32, which gives logits / temperature. Greedy at temperature 0.
     """
     shard, _ = shard_of(group)
-    if sampling.top_k > 0 or sampling.top_p < 1.0:
-        logits_SV, shard, group = gather_shards(logits_SV, group), 0, None
-        logits_SV = truncate(logits_SV.float() / divisor, sampling.top_k, sampling.top_p)
-        divisor = 1.0
     first = shard * logits_SV.shape[-1]
     noise = sampling.temperature > 0
     best_S, token_S = _draw_shard(logits_SV, keys_S, first, noise, divisor)

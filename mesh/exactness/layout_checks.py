@@ -74,10 +74,10 @@ def compare_layout(walk: Walk, plan: Plan, reference: Rollouts) -> tuple[Tally, 
             mine = generate(generator.engine, share, sampling, walk.script)
             found = compare_rollouts(mine, reference)
         found += compare_rollouts(
-            score_arranged(walk, trainer, reference, sampling.temperature), reference
+            score_arranged(walk, trainer, reference, sampling.scored), reference
         )
         generated = engine_replayer(generator.engine, Variant(share, script=walk.script), sampling)
-        trained = arrangement_replayer(walk, trainer, reference, sampling.temperature)
+        trained = arrangement_replayer(walk, trainer, reference, sampling.scored)
         tally = settle(walk.process, found, generated, trained, walk.seek)
         alike = tally.first is not None and tally.first.module == AGREED
         key = tally.first.key if alike and tally.first else None
@@ -88,6 +88,6 @@ def against_own(walk: Walk, reference: Rollouts, tally: Tally, trace: Trace) -> 
     """The tally with the module at which a trace diverges from the own layout's trainer."""
     assert tally.first is not None, "there is nothing to look for"
     with built(scoring_only(walk.plan), walk.process) as program:
-        temperature = program.generator.sampling(0).temperature
-        own = arrangement_replayer(walk, program.trainer, reference, temperature)
+        scored = program.generator.sampling(0).scored
+        own = arrangement_replayer(walk, program.trainer, reference, scored)
         return replace(tally, first=named(walk.process, tally.first, lambda _: trace, own))

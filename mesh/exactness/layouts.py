@@ -108,8 +108,8 @@ def own_layout(conf: Conf, world_size: int) -> Candidate:
 
 
 def scoring_only(plan: Plan) -> Plan:
-    """The plan without an optimizer and a reference."""
-    return replace(plan, trainer=replace(plan.trainer, optimizer=None, reference=False))
+    """The plan without an optimizer and frozen models."""
+    return replace(plan, trainer=replace(plan.trainer, optimizer=None, frozen={}))
 
 
 def candidates(conf: Conf, device: str, world_size: int, shape: ModelShape) -> list[Candidate]:

@@ -29,11 +29,11 @@ from mesh.layout.holdings import local_tensors
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, sync, weights_digest
-from mesh.rl.step import Pass, ScoredWave, share_of
+from mesh.rl.step import Pass, ScoredWave, batch_of, share_of
 from mesh.roles.trainer import Trainer
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
-from mesh.types import NumberedPrompt, Rollout, RolloutKey, Sampling
+from mesh.types import Distribution, NumberedPrompt, Rollout, RolloutKey, Sampling
 
 WARM = (0.7, 1.3)  # temperatures beside the configuration's own
 
@@ -68,9 +68,8 @@ class SeenStep:
         mine = wave.share.rollouts
         found = compare_rollouts(scored(mine, wave.logprobs_A), by_key(mine), wave.step)
         sampling = program.generator.sampling(wave.step)
-        temperature = sampling.temperature
         sides = (
-            passes_replayer(program.trainer, wave.share.passes, temperature),
+            passes_replayer(program.trainer, wave.share.passes, sampling.scored),
             generation_replayer(program, wave.prompts, sampling, wave.generated),
         )
         seek = self.seek and self.logprobs.first is None
@@ -86,12 +85,12 @@ def take_step(walk: Walk, program: Program, step: int, seek: bool) -> SeenStep:
     return seen
 
 
-def passes_replayer(trainer: Trainer, passes: Sequence[Pass], temperature: float) -> Replay:
+def passes_replayer(trainer: Trainer, passes: Sequence[Pass], scored: Distribution) -> Replay:
     """Runs these forward passes again and traces one of their rollouts."""
 
     def trace(key: RolloutKey) -> Trace:
         with resharded(trainer):
-            return trace_training(trainer, passes, key, temperature)
+            return trace_training(trainer, passes, key, scored)
 
     return trace
 
@@ -107,8 +106,9 @@ def generation_replayer(
     """
 
     def trace(key: RolloutKey) -> Trace:
-        generator = program.generator
-        requests = generator.requests(prompts, program.plan.step.group_size)
+        generator, keys = program.generator, program.plan.step
+        together = batch_of(prompts, key[0], keys.num_prompts)
+        requests = generator.requests(together, keys.group_size)
         if generator.engine is None or key[0] not in {r.prompt_id for r in requests}:
             return NOTHING
         return trace_generation(generator.engine, requests, sampling, key, script_of(generated))
@@ -126,6 +126,7 @@ def twice_checks(walk: Walk, program: Program) -> Iterator[Check]:
     for _ in range(2):
         runs.append([take_step(walk, program, i, seek=False) for i in range(TWICE)])
         program.trainer.restart(start)
+        program.pass_rates.restore({})
         sync(program)
     pairs = list(enumerate(zip(*runs, strict=True)))
     kinds = {
@@ -151,9 +152,9 @@ def rewards(step: SeenStep) -> dict[str, float | str]:
 
 def mixed_check(walk: Walk, program: Program, mixed: Rollouts, sampling: Sampling) -> Check:
     """The row of L2 on the batch of mixed lengths, which every rank has as generated."""
-    trainer, temperature = program.trainer, sampling.temperature
-    found = compare_rollouts(score_arranged(walk, trainer, mixed, temperature), mixed)
-    one = arrangement_replayer(walk, trainer, mixed, temperature)
+    trainer, at = program.trainer, sampling.scored
+    found = compare_rollouts(score_arranged(walk, trainer, mixed, at), mixed)
+    one = arrangement_replayer(walk, trainer, mixed, at)
     whole = Variant(walk.requests, script=walk.script)
     other = engine_replayer(program.generator.engine, whole, sampling)
     tally = settle(walk.process, found, one, other, walk.seek)
@@ -197,7 +198,7 @@ def compare_rollouts_at(walk: Walk, program: Program, step: int, temperature: fl
     # greedy samples of a prompt are equal, and so are their rewards
     whole = replace(plan.step, drop_equal_groups=False)
     share = share_of(wave, whole, trainer.dp, trainer.dp_rank, step)
-    at = temperature or 1.0
+    at = sampling.scored
     found = score(trainer, share.passes, at)
     program.exchange.flush()
     sides = (

@@ -25,7 +25,7 @@ from mesh.layout.meshes import Layout
 from mesh.lifecycle.process import Process
 from mesh.program.assembly import Program
 from mesh.rl.cutting import owner
-from mesh.rl.step import ScoredWave
+from mesh.rl.step import ScoredWave, batch_of
 
 REPORT = "strict.json"
 
@@ -71,7 +71,9 @@ def replay(program: Program, process: Process, wave: ScoredWave, first: Mismatch
     prompt_id, _ = first.key
     replica, generated = replica_of(prompt_id, generator.replicas), Trace({}, {})
     if generator.engine is not None and generator.replica == replica:
-        requests = generator.requests(wave.prompts, program.plan.step.group_size)
+        keys = program.plan.step
+        together = batch_of(wave.prompts, prompt_id, keys.num_prompts)
+        requests = generator.requests(together, keys.group_size)
         sampling, script = generator.sampling(wave.step), script_of(wave.generated)
         generated = trace_generation(generator.engine, requests, sampling, first.key, script)
     trained = trace_training(trainer, wave.share.passes, first.key)

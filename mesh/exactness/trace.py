@@ -21,7 +21,7 @@ from mesh.model.tracer import LOGPROBS, ModuleTracer, Rows
 from mesh.rl.packing import pack
 from mesh.rl.step import Pass
 from mesh.roles.trainer import Trainer
-from mesh.types import Request, Rollout, RolloutKey, Sampling
+from mesh.types import Distribution, Request, Rollout, RolloutKey, Sampling
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _is(key: RolloutKey, prompt_id: int, sample_id: int | None) -> bool:
 
 @torch.no_grad()
 def trace_training(
-    trainer: Trainer, passes: Sequence[Pass], key: RolloutKey, temperature: float | None = None
+    trainer: Trainer, passes: Sequence[Pass], key: RolloutKey, at: Distribution | None = None
 ) -> Trace:
     """Run the forward passes of `accumulate` again, without gradients, and keep one rollout's rows.
 
@@ -108,7 +108,7 @@ def trace_training(
     with tracer.hooks():
         for leaves in passes:
             tracer.expect(*_rows_of([r for leaf in leaves for r in leaf.rollouts], key))
-            trainer.forward(trainer.model, pack(leaves).to(trainer.device), temperature)
+            trainer.forward(trainer.model, pack(leaves).to(trainer.device), at)
     return Trace(tracer.outputs(), dict(tracer.positions))
 
 

@@ -23,7 +23,7 @@ from mesh.rl.cutting import fill, owner
 from mesh.rl.packing import Leaf, pack
 from mesh.rl.step import Pass
 from mesh.roles.trainer import Trainer
-from mesh.types import Rollout, RolloutKey
+from mesh.types import Distribution, Rollout, RolloutKey
 
 Rows = list[list[Rollout]]
 """One rank's sequences, by the forward pass that packs them."""
@@ -87,17 +87,13 @@ def resharded(trainer: Trainer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def score(
-    trainer: Trainer, passes: Sequence[Pass], temperature: float
-) -> dict[RolloutKey, Rollout]:
+def score(trainer: Trainer, passes: Sequence[Pass], at: Distribution) -> dict[RolloutKey, Rollout]:
     """This rank's rollouts with the trainer's logprobs, by the forward pass alone. Collective."""
     if trainer.model is None:
         return {}
     with resharded(trainer):
         batches = (pack(leaves).to(trainer.device) for leaves in passes)
-        logprobs = [
-            trainer.forward(trainer.model, batch, temperature).logprobs_A for batch in batches
-        ]
+        logprobs = [trainer.forward(trainer.model, batch, at).logprobs_A for batch in batches]
     rollouts = [r for leaves in passes for leaf in leaves for r in leaf.rollouts]
     return scored(rollouts, torch.cat([torch.zeros(0, device=trainer.device), *logprobs]))
 
@@ -126,38 +122,36 @@ def arranged(trainer: Trainer, rollouts: Rollouts, arrange: Arrange, limit: int)
 
 
 def score_arranged(
-    walk: Walk, trainer: Trainer, rollouts: Rollouts, temperature: float, arrange: Arrange = packed
+    walk: Walk, trainer: Trainer, rollouts: Rollouts, at: Distribution, arrange: Arrange = packed
 ) -> dict[RolloutKey, Rollout]:
     """This rank's share of the rollouts with the trainer's logprobs. Collective of the trainer."""
     passes = arranged(trainer, rollouts, arrange, walk.plan.step.pass_tokens)
-    return score(trainer, passes, temperature)
+    return score(trainer, passes, at)
 
 
 def replayer(
-    walk: Walk, trainer: Trainer, rollouts: Rollouts, temperature: float, arrange: Arrange = packed
+    walk: Walk, trainer: Trainer, rollouts: Rollouts, at: Distribution, arrange: Arrange = packed
 ) -> Replay:
     """Scores the rollouts again in this arrangement and traces one of them."""
 
     def trace(key: RolloutKey) -> Trace:
         passes = arranged(trainer, rollouts, arrange, walk.plan.step.pass_tokens)
         with resharded(trainer):
-            return trace_training(trainer, passes, key, temperature)
+            return trace_training(trainer, passes, key, at)
 
     return trace
 
 
 def trainer_checks(
-    walk: Walk, trainer: Trainer, rollouts: Rollouts, temperature: float
+    walk: Walk, trainer: Trainer, rollouts: Rollouts, at: Distribution
 ) -> Iterator[Check]:
     """The rows of L1 on the trainer, each against all sequences packed in order. Collective.
 
     rollouts: the whole batch, on every rank.
     """
-    base = score_arranged(walk, trainer, rollouts, temperature)
+    base = score_arranged(walk, trainer, rollouts, at)
     for what, arrange in ARRANGEMENTS.items():
-        found = score_arranged(walk, trainer, rollouts, temperature, arrange)
-        one, other = (
-            replayer(walk, trainer, rollouts, temperature, way) for way in (arrange, packed)
-        )
+        found = score_arranged(walk, trainer, rollouts, at, arrange)
+        one, other = (replayer(walk, trainer, rollouts, at, way) for way in (arrange, packed))
         tally = compare_rollouts(found, base)
         yield Check("L1", what, settle(walk.process, tally, one, other, walk.seek))

@@ -16,8 +16,8 @@ from mesh.tasks.response import Response, Score
 from mesh.types import Prompt
 
 NAME = "mesh.exactness.uneven:Uneven"
-OPTIONAL = ("reply", "stop_strings", "use_tokenizer")
-"""Members that a task may have, and that decide what is generated."""
+OPTIONAL = ("reply", "stop_strings", "use_tokenizer", "all_prompts")
+"""Members that a task may have, and that decide what is generated and drawn."""
 
 SCALE = 2.0**-34  # of a 32-bit checksum: at most a quarter
 

@@ -78,30 +78,33 @@ def shape_of_flavor(flavor: str) -> ModelShape:
     )
 
 
-def shape_of_directory(path: Path, ignored: Collection[str] = ()) -> ModelShape:
+def shape_of_directory(
+    path: Path, ignored: Collection[str] = (), role: str = "model"
+) -> ModelShape:
     """Shape described by a Hugging Face `config.json`.
 
-    ignored: entries that are read as if they were not there (model.ignore_config). Raises
+    ignored: entries that are read as if they were not there (model.ignore_config); role: whose
+    keys a message names. Raises
     ValueError, a line per problem, naming the entries that are missing or not supported. Optional
     entries have `transformers`' defaults.
     """
     try:
         entries = read_object(path / "config.json")
     except ValueError as error:
-        raise ValueError(f"model.path={path}: {error}; copy it again") from error
+        raise ValueError(f"{role}.path={path}: {error}; copy it again") from error
     model_type = entries.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ValueError(
-            f"model.path={path}: model_type {model_type!r} is not supported; "
+            f"{role}.path={path}: model_type {model_type!r} is not supported; "
             f"use one of the {SUPPORTED}"
         )
     entries = filled(without(entries, ignored), family)
     wrong = [f"{line}; copy it again, or correct it" for line in malformed(entries, family)]
     if not wrong:
-        wrong = [*contradictions(entries), *refusals(entries, family)]
+        wrong = [*contradictions(entries), *refusals(entries, family, role)]
     if wrong:
-        raise ValueError("\n".join(f"model.path={path}: {line}" for line in wrong))
+        raise ValueError("\n".join(f"{role}.path={path}: {line}" for line in wrong))
     heads, pad = entries["num_attention_heads"], entries["pad_token_id"]
     return ModelShape(
         vocab_size=entries["vocab_size"],
@@ -123,7 +126,7 @@ def shape_of_directory(path: Path, ignored: Collection[str] = ()) -> ModelShape:
     )
 
 
-def refusals(entries: Mapping[str, Any], family: Family) -> list[str]:
+def refusals(entries: Mapping[str, Any], family: Family, role: str = "model") -> list[str]:
     """Entries of another function than the family's, and how to have them ignored."""
     found = unsupported(entries, family)
     if not found:
@@ -134,7 +137,7 @@ def refusals(entries: Mapping[str, Any], family: Family) -> list[str]:
     use = "the unquantised weights" if quantised else f"one of the {SUPPORTED}"
     return [
         f"config.json has what this program does not implement: {listed}; use {use}; or, if the "
-        f"model is the same without them, set model.ignore_config=[{names}]"
+        f"model is the same without them, set {role}.ignore_config=[{names}]"
     ]
 
 

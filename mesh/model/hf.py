@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,14 +53,18 @@ def load_weights(
     tensors: Mapping[str, torch.Tensor],
     blocks: Mapping[str, Block | None],
     shape: ModelShape,
+    stored_vocab: int | None = None,
 ) -> None:
     """Copy this rank's blocks of the weights in `path` into `tensors`, in their dtype.
 
     tensors: local shards by torchtitan's names; blocks: each one's place in its weight (None: this
-    rank has nothing of it). Raises ValueError listing weights that are missing or misshapen.
+    rank has nothing of it); stored_vocab: rows of the vocabulary in `path`, where they are not as
+    many as in `shape`: rows beyond either end are left out, or zeros. Raises ValueError listing
+    weights that are missing or misshapen.
     """
     # the start refuses tensors that nobody reads, unless the user has it ignore them
-    wrong = weight_problems(path, shape, ignored=["*"])
+    stored_shape = replace(shape, vocab_size=stored_vocab or shape.vocab_size)
+    wrong = weight_problems(path, stored_shape, ignored=["*"])
     if wrong:
         raise ValueError(f"model.path={path}: {'; '.join(wrong)}; use a complete checkpoint")
     theirs = hf_names(list(tensors), shape)
@@ -70,8 +76,16 @@ def load_weights(
             for (name, _), (tensor, block) in wanted.items():
                 heartbeat()
                 if name in held and block is not None:
-                    stored = handle.get_slice(name)[block.slices]
-                    tensor.copy_(stored.to(tensor.device))  # a GPU casts what it has been sent
+                    _copy_rows(handle.get_slice(name), block, tensor)
+
+
+def _copy_rows(stored: Any, block: Block, tensor: torch.Tensor) -> None:
+    """Copy a block of a stored tensor; rows that it does not have become zeros."""
+    rows = min(max(stored.get_shape()[0] - block.offset[0], 0), block.size[0])
+    if rows:
+        held = stored[block.narrow(0, 0, rows).slices]
+        tensor[:rows].copy_(held.to(tensor.device))  # a GPU casts what it has been sent
+    tensor[rows:].zero_()
 
 
 def _full_weights(

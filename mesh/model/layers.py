@@ -26,10 +26,8 @@ from torchtitan.models.qwen3.model import Qwen3TransformerBlock as TitanTransfor
 from mesh.invariant.elementwise import silu_times
 from mesh.invariant.linear import gathered_linear
 from mesh.invariant.switch import current
-from mesh.model.logprobs import TokenScores, token_logprobs
 from mesh.model.lookup import lookup
 from mesh.model.parallel import copy_to, enter, leave, local, own_part
-from mesh.types import IdSpans
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -268,25 +266,3 @@ class Embedding(TitanEmbedding):
         rows = lookup((tokens - first).clamp(0, size - 1), weight, pad_row)
         rows = rows * mine.unsqueeze(-1).to(rows.dtype)
         return leave(rows, self.tp_group, self.token_group)
-
-
-class LMHead(TitanLinear):
-    """Output projection fused with the logprobs, so that [T, V] logits need not exist."""
-
-    tp_dim = 0
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(TitanLinear.Config):
-        textless: IdSpans = ()
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.tp_group: dist.ProcessGroup | None = None
-        self.textless = config.textless
-
-    def forward(
-        self, hidden_AD: torch.Tensor, targets_A: torch.Tensor, temperature: float
-    ) -> TokenScores:
-        return token_logprobs(
-            hidden_AD, local(self.weight), targets_A, temperature, self.tp_group, self.textless
-        )

@@ -22,21 +22,23 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.models.qwen3.model import Qwen3Model
 
 from mesh.model.attention import AttentionContext, PackedAttention
+from mesh.model.divergence import HeadInputs
+from mesh.model.head import LMHead
 from mesh.model.layers import (
     ColumnLinear,
     Embedding,
     FeedForward,
     HeadRMSNorm,
-    LMHead,
     QKVLinear,
     RMSNorm,
     Rotary,
     RowLinear,
     TransformerBlock,
 )
-from mesh.model.logprobs import TokenScores
+from mesh.model.logprobs import TaughtScores, TokenScores
 from mesh.model.parallel import apply_tp, replicate
 from mesh.model.rope import rope_table
+from mesh.model.token_sets import TokenSets
 from mesh.types import ModelShape
 
 
@@ -71,12 +73,19 @@ class Policy(Qwen3Model):
         positions_T: torch.Tensor,
         context: AttentionContext,
         index_A: torch.Tensor,
-        targets_A: torch.Tensor,
+        targets_A: torch.Tensor | None,
         temperature: float,
-    ) -> TokenScores:
-        """Scores of targets_A, each predicted from the hidden state at index_A of the row."""
+        teacher: HeadInputs | None = None,
+        sets: TokenSets | None = None,
+    ) -> TokenScores | TaughtScores | HeadInputs:
+        """Scores of targets_A, each predicted from the hidden state at index_A of the row.
+
+        teacher: its head's inputs at the same places, for the KL to it. sets: of the truncated
+        distributions that are scored. Without targets: the own head's inputs, as another model's
+        scores take them.
+        """
         hidden_TD = self.hidden(tokens_T, positions_T, context)
-        return self.lm_head(hidden_TD[index_A], targets_A, temperature)
+        return self.lm_head(hidden_TD[index_A], targets_A, temperature, teacher, sets)
 
 
 def _block(shape: ModelShape, layer: int) -> TransformerBlock.Config:

@@ -17,19 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mesh.model.attention import PackedAttention
+from mesh.model.head import LMHead
 from mesh.model.layers import (
     ColumnLinear,
     Embedding,
     FeedForward,
     HeadRMSNorm,
-    LMHead,
     RMSNorm,
     Rotary,
     RowLinear,
     TransformerBlock,
 )
-from mesh.model.logprobs import shard_of
 from mesh.model.policy import Policy, parameter_names
+from mesh.model.tiles import shard_of
 
 SHARDED = (ColumnLinear, HeadRMSNorm, PackedAttention, Rotary)  # features are sharded over tp
 REPLICATED = (Embedding, LMHead, RMSNorm, RowLinear, TransformerBlock)

@@ -4,8 +4,8 @@ One program reads a row of a tile once, in blocks of fixed size, and keeps one s
 block, rescaled as the running maximum grows (online softmax, arXiv:1805.02867); at the end
 neighbouring lanes are added, then neighbouring pairs, and so on. The order of every sum is thus
 explicit: no layout chosen by the compiler, and no other row or tile, can change a bit. Each product
-and sum is rounded on its own (no fma contraction). The plain functions in `mesh.model.logprobs` are
-the specification.
+and sum is rounded on its own (no fma contraction). The plain functions in `tiles`,
+`tile_gradient` and `divergence` are the specification.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+
+from mesh.model.tile_gradient import DivergenceTerm, EntropyTerm
 
 BLOCK = 2048  # fixes the order of the sums
 WARPS = 4
@@ -90,10 +92,48 @@ def _combine_kernel(
         tl.store(outs + rows + row, tl.zeros([ROWS], tl.float32), mask=row < rows)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _divergence_kernel(
+    logits, teacher, edges, scores, rows, row_stride, teacher_stride, inverse,
+    LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of one row of the teacher's tile, and the mean of the difference of the logits
+    under the softmax of the policy's. Columns count from `logits` and `teacher`."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, last = tl.load(edges + tile), tl.load(edges + tile + 1)
+    logits += row * row_stride
+    teacher += row * teacher_stride
+    peak = tl.full([], float("-inf"), tl.float32)
+    peak_u = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    total_u = tl.zeros([BLOCK], tl.float32)
+    sum_of_difference = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < last
+        z = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        u = tl.load(teacher + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        top, top_u = tl.maximum(peak, tl.max(z, 0)), tl.maximum(peak_u, tl.max(u, 0))
+        rescale, p = tl.exp(peak - top), tl.exp(z - top)
+        total = total * rescale + p
+        total_u = total_u * tl.exp(peak_u - top_u) + tl.exp(u - top_u)
+        difference = tl.where(inside, z, 0.0) - tl.where(inside, u, 0.0)
+        sum_of_difference = sum_of_difference * rescale + p * difference
+        peak, peak_u = top, top_u
+    mass = _tree_sum(tl.reshape(total, [1, BLOCK]), 1, LEVELS)
+    mass_u = _tree_sum(tl.reshape(total_u, [1, BLOCK]), 1, LEVELS)
+    weighted = _tree_sum(tl.reshape(sum_of_difference, [1, BLOCK]), 1, LEVELS)
+    to = scores + tile * 2 * rows + row + tl.arange(0, 1)
+    tl.store(to, peak_u + tl.log(mass_u))
+    tl.store(to + rows, weighted / mass)
+
+
 @triton.jit(do_not_specialize=["origin"])
 def _grad_kernel(
-    logits, targets, logsumexp, scale, width, row_stride, origin, inverse, BLOCK: tl.constexpr
-):
+    logits, targets, logsumexp, scale, entropy, entropy_scale, teacher, teacher_logsumexp,
+    divergence, divergence_scale, width, row_stride, teacher_stride, origin, inverse,
+    ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     target = tl.load(targets + row) - origin
@@ -102,7 +142,17 @@ def _grad_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < width
         z = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) * inverse
-        grad = (tl.where(column == target, 1.0, 0.0) - tl.exp(z - lse)) * by
+        p = tl.exp(z - lse)
+        grad = (tl.where(column == target, 1.0, 0.0) - p) * by
+        if ENTROPY:
+            surplus = z - lse + tl.load(entropy + row)
+            grad -= p * surplus * tl.load(entropy_scale + row)
+        if DIVERGENCE:
+            place = teacher + row * teacher_stride + column
+            u = tl.load(place, mask=inside, other=0.0).to(tl.float32) * inverse
+            surplus = z - lse - (u - tl.load(teacher_logsumexp + row))
+            surplus -= tl.load(divergence + row)
+            grad += p * surplus * tl.load(divergence_scale + row)
         tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=inside)
 
 
@@ -149,6 +199,22 @@ def combine_scores(scores_K3A: torch.Tensor, with_entropy: bool) -> tuple[torch.
     return tuple(outs)
 
 
+def tile_divergence(
+    logits_AV: torch.Tensor, teacher_AV: torch.Tensor, edges: Sequence[int], temperature: float
+) -> torch.Tensor:
+    """`divergence.tile_divergence`, [K, 2, A]."""
+    assert logits_AV.stride(-1) == teacher_AV.stride(-1) == 1, "logits must be contiguous"
+    rows, tiles = len(logits_AV), len(edges) - 1
+    columns = tuple(edge - edges[0] for edge in edges)
+    scores_K2A = logits_AV.new_empty(tiles, 2, rows, dtype=torch.float32)
+    _divergence_kernel[(rows, tiles)](
+        logits_AV, teacher_AV, _on_device(columns, logits_AV.device), scores_K2A, rows,
+        logits_AV.stride(0), teacher_AV.stride(0), inverse_of(temperature),
+        LEVELS=BLOCK.bit_length() - 1, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return scores_K2A
+
+
 def tile_gradient(
     logits_AV: torch.Tensor,
     first: int,
@@ -156,12 +222,22 @@ def tile_gradient(
     logsumexp_A: torch.Tensor,
     scale_A: torch.Tensor,
     temperature: float,
+    entropy: EntropyTerm | None = None,
+    divergence: DivergenceTerm | None = None,
 ) -> torch.Tensor:
-    """`logprobs.tile_gradient`, in place of the logits."""
+    """`tile_gradient.tile_gradient`, in place of the logits."""
     assert logits_AV.stride(-1) == 1, "logits must be contiguous over the vocabulary"
+    targets_A, unread = targets_A.contiguous(), logsumexp_A.contiguous()
+    of_entropy = [unread] * 2 if entropy is None else [x.contiguous() for x in entropy]
+    of_teacher, teacher_stride = [unread] * 4, 0
+    if divergence is not None:
+        teacher_stride = divergence.teacher_AV.stride(0)
+        assert divergence.teacher_AV.stride(-1) == 1, "the teacher's logits must be contiguous"
+        of_teacher = [divergence.teacher_AV, *(x.contiguous() for x in divergence[1:])]
     _grad_kernel[(len(logits_AV),)](
-        logits_AV, targets_A.contiguous(), logsumexp_A.contiguous(), scale_A.contiguous(),
-        logits_AV.shape[1], logits_AV.stride(0), first, inverse_of(temperature), BLOCK=BLOCK,
+        logits_AV, targets_A, unread, scale_A.contiguous(), *of_entropy, *of_teacher,
+        logits_AV.shape[1], logits_AV.stride(0), teacher_stride, first, inverse_of(temperature),
+        ENTROPY=entropy is not None, DIVERGENCE=divergence is not None, BLOCK=BLOCK,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return logits_AV

@@ -31,11 +31,14 @@ ADAPTER = "adapter_config.json"
 COMPARED_BYTES = 1 << 26
 
 
-def weight_problems(path: Path, shape: ModelShape | None, ignored: Sequence[str] = ()) -> list[str]:
+def weight_problems(
+    path: Path, shape: ModelShape | None, ignored: Sequence[str] = (), role: str = "model"
+) -> list[str]:
     """Missing or damaged weight files of a directory; if all are intact, what they hold that a
     model of `shape` cannot take. `shape` None skips the latter.
 
-    ignored: patterns of tensors that are left out on purpose (model.ignore_tensors).
+    ignored: patterns of tensors that are left out on purpose (model.ignore_tensors); role: whose
+    keys a message names.
     """
     stored, wrong = stored_tensors(path)
     if wrong or shape is None:
@@ -47,9 +50,9 @@ def weight_problems(path: Path, shape: ModelShape | None, ignored: Sequence[str]
     copied = shape.tied and HEAD in extra and EMBEDDING in stored
     if copied:
         extra.remove(HEAD)
-    found = [*_mismatches(stored, expected), *_unread(stored, extra)]
+    found = [*_mismatches(stored, expected), *_unread(stored, extra, role)]
     if copied and not found:
-        found += _tied_head(stored)
+        found += _tied_head(stored, role)
     if (path / ADAPTER).is_file():
         found.append(f"{ADAPTER}: adapters are not applied (merge it into the weights first)")
     return found
@@ -83,25 +86,25 @@ def _mismatches(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, 
     return found
 
 
-def _unread(stored: Mapping[str, Stored], extra: Sequence[str]) -> list[str]:
+def _unread(stored: Mapping[str, Stored], extra: Sequence[str], role: str) -> list[str]:
     """Tensors that the model does not ask for."""
     if not extra:
         return []
     named = [f"{name} {stored[name].dtype} {list(stored[name].shape)}" for name in extra]
     return [
         f"tensors that the model of config.json does not have: {_shortened(named)} (if it is the "
-        f"same model without them: model.ignore_tensors=[{','.join(extra[:4])}], or a pattern)"
+        f"same model without them: {role}.ignore_tensors=[{','.join(extra[:4])}], or a pattern)"
     ]
 
 
-def _tied_head(stored: Mapping[str, Stored]) -> list[str]:
+def _tied_head(stored: Mapping[str, Stored], role: str) -> list[str]:
     """A head of its own beside tie_word_embeddings=true. A copy of the embedding is redundant, and
     common; with other values `transformers` 5 does not tie, so the model is another one.
     """
     head, embedding = stored[HEAD], stored[EMBEDDING]
     equal = head.shape == embedding.shape and _equal_rows(head, embedding)
     wrong = f"{HEAD} is not {EMBEDDING}, though config.json has tie_word_embeddings=true"
-    remedy = f"correct config.json, or leave the head out: model.ignore_tensors=[{HEAD}]"
+    remedy = f"correct config.json, or leave the head out: {role}.ignore_tensors=[{HEAD}]"
     return [] if equal else [f"{wrong} ({remedy})"]
 
 

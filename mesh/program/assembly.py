@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mesh.checkpoint.best import best_metric_problems
+from mesh.checkpoint.state import refuse_own
 from mesh.config.keys import Refusal, attempt
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, resolve_path
@@ -39,6 +40,7 @@ from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
 from mesh.program.first_calls import first_call_problems
 from mesh.program.limits import limit_problems
 from mesh.program.loss_checks import read_loss
+from mesh.program.optimizer_checks import own_problems
 from mesh.program.plan import (
     Found,
     Plan,
@@ -47,13 +49,16 @@ from mesh.program.plan import (
     task_spec,
 )
 from mesh.program.prompt_checks import held_out_notes, prompt_problems, training_problems
+from mesh.program.refill_checks import round_problems
 from mesh.program.shared import of_plan, of_start, of_user_code, refuse_differences
+from mesh.program.teacher import read_teacher, teacher_warnings
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.warnings import model_warnings
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
 from mesh.tasks import draw_held_out, task_notes
+from mesh.tasks.difficulty import PassRates
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
@@ -65,7 +70,8 @@ from mesh.weights.bridge import weights_digest as digest_of
 class Program:
     """Both roles of a plan on this rank, and what crosses between them.
 
-    scorer: of the task that is trained on; evaluation_scorers: by the names of the plan's sets.
+    scorer: of the task that is trained on; pass_rates: of its questions, so far;
+    evaluation_scorers: by the names of the plan's sets.
     """
 
     plan: Plan
@@ -73,6 +79,7 @@ class Program:
     trainer: Trainer
     generator: Generator
     scorer: Scorer
+    pass_rates: PassRates
     evaluation_scorers: Mapping[str, Scorer]
     exchange: Exchange
     bridge: WeightBridge
@@ -120,8 +127,10 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     made = attempt(wrong, checked_task, *asked_for)
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
-    refuse_differences(process, of_user_code(task, loss, conf.scores, wrong))
-    wrong += best_metric_problems(conf) if training else []
+    teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
+    code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
+    refuse_differences(process, code)
+    wrong += best_metric_problems(conf) + own_problems(conf) if training else []
     own: list[Prompt] = []
     if task is not None and held_out:
         own += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
@@ -136,6 +145,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             held = source, own, "held-out prompts"
             wrong += attempt(wrong, prompt_problems, process, *held) or []
             wrong += first_call_problems(process, conf, task, encoder, own)
+        if training:
+            wrong += attempt(wrong, round_problems, conf, task) or []
         if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
@@ -146,13 +157,14 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
         process.say(line)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"
-    found = Found(shape, tokenizer, task, loss, own, sets)
+    found = Found(shape, tokenizer, task, loss, own, sets, teacher)
     plan = resolve(conf, found, world_size, "cuda" if device == "cuda" else "cpu", training)
     plan = replace(plan, prompts=source)  # which knows what has been warned about
     refuse_differences(process, of_plan(plan))
-    num = conf.num_prompts if training else 0
     notes = [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
+    notes += teacher_warnings(conf, tokenizer) if training else []
     notes += held_out_notes(conf, len(own))
+    num = conf.num_prompts if training else 0
     for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
         process.say(line)
     return plan
@@ -197,6 +209,7 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     timeout = timedelta(seconds=plan.timeout_seconds)
     meshes = build_meshes(plan.layout, process.device.type, timeout)
     trainer = Trainer(plan.trainer, meshes, process.device, process.guard.run_dir)
+    refuse_own(process, trainer)
     generator = Generator(plan.generator, meshes, process.device, plan.encoder)
     scorer = Scorer(plan.training)
     others = evaluation_scorers(plan, scorer)
@@ -204,7 +217,8 @@ def assemble(plan: Plan, process: Process, self_test: bool = True) -> Program:
     process.closers += [*(one.close for one in scorers), generator.close]
     exchange = Exchange(plan.layout, plan.step.group_size, timeout)
     bridge = connect(plan, process, trainer, generator)
-    return Program(plan, meshes, trainer, generator, scorer, others, exchange, bridge)
+    rates = PassRates(plan.difficulty)
+    return Program(plan, meshes, trainer, generator, scorer, rates, others, exchange, bridge)
 
 
 def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:
@@ -219,13 +233,18 @@ def evaluation_scorers(plan: Plan, training: Scorer) -> dict[str, Scorer]:
 
 
 def run_self_test(plan: Plan, process: Process) -> str:
-    """The self-test of the batch-invariant kernels on the model's own products, as a line that says
+    """The self-test of the batch-invariant kernels on the products of all models, as lines that say
     what was done. Collective; RuntimeError where results depend on the batch.
     """
     assert plan.chunks is not None, "the plan is not batch-invariant"
-    return self_test_of(
-        plan.shape, plan.chunks, plan.trainer.dtype, process.device, process.cpu_group
-    )
+    where = (plan.chunks, plan.trainer.dtype, process.device, process.cpu_group)
+    lines = [self_test_of(plan.shape, *where)]
+    lines += [
+        f"{name}: {self_test_of(source.shape, *where)}"
+        for name, source in plan.trainer.frozen.items()
+        if source.shape != plan.shape
+    ]
+    return "\n".join(lines)
 
 
 def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:

@@ -19,6 +19,7 @@ from mesh.model.attention import HEAD_DIMS
 from mesh.model.hf import code_problems
 from mesh.model.weight_checks import weight_problems
 from mesh.program.optimizer_checks import optimizer_problems
+from mesh.program.refill_checks import difficulty_problems, refill_problems
 from mesh.program.update_checks import update_problems
 from mesh.tasks.scorer import reward_problems
 from mesh.types import ModelShape
@@ -66,12 +67,15 @@ def training_problems(conf: Conf) -> list[str]:
     """Problems of a program that trains, beyond those of one that only generates."""
     return [
         *strict_problems(conf),
+        *truncation_problems(conf),
         *sequence_problems(conf),
         *microbatch_problems(conf),
         *optimizer_problems(conf),
         *update_problems(conf),
         *run_dir_problems(conf),
         *log_problems(conf),
+        *refill_problems(conf),
+        *difficulty_problems(conf),
     ]
 
 
@@ -115,10 +119,6 @@ def gpu_problems(conf: Conf, shape: ModelShape | None) -> list[str]:
             wrong = "fp32 matrix products on CUDA depend on the batch"
             remedy = "use bfloat16, or device=cpu"
             found.append(problem(f"{role}.dtype", "float32", wrong, remedy))
-    if conf.generator.top_p < 1:
-        wrong = "the running sum that cuts the nucleus depends on the batch on CUDA"
-        remedy = "use generator.top_k, or device=cpu"
-        found.append(problem("generator.top_p", conf.generator.top_p, wrong, remedy))
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         wrong = f"{torch.cuda.get_device_name()} is not a Hopper GPU, which the exact kernels need"
         found.append(
@@ -180,6 +180,27 @@ def strict_problems(conf: Conf) -> list[str]:
         return []
     wrong = "with ordinary kernels trainer and generator round differently"
     return [problem("check", conf.check, wrong, "set batch_invariant=true, or leave it out")]
+
+
+def truncation_problems(conf: Conf) -> list[str]:
+    """Truncated logprobs without a truncation, or without the equal bits that give both sides the
+    same sets."""
+    if not conf.truncated_logprobs:
+        return []
+    found, keys = [], conf.generator
+    if keys.top_k == 0 and keys.top_p == 1:
+        remedy = "set generator.top_k or generator.top_p, or leave it out"
+        found.append(problem("truncated_logprobs", True, "nothing is truncated", remedy))
+    if not conf.batch_invariant:
+        wrong = (
+            "the trainer derives the sets from its own logits, and with ordinary kernels those are "
+            "not the generator's: a token that was drawn could lie outside of its set"
+        )
+        remedy = "set batch_invariant=true, or leave it out"
+        if not kind_of(conf).exact:
+            remedy = f"{kind_of(conf)} cannot be exact: use engine=native, or leave it out"
+        found.append(problem("truncated_logprobs", True, wrong, remedy))
+    return found
 
 
 def sequence_problems(conf: Conf) -> list[str]:

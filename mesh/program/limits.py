@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mesh.config.asking import ConversationConf
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
-from mesh.config.sections import ConversationConf
 from mesh.roles.conversation import Limits
 from mesh.tasks import Task
 from mesh.tasks.replying import METHOD, converses

@@ -185,6 +185,51 @@ def length_problems(conf: Conf, loss: Loss) -> list[str]:
     return []
 
 
+def teacher_problems(conf: Conf, loss: Loss) -> list[str]:
+    """A teacher that is missing or not read, and what makes no sense beside one."""
+    keys, found = conf.teacher, []
+    coef = loss.teacher_coef if keys.coef is None else keys.coef
+    read = coef > 0 or bool({"teacher_logprobs", "teacher_kl"} & loss.needs)
+    if loss.teacher_coef > 0 and coef == 0:
+        wrong = f"loss={conf.loss} learns from the teacher alone"
+        return [problem("teacher.coef", 0.0, wrong, "leave it out, or use another loss")]
+    if read and keys.path is None:
+        wrong = f"loss={conf.loss} with a weight of {coef:g} needs a teacher"
+        remedy = "set teacher.path=DIRECTORY, a Hugging Face model of the same vocabulary"
+        return [unset("teacher.path", wrong, remedy)]
+    if not read:
+        wrong = f"nothing reads a teacher: loss={conf.loss} does not, and teacher.coef is 0"
+        remedy = "set teacher.coef above 0, or loss=distill, or leave it out"
+        given = {"teacher.path": keys.path is not None, "teacher.kl": keys.kl != "sampled"}
+        return [problem(name, value_of(conf, name), wrong, remedy)
+                for name, is_given in given.items() if is_given]  # fmt: skip
+    if coef > 0 and keys.kl == "sampled" and "sequence_ratio" in loss.needs:
+        wrong = (
+            f"the ratio of loss={conf.loss} is one of a whole sequence, and this KL gives each of "
+            "its tokens an advantage of its own"
+        )
+        remedy = "set teacher.kl=full, a term beside any loss, or use loss=dapo or grpo"
+        found.append(problem("teacher.kl", keys.kl, wrong, remedy))
+    return found + unrewarded_problems(conf, loss)
+
+
+def unrewarded_problems(conf: Conf, loss: Loss) -> list[str]:
+    """What changes rewards, where none is learned from."""
+    if loss.teacher_coef == 0:
+        return []
+    given = {
+        "advantage": conf.advantage is not None,
+        "drop_equal_groups": conf.drop_equal_groups,
+        "length_penalty": conf.length_penalty > 0,
+        "kl_in": conf.kl_in == "reward",
+        "truncated_reward": conf.truncated_reward is not None,
+    }
+    wrong = f"loss={conf.loss} learns from the teacher alone, whatever the rewards are"
+    remedy = "leave it out, or use a loss of rewards with teacher.coef"
+    return [problem(name, value_of(conf, name), wrong, remedy)
+            for name, is_given in given.items() if is_given]  # fmt: skip
+
+
 TERMS: tuple[Callable[[Conf, Loss], list[str]], ...] = (
     advantage_problems,
     negative_problems,
@@ -192,4 +237,5 @@ TERMS: tuple[Callable[[Conf, Loss], list[str]], ...] = (
     divergence_problems,
     importance_problems,
     length_problems,
+    teacher_problems,
 )

@@ -5,11 +5,36 @@ from __future__ import annotations
 from mesh.checkpoint.best import metric_problems
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
+from mesh.program.plan import optimizer_settings
+from mesh.roles.optimizer_trial import trial
+from mesh.roles.own_optimizer import ARGS, KEY, argument_problems, load_optimizer
 
 
 def optimizer_problems(conf: Conf) -> list[str]:
     """Every problem of the keys that say how the weights are updated."""
     return [*schedule_problems(conf), *decay_problems(conf), *stop_problems(conf)]
+
+
+def own_problems(conf: Conf) -> list[str]:
+    """What keeps an optimizer of the user's from training and from being resumed: it is found,
+    built, and tried on made-up weights."""
+    name, args = conf.trainer.optimizer, conf.trainer.optimizer_args
+    if name is None:
+        wrong = "AdamW's settings are keys of trainer, e.g. trainer.betas"
+        remedy = f"leave it out, or set {KEY}"
+        return [problem(f"{ARGS}.{key}", value, wrong, remedy) for key, value in args.items()]
+    found = []
+    if conf.trainer.fused:  # betas and eps stand in configs, for AdamW
+        wrong = f"AdamW's own kernel, and {KEY}={name} takes AdamW's place"
+        found.append(problem("trainer.fused", True, wrong, f"write {ARGS}.fused=true"))
+    try:
+        found += argument_problems(name, load_optimizer(name), args)
+        if not found:
+            trial(optimizer_settings(conf))
+    except ValueError as error:
+        lines = str(error).splitlines() or [repr(error)]
+        found += [x if x.startswith("trainer.") else f"{KEY}={name}: {x}" for x in lines]
+    return found
 
 
 def schedule_problems(conf: Conf) -> list[str]:

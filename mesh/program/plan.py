@@ -26,6 +26,7 @@ from mesh.model.weight_checks import exact_dtype
 from mesh.program.encoding import prompt_encoder, tokenizer_directory, tokenizer_files, turn_ends
 from mesh.program.limits import limits_of
 from mesh.program.loss import run_objective
+from mesh.program.teacher import frozen_models
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective
 from mesh.rl.step import StepSettings
@@ -35,6 +36,7 @@ from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer_settings import Start, TrainerSettings
 from mesh.tasks import Task, TaskSpec
 from mesh.tasks.calls import TaskSource
+from mesh.tasks.difficulty import Bounds
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.prompts import PromptSource
 from mesh.tasks.scorer import scoring_of
@@ -51,7 +53,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class Found:
     """The things that a configuration names, read and checked. held_out: of the task, sets: other
-    ones by name; none where nothing is evaluated."""
+    ones by name; none where nothing is evaluated. teacher: as its directory has it; None: there is
+    none."""
 
     shape: ModelShape
     tokenizer: Tokenizer
@@ -59,6 +62,7 @@ class Found:
     loss: Loss
     held_out: Sequence[Prompt] = ()
     sets: Mapping[str, EvaluationSet] = field(default_factory=dict)
+    teacher: ModelShape | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Plan:
     generator: GeneratorSettings
     objective: Objective
     step: StepSettings
+    difficulty: Bounds | None
     training: TaskSource
     prompts: PromptSource
     evaluations: Mapping[str, EvaluationSet]
@@ -117,15 +122,19 @@ def resolve(
     return Plan(
         device=device,
         layout=layout,
-        trainer=trainer_settings(conf, shape, device, objective if training else None),
+        trainer=trainer_settings(
+            conf, shape, device, objective if training else None, found.teacher
+        ),
         generator=generator_settings(conf, shape, found.tokenizer, device, ends),
         objective=objective,
         step=StepSettings(
             conf.num_prompts, conf.group_size, conf.waves, conf.drop_equal_groups,
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
             conf.log.tokens, conf.updates_per_step,
-            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed,
+            math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed, conf.refill_rounds,
+            conf.refill_on,
         ),
+        difficulty=difficulty_bounds(conf),
         training=source,
         prompts=prompt_source(conf, found.task, encoder, found.shape, held_out),
         evaluations=evaluations,
@@ -140,21 +149,30 @@ def resolve(
 
 
 def trainer_settings(
-    conf: Conf, shape: ModelShape, device: Device, objective: Objective | None
+    conf: Conf,
+    shape: ModelShape,
+    device: Device,
+    objective: Objective | None,
+    teacher: ModelShape | None = None,
 ) -> TrainerSettings:
-    """The trainer's part; objective None: nothing is trained."""
-    keys = conf.trainer
+    """The trainer's part; objective None: nothing is trained. teacher: as its directory has it."""
+    keys, start = conf.trainer, Start(start_path(conf), conf.seed)
+    dtype = dtype_of(keys.dtype, device)
     return TrainerSettings(
         shape=shape,
         max_length=conf.model.max_length,
-        dtype=dtype_of(keys.dtype, device),
-        start=Start(start_path(conf), conf.seed),
+        dtype=dtype,
+        start=start,
         temperature=conf.generator.temperature,
         optimizer=None if objective is None else optimizer_settings(conf),
-        reference=objective is not None and "reference_logprobs" in objective.needs,
+        frozen={}
+        if objective is None
+        else frozen_models(conf, shape, start, teacher, objective, dtype),
         sequence_parallel=keys.sequence_parallel,
         activation_checkpointing=keys.activation_checkpointing,
         on_nonfinite=conf.on_nonfinite,
+        top_k=conf.generator.top_k if conf.truncated_logprobs else 0,
+        top_p=conf.generator.top_p if conf.truncated_logprobs else 1.0,
     )
 
 
@@ -174,6 +192,8 @@ def optimizer_settings(conf: Conf) -> OptimizerSettings:
         weight_decay_on=keys.weight_decay_on,
         fused=keys.fused,
         ema=conf.ema,
+        name=keys.optimizer,
+        args=keys.optimizer_args,
     )
 
 
@@ -191,6 +211,7 @@ def generator_settings(
         temperature=keys.temperature,
         top_k=keys.top_k,
         top_p=keys.top_p,
+        truncated_logprobs=conf.truncated_logprobs,
         max_new_tokens=keys.max_new_tokens,
         stop_tokens=tokenizer.eos_ids,
         stops=StopStrings(tuple(ends), tokenizer) if ends else None,
@@ -214,6 +235,15 @@ def evaluation_sets(
         return {}
     keys = conf.eval
     return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
+
+
+def difficulty_bounds(conf: Conf) -> Bounds | None:
+    """The pass rates of questions that are drawn; None: all are."""
+    keys = conf.difficulty
+    if keys.min is None and keys.max is None:
+        return None
+    highest = 1.0 if keys.max is None else keys.max
+    return Bounds(keys.min or 0.0, highest, keys.forget)
 
 
 def prompt_source(

@@ -60,24 +60,37 @@ def of_start(conf: Conf) -> list[Part]:
     ]
 
 
-def of_user_code(task: Any, loss: Any, scores: Iterable[str], problems: Iterable[str]) -> Part:
-    """The modules of a task, a loss and score functions, and the problems that reading them had."""
-    items = user_code(task, loss, scores) | {"the problem": "; ".join(problems) or "none"}
+def of_user_code(
+    task: Any,
+    loss: Any,
+    scores: Iterable[str],
+    problems: Iterable[str],
+    optimizer: str | None = None,
+) -> Part:
+    """The modules of a task, a loss, an optimizer and score functions, and the problems that
+    reading them had."""
+    items = user_code(task, loss, scores, optimizer) | {
+        "the problem": "; ".join(problems) or "none"
+    }
     return Part("the task or the loss", items, "use the same code on every machine")
 
 
-def user_code(task: Any, loss: Any, scores: Iterable[str]) -> dict[str, str]:
-    """Digests of the modules of a task, a loss, and score functions MODULE:FUNCTION."""
+def user_code(
+    task: Any, loss: Any, scores: Iterable[str], optimizer: str | None = None
+) -> dict[str, str]:
+    """Digests of the modules of a task, a loss, and score functions and an optimizer, which are
+    named as MODULE:NAME."""
     modules = [(what, module) for what, value in (("task", task), ("loss", loss))
                for module in modules_of(value)]  # fmt: skip
     modules += [("task", module) for module in getattr(task, "user_modules", ())]
     modules += [("score function", name.partition(":")[0]) for name in scores]
+    modules += [("optimizer", optimizer.partition(":")[0])] if optimizer else []
     return {f"the {what}'s module {module}": source_of(module) for what, module in modules}
 
 
 def inputs_of(conf: Conf, plan: Plan) -> Inputs:
     """What a run computes with, for its checkpoints."""
-    code = user_code(plan.task, plan.objective.loss, conf.scores)
+    code = user_code(plan.task, plan.objective.loss, conf.scores, conf.trainer.optimizer)
     drawn = partial(digest_of_step, plan.prompts, conf.num_prompts)
     return Inputs(digests_of(small_files(conf)), code, drawn)
 
@@ -112,13 +125,19 @@ def model_files(conf: Conf) -> dict[str, str]:
     paths = small_files(conf)
     if conf.model.path is not None and conf.model.init == "checkpoint":
         model = resolve_path(conf.model.path)
-        paths["model"] += [path for kind in WEIGHTS for path in sorted(model.glob(kind))]
+        paths["model"] += weights_in(model)
+    if conf.teacher.path is not None:
+        paths["teacher"] += weights_in(resolve_path(conf.teacher.path))
     return digests_of(paths)
 
 
+def weights_in(directory: Path) -> list[Path]:
+    return [path for kind in WEIGHTS for path in sorted(directory.glob(kind))]
+
+
 def small_files(conf: Conf) -> dict[str, list[Path]]:
-    """The files of the tokenizer and its templates, those of the model that hold no weights, and
-    the examples before every prompt."""
+    """The files of the tokenizer and its templates, those of model and teacher that hold no
+    weights, and the examples before every prompt."""
     tokenizer = tokenizer_directory(conf)
     paths = {"tokenizer": [tokenizer / name for name in (*TOKENIZER, *CONFIGS)]}
     paths["tokenizer"] += sorted((tokenizer / TEMPLATE_FOLDER).glob("*.jinja"))
@@ -126,6 +145,9 @@ def small_files(conf: Conf) -> dict[str, list[Path]]:
         paths["prompt"] = [resolve_path(conf.prompt.few_shot)]
     if conf.model.path is not None:
         paths["model"] = [resolve_path(conf.model.path) / name for name in CONFIGS]
+    if conf.teacher.path is not None:
+        read = ("config.json", "tokenizer.json")
+        paths["teacher"] = [resolve_path(conf.teacher.path) / name for name in read]
     return paths
 
 

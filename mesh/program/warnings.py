@@ -51,14 +51,15 @@ def truncation_warnings(plan: Plan) -> list[str]:
         "generator.top_p": (generator.top_p, 1, generator.top_p < 1),
     }
     cut = {name: pair for name, (*pair, truncates) in keys.items() if truncates}
-    if not cut:
+    if not cut or generator.truncated_logprobs:
         return []
     given = " ".join(f"{name}={shown(value)}" for name, (value, _) in cut.items())
     remedy = " ".join(f"{name}={shown(off)}" for name, (_, off) in cut.items())
     return [
         f"warning: {given}: tokens are drawn from the truncated distribution, and the logprobs of "
         "both sides are those of the untruncated one, so the policy gradient is biased although "
-        f"logprob_diff does not show it; set {remedy}"
+        f"logprob_diff does not show it; set {remedy}, or "
+        "batch_invariant=true truncated_logprobs=true"
     ]
 
 

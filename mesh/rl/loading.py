@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from mesh.config.spelling import nearest
 from mesh.config.text import mismatch, value_as
@@ -17,9 +17,7 @@ BOUNDS = ("clip_low", "clip_high", "dual_clip")
 CLIPS = ("clip_low", "clip_high")
 """Those that a message of this file speaks of; a dual clip has more to say."""
 
-PROVIDED: frozenset[Need] = frozenset(
-    {"reference_logprobs", "trainer_logprobs", "sequence_ratio", "step_statistics"}
-)
+PROVIDED: frozenset[Need] = frozenset(get_args(Need))
 """Needs of a loss that the trainer can meet."""
 
 

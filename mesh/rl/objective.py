@@ -18,7 +18,10 @@ from mesh.rl.losses import (
     Loss,
     LossTokens,
     Need,
+    TeacherKL,
     kl_T,
+    log_ratio_T,
+    taught_advantages,
 )
 from mesh.rl.rewards import LengthPenalty
 
@@ -38,7 +41,9 @@ class Objective:
     """A loss and its settings. longest_response: divisor of `constant` aggregation [tokens];
     advantage_eps: of advantages that are divided; kl_estimator: of the KL that kl_coef weighs, in
     the loss of tokens or, summed, in the reward of rollouts; length_penalty, importance: None,
-    there is none.
+    there is none; entropy_coef: weight of the entropy bonus; teacher_coef: weight of the KL to the
+    teacher, which is a part of the advantages, or (teacher_kl `full`) a term with a gradient of its
+    own.
     """
 
     loss: Loss
@@ -47,6 +52,9 @@ class Objective:
     longest_response: int = 1
     advantage_eps: float = 1e-6
     kl_estimator: Divergence = "k3"
+    entropy_coef: float = 0.0
+    teacher_coef: float = 0.0
+    teacher_kl: TeacherKL = "sampled"
     kl_in: Literal["loss", "reward"] = "loss"
     length_penalty: LengthPenalty | None = None
     importance: Importance | None = None
@@ -57,6 +65,10 @@ class Objective:
         needs: set[Need] = set(self.loss.needs)
         if self.kl_coef > 0:
             needs.add("reference_logprobs")
+        if self.entropy_coef > 0:
+            needs.add("entropy_gradient")
+        if self.teacher_coef > 0:
+            needs.add("teacher_logprobs" if self.teacher_kl == "sampled" else "teacher_kl")
         if self.importance is not None:
             needs.add("trainer_logprobs")
             needs |= {"sequence_ratio"} if self.importance.level == "sequence" else set()
@@ -66,9 +78,7 @@ class Objective:
 
     def __call__(self, tokens: LossTokens) -> Terms:
         """Loss of every token; the gradient goes through `tokens.logprobs_T`."""
-        if self.loss.credit is not None:
-            with torch.no_grad():
-                tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
+        tokens = self.credited(tokens)
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
         measured: dict[str, Tensor] = {}
@@ -83,7 +93,26 @@ class Objective:
             loss_T = loss_T + self.kl_coef * penalty_T
         if tokens.reference_logprobs_T is not None:
             measured["kl"] = kl_T(tokens.logprobs_T.detach(), tokens.reference_logprobs_T)
+        if self.entropy_coef > 0:
+            assert tokens.entropy_T is not None, "the entropy has no gradient"
+            loss_T = loss_T - self.entropy_coef * tokens.entropy_T
+        if self.teacher_coef > 0 and self.teacher_kl == "full":
+            assert tokens.teacher_kl_T is not None, "the teacher was not scored"
+            loss_T = loss_T + self.teacher_coef * tokens.teacher_kl_T
+        if tokens.teacher_kl_T is not None:
+            measured["teacher_kl"] = tokens.teacher_kl_T.detach()
+        elif tokens.teacher_logprobs_T is not None:
+            measured["teacher_kl"] = log_ratio_T(tokens)
         return Terms(loss_T, clipped_T, measured)
+
+    @torch.no_grad()
+    def credited(self, tokens: LossTokens) -> LossTokens:
+        """The tokens with their own advantages, of the loss's `credit` and of the teacher."""
+        if self.loss.credit is not None:
+            tokens = replace(tokens, advantages_T=self.loss.credit(tokens))
+        if self.teacher_coef > 0 and self.teacher_kl == "sampled":
+            tokens = replace(tokens, advantages_T=taught_advantages(tokens, self.teacher_coef))
+        return tokens
 
     def advantages(self, rewards_PG: Tensor, lengths_PG: Tensor | None = None) -> Tensor:
         """float64 rewards_PG -> float32 advantages_PG on the CPU. A user's function gets the

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,8 @@ class StepSettings:
     is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
     their group's statistics; truncated_reward: theirs, in place of their score. log_tokens: samples
     have token ids and logprobs. updates: of a step, each on a minibatch of groups, cut by `seed`;
-    kl_stop: bound of the KL from which on the step makes no more of them.
+    kl_stop: bound of the KL from which on the step makes no more of them. refill_rounds: most
+    rounds in which groups that are equal in `refill_on` are replaced.
     """
 
     num_prompts: int
@@ -50,6 +52,8 @@ class StepSettings:
     updates: int = 1
     kl_stop: float = inf
     seed: int = 0
+    refill_rounds: int = 0
+    refill_on: str = "reward"
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ class Share:
 class ScoredWave:
     """A wave before the step's first update, as its inspector sees it.
 
-    prompts: all of the wave; generated: rollouts that this rank's replica made; logprobs_A: the
-    trainer's, of the loss tokens of `share.rollouts`, in order.
+    prompts: all that were answered for it, also those whose groups were replaced; generated:
+    rollouts that this rank's replica made of them; logprobs_A: the trainer's, of the loss tokens of
+    `share.rollouts`, in order.
     """
 
     step: int
@@ -219,16 +224,26 @@ def waves_of(prompts: Sequence[NumberedPrompt], num_waves: int) -> list[Sequence
     return [prompts[i * size : (i + 1) * size] for i in range(num_waves)]
 
 
+def batch_of(
+    prompts: Sequence[NumberedPrompt], prompt_id: int, num_prompts: int
+) -> list[NumberedPrompt]:
+    """The prompts of a wave that were answered together with `prompt_id`: those of its round."""
+    round = prompt_id // num_prompts
+    return [p for p in prompts if p.prompt_id // num_prompts == round]
+
+
 def samples_of(
     prompts: Sequence[NumberedPrompt],
     waves: Sequence[Wave],
     advantages: Advantages,
     shown: Callable[[Rollout], Mapping[str, Any]],
     with_tokens: bool = False,
+    left_out: Mapping[int, str] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
 
-    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too.
+    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too;
+    left_out: why a group was not trained on, by prompt_id: it has no advantages.
     `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
     """
     by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
@@ -241,11 +256,12 @@ def samples_of(
             **shown(r),
             "answer": by_id[r.prompt_id].answer,
             "reward": r.reward,
-            "advantage": advantages[r.prompt_id][r.sample_id],
+            "advantage": 0.0 if r.prompt_id in left_out else advantages[r.prompt_id][r.sample_id],
             "finish_reason": r.finish_reason,
         }
         | ({"parts": dict(r.parts)} if r.parts else {})
         | ({} if r.correct is None else {"correct": r.correct})
+        | ({"left_out": left_out[r.prompt_id]} if r.prompt_id in left_out else {})
         | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
         | (tokens_of(r) if with_tokens else {})
         for wave in waves

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mesh.config.user_code import call_user_code
-from mesh.rl.losses import LossTokens
+from mesh.rl.losses import LossTokens, Need
 from mesh.rl.objective import Objective
 
 LENGTHS = (1, 3, 5, 90)
@@ -40,7 +40,7 @@ def try_surrogate(objective: Objective) -> None:
     together_XT = results(objective, everything)
     apart_XT = torch.cat([results(objective, [s]) for s in everything], dim=1)
     results(objective, [])
-    if not together_XT[2].any():
+    if not together_XT[2:].any():
         raise ValueError(
             "its surrogate has no gradient: the losses of made-up tokens do not depend on "
             "logprobs_T; compute them from it, without detach(), item() or torch.no_grad()"
@@ -69,17 +69,22 @@ def close(one: Tensor, other: Tensor) -> Tensor:
 
 
 def results(objective: Objective, sequences: range | list[int]) -> Tensor:
-    """Loss, clipped (0 or 1) and gradient of every token of these sequences: three rows."""
+    """Of every token of these sequences the loss, clipped (0 or 1), and the gradients through
+    logprob, entropy and KL to the teacher: five rows."""
     tokens = made_up(objective, sequences)
     loss_T, clipped_T, _ = call_user_code(
         f"its surrogate, for {len(tokens.logprobs_T)} tokens", lambda: objective(tokens)
     )
-    gradient_T = None
+    through = (tokens.logprobs_T, tokens.entropy_T, tokens.teacher_kl_T)
+    gradients = [torch.zeros_like(loss_T) for _ in through]
     if loss_T.requires_grad:
-        (gradient_T,) = torch.autograd.grad(loss_T.sum(), tokens.logprobs_T, allow_unused=True)
-    if gradient_T is None:
-        gradient_T = torch.zeros_like(loss_T)
-    return torch.stack([loss_T.detach(), clipped_T.to(loss_T.dtype), gradient_T])
+        given = [x_T for x_T in through if x_T is not None]
+        found = iter(torch.autograd.grad(loss_T.sum(), given, allow_unused=True))
+        there = [None if x_T is None else next(found) for x_T in through]
+        gradients = [
+            zeros_T if x_T is None else x_T for x_T, zeros_T in zip(there, gradients, strict=True)
+        ]
+    return torch.stack([loss_T.detach(), clipped_T.to(loss_T.dtype), *gradients])
 
 
 def made_up(objective: Objective, sequences: range | list[int]) -> LossTokens:
@@ -92,14 +97,25 @@ def made_up(objective: Objective, sequences: range | list[int]) -> LossTokens:
     logprobs_T = -1 - torch.sin(numbers_T)  # from -2 to 0
     old_T = logprobs_T + 0.6 * torch.cos(2 * numbers_T)  # ratios within the bounds and beyond them
     reference_T = logprobs_T - 0.3 * torch.cos(3 * numbers_T)
-    scored = "reference_logprobs" in objective.needs
+    teacher_T, kl_T = logprobs_T - 0.4 * torch.cos(5 * numbers_T), 1 + torch.sin(7 * numbers_T)
+    entropy_T = 2 + torch.cos(11 * numbers_T)
+
+    def needed(need: Need, x_T: Tensor) -> Tensor | None:
+        return x_T[index_A] if need in objective.needs else None
+
+    def followed(need: Need, x_T: Tensor) -> Tensor | None:
+        return x_T[index_A].requires_grad_() if need in objective.needs else None
+
     lengths = torch.tensor([LENGTHS[s] for s in sequences], dtype=torch.int64)
     return LossTokens(
         logprobs_T[index_A].requires_grad_(), old_T[index_A],
         torch.tensor(ADVANTAGES)[sequence_T[index_A]],
         torch.arange(len(lengths)).repeat_interleave(lengths),
         generator_logprobs_T=old_T[index_A],
-        reference_logprobs_T=reference_T[index_A] if scored else None,
+        entropy_T=followed("entropy_gradient", entropy_T),
+        reference_logprobs_T=needed("reference_logprobs", reference_T),
+        teacher_logprobs_T=needed("teacher_logprobs", teacher_T),
+        teacher_kl_T=followed("teacher_kl", kl_T),
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class GeneratorSettings:
     temperature: float
     top_k: int
     top_p: float
+    truncated_logprobs: bool
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
     stops: StopStrings | None
@@ -132,6 +133,7 @@ class Generator:
             top_p=1.0 if greedy else settings.top_p,
             stop_tokens=settings.stop_tokens,
             stops=settings.stops,
+            truncated_logprobs=settings.truncated_logprobs and not greedy,
         )
 
     def requests(self, prompts: Sequence[NumberedPrompt], num_samples: int) -> list[Request]:

@@ -1,17 +1,20 @@
-"""The optimizer: AdamW over the trainer's shards, its schedule, and the state that resumes it."""
+"""The optimizer over the trainer's shards: AdamW or the user's own, its schedule, and its state."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mesh.layout.reshard import ParamLayout
 from mesh.roles.averaging import AveragedWeights
+from mesh.roles.own_optimizer import build_optimizer
+from mesh.roles.own_state import OWN, fill_numbers, prepare, state_layouts, state_of
 
 Decay = Literal["none", "linear", "cosine"]
 DecayedWeights = Literal["all", "matrices"]
@@ -22,7 +25,7 @@ class OptimizerSettings:
     """AdamW (arXiv:1711.05101). lr: the peak; clip_norm: bound of the gradient's norm, 0: none;
     decay: from the peak to lr_floor, a share of it, at the end of `steps`; weight_decay_on: the
     weights that decay; fused: AdamW's one kernel an update; ema: decay of the averaged weights, 0:
-    there are none.
+    there are none; name and args: an optimizer of the user's in AdamW's place.
     """
 
     lr: float
@@ -37,6 +40,8 @@ class OptimizerSettings:
     weight_decay_on: DecayedWeights = "all"
     fused: bool = False
     ema: float = 0.0
+    name: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,22 +77,39 @@ def decays(name: str, weight: Tensor, on: DecayedWeights) -> bool:
 
 def state_kinds(settings: OptimizerSettings) -> tuple[str, ...]:
     """Kinds of state that `Optimizer.state` has, in order."""
-    return (*MOMENTS, *([EMA] if settings.ema else []))
+    return (*(MOMENTS if settings.name is None else [OWN]), *([EMA] if settings.ema else []))
 
 
 def groups_of(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """The weights as groups of torch's optimizers, each with its weight decay; none is empty."""
+    """The weights, with their names, as groups of torch's optimizers, each with its weight decay;
+    none is empty."""
     groups = []
     for decayed in (True, False):
-        mine = [w for n, w in weights.items() if decays(n, w, settings.weight_decay_on) == decayed]
+        mine = {
+            n: w for n, w in weights.items() if decays(n, w, settings.weight_decay_on) == decayed
+        }
         decay = settings.weight_decay if decayed else 0.0
-        groups += [{"params": mine, "weight_decay": decay}] if mine else []
+        groups += [{"params": list(mine.items()), "weight_decay": decay}] if mine else []
     return groups
 
 
+def made(weights: Mapping[str, Tensor], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """torch's optimizer over these weights, without state."""
+    groups = groups_of(weights, settings)
+    if settings.name is not None:
+        return build_optimizer(settings.name, settings.args, groups, settings.lr)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=settings.fused or None,
+    )
+
+
 class Optimizer:
-    """Owns the moments of these weights, by torchtitan's names, and their average. Counts the
-    updates that were made.
+    """Owns the optimizer's state for these weights, by torchtitan's names, and their average.
+    Counts the updates that were made.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], settings: OptimizerSettings) -> None:
@@ -96,13 +118,7 @@ class Optimizer:
         self.updates = 0
         self._moving = threading.Lock()
         self._whole = True
-        self.adamw = torch.optim.AdamW(
-            groups_of(weights, settings),
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=settings.fused or None,
-        )
+        self.inner = made(weights, settings)
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that follows `step` steps."""
@@ -119,11 +135,11 @@ class Optimizer:
             return
         if 0 < self.settings.clip_norm < norm:
             torch._foreach_mul_(list(gradients.values()), self.settings.clip_norm / norm)
-        for group in self.adamw.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = lr
         with self._moving:
             self._whole = False
-            self.adamw.step()
+            self.inner.step()
             if self.averaged is not None:
                 self.averaged.move()
             self.updates += 1
@@ -138,11 +154,11 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Free the gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=True)
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state, `MOMENTS` and `step`: zeros before its first update."""
-        state = self.adamw.state[parameter]
+        """A parameter's state under AdamW, `MOMENTS` and `step`: zeros before its first update."""
+        state = self.inner.state[parameter]
         if not state:  # as AdamW makes it in its first step
             device = parameter.device if self.settings.fused else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -150,20 +166,59 @@ class Optimizer:
         return state
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors beside the weights that the next update depends on, by kind and name."""
-        moments = {name: self.moments(weight) for name, weight in self.weights.items()}
-        found = {kind: {name: m[kind] for name, m in moments.items()} for kind in MOMENTS}
+        """The tensors beside the weights that the next update depends on, by kind and name: those
+        of a user's optimizer, which has none before its first update, by `KEY/WEIGHT`."""
+        if self.settings.name is not None:
+            found = {OWN: state_of(self.inner, self.weights).tensors if self.updates else {}}
+        else:
+            moments = {name: self.moments(weight) for name, weight in self.weights.items()}
+            found = {kind: {name: m[kind] for name, m in moments.items()} for kind in MOMENTS}
         return found | ({EMA: self.averaged.tensors} if self.averaged is not None else {})
+
+    def numbers(self) -> dict[str, Any]:
+        """The plain values that a user's next update depends on."""
+        own = self.settings.name is not None and self.updates > 0
+        return state_of(self.inner, self.weights).numbers if own else {}
+
+    def own_layouts(
+        self, layouts: Mapping[str, ParamLayout], ranks: Sequence[int]
+    ) -> list[ParamLayout]:
+        """The layouts of a user's state on the trainer's ranks, from those of the weights."""
+        found, problems = state_layouts(self.state().get(OWN, {}), self.weights, layouts, ranks)
+        assert not problems, "; ".join(problems)
+        return found
+
+    def own_problems(self, layouts: Mapping[str, ParamLayout], ranks: Sequence[int]) -> list[str]:
+        """What keeps a user's optimizer from running on this mesh, and its state from being saved:
+        tried on one that is thrown away. Collective, as its step is; weights keep their bits."""
+        if self.settings.name is None:
+            return []
+        try:
+            probe = made(self.weights, self.settings)
+            prepare(probe, self.weights)
+        except ValueError as error:
+            return [str(error)]
+        state = state_of(probe, self.weights)
+        return state.problems + state_layouts(state.tensors, self.weights, layouts, ranks)[1]
+
+    def make_state(self, updates: int, numbers: Mapping[str, Any]) -> None:
+        """Have the state of so many updates, with these plain values, into whose tensors theirs are
+        to be loaded."""
+        if self.settings.name is not None and updates:
+            prepare(self.inner, self.weights)
+            fill_numbers(self.inner, self.weights, numbers)
+            self.updates = updates
 
     def continue_after(self, updates: int) -> None:
         """Resume after so many updates, whose state is already loaded."""
         self.updates = updates
-        for weight in self.weights.values():
-            self.moments(weight)["step"].fill_(updates)
+        if self.settings.name is None:
+            for weight in self.weights.values():
+                self.moments(weight)["step"].fill_(updates)
 
     def restart(self) -> None:
         """Forget all updates; the average begins again at the weights."""
-        self.adamw.state.clear()
+        self.inner = made(self.weights, self.settings)
         if self.averaged is not None:
             self.averaged.restart()
         self.updates = 0

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
-from mesh.layout.reshard import Block
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy, named_weights, parameter_names
@@ -24,17 +22,22 @@ from mesh.rl.losses import Need
 from mesh.rl.objective import Objective
 from mesh.rl.packing import PackedBatch, pack
 from mesh.rl.step import Pass
+from mesh.roles.frozen import FrozenModel
 from mesh.roles.gradients import gradient_norm, summed_gradients
-from mesh.roles.models import build_model
+from mesh.roles.models import build_model, own_blocks
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
 from mesh.roles.sums import StepSums
-from mesh.roles.trainer_settings import TrainerSettings
+from mesh.roles.trainer_settings import REFERENCE, TEACHER, TrainerSettings
+from mesh.types import Distribution
+
+MEASURED = {REFERENCE: "kl", TEACHER: "teacher_kl"}
+"""By the name of a frozen model, the metric that compares the policy with it."""
 
 
 class Trainer:
-    """Owns the policy's master weights, its gradients, the optimizer and the frozen reference."""
+    """Owns the policy's master weights, its gradients, the optimizer and the frozen models."""
 
     def __init__(
         self,
@@ -57,23 +60,27 @@ class Trainer:
         self.steps = 0
         self.without_signal = 0  # of them those whose gradients were all exactly 0
         self.silent = False  # the last one is such a step, so far
-        self.measured = ("entropy", "kl") if settings.reference else ("entropy",)
+        self.measured = ["entropy", *(MEASURED[name] for name in settings.frozen)]
         self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
-        self.reference: Policy | None = None
         if meshes.on_trainer:
-            self.model = self._build()
-            if settings.reference:
-                self.reference = self._build().requires_grad_(False)
+            self.model = build_model(settings.source, settings, self.mesh, device, self.layouts)
             if settings.optimizer is not None:
                 self.optimizer = Optimizer(self.masters(), settings.optimizer)
+        self.frozen = {
+            name: FrozenModel(source, settings, self.mesh, device, meshes.on_trainer)
+            for name, source in settings.frozen.items()
+        }
 
-    def _build(self) -> Policy:
-        return build_model(self.settings, self.mesh, self.device, self.layouts, self._blocks())
+    @property
+    def reference(self) -> Policy | None:
+        """The frozen copy of the start; None without one, and off the trainer."""
+        return self.frozen[REFERENCE].model if REFERENCE in self.frozen else None
 
-    def _blocks(self) -> dict[str, Block | None]:
-        rank = dist.get_rank()
-        return {layout.name: layout.blocks.get(rank) for layout in self.layouts}
+    @property
+    def teacher(self) -> Policy | None:
+        """The frozen model to distil from; None without one, and off the trainer."""
+        return self.frozen[TEACHER].model if TEACHER in self.frozen else None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Master weights and buffers by torchtitan's names; DTensors. Empty off the trainer."""
@@ -88,10 +95,6 @@ class Trainer:
     def masters(self) -> dict[str, torch.Tensor]:
         """Master weights, a tied one under its first name."""
         return {k: w for k, w in self.parameters().items() if k in self.master_names}
-
-    def reference_weights(self) -> dict[str, torch.Tensor]:
-        """Weights of the frozen reference; none without one."""
-        return named_weights(self.reference) if self.reference is not None else {}
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors that the next step depends on, by kind and name: `weights` and the optimizer's,
@@ -140,15 +143,13 @@ class Trainer:
             self.optimizer.restart()
 
     def forward(
-        self, model: Policy, batch: PackedBatch, temperature: float | None = None
+        self, model: Policy, batch: PackedBatch, at: Distribution | None = None
     ) -> TokenScores:
-        """(logprobs_A, entropy_A) of a batch's loss tokens, by the policy or the reference.
+        """(logprobs_A, entropy_A) of a batch's loss tokens, by the policy or a frozen model.
 
-        temperature: unset, that of training.
+        at: the distribution; unset, that of training.
         """
-        return forward(
-            model, batch, self.settings.temperature if temperature is None else temperature
-        )
+        return forward(model, batch, at or self.settings.distribution)
 
     def score(
         self, passes: Sequence[Pass], needs: frozenset[Need], policy: bool = False
@@ -160,11 +161,18 @@ class Trainer:
         """
         if self.model is None or not (policy or needs & SCORED):
             return [PassScores() for _ in passes]
-        models, rest = (self.model, self.reference), (self.settings.temperature, self.sums)
-        return [
-            score_pass(pack(leaves).to(self.device), *models, needs, policy, *rest)
-            for leaves in passes
-        ]
+        others: dict[Need, Policy | None] = {
+            "reference_logprobs": self.reference,
+            "teacher_logprobs": self.teacher,
+        }
+        rest = (others, needs, policy, self.settings.distribution, self.sums)
+        found = [score_pass(pack(leaves).to(self.device), self.model, *rest) for leaves in passes]
+        self._reshard()
+        return found
+
+    def _reshard(self) -> None:
+        for frozen in self.frozen.values():
+            frozen.reshard()
 
     def accumulate(
         self, passes: Sequence[Pass], objective: Objective, scores: Sequence[PassScores]
@@ -177,13 +185,15 @@ class Trainer:
         nothing = torch.zeros(0, device=self.device)
         if self.model is None:
             return TokenScores(nothing, nothing)
+        teacher = self.teacher if "teacher_kl" in objective.needs else None
         found = [
             backward(
                 self.model, pack(leaves).to(self.device), leaves, objective, known,
-                self.settings.temperature, self.sums,
+                self.settings.distribution, self.sums, teacher,
             )
             for leaves, known in zip(passes, scores, strict=True)
         ]  # fmt: skip
+        self._reshard()
         self.sums.expect(sum(r.length for one in passes for leaf in one for r in leaf.rollouts))
         logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
         return TokenScores(torch.cat(logprobs), torch.cat(entropies))
@@ -262,7 +272,7 @@ class Trainer:
             self.sums.trained,
             {parameter_names(name): gradient for name, gradient in gradients.items()},
             {layout.name: weights[layout.name] for layout in layouts},
-            self._blocks(),
+            own_blocks(self.layouts),
         )
         parts = gathered(mine, self.cpu_group)
         action = self.settings.on_nonfinite

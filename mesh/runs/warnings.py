@@ -73,11 +73,41 @@ def skipped_text(step: int, metrics: Metrics) -> str:
     )
 
 
+def lacks_groups(metrics: Metrics) -> bool:
+    """True if the rounds of dynamic sampling did not fill the step."""
+    return metrics.get("groups/missing", 0) > 0
+
+
+def missing_text(step: int, metrics: Metrics) -> str:
+    kept, missing = metrics["groups/kept"], metrics["groups/missing"]
+    return (
+        f"warning: step {step} trains on {kept:.0f} of {kept + missing:.0f} groups: those of its "
+        f"other prompts, {metrics['prompts/drawn']:.0f} in all, are equal in refill_on, and "
+        "refill_rounds is used up; use a larger refill_rounds or group_size, or prompts that are "
+        "answered right sometimes and not always; the metric groups/missing counts on"
+    )
+
+
+def waives_bounds(metrics: Metrics) -> bool:
+    """True if too few questions have a pass rate within the bounds."""
+    return metrics.get("difficulty/waived", 0) > 0
+
+
+def waived_text(step: int, metrics: Metrics) -> str:
+    return (
+        f"warning: step {step} has {metrics['difficulty/waived']:.0f} prompts that difficulty.min "
+        "and difficulty.max would leave out: no others were found; the metric difficulty/waived "
+        "counts them from now on"
+    )
+
+
 NO_SIGNAL_STEPS = 3
 KINDS = (
     Kind(without_signal, no_signal_text, NO_SIGNAL_STEPS),
     Kind(mostly_truncated, truncated_text, 1),
     Kind(skips_prompts, skipped_text, 1, once=True),
+    Kind(lacks_groups, missing_text, 1, once=True),
+    Kind(waives_bounds, waived_text, 1, once=True),
 )
 
 

@@ -16,6 +16,7 @@ from mesh.config.spelling import meant
 from mesh.config.text import mismatch, value_as
 from mesh.config.user_code import call_user_code
 from mesh.tasks.classes import class_of
+from mesh.tasks.drawing import Draw
 from mesh.tasks.response import Response, Score
 from mesh.text.forms import form_problem
 from mesh.types import NumberedPrompt, Prompt
@@ -131,20 +132,6 @@ def all_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if field.init and field.name != "seed"
     }
     return {**defaults, **typed_args(name, args)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """A request for training prompts: `num` of a step, in a round of it.
-
-    A prompt is a pure function of (seed, step, round, index); rounds after the first draw more for
-    a step. first_id: the place in the step of index 0, after those of the rounds before.
-    """
-
-    step: int
-    num: int
-    round: int = 0
-    first_id: int = 0
 
 
 def draw_prompts(task: Task, draw: Draw) -> list[Prompt]:

@@ -18,6 +18,7 @@ from mesh.config.keys import problem
 from mesh.lifecycle.agreement import Part, difference, text_of
 from mesh.lifecycle.process import Process
 from mesh.tasks import Draw, Task, draw_prompts, numbered
+from mesh.tasks.difficulty import MAX_ROUNDS, Offers, PassRates
 from mesh.tasks.held_out import HeldOut
 from mesh.tasks.solution import Taught, solution_of, taught
 from mesh.text.encoding import PromptEncoder
@@ -25,9 +26,6 @@ from mesh.text.tokenizer import OTHER_TOKENIZER, Tokenizer, Unencodable, Unknown
 from mesh.types import NumberedPrompt, Prompt
 
 Overlong = Literal["stop", "skip"]
-
-MAX_ROUNDS = 100
-"""Rounds in which other prompts are drawn for those that are skipped."""
 
 CHANGE = "change the text"
 SHOWN = 200  # characters of a prompt in a message
@@ -106,29 +104,31 @@ Faults = Mapping[int, Fault]
 
 
 def step_prompts(
-    source: PromptSource, process: Process, draw: Draw
+    source: PromptSource, process: Process, draw: Draw, rates: PassRates | None = None
 ) -> tuple[list[NumberedPrompt], dict[str, Any]]:
     """The usable prompts of a draw, and the metrics of it, the same on every rank. `digest/prompts`
     is of what the task drew, before any is skipped.
 
-    With overlong=skip, prompts that cannot be used are replaced in their places by those of later
-    rounds, a function of (seed, step) as they are. Raises ValueError, on every rank alike, where
+    Prompts that are too easy or too hard by their pass rates, and with overlong=skip those that
+    cannot be used, are replaced in their places by those of later rounds, a function of (seed,
+    step, pass rates) as they are. Raises ValueError, on every rank alike, where
     ranks have different prompts, where one cannot be used and is not to be skipped, and where
     `MAX_ROUNDS` rounds did not give enough. Collective.
     """
-    step = f"step {draw.step + 1}"
-    prompts = draw_prompts(source.task, draw)
-    faults, digest = faults_of(source, process, prompts, f"prompts of {step}"), digest_of(prompts)
+    step = f"step {draw.step + 1}" + (f", refill {draw.refill}" if draw.refill else "")
+    offers = Offers(source.task, draw, rates or PassRates())
+    prompts = offers.take(draw.num)
+    faults = faults_of(source, process, prompts, f"prompts of {step}")
     if faults and source.overlong == "stop":
         lines = fault_lines(source, faults, f"{draw.num} prompts of {step}", running=True)
         raise ValueError(f"{step}: {'; '.join(lines)}")
     skipped = 0
-    for round in range(draw.round + 1, draw.round + MAX_ROUNDS):
+    for round in range(1, MAX_ROUNDS):
         if not faults:
             break
         places = sorted(faults)
         skipped += len(places)
-        others = draw_prompts(source.task, Draw(draw.step, len(places), round))
+        others = offers.take(len(places))
         found = faults_of(source, process, others, f"prompts of {step}, round {round}")
         for place, other in zip(places, others, strict=True):
             prompts[place] = other
@@ -140,7 +140,7 @@ def step_prompts(
             f"{step}: overlong=skip: {len(faults)} of {draw.num} prompts are still missing after "
             f"{MAX_ROUNDS} rounds; {'; '.join(lines)}"
         )
-    metrics: dict[str, Any] = {"digest/prompts": digest}
+    metrics: dict[str, Any] = {"digest/prompts": digest_of(offers.first)} | offers.metrics
     metrics |= {"prompts/skipped": float(skipped)} if source.overlong == "skip" else {}
     metrics |= source.held_out.metrics(prompts)
     for warning in source.held_out.warning(prompts, f"prompts of {step}"):

@@ -17,6 +17,7 @@ from mesh.types.rollouts import (
     LARGEST_REWARD,
     TRUNCATED,
     Completion,
+    Distribution,
     FinishReason,
     Outline,
     Parts,
@@ -37,6 +38,7 @@ from mesh.types.shapes import (
 
 __all__ = [
     "Completion",
+    "Distribution",
     "FINISH_REASONS",
     "FinishReason",
     "IdSpans",

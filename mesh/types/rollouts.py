@@ -37,12 +37,31 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """The distribution of a token: softmax(logits / temperature) over a set of ids.
+
+    The set has the `top_k` likeliest ids (0: all), and of those the nucleus of mass `top_p` (1:
+    all): the fewest of the likeliest whose probability reaches it (arXiv:1904.09751). Of ids with
+    equal logits the lower one is the likelier.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncated(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+
+@dataclass(frozen=True)
 class Sampling:
     """The sampling of an engine.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. The random number of a
     token is a hash of (seed, step, prompt_id, sample_id, position) and of nothing else; positions
-    count from the end of the prompt, replies included.
+    count from the end of the prompt, replies included. `truncated_logprobs`: logprobs are those of
+    the truncated distribution.
 
     A turn ends with one of `stop_tokens`, or where `stops(tokens, start)` says so: the last of the
     tokens completes a stop string in the text from index `start` on, where the turn began.
@@ -56,6 +75,17 @@ class Sampling:
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     stops: Callable[[Sequence[int], int], bool] | None = None
+    truncated_logprobs: bool = False
+
+    @property
+    def drawn(self) -> Distribution:
+        """The distribution that tokens are drawn from, unless they are greedy."""
+        return Distribution(self.temperature or 1.0, self.top_k, self.top_p)
+
+    @property
+    def scored(self) -> Distribution:
+        """The distribution that logprobs belong to; of greedy tokens, at temperature 1."""
+        return self.drawn if self.truncated_logprobs else Distribution(self.drawn.temperature)
 
 
 @dataclass(frozen=True)
@@ -72,9 +102,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion(Sample):
-    """One sampled answer, of a conversation one turn. `logprobs[i]` belongs to `tokens[i]`:
-    log_softmax(logits / temperature) before any truncation (temperature 1 where sampling is
-    greedy). A stop token is in `tokens`.
+    """One sampled answer, of a conversation one turn. `logprobs[i]` belongs to `tokens[i]`, and is
+    of the distribution `Sampling.scored`. A stop token is in `tokens`.
     """
 
     tokens: tuple[int, ...]

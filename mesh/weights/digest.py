@@ -145,7 +145,7 @@ def compare_digests(
     for source in sources:
         name = source.name
         expected = {rank: digests[rank][first][name] for rank in source.blocks}
-        mismatches = _replica_mismatches(first, name, source.holders(), expected)
+        mismatches = replica_mismatches(first, name, source.holders(), expected)
         messages += mismatches
         if not mismatches:  # else there is no reference for the second side
             destination = by_name[name]
@@ -154,9 +154,10 @@ def compare_digests(
     return messages
 
 
-def _replica_mismatches(
+def replica_mismatches(
     side: str, name: str, holders: Mapping[Block, Sequence[int]], values: Mapping[int, int]
 ) -> list[str]:
+    """One message for each block whose replicas do not have one digest; `values`: by rank."""
     messages = []
     for block, ranks in holders.items():
         counts = Counter(values[rank] for rank in ranks).most_common()
@@ -189,7 +190,7 @@ def _differences(
         elif wrong:
             where = f"{second} ranks {wrong} differ from the {first} in {_format(block)}"
             messages.append(f"{source.name}: {where}")
-    messages += _replica_mismatches(second, source.name, unknown, values)
+    messages += replica_mismatches(second, source.name, unknown, values)
     if not messages and _sum(source, reference) != _sum(destination, values):
         ranks = sorted(destination.blocks)
         messages.append(f"{source.name}: {second} ranks {ranks} together differ from the {first}")

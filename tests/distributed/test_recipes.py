@@ -271,7 +271,7 @@ def test_evaluate_alone_gives_the_numbers_of_the_run(launched):
     assert metrics == {key: made.metrics[-1][key] for key in EVAL}
     low, high = intervals["eval/accuracy"]
     shown = f"{metrics['eval/accuracy']:.4f}  [{low:.4f}, {high:.4f}]"
-    assert f"eval/accuracy         {shown}" in evaluated.output
+    assert f"  eval/accuracy              {shown}" in evaluated.output
     written = {item.name for item in evaluated.path.parent.iterdir()}
     assert written - OF_A_LAUNCH == {"eval.json"}
 

@@ -43,10 +43,11 @@ def newest(checkpoints: Path) -> int:
     return max(int(name) for name in names if name.isdigit())
 
 
-def killed(path: Path) -> int:
-    """Start a run, kill -9 a rank of it at a random moment after the first checkpoint; the number
-    of steps that it had taken."""
-    job = Foreground("grpo.py", 2, *WORDS, "steps=1000", "checkpoint.every=2", f"run_dir={path}")
+def killed(path: Path, *words: str) -> int:
+    """Start a run with further words, kill -9 a rank of it at a random moment after the first
+    checkpoint; the number of steps that it had taken."""
+    words = (*WORDS, *words, "steps=1000", "checkpoint.every=2", f"run_dir={path}")
+    job = Foreground("grpo.py", 2, *words)
     job.wait_for(lambda: (path / "checkpoints" / "step-2").exists())
     delay, victim = random.uniform(0, 1.5), random.randrange(2)
     print(f"rank {victim} is killed {delay:.3f} s after the first checkpoint")

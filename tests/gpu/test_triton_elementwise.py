@@ -21,13 +21,10 @@ import torch.nn.functional as F
 from mesh.engine.sampler import draw
 from mesh.invariant.switch import batch_invariant
 from mesh.model import logprobs
-from mesh.model.logprobs import (
-    plain_combine_scores,
-    plain_tile_gradient,
-    plain_tile_scores,
-    score_tiles,
-    token_logprobs,
-)
+from mesh.model.divergence import HeadInputs, combine_divergence, plain_tile_divergence
+from mesh.model.logprobs import score_tiles, taught_logprobs, token_logprobs
+from mesh.model.tile_gradient import DivergenceTerm, EntropyTerm, plain_tile_gradient
+from mesh.model.tiles import plain_combine_scores, plain_tile_scores
 from mesh.model.vocabulary import mask_ids, vocab_tiles
 from mesh.types import Sampling
 
@@ -175,6 +172,76 @@ def tile_gradients(device: str, dtype: torch.dtype) -> list[float]:
     return found
 
 
+def taught_inputs(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Logits of a policy and of a teacher, whose rows are further apart, with masked ids; targets;
+    factors of the three gradients."""
+    ours = 3 * normal(4, EDGES[-1] + 7, device=device)[:, : EDGES[-1]]
+    theirs = 3 * normal(4, EDGES[-1] + 70, seed=1, device=device)[:, : EDGES[-1]]
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    for logits in (ours, theirs):
+        mask_ids(logits, TEXTLESS, 0)
+    targets = torch.tensor([2500, 2599, 9000, EDGES[-1] - 1], device=device)
+    return ours, theirs, targets, *(normal(4, seed=s, device=device) for s in (3, 4, 5))
+
+
+def teachings(device: str, dtype: torch.dtype) -> dict:
+    """Errors of divergences, teachers' log-sum-exps and gradients against float64; the largest
+    gradient of a masked id. Then whether bits are those of each tile as a tensor of its own, of
+    each row alone, and those of the gradient without the terms, where their factors are 0.
+    """
+    from mesh.model.triton_scores import combine_scores, tile_divergence, tile_gradient, tile_scores
+
+    ours, theirs, targets, *scales = taught_inputs(device, dtype)
+    taught = tile_divergence(ours, theirs, EDGES, TEMPERATURE)
+    equal = []
+    for tile, edges in enumerate(pairwise(EDGES)):
+        parts = [x[:, slice(*edges)].contiguous() for x in (ours, theirs)]
+        equal.append(torch.equal(tile_divergence(*parts, edges, TEMPERATURE)[0], taught[tile]))
+    for row in (slice(1, 2), slice(3, 4)):
+        alone = tile_divergence(ours[row].clone(), theirs[row].clone(), EDGES, TEMPERATURE)
+        equal.append(torch.equal(alone, taught[..., row]))
+    scores = tile_scores(ours, EDGES, targets, TEMPERATURE, True)
+    _, entropy, lse = combine_scores(scores, True)
+    divergence, teacher_lse = combine_divergence(scores[:, 0], taught, lse)
+    z = (ours.double() / TEMPERATURE).requires_grad_()
+    p, q = z.log_softmax(-1), (theirs.double() / TEMPERATURE).log_softmax(-1)
+    exact = [
+        p.gather(1, targets[:, None])[:, 0],
+        -(p.exp() * p).sum(-1),
+        (p.exp() * (p - q)).sum(-1),
+    ]
+    (right,) = torch.autograd.grad(exact, z, [x.double() for x in scales])
+    nothing = torch.zeros_like(lse)
+
+    def gradient(rows: slice, by: tuple, with_terms: bool = True) -> torch.Tensor:
+        """Over all tiles, each a tensor of its own."""
+        found = []
+        for first, last in pairwise(EDGES):
+            part, other = (x[rows, first:last].clone() for x in (ours, theirs))
+            terms = (
+                EntropyTerm(entropy[rows], by[1][rows]),
+                DivergenceTerm(other, teacher_lse[rows], divergence[rows], by[2][rows]),
+            )
+            given = (part, first, targets[rows], lse[rows], by[0][rows], TEMPERATURE)
+            found.append(tile_gradient(*given, *(terms if with_terms else ())))
+        return torch.cat(found, -1)
+
+    rows = slice(0, 4)
+    whole, bare = gradient(rows, scales), gradient(rows, scales, False)
+    unused = gradient(rows, (scales[0], nothing, nothing))
+    equal += [torch.equal(gradient(row, scales), whole[row]) for row in (slice(1, 2), slice(2, 4))]
+    known = torch.ones(EDGES[-1], dtype=torch.bool, device=device)
+    for first, last in TEXTLESS:
+        known[first:last] = False
+    pairs = [(divergence, exact[2]), (teacher_lse, (theirs.double() / TEMPERATURE).logsumexp(-1))]
+    return {
+        "errors": [error(a.detach(), b.detach()) for a, b in pairs],
+        "gradient": error(whole, right),
+        "masked gradient": whole[:, ~known].abs().max().item(),
+        "equal": [*equal, torch.equal(unused, bare)],
+    }
+
+
 def draws(device: str, dtype: torch.dtype) -> list[list[int]]:
     """Tokens by the kernel of undivided logits and of divided ones, then by the plain function."""
     from mesh.engine.kernels import draw_shard
@@ -237,6 +304,7 @@ def results(device: str, dtype: torch.dtype) -> dict:
         "swiglu": gatings(device, dtype),
         "scores": tilings(device, dtype),
         "gradients": tile_gradients(device, dtype),
+        "taught": teachings(device, dtype),
         "draws": draws(device, dtype),
         "maskings": maskings(device, dtype),
     }
@@ -270,6 +338,10 @@ def check_scores(found: dict, tolerance: float) -> None:
     assert entropy < 1e-4, "the difference of two numbers some hundred times as large"
     assert scores["equal"] == [True] * (1 + 5 + 2 + 2)
     assert len(found["gradients"]) == 5 and max(found["gradients"]) < 10 * tolerance
+    taught = found["taught"]
+    assert max(taught["errors"]) < 2e-6 and taught["masked gradient"] == 0.0
+    assert taught["gradient"] < 10 * tolerance
+    assert taught["equal"] == [True] * (5 + 2 + 2 + 1)
     undivided, divided, plain = found["draws"]
     assert undivided == divided == plain and len(set(plain)) > 5
     masked = found["maskings"]
@@ -370,6 +442,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "tile_scores", plain_tile_scores)
     monkeypatch.setattr(logprobs, "combine_scores", plain_combine_scores)
     monkeypatch.setattr(logprobs, "tile_gradient", plain_tile_gradient)
+    monkeypatch.setattr(logprobs, "tile_divergence", plain_tile_divergence)
     monkeypatch.setattr(layers, "swiglu", layers.plain_swiglu)
     monkeypatch.setattr(layers, "rotate_both", rotate_both)
 
@@ -392,6 +465,48 @@ def test_token_logprobs_and_their_gradients_are_the_plain_ones(monkeypatch):
     assert (ours[1] - plain[1]).abs().max() < 1e-4
     equal = [torch.equal(a, b) for a, b in zip(ours, plain, strict=True)]
     assert not all(equal), "control: other kernels, other roundings"
+
+
+@needs_cuda
+def test_entropies_and_divergences_have_the_plain_functions_gradients(monkeypatch):
+    hidden, weight, targets = scored_inputs(9000, 64)
+    teacher = HeadInputs(*(x.roll(1, 0) for x in (hidden, weight)))
+
+    def scored() -> tuple:
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        scores = taught_logprobs(*leaves, targets, 0.9, None, ((8000, 9000),), teacher)
+        total = (scores.entropy_A + scores.divergence_A).sum()
+        return *scores, *torch.autograd.grad(total, leaves)
+
+    ours = scored()
+    plainly(monkeypatch)
+    plain = scored()
+    errors = [error(a, b) for a, b in zip(ours, plain, strict=True)]
+    assert errors[2] < 1e-4 and all(e < 2e-3 for e in errors[3:]), errors
+    equal = [torch.equal(a, b) for a, b in zip(ours, plain, strict=True)]
+    assert not all(equal), "control: other kernels, other roundings"
+
+
+@needs_cuda
+def test_taught_logprobs_have_their_bits_in_every_batch():
+    hidden, weight, targets = scored_inputs(151936, 600)
+    other, theirs, _ = scored_inputs(151936, 600)
+    other = other.flip(0)
+
+    def of(span: slice) -> tuple:
+        leaf = hidden[span].detach().requires_grad_()
+        teacher = HeadInputs(other[span], theirs)
+        spans = ((151_669, 151_936),)
+        scores = taught_logprobs(leaf, weight, targets[span], 0.9, None, spans, teacher)
+        (grad,) = torch.autograd.grad(sum(x.sum() for x in scores), leaf)
+        return *scores, grad
+
+    with batch_invariant(True, "cuda"):
+        whole = of(slice(0, 600))
+        spans = [slice(300, 300 + rows) for rows in ROWS]
+        equal = [torch.equal(a, b[span])
+                 for span in spans for a, b in zip(of(span), whole, strict=True)]  # fmt: skip
+    assert equal == [True] * (4 * len(ROWS))
 
 
 @needs_cuda

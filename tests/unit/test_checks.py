@@ -15,7 +15,7 @@ from mesh.config.changes import changed
 from mesh.config.loading import load_conf
 from mesh.config.schema import Conf, GeneratorConf, LogConf, MeshConf, ModelConf, TrainerConf
 from mesh.program import checks
-from mesh.program.checks import sequence_problems
+from mesh.program.checks import sequence_problems, truncation_problems
 from mesh.types import ModelShape
 
 TINY = ModelShape(128, 128, 2, 4, 4, 32, 384)
@@ -309,3 +309,20 @@ def test_sequence_parallelism_without_ranks_to_share_is_refused():
     assert "trainer.sequence_parallel=true: " in sequence_problems(conf)[0]
     assert "trainer.tp=2" in sequence_problems(conf)[0]
     assert sequence_problems(changed(conf, {"trainer.tp": 2})) == []
+
+
+TRUNCATED = ["conf=qwen3_tiny", "truncated_logprobs=true"]
+
+
+def test_truncated_logprobs_need_a_truncation_and_equal_bits():
+    found = truncation_problems(load_conf(TRUNCATED)[1])
+    assert [line.partition(": ")[0] for line in found] == ["truncated_logprobs=true"] * 2
+    assert "nothing is truncated" in found[0] and "batch_invariant=true" in found[1]
+    exact = [*TRUNCATED, "batch_invariant=true", "generator.top_p=0.9"]
+    for words in ([], ["engine=vllm"]):
+        assert truncation_problems(load_conf([*exact, *words])[1]) == []
+    own = [*TRUNCATED, "generator.top_k=5", "engine=vllm", "vllm.model=native"]
+    (line,) = truncation_problems(load_conf(own)[1])
+    assert "engine=vllm vllm.model=native cannot be exact" in line
+    both = checks.conf_problems(load_conf([*own, "batch_invariant=true"])[1], "cpu")
+    assert any(line.startswith("vllm.model=native: ") for line in both)

@@ -310,7 +310,7 @@ def test_help_lists_configs_and_keys(capsys, words: list[str]):
     assert (
         "qwen3_split qwen3 with trainer and generator on disjoint ranks (2 GPUs or more)" in lines
     )
-    assert "trainer.lr=1e-06 peak learning rate of AdamW (> 0 and finite)" in lines
+    assert "trainer.lr=1e-06 peak learning rate (> 0 and finite)" in lines
     listed = {line.partition("=")[0] for line in lines[5 + len(NAMES) :]}
     assert listed == {key.name for key in documented_keys()} > set(conf_keys())
 
@@ -337,9 +337,9 @@ def test_every_key_has_a_meaning_and_its_default():
         assert key.meaning and key.default == value_of(conf, key.name)
     sections = [part.name for part in dataclasses.fields(Conf) if part.name not in conf_keys()]
     assert sections == [
-        "invariant", "mesh", "model", "prompt", "trainer", "generator", "conversation", "reward",
-        "vllm", "sync", "eval", "stop", "generate", "sft", "validate", "checkpoint", "export",
-        "log",
+        "invariant", "mesh", "model", "teacher", "prompt", "difficulty", "trainer", "generator",
+        "conversation", "reward", "vllm", "sync", "eval", "stop", "generate", "sft", "validate",
+        "checkpoint", "export", "log",
     ]  # fmt: skip
 
 

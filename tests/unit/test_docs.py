@@ -31,7 +31,8 @@ from tools.config_reference import reference
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 DOCUMENTED = {key.name for key in documented_keys()}
-FREE = ("task_args", "loss_args", "prompt.template_args", "eval.sets")  # take any name below them
+# take any name below them
+FREE = ("task_args", "loss_args", "prompt.template_args", "eval.sets", "trainer.optimizer_args")
 RECIPES_OWN = {"recipes/replay.py": ("step",)}
 PROGRAM = re.compile(r"(recipes|tools)/\w+\.py|tools(\.\w+)+")
 # what looks like a path of ours in running text

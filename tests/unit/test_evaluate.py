@@ -256,7 +256,7 @@ def test_what_only_training_asks_does_not_keep_a_program_from_generating(process
     long = ["task_args.min_length=30", "task_args.max_length=30"]
     words = ["num_prompts=64", "trainer.microbatch_tokens=1", "task=user_tasks:ShortTraining"]
     plan = generating(process, *words)
-    assert plan.trainer.optimizer is None and not plan.trainer.reference
+    assert plan.trainer.optimizer is None and not plan.trainer.frozen
     generating(process, *long, "task=user_tasks:Short", held_out=False)
     with pytest.raises(ValueError, match=r"the prompt '[a-z]{30}>' has 31 tokens"):
         generating(process, *long)

@@ -224,6 +224,36 @@ def test_the_best_may_follow_another_metric(process, tmp_path, capsys):
     assert "best_metric" not in capsys.readouterr().out
 
 
+def test_the_best_may_be_the_smallest(process, tmp_path, capsys):
+    """The smallest accuracy, of which the first is kept; resumed, it is still the best."""
+    words = ["checkpoint.every=2", "checkpoint.best_metric=-eval/accuracy"]
+    run = Small(process, tmp_path / "run", *words)
+    run.take(2, {1: 0.5, 2: 0.25})
+    assert run.named() == {"step-2": (2, 0.25)}
+    run.keeper.best.report()
+    assert f"best: eval/accuracy 0.250 of step 2, {run.path}/best" in capsys.readouterr().out
+    again = Small(process, run.path, *words, resume=True)
+    again.take(2, {3: 0.25, 4: 0.5})
+    assert again.named()["step-4"] == (2, 0.25) and "followed" not in capsys.readouterr().out
+    again.take(2, {5: 0.125})
+    assert again.named()["step-6"] == (5, 0.125)
+    other = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert "followed -eval/accuracy; the next" in capsys.readouterr().out
+    assert other.keeper.best.current is None
+
+
+def test_a_metric_that_an_evaluation_does_not_have_is_warned_of_once(process, tmp_path, capsys):
+    words = ["checkpoint.every=2", "checkpoint.best_metric=eval/reward/steps"]
+    run = Small(process, tmp_path / "run", *words)
+    run.take(4, VALUES)
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and run.bests() == []
+    assert (
+        "warning: checkpoint.best_metric=eval/reward/steps: this evaluation does not have it, and "
+        "until one has, no best model is kept; it has eval/accuracy, eval/reward\n"
+    ) in said
+
+
 def to_format_3(index: dict) -> None:
     """It follows eval/accuracy, without saying so."""
     index["content"]["format"] = 3

@@ -15,8 +15,9 @@ from mesh.invariant.selftest import Product, operands
 from mesh.invariant.switch import batch_invariant, use_ordinary_softmax
 from mesh.model.attention import AttentionContext, KVCache, attention, packed_context
 from mesh.model.layers import rms_norm, rotate, swiglu
-from mesh.model.logprobs import tile_scores, token_logprobs
+from mesh.model.logprobs import token_logprobs
 from mesh.model.rope import rope_table
+from mesh.model.tiles import tile_scores
 
 THREADS = (1, 2, 3)
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)

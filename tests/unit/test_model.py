@@ -112,11 +112,6 @@ def test_token_logprobs_of_extreme_logits_are_finite():
     assert scores.entropy_A.item() == pytest.approx(0.0, abs=1e-4)
 
 
-def test_entropy_is_not_differentiable():
-    hidden, weight = torch.randn(2, 4, requires_grad=True), torch.randn(8, 4)
-    assert not token_logprobs(hidden, weight, torch.tensor([1, 2]), 1.0).entropy_A.requires_grad
-
-
 @given(vocab_size=st.integers(1, 600_000), shards=st.sampled_from([1, 2, 4]))
 def test_tiles_of_shards_are_the_tiles_of_the_whole(vocab_size, shards):
     whole = vocab_tiles(vocab_size)

@@ -55,7 +55,7 @@ POWERED = Loss(powered, advantage="centred", aggregation="token", settings={"pow
 STRENGTH = Loss(by_strength)
 STRONG = Loss(by_strength, settings={"strength": 2.0})
 CREDITED = Loss(powered, needs=frozenset({"reference_logprobs"}), credit=towards_reference)
-ENTROPY = Loss(powered, needs=frozenset({"entropy_gradient", "reference_logprobs"}))
+UNKNOWN = Loss(powered, needs=frozenset({"entropy_gradients", "reference_logprobs"}))
 WHOLE_STEP = Loss(powered, needs=frozenset({"step_statistics"}))
 AGAINST_GENERATOR = Loss(
     lambda tokens: nothing_clipped(tokens.logprobs_T - tokens.generator_logprobs_T)
@@ -160,8 +160,8 @@ REFUSALS = {  # words, and all lines
     "misspelt": (
         ["loss=grppo"],
         ["loss=grppo: no such loss; did you mean grpo? use one of grpo, dr_grpo, bnpo, dapo, rloo, "
-         "reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, max_rl, or MODULE:NAME for a "
-         "loss of your own"],
+         "reinforce_pp, reinforce_pp_baseline, gspo, cispo, sapo, max_rl, distill, or MODULE:NAME "
+         "for a loss of your own"],
     ),
     "half a name": (
         ["loss=:POWERED"],
@@ -175,7 +175,7 @@ REFUSALS = {  # words, and all lines
     "no Loss": (
         [f"loss={HERE}:powered"],
         [f"loss={HERE}:powered: powered is no mesh.rl.losses.Loss of {HERE}; it has POWERED, "
-         "STRENGTH, STRONG, CREDITED, ENTROPY, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
+         "STRENGTH, STRONG, CREDITED, UNKNOWN, WHOLE_STEP, AGAINST_GENERATOR, UNDECLARED, MEAN, "
          "UNTYPED, RAISING, ROWS"],
     ),
     "no such name": (
@@ -225,10 +225,10 @@ REFUSALS = {  # words, and all lines
         ["loss_args.clip_low=0.1: this is a key of the run; write clip_low=0.1"],
     ),
     "unmet needs": (
-        [f"loss={HERE}:ENTROPY"],
-        [f"loss={HERE}:ENTROPY: needs entropy_gradient, which this trainer does not compute; use a "
-         "loss whose needs are among reference_logprobs, sequence_ratio, step_statistics, "
-         "trainer_logprobs"],
+        [f"loss={HERE}:UNKNOWN"],
+        [f"loss={HERE}:UNKNOWN: needs entropy_gradients, which this trainer does not compute; use "
+         "a loss whose needs are among entropy_gradient, reference_logprobs, sequence_ratio, "
+         "step_statistics, teacher_kl, teacher_logprobs, trainer_logprobs"],
     ),
     "an eps without a division": (
         ["loss=dr_grpo", "advantage_eps=1e-4"],
@@ -365,7 +365,7 @@ def trained(conf: Conf, objective: Objective | None = None) -> Trained:
 def test_a_loss_that_needs_the_reference_is_trained_with_its_credit(solo_mesh):
     """Compared with the same surrogate that is given these advantages."""
     conf = conf_of(f"loss={HERE}:CREDITED")
-    assert settings_of(conf).reference and not settings_of(conf_of()).reference
+    assert "reference" in settings_of(conf).frozen and not settings_of(conf_of()).frozen
     mine = trained(conf)
     (known,) = mine.scores
     assert known.reference_logprobs_A is not None

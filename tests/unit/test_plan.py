@@ -29,7 +29,7 @@ from mesh.tasks import TaskSpec, draw_held_out, load_task
 from mesh.tasks.calls import ScoringSettings, TaskSource
 from mesh.tasks.spell_backward import SpellBackward
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
-from mesh.types import Prompt
+from mesh.types import Distribution, Prompt
 
 ENGINES = {
     NATIVE: ["engine=native"],
@@ -108,7 +108,7 @@ def test_every_part_has_the_keys_that_it_uses():
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
     trainer, generator, step = plan.trainer, plan.generator, plan.step
     assert trainer.optimizer == OptimizerSettings(1e-4, (0.9, 0.99), 1e-8, 0.0, 3, 0.5, steps=150)
-    assert trainer.reference and trainer.sequence_parallel
+    assert "reference" in trainer.frozen and trainer.sequence_parallel
     assert (trainer.activation_checkpointing, trainer.on_nonfinite) == ("full", "skip")
     assert (trainer.temperature, trainer.max_length, plan.shape) == (0.5, 30, shape)
     assert generator.shape == shape
@@ -135,7 +135,7 @@ def test_every_part_has_the_keys_that_it_uses():
 
 def test_the_defaults_leave_out_what_is_not_asked_for():
     plan = planned()
-    assert (plan.chunks, plan.strict, plan.trainer.reference) == (None, False, False)
+    assert (plan.chunks, plan.strict, plan.trainer.frozen) == (None, False, {})
     assert (plan.step.mask_truncated, plan.step.truncated_reward) == (False, None)
     assert plan.trainer.start.path is not None and plan.trainer.start.path.name == "qwen3_tiny"
     random = planned("model.init=random", "seed=5")
@@ -146,8 +146,8 @@ def test_the_defaults_leave_out_what_is_not_asked_for():
 
 def test_a_program_that_only_generates_has_neither_optimizer_nor_reference():
     plan = planned("kl_coef=0.1", training=False)
-    assert plan.trainer.optimizer is None and not plan.trainer.reference
-    assert planned("kl_coef=0.1").trainer.reference
+    assert plan.trainer.optimizer is None and not plan.trainer.frozen
+    assert "reference" in planned("kl_coef=0.1").trainer.frozen
 
 
 def parts_of(value: Any) -> list[Any]:
@@ -237,8 +237,14 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
 def test_truncated_sampling_is_warned_about_with_the_remedy(words, named, remedy):
     (line,) = start_warnings(planned(*words))
     assert line.startswith(f"warning: {named}tokens are drawn from the truncated distribution")
-    assert "the policy gradient is biased" in line and line.endswith(remedy)
+    other = "batch_invariant=true truncated_logprobs=true"
+    assert "the policy gradient is biased" in line and line.endswith(f"{remedy}, or {other}")
     assert start_warnings(planned(*remedy.split()[1:])) == []
+    unbiased = planned(*words, *other.split())
+    assert start_warnings(unbiased) == []
+    kept = unbiased.generator
+    assert unbiased.trainer.distribution == Distribution(1.0, kept.top_k, kept.top_p)
+    assert planned(*words).trainer.distribution == Distribution(1.0)
 
 
 def test_sampling_that_truncates_nothing_is_not_warned_about():

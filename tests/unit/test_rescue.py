@@ -72,7 +72,7 @@ def test_a_failure_within_an_update_saves_nothing(process, tmp_path, monkeypatch
     def fail(*_) -> None:
         raise torch.cuda.OutOfMemoryError("half of the weights have moved")
 
-    monkeypatch.setattr(trainer.optimizer.adamw, "step", fail)
+    monkeypatch.setattr(trainer.optimizer.inner, "step", fail)
     with pytest.raises(RuntimeError, match="half of the weights"):
         advance(trainer, 3)
     assert rescued(keeper) == (

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mesh.engine.sampler import draw, gumbel, token_keys, truncate
+from mesh.engine.sampler import draw, gumbel, token_keys, truncated
+from mesh.model.vocabulary import MASKED
 from mesh.types import Sampling
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=8, seed=7, step=3)
@@ -38,6 +39,10 @@ def keys_of(rows: list[tuple[int, int, int]], sampling: Sampling = SAMPLING) -> 
 
 def many_keys(count: int, seed: int = 0) -> torch.Tensor:
     return keys_of([(0, 0, i) for i in range(count)], replace(SAMPLING, seed=seed))
+
+
+def drawn(logits_SV: torch.Tensor, keys_S: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return draw(truncated(logits_SV, sampling), keys_S, sampling)
 
 
 def test_token_keys_have_these_bits_for_ever():
@@ -117,7 +122,7 @@ def test_noise_of_any_bits_is_the_gumbel_quantile_and_finite(bits):
 def test_truncated_entries_lose_against_any_noise(bits):
     logits = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
     only = replace(SAMPLING, top_k=1)
-    assert draw(logits, key_with(bits, 3), only).tolist() == [3]
+    assert drawn(logits, key_with(bits, 3), only).tolist() == [3]
 
 
 def test_noise_has_the_moments_and_the_tail_of_gumbels_distribution():
@@ -183,7 +188,7 @@ LOGITS = torch.randn(12, generator=torch.Generator().manual_seed(1))
 def test_draws_follow_the_softmax_of_what_is_kept(top_k, top_p):
     count = 20_000
     sampling = replace(SAMPLING, top_k=top_k, top_p=top_p)
-    tokens_S = draw(LOGITS.repeat(count, 1), many_keys(count, seed=11), sampling)
+    tokens_S = drawn(LOGITS.repeat(count, 1), many_keys(count, seed=11), sampling)
     probability_V = reference_truncate(LOGITS.tolist(), top_k, top_p)
     freedom = int((probability_V > 0).sum()) - 1
     assert chi_square(tokens_S, probability_V) < freedom + 5 * math.sqrt(2 * freedom)
@@ -204,27 +209,28 @@ def test_draws_of_one_position_are_independent_of_the_next():
 )
 def test_truncation_keeps_what_a_plain_loop_keeps(top_k, top_p):
     logits_SV = torch.randn(40, 30, generator=torch.Generator().manual_seed(2)) * 2
-    kept_SV = truncate(logits_SV, top_k, top_p)
+    kept_SV = truncated(logits_SV, replace(SAMPLING, top_k=top_k, top_p=top_p))
     for logits, kept in zip(logits_SV, kept_SV, strict=True):
         expected = reference_truncate(logits.tolist(), top_k, top_p) > 0
-        assert torch.equal(kept > -torch.inf, expected)
+        assert torch.equal(kept > MASKED, expected)
         assert torch.equal(kept[expected], logits[expected])
 
 
 def test_ties_at_the_edge_go_to_the_lower_id():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 3.0]])
-    assert (truncate(logits, 3, 1.0) > -torch.inf).tolist()[0] == [0, 1, 1, 0, 0, 1]
+    three, half = replace(SAMPLING, top_k=3), replace(SAMPLING, top_p=0.5)
+    assert (truncated(logits, three) > MASKED).tolist()[0] == [0, 1, 1, 0, 0, 1]
     flat = torch.zeros(1, 8)
-    assert (truncate(flat, 0, 0.5) > -torch.inf).tolist()[0] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert (truncated(flat, half) > MASKED).tolist()[0] == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 3}, {"top_p": 0.5}])
 def test_greedy_takes_the_likeliest_and_of_equals_the_first(truncation):
     greedy = replace(SAMPLING, temperature=0.0, **truncation)
     logits_SV = torch.randn(50, 40, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(draw(logits_SV, many_keys(50), greedy), logits_SV.argmax(-1))
+    assert torch.equal(drawn(logits_SV, many_keys(50), greedy), logits_SV.argmax(-1))
     tied = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
-    assert draw(tied, many_keys(1), greedy).tolist() == [1]
+    assert drawn(tied, many_keys(1), greedy).tolist() == [1]
 
 
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.8}])
@@ -232,16 +238,16 @@ def test_a_token_does_not_depend_on_its_batch_or_its_row(truncation):
     sampling = replace(SAMPLING, **truncation)
     logits_SV = torch.randn(64, 100, generator=torch.Generator().manual_seed(4)) * 2
     keys_S = many_keys(64)
-    together = draw(logits_SV, keys_S, sampling)
-    alone = [draw(logits_SV[i : i + 1], keys_S[i : i + 1], sampling).item() for i in range(64)]
+    together = drawn(logits_SV, keys_S, sampling)
+    alone = [drawn(logits_SV[i : i + 1], keys_S[i : i + 1], sampling).item() for i in range(64)]
     assert together.tolist() == alone
     order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(draw(logits_SV[order], keys_S[order], sampling), together[order])
+    assert torch.equal(drawn(logits_SV[order], keys_S[order], sampling), together[order])
     assert len(set(alone)) > 20
 
 
 def test_the_draws_leave_the_logits_alone():
     logits_SV = torch.randn(3, 10)
     before = logits_SV.clone()
-    draw(logits_SV, many_keys(3), replace(SAMPLING, top_k=2, top_p=0.5))
+    drawn(logits_SV, many_keys(3), replace(SAMPLING, top_k=2, top_p=0.5))
     assert torch.equal(logits_SV, before)

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from mesh.engine.choice import choose, tile_logits, whole_logprobs
 from mesh.engine.sampler import token_keys
 from mesh.invariant.switch import batch_invariant
-from mesh.model.logprobs import (
-    plain_combine_scores,
-    plain_tile_scores,
-    score_tiles,
-    token_logprobs,
-)
+from mesh.model.logprobs import score_tiles, token_logprobs
+from mesh.model.tiles import plain_combine_scores, plain_tile_scores
 from mesh.model.vocabulary import MAX_TILE, spans_within, vocab_products, vocab_tiles
 from mesh.types import IdSpans, Sampling
 

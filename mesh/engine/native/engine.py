@@ -32,9 +32,9 @@ from mesh.engine.native.batches import (
 from mesh.engine.native.cache import BlockManager, Sequence, allocate, copy_slots
 from mesh.engine.native.graphs import DecodeGraphs
 from mesh.engine.native.scheduler import Scheduled, Scheduler
-from mesh.model.logprobs import shard_of
 from mesh.model.parallel import local
 from mesh.model.policy import Policy
+from mesh.model.tiles import shard_of
 from mesh.types import Completion, ModelShape, Request, RolloutKey, Sampling
 
 

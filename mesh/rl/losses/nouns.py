@@ -15,12 +15,14 @@ from mesh.rl.aggregation import Aggregation
 Need = Literal[
     "reference_logprobs",
     "teacher_logprobs",
+    "teacher_kl",
     "trainer_logprobs",
     "sequence_ratio",
     "entropy_gradient",
     "step_statistics",
 ]
 """Inputs of a loss beyond its own tokens: logprobs of another model, scored before the advantages;
+the KL to the teacher over the whole vocabulary, that can be differentiated;
 old logprobs by the trainer, where the generator's are not equal to them; all tokens of a sequence
 in one call; an entropy that can be differentiated; all groups of the step in one call of
 `advantage`."""
@@ -35,7 +37,9 @@ class LossTokens:
     trainer has them before the first of them. advantages_T: one per token; sequence_T: int64, the
     sequence that each token belongs to, ascending; generator_logprobs_T: as the tokens were
     sampled. None unless they are needed: entropy_T, of each token's distribution,
-    reference_logprobs_T, of the frozen starting model, and teacher_logprobs_T.
+    reference_logprobs_T, of the frozen starting model, teacher_logprobs_T, and teacher_kl_T, of
+    each token's distribution from the teacher's. The gradient goes through entropy_T and
+    teacher_kl_T too.
     """
 
     logprobs_T: Tensor
@@ -46,6 +50,7 @@ class LossTokens:
     entropy_T: Tensor | None = None
     reference_logprobs_T: Tensor | None = None
     teacher_logprobs_T: Tensor | None = None
+    teacher_kl_T: Tensor | None = None
 
     @property
     def ratio_T(self) -> Tensor:
@@ -73,6 +78,7 @@ class Loss:
     of single tokens, from tokens that have their rollout's; unset: these stay. settings: values of
     the surrogate's keyword parameters, where they differ from the function's own defaults.
     widest: largest clip_low and clip_high that make sense, where the ratio is no token's.
+    teacher_coef: weight of the KL to the teacher.
     """
 
     surrogate: Surrogate
@@ -82,6 +88,7 @@ class Loss:
     credit: Callable[[LossTokens], Tensor] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     widest: float | None = None
+    teacher_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """ValueError for an advantage or aggregation that does not exist."""

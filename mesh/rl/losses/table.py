@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mesh.rl.losses.distillation import no_reward
 from mesh.rl.losses.nouns import Loss, Need
 from mesh.rl.losses.surrogates import (
     cispo_surrogate,
@@ -36,6 +37,8 @@ LOSSES: dict[str, Loss] = {
     "sapo": Loss(sapo_surrogate, "std", "sequence"),
     # arXiv:2602.02710
     "max_rl": Loss(clipped_surrogate, "mean", "token"),
+    # GKD, arXiv:2306.13649, with all data from the student
+    "distill": Loss(clipped_surrogate, no_reward, "token", teacher_coef=1.0),
 }
 
 CROSS_ENTROPY = Loss(cross_entropy, aggregation="token")
