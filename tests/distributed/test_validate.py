@@ -69,6 +69,7 @@ ALONE = {
         "generator.dtype=bfloat16",
         "validate.control=true",
         "drop_equal_groups=true",
+        "updates_per_step=2",
     ],
     "conversations": [
         "task=talking_tasks:Chatty",

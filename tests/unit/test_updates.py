@@ -165,13 +165,13 @@ def plain_step(model: Policy, optimizer: torch.optim.Optimizer) -> list[dict[str
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        moved_A = (logprobs_A - old_A).detach().double()
+        ratio_A = ratio_A.detach()
+        moved_A, clipped_A = ratio_A.double().log(), ratio_A.clamp(1 - 0.02, 1 + 0.03)
+        is_clipped_A = ratio_A * advantages_A > clipped_A * advantages_A
         found.append({
-            "loss": float(loss.detach()), "grad_norm": float(norm),
-            "ratio/max": float(ratio_A.detach().max()),
-            "ratio/mean": float(ratio_A.detach().mean()),
-            "clip_fraction": float((ratio_A * advantages_A > clipped_A * advantages_A).double()
-                                   .mean()),
+            "loss": loss.item(), "grad_norm": float(norm), "ratio/max": float(ratio_A.max()),
+            "ratio/mean": float(ratio_A.mean()),
+            "clip_fraction": float(is_clipped_A.double().mean()),
             "approx_kl": float((moved_A.exp() - 1 - moved_A).mean()),
         })  # fmt: skip
     return found
