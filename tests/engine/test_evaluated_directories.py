@@ -5,6 +5,7 @@ Six programs on one rank in one launch, a minute or two, most of it vLLM's start
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,17 @@ ENGINES = {
     "titan": ["batch_invariant=true", "engine=vllm"],
     "vllm": ["engine=vllm", "vllm.model=native"],
 }
-FAMILIES = ("llama", "qwen2")
+# vLLM's own attention on a CPU takes heads of 32
+FAMILIES = {name: replace(RUNNING[name], dim=dim) for name, dim in (("llama", 192), ("qwen2", 128))}
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("directories")
     asked = {}
-    for family in FAMILIES:
+    for family, variant in FAMILIES.items():
         directory = root / "models" / family
-        save_checkpoint(directory, RUNNING[family])
+        save_checkpoint(directory, variant)
         for engine, words in ENGINES.items():
             asked[f"{family} {engine}"] = ("evaluate", [*WORDS, *words, f"model.path={directory}"])
     return runs(root, 1, asked)

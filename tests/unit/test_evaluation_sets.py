@@ -156,12 +156,12 @@ def test_a_set_inherits_what_it_does_not_say():
              "mean eval.sets.a.task_args.max_length?"],
         ),
         (
-            ["eval.sets.a.max_new_tokens=30"],
-            ["eval.sets.a.max_new_tokens=30: leaves no room for a prompt in model.max_length=16"],
+            ["eval.sets.a.max_new_tokens=40"],
+            ["eval.sets.a.max_new_tokens=40: leaves no room for a prompt in model.max_length=32"],
         ),
         (
-            ["eval.sets.a.max_new_tokens=14"],
-            ["eval.sets.a: model.max_length=16: the prompt '"],
+            ["eval.sets.a.max_new_tokens=30"],
+            ["eval.sets.a: model.max_length=32: the prompt '"],
         ),
         (
             ["eval.sets.a.stop=['']"],

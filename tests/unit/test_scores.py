@@ -96,12 +96,12 @@ def right(answer: str, response: str, *, bonus: float = 0.0) -> Score:
 
 
 def says(answer: str, response: str) -> Score:
-    return Score(0.0, answer=response.strip())
+    return Score(0.0, answer=response.strip().upper())
 
 
 def test_the_first_answer_that_a_function_finds_is_the_vote():
     both = WeightedScore({"right": (right, 1.0), "a": (says, 1.0), "b": (exact, 1.0)})
-    assert both(PROMPT, Response(" cba")).answer == "cba"
+    assert both(PROMPT, Response(" cba")).answer == "CBA"
     assert WeightedScore({"right": (right, 1.0)})(PROMPT, Response("cba")).answer is None
 
 
