@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,13 @@ def later_updates(
     """A step's updates after the first, each on a minibatch of its own; their metrics.
 
     The ratio is to the policy that the step began with. Where the KL from it, on the next minibatch
-    and over all ranks, is above `kl_stop`, neither that update is made nor any after it.
+    and over all ranks, is above `kl_stop`, neither that update is made nor any after it. One that
+    is not finite is the update's to report.
     """
     updates: list[Metrics] = []
     for number, (minibatch, scores) in enumerate(minibatches, 1):
         trainer.accumulate(minibatch.passes, objective, scores)
-        if trainer.approx_kl() > kl_stop:
+        if kl_stop < trainer.approx_kl() < inf:
             return [*updates, trainer.leave_out()]
         normaliser = objective.normaliser(minibatch.tokens, minibatch.sequences)
         updates.append(trainer.update(normaliser, minibatch.tokens, number))

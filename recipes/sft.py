@@ -83,6 +83,29 @@ INSTEAD = {
     "difficulty.forget": "leave it out, every prompt is taught",
     "updates_per_step": "leave it out, a supervised step has one update",
     "kl_stop": "leave it out, a supervised step has one update",
+    **dict.fromkeys(
+        (
+            "loss",
+            "advantage",
+            "advantage_eps",
+            "aggregation",
+            "clip_low",
+            "clip_high",
+            "dual_clip",
+            "importance",
+            "importance_level",
+            "importance_low",
+            "importance_high",
+            "length_penalty",
+            "length_penalty_tokens",
+            "length_penalty_limit",
+            "drop_equal_groups",
+            "truncated",
+            "truncated_reward",
+        ),
+        "leave it out, solutions are learned by their cross entropy",
+    ),
+    "stop.metric": "leave it out, the first and the last step alone are evaluated",
     "stop.above": "leave it out, the first and the last step alone are evaluated",
     "stop.after": "leave it out, the first and the last step alone are evaluated",
 }
@@ -135,8 +158,8 @@ def supervised(conf: Conf, argv: Sequence[str]) -> Conf:
     words, _ = read_words(list(argv))
     names = {word.name for word in words}
     typed = {name: value_of(conf, name) for name in INSTEAD if name in names}
-    # kl_in and kl_estimator are refused without a weight, which is the run's that this prepares
-    unread = [*INSTEAD, "kl_in", "kl_estimator"]
+    # settings that are refused without what they set, which is the run's that this prepares
+    unread = [*INSTEAD, "kl_in", "kl_estimator", "loss_args"]
     keys = {name: value_of(Conf(), name) for name in unread}
     conf = changed(conf, keys | {"steps": conf.sft.steps, "trainer.lr": conf.sft.lr})
     overruled = [name for name in typed if typed[name] != value_of(conf, name)]

@@ -29,7 +29,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from mesh.config.changes import changed
-from mesh.config.keys import refusing
+from mesh.config.keys import conf_keys, refusing, value_of
 from mesh.config.loading import to_yaml
 from mesh.config.schema import Conf
 from mesh.exactness.comparison import Rollouts
@@ -80,11 +80,13 @@ def ordinary(plan: Plan) -> Plan:
 def uneven_plan(conf: Conf, process: Process) -> Plan:
     """The plan of `conf` with a little more reward, by the response: steps then have a gradient.
 
-    Truncated responses are trained on by their score, so that all tokens are compared.
+    Truncated responses are trained on by their score, so that all tokens are compared; with equal
+    bits there is nothing to correct for by importance weights.
     """
     with refusing():
         keys = uneven_keys(conf.task, conf.task_args, num_workers(conf))
-    keys |= {"truncated": "score", "truncated_reward": None}
+    own = {name: value_of(Conf(), name) for name in conf_keys() if name.startswith("importance")}
+    keys |= {"truncated": "score", "truncated_reward": None} | own
     return check(changed(conf, keys), process, held_out=False)
 
 

@@ -41,7 +41,7 @@ class SetConf:
         None, "samples per held-out prompt; unset: eval.num_samples, with temperature=0 one", ge=1
     )
     k: list[int] | None = key(
-        None, "the k of pass@k and maj@k; unset: eval.k, or 1 and num_samples of its own", ge=1
+        None, "the k of pass@k and majority@k; unset: eval.k, or 1 and num_samples of its own", ge=1
     )
     greedy: bool | None = key(None, "answer every prompt greedily, too; unset: eval.greedy")
     temperature: float | None = key(
@@ -182,7 +182,7 @@ def as_own(conf: Conf, keys: SetConf) -> Conf:
 
 
 def ks_of(conf: Conf) -> tuple[int, ...]:
-    """The k of pass@k and maj@k, in order."""
+    """The k of pass@k and majority@k, in order."""
     return tuple(sorted(conf.eval.k or {1, conf.eval.num_samples}))
 
 

@@ -101,7 +101,7 @@ class EvalConf:
     )
     num_samples: int = key(4, "samples per held-out prompt", ge=1)
     k: list[int] = key(
-        [], "the k of pass@k and maj@k, e.g. [1, 4]; unset: 1 and eval.num_samples", ge=1
+        [], "the k of pass@k and majority@k, e.g. [1, 4]; unset: 1 and eval.num_samples", ge=1
     )
     greedy: bool = key(True, "answer every held-out prompt greedily, too (eval/accuracy_greedy)")
     sets: dict[str, Any] = key(

@@ -38,7 +38,7 @@ from mesh.program.encoding import (
 )
 from mesh.program.evaluations import Known, k_problems, named_sets, set_notes
 from mesh.program.first_calls import first_call_problems
-from mesh.program.limits import limit_problems
+from mesh.program.limits import limit_problems, penalty_problems
 from mesh.program.loss_checks import read_loss
 from mesh.program.optimizer_checks import own_problems
 from mesh.program.plan import (
@@ -152,6 +152,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             wrong += attempt(wrong, training_problems, process, *drawn_by) or []
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
+        wrong += penalty_problems(conf, task) if training else []
     check_start(conf, device, world_size, shape, wrong, training)
     assert shape is not None and tokenizer is not None, "check_start let a missing file through"
     assert task is not None and loss is not None, "a task or loss that failed was not listed"

@@ -91,17 +91,7 @@ def bound_problems(conf: Conf, loss: Loss) -> list[str]:
     """Bounds made for the ratio of a token, for one that is closer to 1; a dual clip where nothing
     is left for it to do.
     """
-    found = []
-    for name in ("clip_low", "clip_high"):
-        value = value_of(conf, name)
-        if value is not None and loss.widest is not None and value >= loss.widest:
-            own = settings_of(loss)[name].default
-            wrong = (
-                f"the ratio of loss={conf.loss} is the mean of a sequence, which hardly leaves 1: "
-                "a bound for the ratios of tokens never clips it"
-            )
-            remedy = f"use less than {loss.widest:g}, e.g. {own:g}, or loss=grpo or dapo"
-            found.append(problem(name, value, wrong, remedy))
+    found = narrow_problems(conf, loss, loss.widest) if loss.widest is not None else []
     if conf.dual_clip is not None and "dual_clip" not in settings_of(loss):
         wrong = f"loss={conf.loss} has no such bound"
         if conf.loss in ("cispo", "sapo"):
@@ -113,6 +103,26 @@ def bound_problems(conf: Conf, loss: Loss) -> list[str]:
     if conf.dual_clip is not None and high is not None and conf.dual_clip <= 1 + high:
         wrong = f"it has to be above 1 + clip_high={1 + high:g}, where clipping begins"
         found.append(problem("dual_clip", conf.dual_clip, wrong, "use e.g. 3"))
+    return found
+
+
+def narrow_problems(conf: Conf, loss: Loss, widest: float) -> list[str]:
+    """Bounds made for the ratio of a token, for one that leaves 1 by less than `widest`."""
+    wrong = (
+        f"the ratio of loss={conf.loss} is the mean of a sequence, which hardly leaves 1: a bound "
+        "for the ratios of tokens never clips it"
+    )
+    settings, found = settings_of(loss), []
+    for name in (name for name in ("clip_low", "clip_high") if name in settings):
+        value = value_of(conf, name)
+        if value is not None and value >= widest:
+            own = settings[name].default
+            own = own if isinstance(own, float) else widest / 100
+            remedy = f"use less than {widest:g}, e.g. {own:g}, or loss=grpo or dapo"
+            found.append(problem(name, value, wrong, remedy))
+    if conf.dual_clip is not None and conf.dual_clip >= 1 + widest:
+        remedy = f"use less than {1 + widest:g}, e.g. {1 + widest / 10:g}, or loss=grpo or dapo"
+        found.append(problem("dual_clip", conf.dual_clip, wrong, remedy))
     return found
 
 

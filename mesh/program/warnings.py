@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mesh.config.evaluation_sets import PREFIX, set_confs
 from mesh.config.keys import Refusal, conf_keys, shown, value_of
 from mesh.config.loading import read_conf
@@ -30,7 +32,7 @@ SHOWN_ONLY = ("k", "greedy")
 
 def start_warnings(plan: Plan) -> list[str]:
     """The warnings of a program that trains on its own rollouts, each a line."""
-    return truncation_warnings(plan)
+    return [*truncation_warnings(plan), *ratio_warnings(plan)]
 
 
 def model_warnings(conf: Conf) -> list[str]:
@@ -60,6 +62,23 @@ def truncation_warnings(plan: Plan) -> list[str]:
         "both sides are those of the untruncated one, so the policy gradient is biased although "
         f"logprob_diff does not show it; set {remedy}, or "
         "batch_invariant=true truncated_logprobs=true"
+    ]
+
+
+def ratio_warnings(plan: Plan) -> list[str]:
+    """The ratio of whole sequences to the generator's logprobs, in which rounding adds up: beyond
+    bounds that are meant for a policy that has moved.
+    """
+    objective, roles = plan.objective, (plan.trainer.dtype, plan.generator.dtype)
+    measured = plan.step.updates > 1 or "trainer_logprobs" in objective.needs
+    exact = plan.chunks is not None or torch.bfloat16 not in roles
+    if "sequence_ratio" not in objective.loss.needs or measured or exact:
+        return []
+    return [
+        "warning: the ratio of this loss is that of whole sequences, taken to the generator's "
+        "logprobs, which in bfloat16 are not the trainer's: rounding alone may clip them "
+        "(clip_fraction); set batch_invariant=true, or importance=tis or mask, with which it is "
+        "taken to the trainer's own"
     ]
 
 

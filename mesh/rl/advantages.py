@@ -176,7 +176,7 @@ def _whitened(
         for x, n in zip(row_G, lengths_G, strict=True)
     ]
     num_tokens = fsum(n for _, n in pairs)
-    values_R = torch.tensor([[x for x, _ in pairs]], dtype=torch.float64)
+    values_R = torch.tensor([[x for x, n in pairs if n > 0]], dtype=torch.float64)
     if num_tokens < 2 or bool(equal_groups(values_R)):
         return [[0.0] * len(row_G) for row_G in rows]
     mean = fsum(x * n for x, n in pairs) / num_tokens

@@ -1,4 +1,4 @@
-"""Estimates from several samples of each problem: pass@k, maj@k, and bootstrap intervals."""
+"""Estimates from several samples of each problem: pass@k, majority@k, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def majority_at_k(votes: Sequence[str | None], correct: Sequence[bool], k: int) 
 
 @lru_cache(maxsize=4096)
 def _majority(silent: int, answers: tuple[tuple[int, int], ...], k: int) -> float:
-    """maj@k of `silent` samples without a vote, and of answers by (samples, correct ones)."""
+    """majority@k of `silent` samples without a vote, and of answers by (samples, correct ones)."""
     num_samples = silent + sum(count for count, _ in answers)
     won = Fraction(0)
     for most in range(1, min(k, max((count for count, _ in answers), default=0)) + 1):

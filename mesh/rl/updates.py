@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum
+from math import fsum, isfinite
 
 Metrics = Mapping[str, float]
 
@@ -46,7 +46,12 @@ def _one(name: str, made: Sequence[Metrics]) -> float:
     if name in LARGEST:
         return max(values)
     if name in COUNTED:
-        return fsum(values)
+        return total(values)
     weights = [1.0 if name in BY_UPDATE else update["tokens/trained"] for update in having]
-    total = fsum(value * weight for value, weight in zip(values, weights, strict=True))
-    return total / max(fsum(weights), 1.0)
+    summed = total([value * weight for value, weight in zip(values, weights, strict=True)])
+    return summed / max(fsum(weights), 1.0)
+
+
+def total(values: Sequence[float]) -> float:
+    """The sum, exactly rounded; values of a skipped update may be infinite, where fsum raises."""
+    return fsum(values) if all(map(isfinite, values)) else sum(values)

@@ -81,7 +81,7 @@ def gathered(
 
 def metric_names(ks: Sequence[int], greedy: bool, prefix: str = "eval") -> list[str]:
     """The metrics that every evaluation with these k has. Parts of scores have others."""
-    names = ["accuracy", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if k > 1)]
+    names = ["accuracy", *(f"pass@{k}" for k in ks), *(f"majority@{k}" for k in ks if k > 1)]
     names += ["accuracy_greedy"] if greedy else []
     names += ["reward", "response_length/mean", "response/truncated"]
     return [f"{prefix}/{name}" for name in names]
@@ -104,7 +104,7 @@ def values_of(problems: Sequence[Sequence[Answer]], ks: Sequence[int]) -> Values
         add(name, ([pass_at_k(*count, k)] for count in counts))
     for k in (k for k in ks if k > 1):
         votes = [([a.vote for a in one], [a.correct for a in one]) for one in sampled]
-        add(f"maj@{k}", ([majority_at_k(*vote, k)] for vote in votes))
+        add(f"majority@{k}", ([majority_at_k(*vote, k)] for vote in votes))
     if any(greedy):
         add("accuracy_greedy", ([float(a.correct) for a in one] for one in greedy))
     add("reward", ([a.reward for a in one] for one in sampled))

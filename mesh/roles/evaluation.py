@@ -38,8 +38,8 @@ class Draws:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out prompts of a task, drawn once. ks: the k of pass@k and maj@k, of `num_samples` of
-    each; greedy: each is answered greedily, too; draws: None: as the rollouts of a step.
+    """Held-out prompts of a task, drawn once. ks: the k of pass@k and majority@k, of `num_samples`
+    of each; greedy: each is answered greedily, too; draws: None: as the rollouts of a step.
     """
 
     source: TaskSource
@@ -90,10 +90,10 @@ def evaluate(
     """Evaluate the generator's present weights. Collective.
 
     The metrics are `eval/*`, of a named set `eval/NAME/*`. `reward` is the mean reward of the
-    sampled responses, `reward/PART` that of a part of their scores; `accuracy`, pass@k and maj@k
-    count responses that are correct. The same prompts and random numbers at every call, whatever
-    the step: curves compare like with like. A replica's share may be empty. The layout changes no
-    bit.
+    sampled responses, `reward/PART` that of a part of their scores; `accuracy`, pass@k and
+    majority@k count responses that are correct. The same prompts and random numbers at every call,
+    whatever the step: curves compare like with like. A replica's share may be empty. The layout
+    changes no bit.
     """
     task, prefix = held_out.source.task, prefix_of(name)
     found = answers(held_out, generator, scorer)

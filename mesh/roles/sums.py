@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -105,3 +106,14 @@ class StepSums:
             "loss": loss / normaliser,
             **means,
         }
+
+
+def largest(value: float, group: dist.ProcessGroup) -> float:
+    """The largest of the ranks' values, infinite where one is not finite. Collective of `group`.
+
+    For a number that decides what ranks do. Sums that were reduced over other axes of a mesh are
+    equal up to rounding only.
+    """
+    found = torch.tensor(value if math.isfinite(value) else math.inf, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return float(found)

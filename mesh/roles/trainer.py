@@ -28,7 +28,7 @@ from mesh.roles.models import build_model, own_blocks
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
 from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
-from mesh.roles.sums import StepSums
+from mesh.roles.sums import StepSums, largest
 from mesh.roles.trainer_settings import REFERENCE, TEACHER, TrainerSettings
 from mesh.types import Distribution
 
@@ -238,11 +238,12 @@ class Trainer:
 
     def approx_kl(self) -> float:
         """Mean KL of the policy from the old one over the tokens accumulated since the last update,
-        on all ranks; 0 off the trainer. A collective of the trainer."""
+        one number on all ranks; infinite where it is not finite, 0 off the trainer. A collective of
+        the trainer."""
         if self.model is None:
             return 0.0
         self.sums.reduce(self.mesh)
-        return self.sums.ratios()["approx_kl"]
+        return largest(self.sums.ratios()["approx_kl"], self.cpu_group)
 
     def leave_out(self) -> dict[str, float]:
         """Make no update of what was accumulated since the last one; how far the policy had moved

@@ -4,7 +4,7 @@
 
 `answer` is what a data set has. The reward is 1 or 0, and so is `correct`; where the form is asked
 of the response, the part `format` is 1 if it was found. `answer` is what was found, in one way of
-writing, so that responses can vote (maj@k). A task of your own calls them as functions,
+writing, so that responses can vote (majority@k). A task of your own calls them as functions,
 `task=dataset` by name (docs/judges.md has a table of what each takes).
 
 A judge that reads answers of a form has a second function, which says what is wrong with one.

@@ -60,7 +60,7 @@ class Response(str):
 class Score:
     """A reward with what is known of it. parts: each becomes the metric `reward/NAME`; correct:
     what an evaluation counts, None: the task's `is_correct`, or else a reward of 1; answer: what
-    the response says, for the vote of maj@k, "": nothing, None: the response itself.
+    the response says, for the vote of majority@k, "": nothing, None: the response itself.
     """
 
     reward: float

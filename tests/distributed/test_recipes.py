@@ -67,7 +67,7 @@ METRICS = {
     "tokens_per_second/generate", "tokens_per_second/train",
 }  # fmt: skip
 EVAL = {
-    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/maj@4",
+    "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/majority@4",
     "eval/reward", "eval/response_length/mean", "eval/response/truncated",
 }  # fmt: skip
 

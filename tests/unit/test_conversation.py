@@ -8,7 +8,7 @@ from chat_tokenizer import IM_END, saved
 from mesh.config.loading import load_conf
 from mesh.engine.base import Continuation
 from mesh.engine.conversation import Dialogue
-from mesh.program.limits import limit_problems
+from mesh.program.limits import limit_problems, penalty_problems
 from mesh.rl.statistics import turn_metrics
 from mesh.roles.conversation import Conversations, Limits, control_warning, reply_seed
 from mesh.tasks import TaskSpec, load_task
@@ -264,3 +264,22 @@ def test_limits_that_allow_no_turn_or_that_nothing_obeys_are_refused(task, words
     _, conf = load_conf(["conf=qwen3_tiny", f"task={task}", *words])
     found = limit_problems(conf, load_task(task, 0, {}))
     assert len(found) == bool(wrong) and (not wrong or f"conversation.{wrong}" in found[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "wrong"),
+    [
+        ("spell_backward", ["length_penalty_limit=12", "length_penalty_tokens=4"],
+         "length_penalty_limit=12: with length_penalty_tokens=4 it begins beyond 8 tokens, and no "
+         "response has more than generator.max_new_tokens=8; use less than 12"),
+        ("spell_backward", ["length_penalty_limit=11", "length_penalty_tokens=4"], ""),
+        ("spell_backward", ["length_penalty_tokens=4"], ""),
+        ("calculator", ["length_penalty_tokens=4"],
+         "length_penalty_limit is not set: a response has the tokens of all its turns, of which "
+         "one may have 8; set the length that is to lose the most"),
+        ("calculator", ["length_penalty_limit=20", "length_penalty_tokens=4"], ""),
+    ],
+)  # fmt: skip
+def test_a_length_penalty_fits_the_responses_of_the_task(task, words, wrong):
+    _, conf = load_conf(["conf=qwen3_tiny", f"task={task}", "length_penalty=1", *words])
+    assert penalty_problems(conf, load_task(task, 0, {})) == ([wrong] if wrong else [])

@@ -1,4 +1,4 @@
-"""pass@k and maj@k against a count of all subsets, and bootstrap intervals against their formulas.
+"""pass@k and majority@k against a count of all subsets, bootstrap intervals against formulas.
 
 Seconds.
 """
@@ -42,7 +42,7 @@ def test_pass_at_1_is_the_share_of_right_samples_and_k_of_all_is_any():
 
 
 def counted(votes: list[str | None], correct: list[bool], k: int) -> float:
-    """maj@k, one subset after the other."""
+    """majority@k, one subset after the other."""
     total, subsets = Fraction(0), list(combinations(range(len(votes)), k))
     for subset in subsets:
         counts = Counter(votes[i] for i in subset if votes[i] is not None)

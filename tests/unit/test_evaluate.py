@@ -77,7 +77,7 @@ def test_metrics_by_hand():
         SpellBackward(0): [1 / 2, 1 / 2, 2 / 3, 1 / 2, 1 / 3],
         FromHalf(0): [5 / 6, 5 / 6, 1.0, 5 / 6, 2 / 3],
     }
-    names = ["accuracy", "pass@1", "pass@2", "maj@2", "accuracy_greedy"]
+    names = ["accuracy", "pass@1", "pass@2", "majority@2", "accuracy_greedy"]
     for task, shares in expected.items():
         found = means(values_by_hand(task), "eval/hard")
         wanted = dict(zip(names, shares, strict=True)) | {

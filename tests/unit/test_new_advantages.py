@@ -160,3 +160,14 @@ def test_a_step_is_whitened_over_its_loss_tokens():
     deviation = math.sqrt((3 * 0.75**2 + 9 * 0.25**2) / 11)
     assert advantages[7] == pytest.approx([0.75 / deviation, -0.25 / deviation], rel=1e-6)
     assert advantages[9] == pytest.approx([-0.25 / deviation] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_rollouts_without_tokens_make_no_difference_of_equal_ones(eps):
+    """0.1 of three tokens: their mean is rounded, and their deviation is not to be divided by."""
+    lengths_PG = torch.tensor([[1, 2], [1, 0]])
+    rewards_PG = table([0.1, 0.1], [0.1, 9])
+    for kind in ("whitened", "centred_whitened"):
+        of_one_reward = rewards_PG if kind == "whitened" else table([0.1, 0.1], [3, 3])
+        advantages_PG = group_advantages(of_one_reward, kind, eps, lengths_PG)
+        assert advantages_PG.tolist() == [[0, 0], [0, 0]]

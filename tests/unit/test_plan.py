@@ -191,6 +191,14 @@ def test_a_validation_compares_the_tokens_of_truncated_responses_too(process: Pr
     assert (step.mask_truncated, step.truncated_reward) == (False, None)
 
 
+def test_a_validation_has_no_importance_weights(process: Process):
+    """With equal bits they are refused as weights of 1."""
+    conf = conf_of("importance=mask", "importance_level=sequence", "importance_high=3")
+    assert check(conf, process).objective.importance is not None
+    plan = uneven_plan(replace(conf, batch_invariant=True), process)
+    assert plan.objective.importance is None
+
+
 def test_evaluation_sets_are_measured_by_name(process: Process):
     """Two beside the task's own: one of another task, one of the same with its own scorer."""
     words = ["eval.num_prompts=4", "eval.num_samples=2", "generator.max_new_tokens=4"]
@@ -199,26 +207,30 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
         AllRight(0), TaskSpec(f"{__name__}:AllRight", 0), ScoringSettings(0, 1.0, "zero")
     )
     own = plan.evaluations[""]
-    other = EvaluationSet(right, tuple(right.task.eval_prompts(3)), 3)
-    sets = {"": own, "right": other, "same": replace(own, num_samples=1)}
+    other = EvaluationSet(right, tuple(right.task.eval_prompts(3)), 3, (1, 3))
+    sets = {"": own, "right": other, "same": replace(own, num_samples=1, ks=(1,))}
     program = assemble(replace(plan, evaluations=sets), process)
     assert program.evaluation_scorers[""] is program.scorer
     assert program.evaluation_scorers["same"] is program.scorer
     assert program.evaluation_scorers["right"] is not program.scorer
     sync(program)
     metrics = held_out(program, process)
+    rest = ["accuracy_greedy", "reward", "response_length/mean", "response/truncated"]
+    own_names = ["accuracy", "pass@1", "pass@2", "majority@2", *rest]
     assert list(metrics) == [
-        "eval/accuracy", "eval/pass@1", "eval/pass@2", "eval/accuracy_greedy", "eval/reward",
-        "eval/right/accuracy", "eval/right/pass@1", "eval/right/pass@3",
-        "eval/right/accuracy_greedy", "eval/right/reward", "eval/right/failed",
-        "eval/same/accuracy", "eval/same/pass@1", "eval/same/accuracy_greedy", "eval/same/reward",
-    ]  # fmt: skip
+        *(f"eval/{name}" for name in own_names),
+        *(f"eval/right/{name}" for name in ("accuracy", "pass@1", "pass@3", "majority@3", *rest)),
+        "eval/right/failed",
+        *(f"eval/same/{name}" for name in ("accuracy", "pass@1", *rest)),
+    ]
     assert [metrics[f"eval/right/{x}"] for x in ("accuracy_greedy", "reward")] == [1.0, 1.0]
     assert metrics["eval/right/failed"] == 0.0
     assert metrics["eval/same/accuracy_greedy"] == metrics["eval/accuracy_greedy"] < 1.0
     alone = assemble(plan, process)
     sync(alone)
-    assert held_out(alone, process) == {name: metrics[name] for name in list(metrics)[:5]}
+    assert held_out(alone, process) == {
+        name: metrics[name] for name in list(metrics)[: len(own_names)]
+    }
 
 
 @pytest.mark.parametrize(
@@ -245,6 +257,16 @@ def test_truncated_sampling_is_warned_about_with_the_remedy(words, named, remedy
     kept = unbiased.generator
     assert unbiased.trainer.distribution == Distribution(1.0, kept.top_k, kept.top_p)
     assert planned(*words).trainer.distribution == Distribution(1.0)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "rloo"])
+def test_a_ratio_of_sequences_that_rounding_may_clip_is_warned_about(loss):
+    rounded = [f"loss={loss}", "trainer.dtype=bfloat16", "generator.dtype=bfloat16"]
+    (line,) = start_warnings(planned(*rounded))
+    assert line.startswith("warning: the ratio of this loss is that of whole sequences")
+    for word in ("batch_invariant=true", "importance=tis", "updates_per_step=2", "loss=grpo"):
+        assert start_warnings(planned(*rounded, word)) == []
+    assert start_warnings(planned(f"loss={loss}")) == [], "float32 is near enough"
 
 
 def test_sampling_that_truncates_nothing_is_not_warned_about():

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from small_trainer import conf_of
 
 from mesh.lifecycle.guard import REFUSED
-from mesh.recipes.sft import main
+from mesh.program.checks import conf_problems
+from mesh.program.loss_checks import read_loss
+from mesh.recipes.sft import main, supervised
+from mesh.rl.losses import LOSSES
 
 
 @pytest.fixture
@@ -35,6 +39,24 @@ def test_words_that_it_does_not_obey(refusal):
         "- check=strict: recipes/sft.py does not read it; leave it out, there is no generator to "
         "agree with",
     ]
+
+
+def test_words_of_a_loss(refusal):
+    why = "recipes/sft.py does not read it; leave it out, solutions are learned by their cross"
+    lines = refusal("loss=dapo", "clip_high=0.3", "importance=tis", "stop.metric=eval/reward")
+    assert [line.startswith(f"- {word}: {why}") for line, word in zip(
+        lines, ("loss=dapo", "clip_high=0.3", "importance=tis"), strict=False
+    )] == [True] * 3  # fmt: skip
+    assert len(lines) == 4 and lines[3].startswith("- stop.metric=eval/reward: recipes/sft.py")
+
+
+def test_the_keys_of_the_run_that_it_prepares_are_no_words():
+    """Of a YAML: what they say is left out together with what reads it."""
+    words = ["stop.metric=eval/reward", "stop.above=1", "loss=sapo", "loss_args.tau_negative=2",
+             "importance=mask", "importance_level=sequence", "updates_per_step=3"]  # fmt: skip
+    conf = supervised(conf_of(*words), ["conf=qwen3_tiny"])
+    assert conf_problems(conf, "cpu") == [] and read_loss(conf) is LOSSES["grpo"]
+    assert (conf.steps, conf.trainer.lr) == (conf.sft.steps, conf.sft.lr)
 
 
 def test_epochs_and_steps_exclude_each_other(refusal):

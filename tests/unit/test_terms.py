@@ -273,6 +273,12 @@ REFUSALS = {  # words, and the beginnings of all lines
          "loss=grpo or dapo",
          "clip_high=0.2: the ratio of loss=gspo is the mean of a sequence, which hardly leaves 1:"],
     ),
+    "a dual clip of tokens for sequences": (
+        ["loss=gspo", "dual_clip=3"],
+        ["dual_clip=3.0: the ratio of loss=gspo is the mean of a sequence, which hardly leaves 1: "
+         "a bound for the ratios of tokens never clips it; use less than 1.1, e.g. 1.01, or "
+         "loss=grpo or dapo"],
+    ),
     "a lower bound of cispo": (
         ["loss=cispo", "clip_low=0.2"],
         ["clip_low=0.2: loss=cispo has no such bound; leave it out"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from dataclasses import replace
 from math import inf
@@ -25,6 +26,7 @@ from mesh.rl.packing import Leaf, pack
 from mesh.rl.step import Minibatch, StepSettings, share_of, with_scores
 from mesh.rl.updates import step_metrics
 from mesh.roles.passes import PassScores, old_logprobs
+from mesh.roles.sums import largest
 from mesh.roles.trainer import Trainer
 from mesh.types import Rollout, Wave, outline
 
@@ -340,3 +342,22 @@ def test_what_makes_no_sense_is_refused(case):
     words, line = REFUSED[case]
     assert conf_problems(conf_of(*words), "cpu") == [line]
     assert conf_problems(conf_of("updates_per_step=4", "kl_stop=0.1"), "cpu") == []
+
+
+def test_a_kl_that_is_not_finite_is_reported_and_ends_no_step_quietly(solo_mesh):
+    trainer, objective = trainer_of(conf_of(*WORDS)), objective_for(conf_of(*WORDS))
+    update_of(trainer, 0)
+    batch = minibatch_of(some_leaves()[0])
+    known = [PassScores(torch.full((batch.tokens,), -inf))]
+    with pytest.raises(RuntimeError, match="step 1, update 2 is not finite"):
+        later_updates(trainer, objective, [(batch, known)], kl_stop=0.1)
+    assert largest(float("nan"), trainer.cpu_group) == inf
+    assert largest(-0.5, trainer.cpu_group) == -0.5
+
+
+def test_the_metrics_of_skipped_updates_may_be_infinite():
+    """Infinities of both signs, which an exact sum refuses."""
+    made = {"grad_norm": 1.0, "tokens/trained": 2.0, "approx_kl": 0.0}
+    metrics = step_metrics([made | {"loss": inf}, made | {"loss": -inf}, made | {"loss": 1.0}])
+    assert math.isnan(metrics["loss"]) and metrics["grad_norm"] == 1
+    assert step_metrics([made | {"loss": inf}, made | {"loss": 1.0}])["loss"] == inf
