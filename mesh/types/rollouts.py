@@ -84,7 +84,7 @@ class Sampling:
 
     @property
     def scored(self) -> Distribution:
-        """The distribution that logprobs belong to; of greedy tokens the whole, at temperature 1."""
+        """The distribution of the logprobs; of greedy tokens the whole one, at temperature 1."""
         cut = self.truncated_logprobs and self.temperature > 0
         return self.drawn if cut else Distribution(self.drawn.temperature)
 
