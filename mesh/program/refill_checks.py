@@ -43,7 +43,7 @@ def difficulty_problems(conf: Conf) -> list[str]:
 
 def round_problems(conf: Conf, task: Task) -> list[str]:
     """Keys for which the task would have to draw more prompts for a step than it can, or others
-    than it does. ValueError where what it draws are no prompts."""
+    than it does."""
     bounds = {"difficulty.min": conf.difficulty.min, "difficulty.max": conf.difficulty.max}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
     used = ({"refill_rounds": conf.refill_rounds} if conf.refill_rounds else {}) | bounds
