@@ -128,8 +128,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
-    code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
-    refuse_differences(process, code)
+    own_code = task, loss, conf.scores, wrong, conf.trainer.optimizer
+    refuse_differences(process, of_user_code(*own_code))
     wrong += best_metric_problems(conf) + own_problems(conf) if training else []
     own: list[Prompt] = []
     if task is not None and held_out:
@@ -147,9 +147,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             wrong += first_call_problems(process, conf, task, encoder, own)
         if training:
             wrong += attempt(wrong, round_problems, conf, task) or []
-        if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
-            wrong += attempt(wrong, training_problems, process, *drawn_by) or []
+            wrong += [] if formed else attempt(wrong, training_problems, process, *drawn_by) or []
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
         wrong += penalty_problems(conf, task) if training else []
