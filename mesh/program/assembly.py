@@ -147,9 +147,8 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
             wrong += first_call_problems(process, conf, task, encoder, own)
         if training:
             wrong += attempt(wrong, round_problems, conf, task) or []
-        if training and not formed:
             drawn_by = source, conf.num_prompts, elsewhere
-            wrong += attempt(wrong, training_problems, process, *drawn_by) or []
+            wrong += [] if formed else attempt(wrong, training_problems, process, *drawn_by) or []
         wrong += check_vocabulary(encoder.tokenizer, shape.vocab_size)
         wrong += formed + stop_problems(conf, encoder.tokenizer, task) + limit_problems(conf, task)
         wrong += penalty_problems(conf, task) if training else []

@@ -64,7 +64,8 @@ class EvaluationSet:
         sampling = replace(sampling, max_new_tokens=draws.max_new_tokens, stops=draws.stops)
         if greedy:
             return sampling
-        sampling = replace(sampling, temperature=draws.temperature)
+        # nobody reads the logprobs of an evaluation
+        sampling = replace(sampling, temperature=draws.temperature, truncated_logprobs=False)
         return replace(sampling, top_k=draws.top_k, top_p=draws.top_p)
 
 

@@ -145,7 +145,9 @@ def trainer_of(conf: Conf) -> Trainer:
     """From the weights in model.path where that is no shipped model, else from random ones."""
     shipped = conf.model.path is None or conf.model.path.startswith("package:")
     start = Start(None if shipped else Path(str(conf.model.path)), seed=3)
-    return built(replace(settings_of(conf), start=start), conf)
+    settings = settings_of(conf)
+    frozen = {name: replace(source, start=start) for name, source in settings.frozen.items()}
+    return built(replace(settings, start=start, frozen=frozen), conf)
 
 
 def advance(trainer: Trainer, seed: int) -> dict[str, float]:

@@ -128,7 +128,7 @@ def test_every_part_has_the_keys_that_it_uses():
         ScoringSettings(0, 60.0, "stop"),
     )
     held_out = tuple(plan.task.eval_prompts(5))
-    assert plan.evaluations == {"": EvaluationSet(plan.training, held_out, 2)}
+    assert plan.evaluations == {"": EvaluationSet(plan.training, held_out, 2, (1, 2))}
     assert (plan.prompts.task, plan.prompts.overlong) == (plan.task, "skip")
     assert (plan.prompts.max_length, plan.prompts.max_new_tokens) == (30, 6)
 
