@@ -24,9 +24,10 @@ class Foreground:
     ):
         launcher = [*TORCHRUN, f"--nproc-per-node={num_ranks}", *more] if num_ranks > 1 else []
         self.num_ranks = num_ranks
+        places = (str(REPOSITORY), str(REPOSITORY / "tests"))
         self.popen = subprocess.Popen(
             [*(launcher or [sys.executable]), str(REPOSITORY / "recipes" / recipe), *words],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

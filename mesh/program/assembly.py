@@ -128,9 +128,9 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     task, elsewhere = made or (None, [])
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
-    own_code = task, loss, conf.scores, wrong, conf.trainer.optimizer
-    refuse_differences(process, of_user_code(*own_code))
     wrong += best_metric_problems(conf) + own_problems(conf) if training else []
+    code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
+    refuse_differences(process, code)
     own: list[Prompt] = []
     if task is not None and held_out:
         own += attempt(wrong, draw_held_out, task, conf.eval.num_prompts) or []
@@ -162,8 +162,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     notes = model_warnings(conf) + (teacher_warnings(conf, tokenizer) if training else [])
     notes += [*(task_notes(task) if training or held_out else []), *set_notes(sets, task)]
     notes += held_out_notes(conf, len(own))
-    num = conf.num_prompts if training else 0
-    for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, num)]:
+    for line in [*notes, *prompt_warnings(process, plan.prompts, prompts, drawn)]:
         process.say(line)
     return plan
 

@@ -63,5 +63,5 @@ def test_state_that_no_checkpoint_can_hold_is_refused_on_shards(tmp_path):
     path = f"run_dir={tmp_path / 'run'}"
     ended = launch("recipes/grpo.py", 3, *WORDS, *words, path, "steps=1", status=1)
     said = "trainer.optimizer=user_optimizers:Partial: its state total/"
-    assert ended.stderr.count(said) == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.count(said) == 1 and ended.stderr.startswith(said)  # torchrun's follow
     assert "a DTensor of partial sums; call full_tensor() on it, or redistribute" in ended.stderr
