@@ -19,6 +19,7 @@ def test_a_runs_own_configuration_gives_its_numbers_and_another_a_warning(tmp_pa
     for conf in (f"{run / 'config.yaml'}", "qwen3_tiny"):
         said = launch("recipes/evaluate.py", 1, f"conf={conf}", *words, "eval.num_prompts=24")
         found[conf] = json.loads(output.read_text())
+        assert set(found[conf].pop("intervals")) <= set(found[conf])
         warnings = [line for line in said.stdout.splitlines() if line.startswith("warning")]
         assert len(warnings) == (conf == "qwen3_tiny")
     assert "task_args.min_length=3 (the run: 6), task_args.max_length=5 (the run: 7)" in warnings[0]
