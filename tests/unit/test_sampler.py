@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mesh.engine.choice import choose
 from mesh.engine.sampler import draw, gumbel, token_keys, truncated
 from mesh.model.vocabulary import MASKED
 from mesh.types import Sampling
@@ -192,6 +193,30 @@ def test_draws_follow_the_softmax_of_what_is_kept(top_k, top_p):
     probability_V = reference_truncate(LOGITS.tolist(), top_k, top_p)
     freedom = int((probability_V > 0).sum()) - 1
     assert chi_square(tokens_S, probability_V) < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(5, 1.0, 0.7), (0, 0.8, 1.3), (9, 0.9, 1.0)]
+)
+def test_truncated_logprobs_are_those_of_200000_draws(top_k, top_p, temperature):
+    """What is recorded with a token is the log of how often it is drawn; the likeliest two ids are
+    without a text."""
+    count = 200_000
+    sampling = replace(
+        SAMPLING, top_k=top_k, top_p=top_p, temperature=temperature, truncated_logprobs=True
+    )
+    logits_V = torch.cat([torch.full((2,), 9.0), LOGITS])
+    tokens_S, logprobs_S = choose(
+        logits_V.repeat(count, 1), many_keys(count, seed=12), sampling, None, ((0, 2),)
+    )
+    kept_V = reference_truncate((LOGITS / temperature).tolist(), top_k, top_p)
+    probability_V = torch.cat([torch.zeros(2).double(), kept_V])
+    freedom = int((probability_V > 0).sum()) - 1
+    assert 1 < freedom < len(LOGITS) - 1, "control: some ids are cut off, and several are left"
+    assert chi_square(tokens_S, probability_V) < freedom + 5 * math.sqrt(2 * freedom)
+    torch.testing.assert_close(
+        logprobs_S.double(), probability_V[tokens_S].log(), rtol=0, atol=1e-6
+    )
 
 
 def test_draws_of_one_position_are_independent_of_the_next():
