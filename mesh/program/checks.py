@@ -198,7 +198,7 @@ def truncation_problems(conf: Conf) -> list[str]:
         )
         remedy = "set batch_invariant=true, or leave it out"
         if not kind_of(conf).exact:
-            remedy = f"{kind_of(conf)} cannot be exact: use engine=native, or leave it out"
+            remedy = f"{kind_of(conf)} cannot be exact: use engine=native and {remedy}"
         found.append(problem("truncated_logprobs", True, wrong, remedy))
     return found
 

@@ -323,6 +323,6 @@ def test_truncated_logprobs_need_a_truncation_and_equal_bits():
         assert truncation_problems(load_conf([*exact, *words])[1]) == []
     own = [*TRUNCATED, "generator.top_k=5", "engine=vllm", "vllm.model=native"]
     (line,) = truncation_problems(load_conf(own)[1])
-    assert "engine=vllm vllm.model=native cannot be exact" in line
+    assert "engine=vllm vllm.model=native cannot be exact: use engine=native and set batch_" in line
     both = checks.conf_problems(load_conf([*own, "batch_invariant=true"])[1], "cpu")
     assert any(line.startswith("vllm.model=native: ") for line in both)
