@@ -26,10 +26,11 @@ TRUNCATED = [
 
 
 @torch.no_grad()
-def logits_of(trainer: Trainer, leaves: Pass) -> torch.Tensor:
-    """float64 logits over the temperature at the loss tokens, without ids that have no text."""
+def logits_of(trainer: Trainer, leaves: Pass, name: str = "model") -> torch.Tensor:
+    """float64 logits over the temperature at the loss tokens, without ids that have no text; name:
+    of the trainer's model."""
     with resharded(trainer):
-        hidden, weight = head_inputs(trainer.model, pack(leaves))
+        hidden, weight = head_inputs(getattr(trainer, name), pack(leaves))
         return hidden.double() @ weight.double().t() / trainer.settings.temperature
 
 
@@ -78,6 +79,29 @@ def test_the_sets_before_the_first_update_hold_for_all_updates_and_for_the_refer
         second = trainer.accumulate(passes, objective, known).logprobs_A
     torch.testing.assert_close(second.double(), torch.cat(others), rtol=1e-4, atol=1e-4)
     assert (second - first).abs().max() > 0.01
+
+
+@pytest.mark.usefixtures("solo_mesh")
+def test_the_reference_is_scored_over_the_sets_of_a_policy_that_has_moved():
+    conf = conf_of(*TRUNCATED[:-2], "trainer.lr=0.05")
+    trainer, objective = built_trainer(conf), objective_for(conf)
+    with batch_invariant(True, "cpu"):
+        share = leaves_of(likely(trainer))
+        passes = passes_in(share)
+        trainer.accumulate(passes, objective, trainer.score(passes, objective.needs))
+        trainer.update(1.0, num_tokens(share))
+        passes = passes_in(leaves_of(likely(trainer)))
+        (leaves,), (known,) = passes, trainer.score(passes, objective.needs)
+        targets_A1 = pack(leaves).targets_A[:, None]
+        z, own = (logits_of(trainer, leaves, name) for name in ("model", "reference"))
+        inside = torch.cat([ids.inside(0, z.shape[1]) for ids in known.sets.ids])
+    least = z.masked_fill(~inside, torch.inf).amin(-1)
+    assert (z.masked_fill(inside, -torch.inf).amax(-1) <= least).all(), "the policy's likeliest"
+    largest = own.masked_fill(inside, -torch.inf).amax(-1)
+    others = largest > own.masked_fill(~inside, torch.inf).amin(-1)
+    right = own.masked_fill(~inside, -torch.inf).log_softmax(-1).gather(1, targets_A1)[:, 0]
+    assert (others & right.isfinite()).sum() > 3, "control: the reference has other sets"
+    torch.testing.assert_close(known.reference_logprobs_A.double(), right, rtol=1e-4, atol=1e-4)
 
 
 def context_of(batch):
