@@ -1,6 +1,6 @@
 """A real run of conversations over truncated sets: exact, killed and resumed, replayed.
 
-About 40 s on two ranks.
+About a minute on two ranks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Run]:
-    """A run that was killed and resumed, a replay of its last step, and the run that was never
-    killed."""
+    """A run that was killed and resumed, a replay of its last step, the run that was never killed,
+    and one with the same draws and the logprobs of whole distributions."""
     root = tmp_path_factory.mktemp("runs")
     path = root / "killed"
     words = [*WORDS, "steps=1000", "checkpoint.every=2", f"run_dir={path}"]
@@ -40,6 +40,7 @@ def made(tmp_path_factory) -> dict[str, Run]:
         "again": ("grpo", [f"resume={path}", f"steps={steps}"]),
         "replayed": ("replay", [str(path), f"step={steps}"]),
         "whole": ("grpo", [*WORDS, f"steps={steps}"]),
+        "untruncated": ("grpo", [*WORDS, "truncated_logprobs=false", "steps=1"]),
     }
     found = runs(root, 2, asked)
     return found | {"killed": Run(path, found["again"].output)}
@@ -62,4 +63,7 @@ def test_every_turn_is_scored_over_the_sets_of_the_policy_that_drew_it(made):
     for line in made["whole"].metrics[1:]:
         assert line["logprob_diff/max"] == 0 and line["turns/max"] == 3
         assert (line["update/1/ratio/max"], line["update/1/approx_kl"]) == (1, 0)
+    first, other = (made[name].metrics[1] for name in ("whole", "untruncated"))
+    assert made["whole"].answers(1) == made["untruncated"].answers(1), "control: the same draws"
+    assert first["entropy"] < other["entropy"] - 0.1
     assert any(line["update/2/ratio/max"] > 1 for line in made["whole"].metrics[1:])
