@@ -87,7 +87,8 @@ def read_words(argv: list[str]) -> tuple[Path, int, list[str]]:
     """RUN_DIR, the step, and the arguments that are the run's."""
     named = [word for word in argv if word.startswith("step=")]
     number = named[-1].removeprefix("step=") if named else ""
-    if not argv or argv[0] in named or argv[0].startswith("-") or not number.isdecimal():
+    no_run = not argv or argv[0].startswith(("-", "step=", "run_dir=", "resume=", "conf="))
+    if no_run or not number.isdecimal():
         given = shlex.join(argv) or "no word"
         refuse_to_start(Refusal(f"{given}: write {USAGE}, where K is a step that was taken"))
     return Path(argv[0]).expanduser(), int(number), [w for w in argv[1:] if w not in named]

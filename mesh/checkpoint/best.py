@@ -155,7 +155,9 @@ def metric_problems(conf: Conf, key: str, given: str, either: bool = True) -> li
     close = nearest(metric, choices)
     meant = f"did you mean {close}? " if close else ""
     wrong = "no evaluation of the run logs it"
-    if not metric.startswith("eval/"):
+    if metric.removeprefix(SMALLEST) in choices:
+        wrong = "it asks for the smallest value, and a run ends by one that is to grow"
+    elif not metric.startswith("eval/"):
         wrong += ", and a step's own metrics are of the weights before its update"
     remedy = f"{meant}use one of {', '.join(choices)}, or eval/reward/PART of a score with parts"
     return [problem(key, given, wrong, remedy)]

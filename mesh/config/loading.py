@@ -33,7 +33,7 @@ from mesh.config.keys import (
 from mesh.config.moved import MOVED, moved_problem
 from mesh.config.run_format import run_format_problems
 from mesh.config.schema import CONF_DIR, Conf
-from mesh.config.spelling import meant, near_keys
+from mesh.config.spelling import meant, near_below, near_keys
 from mesh.config.text import Text, dump_text, from_word, load_yaml, value_as
 
 OPEN = tuple(key.name for key in conf_keys().values() if get_origin(key.annotation) is dict)
@@ -267,7 +267,7 @@ def unknown_key(name: str, value: Any, keys: dict[str, ConfKey]) -> str:
     inside = [key for key in keys if key.startswith(f"{name}.")]
     if inside:
         return problem(name, value, "a group of keys", f"set one of {', '.join(inside)}")
-    near = near_keys(name, keys)
+    near = near_below(name, OPEN) or near_keys(name, keys)
     question = f"did you mean {' or '.join(near)}? " if near else ""
     return problem(name, value, "unknown key", f"{question}--help lists all keys")
 

@@ -14,11 +14,20 @@ OTHER_SYSTEMS = {
     "num_prompts": "batch_size train_batch_size global_batch_size rollout_batch_size",
     "sft.batch_size": "batch_size",
     "group_size": "num_generations num_rollouts rollouts_per_prompt n_samples_per_prompt",
-    "updates_per_step": "num_minibatches num_mini_batches mini_batch_size ppo_mini_batch_size",
+    "updates_per_step": "num_minibatches num_mini_batches mini_batch_size ppo_mini_batch_size "
+    "ppo_epochs num_ppo_epochs num_iterations",
     "kl_stop": "target_kl",
+    "refill_rounds": "filter_groups filter_groups_enable max_num_gen_batches dynamic_sampling",
+    "refill_on": "filter_groups_metric",
+    "ema": "ema_decay",
+    "stop.after": "early_stopping patience early_stopping_patience",
     "steps": "epochs num_epochs num_train_epochs total_epochs max_steps num_steps total_steps",
     "trainer.lr": "learning_rate",
     "trainer.microbatch_tokens": "gradient_accumulation_steps per_device_train_batch_size",
+    "trainer.decay": "lr_scheduler_type lr_scheduler lr_decay_style lr_warmup_style",
+    "trainer.lr_floor": "min_lr_ratio min_lr min_lr_rate",
+    "trainer.warmup_steps": "lr_warmup_steps warmup_ratio lr_warmup_steps_ratio",
+    "trainer.optimizer": "optim",
     "trainer.clip_norm": "max_grad_norm grad_clip gradient_clipping",
     "trainer.activation_checkpointing": "gradient_checkpointing",
     "trainer.dp_shard": "data_parallel_size dp_size dp",
@@ -28,14 +37,24 @@ OTHER_SYSTEMS = {
     "generator.max_new_tokens": "max_tokens max_completion_length max_response_length",
     "model.max_length": "max_prompt_length max_seq_length max_model_len",
     "model.path": "model_name_or_path model_name",
-    "kl_coef": "beta kl_beta kl_weight kl_penalty kl_loss_coef init_kl_coef",
+    "kl_coef": "beta kl_beta kl_weight kl_penalty kl_loss_coef init_kl_coef use_kl_loss",
+    "kl_in": "use_kl_in_reward",
+    "kl_estimator": "kl_loss_type",
+    "teacher.path": "teacher_model teacher_model_name_or_path",
     "clip_low": "epsilon clip_range cliprange clip_ratio clip_eps",
     "clip_high": "epsilon epsilon_high clip_range cliprange clip_ratio clip_ratio_high clip_eps",
-    "loss": "loss_fn loss_type algorithm",
-    "advantage": "adv_estimator",
+    "dual_clip": "delta clip_ratio_c",
+    "importance": "rollout_is vllm_importance_sampling_correction",
+    "importance_high": "tis_imp_ratio_cap vllm_importance_sampling_cap",
+    "length_penalty": "overlong_buffer overlong_buffer_enable overlong_buffer_penalty_factor",
+    "length_penalty_tokens": "overlong_buffer overlong_buffer_len soft_punish_cache",
+    "loss": "loss_fn loss_type policy_loss loss_mode importance_sampling_level algorithm",
+    "aggregation": "loss_agg_mode",
+    "advantage": "adv_estimator scale_rewards norm_adv_by_std_in_grpo",
     "truncated": "mask_truncated_completions overlong_filtering",
     "task": "dataset reward_fn reward_function",
     "run_dir": "output_dir",
+    "checkpoint.best_metric": "metric_for_best_model",
     "checkpoint.every": "save_steps save_freq",
     "eval.every": "eval_steps test_freq",
     "log.wandb": "wandb_project report_to",
@@ -68,7 +87,7 @@ def near_keys(name: str, keys: Collection[str]) -> list[str]:
     found = (
         [key for key in keys if flattened(key) == flat],
         whole or misspelt(last, own) or begun(last, own),
-        [key for key in OTHER_SYSTEMS if key in keys and elsewhere(key) & {last, flat}],
+        [key for key in OTHER_SYSTEMS if key in keys and elsewhere(key) & tails(name)],
         [key for key in keys if split(key)[1] == last],
         begun(last, keys) or misspelt(last, keys),
     )
@@ -76,9 +95,30 @@ def near_keys(name: str, keys: Collection[str]) -> list[str]:
     return near if len(near) <= MOST else []
 
 
+def near_below(name: str, groups: Iterable[str]) -> list[str]:
+    """`name` with the group that its beginning is a misspelling of; below one any key may stand.
+
+    So `eval.set.x.task` is meant for `eval.sets.x.task`.
+    """
+    parts = name.lower().replace("-", "_").split(".")
+    found = []
+    for group in groups:
+        size = group.count(".") + 1
+        begin, rest = ".".join(parts[:size]), name.split(".")[size:]
+        if rest and similar(begin, group) >= SIMILAR_WHOLE:
+            found.append((similar(begin, group), ".".join([group, *rest])))
+    return [max(found)[1]] if found else []
+
+
 def flattened(name: str) -> str:
     """`eval.every`, `eval-every` and `Eval_Every` are `eval_every`."""
     return name.lower().replace("-", "_").replace(".", "_")
+
+
+def tails(name: str) -> set[str]:
+    """`a.b.c` ends in `c`, `b_c` and `a_b_c`."""
+    parts = name.lower().replace("-", "_").split(".")
+    return {"_".join(parts[first:]) for first in range(len(parts))}
 
 
 def split(name: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from mesh.checkpoint.best import metric_problems
 from mesh.config.keys import problem
 from mesh.config.schema import Conf
 from mesh.program.plan import optimizer_settings
+from mesh.roles.answers import is_share
 from mesh.roles.optimizer_trial import trial
 from mesh.roles.own_optimizer import ARGS, KEY, argument_problems, load_optimizer
 
@@ -72,6 +73,10 @@ def stop_problems(conf: Conf) -> list[str]:
         wrong = "nothing says when the run is to end"
         return [problem("stop.metric", keys.metric, wrong, "set stop.above or stop.after")]
     found = metric_problems(conf, "stop.metric", keys.metric, either=False) if given else []
+    if keys.above is not None and keys.above > 1 and is_share(keys.metric):
+        wrong = f"{keys.metric} is a share of 1, and never above 1"
+        remedy = f"use {keys.above / 100:g}" if 1 < keys.above <= 100 else "use 1 or less"
+        found.append(problem("stop.above", keys.above, wrong, remedy))
     if not conf.eval.every:
         wrong, remedy = "eval.every=0 evaluates after the last step alone", "set eval.every"
         found += [problem(name, value, wrong, remedy) for name, value in given.items()]

@@ -87,6 +87,14 @@ def metric_names(ks: Sequence[int], greedy: bool, prefix: str = "eval") -> list[
     return [f"{prefix}/{name}" for name in names]
 
 
+def is_share(metric: str) -> bool:
+    """True if an evaluation's metric, as it is logged, is a share, from 0 to 1."""
+    name = metric.rpartition("/")[2]
+    if "/reward/" in metric:  # a part of a score, of any name
+        return False
+    return name.startswith(("accuracy", "pass@", "majority@", "truncated"))
+
+
 def values_of(problems: Sequence[Sequence[Answer]], ks: Sequence[int]) -> Values:
     """By metric, without a prefix, the values of each problem.
 

@@ -176,6 +176,7 @@ REFUSED = {
     "RUN": "RUN: write torchrun",
     "step=1": "step=1: write torchrun",
     "RUN step=x": "RUN step=x: write torchrun",
+    "run_dir=RUN step=1": "run_dir=RUN step=1: write torchrun",
     "RUN step=3": "step=3: RUN has logged steps 1 to 2; choose a step",
     "RUN step=2 trainer.lr=1": "trainer.lr=1.0: the run computes with",
     "NONE step=2": "resume=NONE: holds no run",

@@ -137,6 +137,20 @@ def test_every_problem_is_listed_at_once():
         ("eval.steps", "eval.every"),
         ("gradient_accumulation_steps", "trainer.microbatch_tokens"),
         ("model_name_or_path", "model.path"),
+        ("ppo_epochs", "updates_per_step"),
+        ("num_iterations", "updates_per_step"),
+        ("epsilon_high", "clip_high"),
+        ("loss_type", "loss"),
+        ("use_kl_loss", "kl_coef"),
+        ("kl_beta", "kl_coef"),
+        ("filter_groups", "refill_rounds"),
+        ("algorithm.filter_groups.enable", "refill_rounds"),
+        ("algorithm.filter_groups.metric", "refill_on"),
+        ("overlong_buffer", "length_penalty length_penalty_tokens"),
+        ("reward_model.overlong_buffer.len", "length_penalty_tokens"),
+        ("ema_decay", "ema"),
+        ("lr_scheduler_type", "trainer.decay"),
+        ("algorithm.gamma", ""),
         # nothing that it could mean
         ("updates_per_batch", "updates_per_step"),
         ("trainer.foo", ""),
@@ -146,6 +160,21 @@ def test_every_problem_is_listed_at_once():
 )
 def test_a_wrong_name_suggests_the_keys_that_it_may_mean_or_none(name: str, near: str):
     assert near_keys(name, conf_keys()) == near.split()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("eval.set.aime.task", "eval.sets.aime.task"),
+        ("task_arg.path", "task_args.path"),
+        ("trainer.optimizer_arg.beta", "trainer.optimizer_args.beta"),
+        ("loss_arg.scale", "loss_args.scale"),
+    ],
+)
+def test_a_misspelt_group_of_free_names_keeps_what_is_below_it(name: str, near: str):
+    assert refusal("conf=qwen3_tiny", f"{name}=1") == [
+        f"{name}=1: unknown key; did you mean {near}? --help lists all keys"
+    ]
 
 
 def test_names_of_other_systems_lead_to_keys_that_exist_and_are_no_keys():

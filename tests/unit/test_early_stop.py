@@ -74,6 +74,23 @@ def test_a_resumed_run_has_the_evaluations_of_its_log(process, tmp_path):
         (["stop.metric=eval/reward"], "stop.metric=eval/reward: nothing says when the run is to"),
         (["stop.after=2", "eval.every=0"], "stop.after=2: eval.every=0 evaluates after the last"),
         (["stop.above=1", "stop.metric=eval/rewards"], "stop.metric=eval/rewards: no evaluation"),
+        (
+            ["stop.above=90"],
+            "stop.above=90.0: eval/accuracy is a share of 1, and never above 1; use 0.9",
+        ),
+        (
+            ["stop.above=200"],
+            "stop.above=200.0: eval/accuracy is a share of 1, and never above 1; use 1 ",
+        ),
+        (
+            ["stop.above=2", "stop.metric=eval/pass@4"],
+            "stop.above=2.0: eval/pass@4 is a share of 1, and never above 1; use 0.02",
+        ),
+        (
+            ["stop.after=2", "stop.metric=-eval/response_length/mean"],
+            "stop.metric=-eval/response_length/mean: it asks for the smallest value, and a run "
+            "ends by one that is to grow; did you mean eval/response_length/mean? use one of",
+        ),
     ],
     ids=str,
 )
@@ -81,6 +98,13 @@ def test_what_would_end_no_run_is_refused(words, wrong):
     (line,) = stop_problems(conf_of("eval.every=5", *words))
     assert line.startswith(wrong)
     assert stop_problems(conf_of("eval.every=5", "stop.after=2", "stop.above=0.9")) == []
+
+
+@pytest.mark.parametrize(
+    "metric", ["eval/reward", "eval/reward/accuracy", "eval/response_length/mean"]
+)
+def test_what_is_no_share_may_end_a_run_above_1(metric):
+    assert stop_problems(conf_of("eval.every=5", "stop.above=5", f"stop.metric={metric}")) == []
 
 
 def test_a_resumed_run_may_end_elsewhere():
