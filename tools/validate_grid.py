@@ -13,6 +13,7 @@ rung failed. `distill` needs a `teacher.path=`, and is in the grid where it is n
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def validated(point: Point, ranks: int, words: list[str], output: Path) -> dict[
         torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
         recipe = str(ROOT / "recipes" / "validate.py")
         command = [sys.executable, *torchrun, recipe, *SMALL, *keys, *words, f"run_dir={run_dir}"]
+        shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted grid left
         with run_dir.with_suffix(".log").open("w") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
     return json.loads(report.read_text()) if report.exists() else None

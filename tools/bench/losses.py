@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mesh.rl.losses import LOSSES
 from tools import ROOT
@@ -107,7 +110,8 @@ def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 def curve_of(trial: Trial, words: Sequence[str], output: Path) -> Curve:
     """The curve of a run, which is made unless it lies in `output`."""
     run_dir = output / trial.name
-    if not (run_dir / "model").is_dir():
+    if not whole(run_dir):
+        shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted table left
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (output / f"{trial.name}.log").open("w") as log:
             ended = subprocess.run(
@@ -121,6 +125,14 @@ def curve_of(trial: Trial, words: Sequence[str], output: Path) -> Curve:
     found = tuple((entry["step"], entry[METRIC]) for entry in metrics if METRIC in entry)
     print(f"{trial.name}: {found[0][1]:.3f} to {found[-1][1]:.3f}", flush=True)
     return Curve(trial, found)
+
+
+def whole(run_dir: Path) -> bool:
+    """True for a run that has logged its last step: one that was ended early has a model, too."""
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    steps = yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] if lines else None
+    return bool(lines) and json.loads(lines[-1])["step"] == steps
 
 
 def missed(curve: Curve, target: float) -> bool:
