@@ -81,3 +81,14 @@ def lines_of(path: Path) -> list[str]:
 def steps_of(run_dir: Path) -> list[int]:
     """The steps that a run has logged."""
     return [json.loads(line)["step"] for line in lines_of(run_dir / "metrics.jsonl")]
+
+
+def killed_run(path: Path, num_ranks: int, words: Sequence[str]) -> int:
+    """Start `recipes/grpo.py` in `path`, and kill its rank 1 after more than four logged lines, as
+    `kill -9` does. Returns the last step that it logged."""
+    endless = [*words, "steps=1000", "checkpoint.every=2", f"run_dir={path}"]
+    job = Foreground("grpo.py", num_ranks, *endless)
+    job.wait_for(lambda: len(steps_of(path)) > 4 if (path / "metrics.jsonl").exists() else False)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    job.popen.communicate(timeout=60)
+    return steps_of(path)[-1]

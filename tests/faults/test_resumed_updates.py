@@ -5,11 +5,8 @@ About a minute on two cores.
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
-from foreground import Foreground, steps_of
+from foreground import killed_run
 from launching import Run, runs
 
 from mesh.runs.compare import compare_runs
@@ -29,12 +26,7 @@ def made(tmp_path_factory) -> dict[str, Run]:
     and one on a rank alone."""
     root = tmp_path_factory.mktemp("runs")
     path = root / "killed"
-    words = [*WORDS, "steps=1000", "checkpoint.every=2", f"run_dir={path}"]
-    job = Foreground("grpo.py", 2, *words)
-    job.wait_for(lambda: len(steps_of(path)) > 4 if (path / "metrics.jsonl").exists() else False)
-    os.kill(job.ranks()[1], signal.SIGKILL)
-    job.popen.communicate(timeout=60)
-    steps = steps_of(path)[-1] + 2
+    steps = killed_run(path, 2, WORDS) + 2
     asked = {
         "again": ("grpo", [f"resume={path}", f"steps={steps}"]),
         "replayed": ("replay", [str(path), f"step={steps}"]),
