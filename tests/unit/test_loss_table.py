@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mesh.config.loading import load_conf
-from tools.bench.losses import REWARDED, Curve, Trial, curve_of, missed, read_words, table_of
+from tools.bench.losses import REWARDED, Curve, Trial, curve_of, missed, read_words, table_of, whole
 
 RISING = ((0, 0.25), (10, 0.5), (20, 0.81), (30, 0.79))
 
@@ -48,11 +48,15 @@ def test_a_row_has_the_first_step_at_the_target_and_the_last_accuracy_of_each_se
 
 
 def test_a_run_that_is_there_is_read(tmp_path):
+    """Only where it is whole: its last line is that of its last step."""
     trial = Trial("dapo", 1, 0)
     (tmp_path / trial.name / "model").mkdir(parents=True)
     lines = [{"step": step, "eval/accuracy": value} for step, value in RISING]
     lines.insert(1, {"step": 5, "loss": 0.0})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / trial.name / "metrics.jsonl").write_text(text)
+    (tmp_path / trial.name / "config.yaml").write_text("steps: 30\n")
     curve = curve_of(trial, [], tmp_path)
     assert curve == Curve(trial, RISING) and curve.reached(0.5) == 10
+    (tmp_path / trial.name / "config.yaml").write_text("steps: 31\n")
+    assert not whole(tmp_path / trial.name) and not whole(tmp_path / "none")
