@@ -20,16 +20,24 @@ from mesh.checkpoint.folder import PARTIAL
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.roles.nonfinite import REPORT
+from mesh.runs.samples import OLD_SAMPLES, SAMPLES, Mark
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
-KEPT_LOGS = (*LOGS, REPORT)  # the last one exists only if a step was not finite
+LOGS = ("metrics.jsonl", SAMPLES)
+KEPT_LOGS = (*LOGS, OLD_SAMPLES, REPORT)
+"""The last two exist only in a run that is older than the compressed samples, and if a step was not
+finite."""
+
+Sizes = Callable[[float | None], dict[str, int]]
+"""Lengths of the logs at a moment; waits so many seconds for those that a thread writes."""
 
 
-def log_sizes(run_dir: Path) -> dict[str, int]:
-    """Lengths of the logs as they are now; 0 for a missing one."""
+def log_sizes(run_dir: Path, samples: Mark | None = None) -> Sizes:
+    """Lengths of the logs as they are now; 0 for a missing one. samples: the place in that log up
+    to which it counts, which may not be written yet."""
     found = {name: run_dir / name for name in KEPT_LOGS}
-    sizes = {name: path.stat().st_size for name, path in found.items() if path.exists()}
-    return dict.fromkeys(LOGS, 0) | sizes
+    now = {name: path.stat().st_size for name, path in found.items() if path.exists()}
+    sizes = dict.fromkeys(LOGS, 0) | now
+    return lambda seconds: sizes | ({SAMPLES: samples.size(seconds)} if samples else {})
 
 
 def copy_jobs(
