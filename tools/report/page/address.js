@@ -2,12 +2,6 @@
 // page that draws itself again keeps it.
 "use strict";
 
-const Report = {errors: []};
-
-window.addEventListener("error", (event) => {
-  Report.errors.push(String(event.message));
-});
-
 Report.state = (() => {
   let section = "";
   let values = new Map();
