@@ -48,7 +48,7 @@ Report.charts = (() => {
       : spec.series.flatMap((series) => visible(series, x)));
     const y = log ? [found[0] * 0.9, found[1] * 1.1] : Report.scales.roomy(found || [0, 1], spec.percent);
     const tall = chart.height;
-    const yTicks = log ? Report.scales.logTicks(...y) : Report.scales.ticks(...y, tall > 200 ? 7 : 4);
+    const yTicks = log ? Report.scales.logTicks(...y) : Report.scales.ticks(...y, tall > 200 ? 8 : 5);
     const labels = yTicks.map((tick) => format(spec, tick));
     const left = 12 + 6.6 * Math.max(2, ...labels.map((label) => label.length));
     const right = chart.width - 12;
@@ -218,7 +218,7 @@ Report.charts = (() => {
       const series = chart.spec.series[k];
       const found = at(series, focus === null ? Infinity : focus);
       const apart = found && focus !== null && Math.abs(found.step - focus) > far;
-      let text = found ? withUnit(chart.spec, found.value) : "no values";
+      let text = found ? format(chart.spec, found.value) : "no values";
       if (found && focus !== null && series.low && finite(series.low[found.place]))
         text += ` (${format(chart.spec, series.low[found.place])} to ${format(chart.spec, series.high[found.place])})`;
       reading.textContent = text + (apart ? ` at ${found.step}` : "");

@@ -49,9 +49,11 @@ Report.curves = (() => {
   }
 
   function group([name, charts]) {
-    return el("div", {class: "group", "data-group": name},
-      name && el("h3", {}, name), el("div", {class: "charts"}, charts.map(Report.cards.card)));
+    return el("div", {class: "group", "data-group": name, style: `--n: ${charts.length}`},
+      name && el("h3", {}, name), charts.map(Report.cards.card));
   }
+
+  const groups = (charts) => el("div", {class: "groups"}, grouped(charts).map(group));
 
   function runsLegend(runs) {
     return el("ul", {class: "legend runs-legend", "aria-label": "Runs"}, runs.map((run, place) =>
@@ -79,7 +81,7 @@ Report.curves = (() => {
   function section(runs) {
     const charts = merged(runs, (run) => run.curves).filter(hasPoints);
     if (!charts.length) return [Report.empty("No metrics were recorded yet, so there are no curves.")];
-    return [toolbar(runs), ...grouped(charts).map(group)];
+    return [toolbar(runs), groups(charts)];
   }
 
   Report.state.listen(() => {
@@ -87,7 +89,7 @@ Report.curves = (() => {
     if (button) button.hidden = Report.charts.numberIn("from") === null;
   });
 
-  return {merged, section, hasPoints, group, grouped};
+  return {merged, section, hasPoints, groups};
 })();
 
 // The mean of up to `window` values that end at each place; gaps stay gaps.

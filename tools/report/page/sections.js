@@ -13,7 +13,7 @@ Report.jump = (section, changes, text) => Report.el("a", {
 
 Report.facts = (facts) => {
   const {el} = Report;
-  return el("dl", {class: "facts"}, facts.map(({label, value, note}) => el("div", {class: "fact"},
+  return el("dl", {class: "facts", style: `--n: ${facts.length}`}, facts.map(({label, value, note}) => el("div", {class: "fact"},
     el("dt", {}, label),
     el("dd", {class: String(value).length > 18 ? "long" : ""}, value),
     note && el("dd", {class: "note"}, note))));

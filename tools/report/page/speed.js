@@ -62,7 +62,7 @@ Report.speed = (() => {
   }
 
   function facts(runs) {
-    return runs.filter((run) => run.speed.facts.length).map((run) => el("div", {},
+    return runs.filter((run) => run.speed.facts.length).map((run) => el("div", {class: "said-of-run"},
       runs.length > 1 && el("h3", {}, run.name), Report.facts(run.speed.facts)));
   }
 
@@ -73,10 +73,8 @@ Report.speed = (() => {
     const said = facts(runs);
     if (!stacks.length && !curves.length && !said.length)
       return [Report.empty("No step was timed yet, so nothing can be said about speed.")];
-    const wide = stacks.map(Report.cards.card);
-    wide.forEach((card) => card.classList.add("wide"));
-    return [...said, el("div", {class: "charts speed-phases"}, wide),
-      ...Report.curves.grouped(curves).map(Report.curves.group)];
+    return [...said, ...stacks.map(Report.cards.card), curves.length && Report.curves.groups(curves)]
+      .filter(Boolean);
   }
 
   return {section};

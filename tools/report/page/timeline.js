@@ -41,6 +41,17 @@ Report.timeline = (() => {
     return `${who} wait ${Report.percent(share, 2)} of the step ${other}`;
   }
 
+  // The same over all recorded steps, weighted by their seconds.
+  function overall(timeline) {
+    const found = timeline.steps.map((step) => waits(timeline, step));
+    const total = found.reduce((sum, one) => sum + one.whole, 0);
+    const roles = [...found[0].roles.keys()].map((role) => [role,
+      found.reduce((sum, one) => sum + one.roles.get(role) * one.whole, 0) / total]);
+    const parts = roles.map(([role, share]) => roleSentence(role, share, roles.length > 1));
+    const count = timeline.steps.length;
+    return `Over ${count} recorded ${count === 1 ? "step" : "steps"}, ${parts.join(", ")}.`.replaceAll("of the step", "of the time");
+  }
+
   function sentence(timeline, step) {
     const {whole, ranks, roles} = waits(timeline, step);
     const parts = [...roles].map(([role, share]) => roleSentence(role, share, roles.size > 1));
@@ -48,7 +59,7 @@ Report.timeline = (() => {
     const least = ranks[shares.indexOf(Math.min(...shares))];
     const spread = Math.max(...shares) - least.share;
     const slow = ranks.length > 1 && spread > 0.05
-      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)}).` : "";
+      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)}): it is the bottleneck.` : "";
     return `Step ${step.step} takes ${Report.seconds(whole)}: ${parts.join(", ")}.${slow}`;
   }
 
@@ -247,9 +258,7 @@ Report.timeline = (() => {
         `${timeline.left_out} recorded steps are left out of this page to keep it small.`));
     shown = {timeline, root, tip, frame: root.querySelector(".frame"), text: root.querySelector("#timeline-text"),
       legend: root.querySelector(".phases"), table: root.querySelector("details div")};
-    const wide = Report.cards.card(curve(timeline));
-    wide.classList.add("wide");
-    return [el("div", {class: "charts"}, timeline.steps.length > 1 && wide), root];
+    return [el("p", {class: "said", id: "timeline-overall"}, overall(timeline)), timeline.steps.length > 1 && Report.cards.card(curve(timeline)), root].filter(Boolean);
   }
 
   window.addEventListener("resize", () => redraw());
