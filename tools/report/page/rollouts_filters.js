@@ -2,7 +2,7 @@
 "use strict";
 
 Report.rolloutFilters = (() => {
-  const R = Report.rolloutModel;
+  const R = Report.rolloutRows;
   const KEYS = ["step", "split", "set", "kept", "finish", "correct", "min", "max", "look", "q"];
   const KEPT = {best: "best of its step", worst: "worst of its step", random: "drawn at random", all: "every group is kept", fixed: "evaluation question", first: "first of its step"};
   const haystacks = new WeakMap();

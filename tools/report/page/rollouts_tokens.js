@@ -3,7 +3,7 @@
 
 Report.rolloutTokens = (() => {
   const T = Report.rolloutText;
-  const M = Report.rolloutMeasures;
+  const M = Report.rolloutValues;
   const HEAD = 800; // tokens of a long turn that are shown before it is asked for
   const TAIL = 160;
   const PIECE = 2000; // tokens that go into the page at once
