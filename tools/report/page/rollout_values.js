@@ -135,7 +135,7 @@ Report.rolloutValues = (() => {
   // Swatches from the lowest level below 0 to the highest above; labels at some of them.
   function diverging(label, labelled) {
     return Array.from({length: 2 * LEVELS + 1}, (_, index) => index - LEVELS).map((at) => ({
-      level: Math.abs(at), negative: at < 0, label: labelled.includes(Math.abs(at)) ? label(at) : "",
+      level: Math.abs(at), above: at > 0, label: labelled.includes(Math.abs(at)) ? label(at) : "",
     }));
   }
 
@@ -162,7 +162,7 @@ Report.rolloutValues = (() => {
   function classOf(measure, value, top) {
     if (!isNumber(value)) return "";
     const level = MEASURES[measure].level(value, top);
-    return level ? `l${level}` + (MEASURES[measure].diverging && value < 0 ? " below" : "") : "";
+    return level ? `l${level}` + (MEASURES[measure].diverging && value > 0 ? " above" : "") : "";
   }
 
   return {MEASURES, classOf, scalesOf, signed, tokensOf, turnsOf};

@@ -133,7 +133,7 @@ Report.rolloutGroup = (() => {
     };
     return el("article", {class: "ro-answer" + (filtered && !hits.has(row) ? " other" : ""), "data-sample": row.sample_id, "aria-label": nameOf(row)},
       head(row, context), el("div", {class: "ro-turns"}, turns.map((one) => one.node)),
-      el("footer", {class: "ro-foot"}, words(row, look, reveal), V.tokensOf(row) ? table(row) : null));
+      el("div", {class: "ro-foot"}, words(row, look, reveal), V.tokensOf(row) ? table(row) : null));
   }
 
   const COLUMNS = [["logprob", "logprob"], ["entropy", "entropy"], ["difference", "trainer \u2212 generator"], ["advantage", "advantage"]];
