@@ -2,7 +2,7 @@
 "use strict";
 
 Report.rolloutFilters = (() => {
-  const R = Report.rolloutModel;
+  const R = Report.rolloutRows;
   const KEYS = ["step", "split", "set", "kept", "finish", "correct", "min", "max", "look", "q"];
   const KEPT = {best: "best of its step", worst: "worst of its step", random: "drawn at random", all: "every group is kept", fixed: "evaluation question", first: "first of its step"};
   const haystacks = new WeakMap();
@@ -142,8 +142,8 @@ Report.rolloutFilters = (() => {
     const chips = Report.el("div", {class: "ro-chips", role: "group", "aria-label": "Look for"});
     const node = Report.el("div", {class: "ro-filters", role: "search", "aria-label": "Filter rollouts"},
       Report.el("div", {class: "ro-fields"}, labelled("Text", words), labelled("Step", step), lists.map((list) => labelled(LISTS[list.dataset.filter], list)),
-        Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max)), clear),
-      chips);
+        Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max))),
+      Report.el("div", {class: "ro-bar"}, chips, clear));
 
     function update(rows) {
       lists.forEach((list) => fill(list, choices(rows, list.dataset.filter), state.get(list.dataset.filter)));

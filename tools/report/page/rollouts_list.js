@@ -3,7 +3,7 @@
 "use strict";
 
 Report.rolloutList = (() => {
-  const R = Report.rolloutModel;
+  const R = Report.rolloutRows;
   const T = Report.rolloutText;
   const PAGE = 60; // entries that are added at once
   const BARS = 32;

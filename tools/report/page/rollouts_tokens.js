@@ -3,7 +3,7 @@
 
 Report.rolloutTokens = (() => {
   const T = Report.rolloutText;
-  const M = Report.rolloutMeasures;
+  const M = Report.rolloutValues;
   const HEAD = 800; // tokens of a long turn that are shown before it is asked for
   const TAIL = 160;
   const PIECE = 2000; // tokens that go into the page at once
@@ -198,9 +198,9 @@ Report.rolloutTokens = (() => {
     const words = steps.filter((step) => step.label).map((step) => step.label).join(", ");
     return Report.el("div", {class: "ro-legend", "data-measure": measure, role: "img", "aria-label": `Colour scale: ${unit}; ${words}`},
       Report.el("span", {class: "ro-unit"}, unit),
-      Report.el("span", {class: "ro-scale"}, steps.map(({level, negative, label}) =>
+      Report.el("span", {class: "ro-scale"}, steps.map(({level, above, label}) =>
         Report.el("span", {class: "ro-step"},
-          Report.el("i", {class: `ro-t l${level}` + (negative ? " below" : "")}),
+          Report.el("i", {class: `ro-t l${level}` + (above ? " above" : "")}),
           Report.el("b", {}, label)))));
   }
 

@@ -1,8 +1,8 @@
 // What a token can be coloured by: its values in a row, their levels on a fixed scale, and the same in words.
 "use strict";
 
-Report.rolloutMeasures = (() => {
-  const {isNumber, largest, mean, splitOf, text} = Report.rolloutModel;
+Report.rolloutValues = (() => {
+  const {isNumber, largest, mean, splitOf, text} = Report.rolloutRows;
   const LEVELS = 8; // 0: no colour
   const PROBABILITIES = [0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01, 0.001];
   const SIZES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1];
@@ -135,7 +135,7 @@ Report.rolloutMeasures = (() => {
   // Swatches from the lowest level below 0 to the highest above; labels at some of them.
   function diverging(label, labelled) {
     return Array.from({length: 2 * LEVELS + 1}, (_, index) => index - LEVELS).map((at) => ({
-      level: Math.abs(at), negative: at < 0, label: labelled.includes(Math.abs(at)) ? label(at) : "",
+      level: Math.abs(at), above: at > 0, label: labelled.includes(Math.abs(at)) ? label(at) : "",
     }));
   }
 
@@ -162,7 +162,7 @@ Report.rolloutMeasures = (() => {
   function classOf(measure, value, top) {
     if (!isNumber(value)) return "";
     const level = MEASURES[measure].level(value, top);
-    return level ? `l${level}` + (MEASURES[measure].diverging && value < 0 ? " below" : "") : "";
+    return level ? `l${level}` + (MEASURES[measure].diverging && value > 0 ? " above" : "") : "";
   }
 
   return {MEASURES, classOf, scalesOf, signed, tokensOf, turnsOf};
