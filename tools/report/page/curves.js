@@ -29,11 +29,11 @@ Report.curves = (() => {
       const key = keys.indexOf(series.key);
       const [tone, dash] = several ? [series.run, key] : [key, Math.floor(key / TONES)];
       const name = runs[series.run].name;
-      const label = !several ? series.label : keys.length > 1 ? `${series.label}, ${name}` : name;
-      return {...series, label, tone: Report.tone(tone), dash};
+      if (!several) return {...series, tone: Report.tone(tone), dash};
+      const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];
+      return {...series, label, short, tone: Report.tone(tone), dash};
     });
-    chart.note = several && chart.runs.size < runs.length
-      ? "Only in " + [...chart.runs].map((place) => runs[place].name).join(", ") : "";
+    chart.note = chart.runs.size < runs.length ? "Only in " + [...chart.runs].map((place) => runs[place].name).join(", ") : "";
     return chart;
   }
 
@@ -92,9 +92,10 @@ Report.curves = (() => {
   return {merged, section, hasPoints, groups};
 })();
 
-// The mean of up to `window` values that end at each place; gaps stay gaps.
+// The mean of up to `window` values around each place, as many before it as after; gaps stay gaps.
 Report.runningMean = (values, window) => values.map((value, k) => {
   if (!Report.charts.finite(value)) return null;
-  const kept = values.slice(Math.max(0, k - window + 1), k + 1).filter(Report.charts.finite);
+  const side = Math.min(Math.floor(window / 2), k, values.length - 1 - k);
+  const kept = values.slice(k - side, k + side + 1).filter(Report.charts.finite);
   return kept.reduce((sum, one) => sum + one, 0) / kept.length;
 });

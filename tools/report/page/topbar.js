@@ -94,9 +94,17 @@
       "This file holds its data; it reads nothing from a network."));
   };
 
-  window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((node) => (node.open = true));
-  });
+  // On paper everything is open, and charts are drawn for the width of a sheet.
+  let opened = [];
+  function printing(begins) {
+    if (begins) opened = [...document.querySelectorAll("details:not([open])")];
+    opened.forEach((node) => (node.open = begins));
+    document.documentElement.classList.toggle("printing", begins);
+    Report.cards.layout();
+    Report.timeline.redraw();
+  }
+  window.addEventListener("beforeprint", () => printing(true));
+  window.addEventListener("afterprint", () => printing(false));
   system.addEventListener("change", applyTheme);
   Report.state.listen((changed) => {
     if (changed.has("theme")) applyTheme();
