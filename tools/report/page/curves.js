@@ -33,7 +33,8 @@ Report.curves = (() => {
       const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];
       return {...series, label, short, tone: Report.tone(tone), dash};
     });
-    chart.note = chart.runs.size < runs.length ? "Only in " + [...chart.runs].map((place) => runs[place].name).join(", ") : "";
+    const names = [...chart.runs].map((place) => runs[place].name);
+    chart.note = names.length < runs.length ? "Only in " + names.join(", ") : "";
     return chart;
   }
 
@@ -72,9 +73,6 @@ Report.curves = (() => {
   function toolbar(runs) {
     return el("div", {class: "toolbar"},
       runs.length > 1 && runsLegend(runs), smoothing(),
-      el("button", {type: "button", class: "all-steps controls", "data-keep": "all-steps",
-        hidden: Report.charts.numberIn("from") === null,
-        onclick: () => Report.state.set({from: null, to: null})}, "All steps"),
       el("span", {class: "muted controls"}, "Click marks a step, dragging chooses a range."));
   }
 
@@ -83,11 +81,6 @@ Report.curves = (() => {
     if (!charts.length) return [Report.empty("No metrics were recorded yet, so there are no curves.")];
     return [toolbar(runs), groups(charts)];
   }
-
-  Report.state.listen(() => {
-    const button = document.querySelector(".all-steps");
-    if (button) button.hidden = Report.charts.numberIn("from") === null;
-  });
 
   return {merged, section, hasPoints, groups};
 })();
