@@ -14,7 +14,8 @@
     return data.runs[place] ? place : 0;
   }
 
-  // {id, title, hint, data: what it depends on, make: its nodes, after: once they are in the page}
+  // {id, title, hint, data: what it depends on, make: its nodes, or nothing where it has drawn itself into
+  // the body that it got, after: once they are in the page}
   function sections(data) {
     const {runs} = data;
     const place = runOf(data);
@@ -32,7 +33,7 @@
       {id: "timeline", title: "Timeline", hint: of, data: [place, run.timeline],
         make: () => Report.timeline.section(run), after: Report.timeline.redraw},
       {id: "rollouts", title: "Rollouts", hint: of, data: [place, run.samples],
-        make: () => rollouts(run)},
+        make: (body) => Report.rollouts(body, run, Report.state)},
       {id: "configuration", title: "Configuration", hint: of, data: [place, run.config],
         make: () => Report.configuration.section(run), after: Report.configuration.filter},
       {id: "environment", title: "Environment", hint: of, data: [place, run.environment, run.profiles],
@@ -42,12 +43,6 @@
       data: [data.comparison, runs.map((one) => one.name)],
       make: () => Report.comparison.section(data.comparison, runs)});
     return list;
-  }
-
-  function rollouts(run) {
-    const box = el("div", {id: "rollouts-box"});
-    Report.rollouts(box, run, Report.state);
-    return [box];
   }
 
   // ---- drawing one
@@ -61,9 +56,9 @@
 
   // A part that cannot be drawn says so in its place, and the others are drawn. The error is
   // reported as one that nobody caught: in Report.errors and in the browser's console.
-  function made(part) {
+  function made(part, body) {
     try {
-      return part.make();
+      return part.make(body);
     } catch (error) {
       reportError(error);
       return [el("p", {class: "notice"}, `This part could not be drawn: ${error.message}`)];
@@ -80,7 +75,9 @@
     if (drawn.get(part.id) === signature) return section;
     drawn.set(part.id, signature);
     const kept = keep(section);
-    section.querySelector(".body").replaceChildren(...made(part));
+    const body = section.querySelector(".body");
+    const nodes = made(part, body);
+    if (nodes) body.replaceChildren(...nodes);
     const hint = section.querySelector(".hint");
     if (hint) hint.textContent = part.hint || "";
     Report.cards.layout(section);

@@ -26,7 +26,7 @@ Report.rolloutText = (() => {
   const SHORT = {
     0xad: "SHY", 0x200b: "ZWSP", 0x200e: "LRM", 0x200f: "RLM", 0x2028: "LS", 0x2029: "PS", 0x202a: "LRE", 0x202b: "RLE",
     0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
-    0xfeff: "BOM", 0x61c: "ALM",
+    0xfeff: "BOM", 0x61c: "ALM", 0x200c: "ZWNJ", 0x200d: "ZWJ",
   };
 
   const hex = (code) => "U+" + code.toString(16).toUpperCase().padStart(4, "0");
@@ -49,7 +49,8 @@ Report.rolloutText = (() => {
     const code = character.codePointAt(0);
     const joiner = Object.hasOwn(JOINERS, character);
     const shown = joiner ? character : sign(code);
-    return Report.el("span", {class: joiner ? "ro-mark ro-joiner" : "ro-mark", title: nameOf(code), "data-code": hex(code)}, shown);
+    const kind = joiner ? " ro-joiner" : shown.length === 1 ? " ro-picture" : "";
+    return Report.el("span", {class: "ro-mark" + kind, title: nameOf(code), "data-code": hex(code)}, shown);
   }
 
   function append(node, text) {
@@ -67,7 +68,8 @@ Report.rolloutText = (() => {
   function visible(text) {
     return text.replace(SPECIAL, (all, emoji, drawn, hidden) => {
       if (hidden === undefined) return all;
-      return Object.hasOwn(JOINERS, all) ? "" : sign(all.codePointAt(0));
+      const shown = sign(all.codePointAt(0));
+      return shown.length === 1 ? shown : `\u2039${shown}\u203a`;
     });
   }
 

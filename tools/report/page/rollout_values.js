@@ -10,6 +10,7 @@ Report.rolloutValues = (() => {
 
   const number = (value) => Report.number(value, 3);
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
+  const unknown = (values) => values.filter((value) => !isNumber(value)).length; // NaN of the run is null
   const tokens = (count) => Report.count(count) + (count === 1 ? " token" : " tokens");
 
   function sampledOf(row, total) {
@@ -76,12 +77,12 @@ Report.rolloutValues = (() => {
   }
 
   function place(values, pick) {
-    return values.reduce((best, value, at) => (best < 0 || pick(value, values[best]) ? at : best), -1);
+    return values.reduce((best, value, at) => (isNumber(value) && (best < 0 || pick(value, values[best])) ? at : best), -1);
   }
 
   function namedToken(row, at) {
     const token = tokensOf(row).find((other) => other.place === at);
-    return {at: token.at, words: `token ${token.at + 1} ${Report.rolloutText.excerpt(JSON.stringify(token.text), 24)}`};
+    return {at: token.at, words: `token ${token.at + 1} \u201c${Report.rolloutText.visible(Report.rolloutTokens.shown(token.text.slice(0, 40)))}\u201d`};
   }
 
   const MEASURES = {
@@ -123,8 +124,8 @@ Report.rolloutValues = (() => {
       level: (value) => (value === 0 ? 0 : 1 + SIZES.filter((bound) => Math.abs(value) >= bound).length),
       scale: () => diverging((at) => (at ? (at < 0 ? "\u2212" : "+") + number(SIZES[Math.abs(at) - 2]) : "0"), [0, 2, 5, 8]),
       words(row, values) {
-        const differing = values.filter((value) => value !== 0).length;
-        if (!differing) return [`all ${tokens(values.length)}: difference 0`];
+        const differing = values.filter((value) => isNumber(value) && value !== 0).length;
+        if (!differing) return [`all ${tokens(values.length - unknown(values))}: difference 0`];
         const most = place(values, (a, b) => Math.abs(a) > Math.abs(b));
         const {at, words} = namedToken(row, most);
         return [`${Report.count(differing)} of ${tokens(values.length)} differ; the largest is at `, at, words, `, ${signed(values[most])}`];
@@ -165,5 +166,17 @@ Report.rolloutValues = (() => {
     return level ? `l${level}` + (MEASURES[measure].diverging && value > 0 ? " above" : "") : "";
   }
 
-  return {MEASURES, classOf, scalesOf, signed, tokensOf, turnsOf};
+  // What a measure says of a row: texts around the index and the name of a token, if it names one.
+  function wordsOf(measure, row) {
+    const {title, of, words} = MEASURES[measure];
+    const {values, why} = of(row);
+    if (!values) return [`${title}: ${why}`];
+    if (!values.length) return [`${title}: no token was sampled.`];
+    const lost = unknown(values);
+    if (lost === values.length) return [`${title}: none of ${tokens(lost)} has a finite value.`];
+    const [begin, at, named, end] = words(row, values);
+    return [lost ? `${tokens(lost)} without a finite value; ${begin}` : begin, at, named, end];
+  }
+
+  return {MEASURES, classOf, scalesOf, signed, tokensOf, turnsOf, wordsOf};
 })();

@@ -71,13 +71,9 @@ Report.rolloutGroup = (() => {
   // What the chosen colour says of a row, in words; tokens that it names are buttons.
   function words(row, look, reveal) {
     if (!look.measure) return null;
-    if (!V.tokensOf(row)) return el("p", {class: "ro-words"}, "Not coloured: the row has no tokens.");
-    const {title, of, words: say} = V.MEASURES[look.measure];
-    const {values, why} = of(row);
-    if (!values) return el("p", {class: "ro-words", "data-measure": look.measure}, `${title}: ${why}`);
-    if (!values.length) return el("p", {class: "ro-words", "data-measure": look.measure}, `${title}: no token was sampled.`);
-    const [begin, at, named, end] = say(row, values);
-    const link = named ? el("button", {type: "button", class: "ro-jump", onclick: (event) => { event.stopPropagation(); reveal(at); }}, named) : null;
+    if (!V.tokensOf(row)) return el("p", {class: "ro-words"}, "Not coloured: its tokens are not in this page.");
+    const [begin, at, named, end] = V.wordsOf(look.measure, row);
+    const link = named ? el("button", {type: "button", class: "ro-jump", onclick: () => reveal(at)}, named) : null;
     return el("p", {class: "ro-words", "data-measure": look.measure}, begin, link, end);
   }
 
@@ -120,6 +116,7 @@ Report.rolloutGroup = (() => {
       R.isNumber(row.length) ? el("span", {class: "ro-part", "data-value": "length"}, el("b", {}, Report.count(row.length)), row.length === 1 ? " token" : " tokens") : null,
       partsOf(row), signs.map(([key, [title, help]]) => el("span", {class: "pill warn", "data-sign": key, title: help}, title.toLowerCase())),
       row.left_out ? el("span", {class: "pill", "data-value": "left-out"}, `not trained on: ${T.visible(R.text(row.left_out))}`) : null,
+      row.cut ? el("span", {class: "ro-notes"}, `${Report.count(row.cut)} characters are left out of this page`) : null,
       filtered && !hits.has(row) ? el("span", {class: "ro-notes"}, "does not match the filters") : null);
   }
 
@@ -168,7 +165,7 @@ Report.rolloutGroup = (() => {
   function line(row, token, columns, ids) {
     const values = columns.map(([measure]) => tokens().valueOf(row, measure, token));
     const logprob = columns.findIndex(([measure]) => measure === "logprob");
-    return el("tr", {}, el("td", {class: "number"}, String(token.at + 1)), el("td", {}, el("code", {dir: "auto"}, T.visible(JSON.stringify(token.text)))),
+    return el("tr", {}, el("td", {class: "number"}, String(token.at + 1)), el("td", {}, el("code", {dir: "auto"}, T.visible(tokens().shown(token.text)))),
       ids ? el("td", {class: "number"}, String(row.tokens[token.at])) : null,
       token.sampled ? values.map((value) => el("td", {class: "number"}, tokens().exact(value))) : el("td", {colspan: columns.length, class: "muted"}, "reply, not sampled"),
       logprob < 0 ? null : el("td", {class: "number"}, token.sampled ? Report.percent(Math.exp(values[logprob])) : "\u2013"));

@@ -129,11 +129,11 @@ Report.rolloutList = (() => {
     }
 
     // Marks the chosen entries, and scrolls the list, not the page, to the first of them.
-    function mark(name, id, follow) {
+    function mark(name, id) {
       items.querySelectorAll("[aria-current]").forEach((entry) => entry.removeAttribute("aria-current"));
       const found = [...items.querySelectorAll(`[data-${name}="${CSS.escape(id || "")}"]`)];
       found.forEach((entry) => entry.setAttribute("aria-current", "true"));
-      if (!found.length || !follow) return;
+      if (!found.length) return;
       const [box, spot] = [node.getBoundingClientRect(), found[0].getBoundingClientRect()];
       if (spot.top < box.top + 30) node.scrollTop -= box.top + 30 - spot.top;
       else if (spot.bottom > box.bottom) node.scrollTop += spot.bottom - box.bottom + 8;

@@ -65,7 +65,7 @@ Report.rolloutQuestions = (() => {
     const inside = {...context, hits: new Set(evaluation.rows), filtered: false};
     return el("section", {class: "ro-column", "data-step": from, "aria-label": title},
       el("header", {class: "ro-bar"}, el("h4", {}, title), from === to ? null : el("span", {class: "ro-notes"}, "the same answer"),
-        el("button", {type: "button", class: "ro-small", onclick: () => context.open(evaluation)}, "All of it")),
+        el("button", {type: "button", class: "ro-small", onclick: () => context.open(evaluation)}, "Open the group")),
       rows.length ? rows.map((row) => group().answer(row, inside)) : el("p", {class: "ro-none"}, "This answer was not kept here."));
   }
 

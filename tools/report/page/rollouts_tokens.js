@@ -6,7 +6,9 @@ Report.rolloutTokens = (() => {
   const M = Report.rolloutValues;
   const HEAD = 800; // tokens of a long turn that are shown before it is asked for
   const TAIL = 160;
-  const PIECE = 2000; // tokens that go into the page at once
+  const PIECE = 500; // tokens of a box, of which a long text has many
+  const AT_ONCE = 8; // boxes that go into the page at once
+  const LONGEST = 2000; // characters of one token that are shown
   const PLAIN = /^[!-~][ -~]*$|^ [!-~][ -~]*$/;
 
   function character(node, letter, blank) {
@@ -20,7 +22,10 @@ Report.rolloutTokens = (() => {
     const node = document.createElement("span");
     node.className = className;
     node.dataset.at = token.at;
-    if (PLAIN.test(token.text)) node.textContent = token.text;
+    if (token.text.length > LONGEST) {
+      T.append(node, token.text.slice(0, LONGEST));
+      node.append(Report.el("span", {class: "ro-notes"}, `\u2026 ${Report.count(token.text.length)} characters in one token`));
+    } else if (PLAIN.test(token.text)) node.textContent = token.text;
     else if (token.text === "") node.classList.add("ro-void");
     else if (/[\n\t]/.test(token.text) || !token.text.trim()) {
       const blank = !token.text.trim();
@@ -54,13 +59,34 @@ Report.rolloutTokens = (() => {
     };
   }
 
+  // Ends of the pieces of a long text: after a newline where there is one, so that few lines are cut.
+  function cuts(tokens) {
+    const ends = [];
+    let from = 0;
+    while (tokens.length - from > PIECE) {
+      const least = from + PIECE / 2;
+      let end = from + PIECE;
+      for (let at = end; at > least; at--) {
+        if (!tokens[at - 1].text.endsWith("\n")) continue;
+        end = at;
+        break;
+      }
+      ends.push(end);
+      from = end;
+    }
+    return [...ends, tokens.length];
+  }
+
+  // A long text is many boxes: the browser lays out those that are in the window.
   function fillAll(node, tokens, write, done) {
+    const ends = cuts(tokens);
     node.replaceChildren();
-    T.inPieces(tokens.length, PIECE, (from, to) => {
-      const piece = document.createDocumentFragment();
-      for (let at = from; at < to; at++) piece.append(write(tokens[at]));
-      node.append(piece);
-      if (to === tokens.length && done) done();
+    T.inPieces(ends.length, AT_ONCE, (first, last) => {
+      for (let piece = first; piece < last; piece++) {
+        const part = tokens.slice(piece ? ends[piece - 1] : 0, ends[piece]).map(write);
+        node.append(...(ends.length === 1 ? part : [Report.el("div", {class: "ro-piece"}, part)]));
+      }
+      if (last === ends.length && done) done();
     });
   }
 
@@ -76,10 +102,11 @@ Report.rolloutTokens = (() => {
     if (folded) fillEnds(node, tokens, write, () => all());
     else all();
     const select = (at) => node.querySelector(`[data-at="${at}"]`);
-    node.reveal = (at) => {
-      if (select(at)) tip.pin(select(at), row);
-      else all(() => tip.pin(select(at), row));
+    const point = (at) => {
+      select(at).scrollIntoView({block: "center"});
+      tip.pin(select(at), row);
     };
+    node.reveal = (at) => (select(at) ? point(at) : all(() => point(at)));
     listen(node, row, tip);
     return node;
   }
@@ -140,6 +167,12 @@ Report.rolloutTokens = (() => {
     return known;
   }
 
+  // A token in one line; its white space as symbols.
+  function shown(text) {
+    const short = text.length > 200 ? text.slice(0, 200) + "\u2026" : text;
+    return short.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/^ +| +$/g, (blank) => "\u00b7".repeat(blank.length));
+  }
+
   // The note beside a token; one a browser. A pinned one stays until it is closed.
   function tooltip() {
     const box = Report.el("div", {class: "ro-tip", id: "rollout-token", role: "status", hidden: true});
@@ -159,9 +192,10 @@ Report.rolloutTokens = (() => {
       on.classList.add("ro-on");
       const list = M.tokensOf(row);
       const one = list[Number(token.dataset.at)];
-      const named = JSON.stringify(one.text);
+      const quoted = Report.el("code", {dir: "auto"});
+      T.append(quoted, one.text === "" ? "no text: part of the next character" : `\u201c${shown(one.text)}\u201d`);
       box.replaceChildren(
-        Report.el("code", {dir: "auto"}, one.text === "" ? "no text: part of the next character" : T.visible(named)),
+        quoted,
         Report.el("dl", {}, factsOf(row, one, list.length).map(([label, value]) => [Report.el("dt", {}, label), Report.el("dd", {}, value)])),
       );
       box.hidden = false;
@@ -204,5 +238,5 @@ Report.rolloutTokens = (() => {
           Report.el("b", {}, label)))));
   }
 
-  return {block, exact, factsOf, legend, tooltip, valueOf};
+  return {block, exact, factsOf, legend, shown, tooltip, valueOf};
 })();
