@@ -9,10 +9,24 @@ Report.cards = (() => {
 
   // ---- making one
 
-  function legendItem(spec, series, reading) {
-    return el("li", {"data-key": series.key, "data-run": series.run, title: series.key},
-      el("span", {class: spec.stacked ? "swatch" : "stroke", style: `--tone: ${series.tone}`, "data-dash": series.dash % 4}),
-      el("span", {class: "label"}, series.label), reading);
+  function stroke(spec, series) {
+    return el("span", {class: spec.stacked ? "swatch" : "stroke", style: `--tone: ${series.tone}`,
+      "data-dash": series.dash % 4});
+  }
+
+  // A line of the legend for each label, with a reading for each run that has it.
+  function legend(chart) {
+    const {spec} = chart;
+    const rows = new Map();
+    spec.series.forEach((series, k) => {
+      const label = series.short === undefined ? series.label : series.short;
+      if (!rows.has(label)) rows.set(label, {label, key: series.key, parts: []});
+      rows.get(label).parts.push([stroke(spec, series), chart.readings[k]]);
+    });
+    return el("ul", {class: "legend"}, [...rows.values()].map(({label, key, parts}) =>
+      el("li", {"data-key": key, title: key}, parts.length > 1 || !label
+        ? [label && el("span", {class: "label"}, label), parts.map((part) => el("span", {class: "part"}, part))]
+        : [parts[0][0], el("span", {class: "label"}, label), parts[0][1]])));
   }
 
   function heading(chart, buttons) {
@@ -39,14 +53,14 @@ Report.cards = (() => {
     const chart = {spec, number: ++numbers, width: 0, height: SMALL,
       spansDecades: Report.scales.spansDecades(spec.series.map((series) => series.values))};
     chart.readings = spec.series.map(() => el("span", {class: "reading number"}));
+    spec.series.forEach((series, k) => (chart.readings[k].dataset.run = series.run));
     chart.svg = svg("svg", {role: "img", tabindex: 0, "data-keep": `chart ${spec.id}`,
       onkeydown: (event) => key(chart, event)});
     listen(chart);
     chart.figure = el("figure", {class: "chart card", "data-chart": spec.id},
       heading(chart, buttonsOf(chart)),
       spec.help && el("p", {class: "about"}, spec.help),
-      spec.series.length > 1 && el("ul", {class: "legend"},
-        spec.series.map((series, k) => legendItem(spec, series, chart.readings[k]))),
+      spec.series.length > 1 && legend(chart),
       spec.note && el("p", {class: "note"}, spec.note),
       chart.svg, valuesOf(chart));
     Report.charts.live.add(chart);

@@ -114,7 +114,7 @@ Report.charts = (() => {
 
   function smoothed(series) {
     const window = Number(Report.state.get("smooth", "0"));
-    if (!(window > 1) || series.values.length < 3 * window || series.low) return null;
+    if (!(window > 1) || series.values.length < Math.max(50, 3 * window)) return null;
     return Report.runningMean(series.values, window);
   }
 
@@ -205,8 +205,10 @@ Report.charts = (() => {
       return svg("circle", {cx: p.x(found.step), cy: p.y(found.value), r: 3.5,
         style: `--tone: ${series.tone}`});
     });
-    chart.over.replaceChildren(...[upright(chart, numberIn("mark"), "mark"),
-      upright(chart, focus, "cross"), ...dots].filter(Boolean));
+    const mark = upright(chart, numberIn("mark"), "mark");
+    const cross = upright(chart, focus, "cross");
+    if (mark && cross && Math.abs(p.x(numberIn("mark")) - p.x(focus)) < 30) mark.lastChild.remove();
+    chart.over.replaceChildren(...[mark, cross, ...dots].filter(Boolean));
     drawReadings(chart);
   }
 

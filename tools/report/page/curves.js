@@ -29,11 +29,12 @@ Report.curves = (() => {
       const key = keys.indexOf(series.key);
       const [tone, dash] = several ? [series.run, key] : [key, Math.floor(key / TONES)];
       const name = runs[series.run].name;
-      const label = !several ? series.label : keys.length > 1 ? `${series.label}, ${name}` : name;
-      return {...series, label, tone: Report.tone(tone), dash};
+      if (!several) return {...series, tone: Report.tone(tone), dash};
+      const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];
+      return {...series, label, short, tone: Report.tone(tone), dash};
     });
-    chart.note = several && chart.runs.size < runs.length
-      ? "Only in " + [...chart.runs].map((place) => runs[place].name).join(", ") : "";
+    const names = [...chart.runs].map((place) => runs[place].name);
+    chart.note = names.length < runs.length ? "Only in " + names.join(", ") : "";
     return chart;
   }
 
@@ -72,9 +73,6 @@ Report.curves = (() => {
   function toolbar(runs) {
     return el("div", {class: "toolbar"},
       runs.length > 1 && runsLegend(runs), smoothing(),
-      el("button", {type: "button", class: "all-steps controls", "data-keep": "all-steps",
-        hidden: Report.charts.numberIn("from") === null,
-        onclick: () => Report.state.set({from: null, to: null})}, "All steps"),
       el("span", {class: "muted controls"}, "Click marks a step, dragging chooses a range."));
   }
 
@@ -84,17 +82,13 @@ Report.curves = (() => {
     return [toolbar(runs), groups(charts)];
   }
 
-  Report.state.listen(() => {
-    const button = document.querySelector(".all-steps");
-    if (button) button.hidden = Report.charts.numberIn("from") === null;
-  });
-
   return {merged, section, hasPoints, groups};
 })();
 
-// The mean of up to `window` values that end at each place; gaps stay gaps.
+// The mean of up to `window` values around each place, as many before it as after; gaps stay gaps.
 Report.runningMean = (values, window) => values.map((value, k) => {
   if (!Report.charts.finite(value)) return null;
-  const kept = values.slice(Math.max(0, k - window + 1), k + 1).filter(Report.charts.finite);
+  const side = Math.min(Math.floor(window / 2), k, values.length - 1 - k);
+  const kept = values.slice(k - side, k + side + 1).filter(Report.charts.finite);
   return kept.reduce((sum, one) => sum + one, 0) / kept.length;
 });

@@ -1,15 +1,18 @@
 // The first things to read: what is missing, the headline, the exactness ladder, the findings.
 "use strict";
 
-// A link that changes the state and goes to a section.
-Report.jump = (section, changes, text) => Report.el("a", {
-  href: Report.state.link(section, changes),
-  onclick: (event) => {
-    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-    event.preventDefault();
-    Report.state.go(section, changes);
-  },
-}, text);
+// A link that changes the state and goes to a section. Its address is made anew before it can be
+// copied, since the state may have changed.
+Report.jump = (section, changes, text) => {
+  const address = () => Report.state.link(section, changes);
+  const fresh = (event) => event.currentTarget.setAttribute("href", address());
+  return Report.el("a", {href: address(), onpointerenter: fresh, onfocus: fresh,
+    onclick: (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      Report.state.go(section, changes);
+    }}, text);
+};
 
 Report.facts = (facts) => {
   const {el} = Report;
@@ -40,9 +43,11 @@ Report.headline = (() => {
   }
 
   function ladder(rungs) {
-    const rows = rungs.map((one) => [el("strong", {}, one.rung), holds(one.holds), one.promise, one.how]);
+    const rows = rungs.map((one) => el("li", {"data-rung": one.rung, "data-holds": one.holds},
+      el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
+      el("span", {class: "how"}, one.how)));
     return el("div", {class: "ladder"}, el("h3", {}, "Exactness"),
-      rows.length ? Report.table(["Rung", "Here", "Promise", "How it is known"], rows, {label: "Exactness"})
+      rows.length ? el("ul", {class: "rungs"}, rows)
         : Report.empty("Nothing is known about the exactness of this run."));
   }
 

@@ -190,8 +190,14 @@ Report.timeline = (() => {
 
   // ---- the parts around it
 
+  function phasesOf(all) {
+    const names = new Set(all.map((bar) => bar.name));
+    const known = Report.PHASES.filter((name) => names.has(name));
+    return [...known, ...[...names].filter((name) => !known.includes(name))];
+  }
+
   function legend(timeline, step) {
-    const names = [...new Set(bars(timeline, step).map((bar) => bar.name))];
+    const names = phasesOf(bars(timeline, step));
     return [names.map((name) => el("li", {"data-name": name},
       el("span", {class: "swatch", style: `--tone: ${Report.phaseTone(name)}`}), name)),
     el("li", {}, svg("svg", {width: 14, height: 12, "aria-hidden": "true", class: "hatch-sample"},
@@ -200,7 +206,7 @@ Report.timeline = (() => {
 
   function rankTable(timeline, step) {
     const all = bars(timeline, step);
-    const names = [...new Set(all.map((bar) => bar.name))];
+    const names = phasesOf(all);
     const {ranks} = waits(timeline, step);
     const rows = timeline.ranks.map(({rank, role}, row) => {
       const own = all.filter((bar) => bar.row === row);
@@ -240,8 +246,10 @@ Report.timeline = (() => {
     shown.root.querySelector("#timeline-step").value = place;
     shown.root.querySelector("#timeline-previous").disabled = place === 0;
     shown.root.querySelector("#timeline-next").disabled = place === timeline.steps.length - 1;
+    const mark = Report.charts.numberIn("mark");
     shown.root.querySelector("#timeline-where").textContent =
-      `step ${step.step}, recorded ${place + 1} of ${timeline.steps.length}`;
+      `step ${step.step}, recorded ${place + 1} of ${timeline.steps.length}` +
+      (mark !== null && mark !== step.step ? `; nearest to step ${mark}` : "");
   }
 
   function section(run) {

@@ -32,17 +32,26 @@
     runs.map((run, place) => el("option", {value: place, selected: String(place) === now}, run.name)));
   }
 
-  function markButton() {
-    return el("button", {type: "button", id: "mark", class: "small", title: "Remove the mark",
-      onclick: () => Report.state.set({mark: null})});
+  // What the charts are set to, with a button each that takes it back.
+  function chips() {
+    return [
+      el("button", {type: "button", id: "range", class: "small", title: "Show all steps",
+        onclick: () => Report.state.set({from: null, to: null})}),
+      el("button", {type: "button", id: "mark", class: "small", title: "Remove the mark",
+        onclick: () => Report.state.set({mark: null})}),
+    ];
   }
 
-  function applyMark() {
-    const button = document.getElementById("mark");
-    const step = Report.state.get("mark");
-    if (!button) return;
-    button.hidden = step === "";
-    button.textContent = `step ${step} \u2715`;
+  function applyChips() {
+    const [from, to, mark] = ["from", "to", "mark"].map(Report.charts.numberIn);
+    const show = (id, text) => {
+      const button = document.getElementById(id);
+      if (!button) return;
+      button.hidden = text === "";
+      button.textContent = `${text} \u2715`;
+    };
+    show("range", from === null || to === null ? "" : `steps ${from}\u2013${to}`);
+    show("mark", mark === null ? "" : `step ${mark}`);
   }
 
   Report.bar = (data, sections) => {
@@ -55,10 +64,10 @@
       return link;
     });
     document.getElementById("top").replaceChildren(...[
-      el("nav", {"aria-label": "Sections"}, links), markButton(),
+      el("nav", {"aria-label": "Sections"}, links), ...chips(),
       data.runs.length > 1 && runChooser(data.runs), themeButton()].filter(Boolean));
     applyTheme();
-    applyMark();
+    applyChips();
     showWhere();
   };
 
@@ -94,13 +103,21 @@
       "This file holds its data; it reads nothing from a network."));
   };
 
-  window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((node) => (node.open = true));
-  });
+  // On paper everything is open, and charts are drawn for the width of a sheet.
+  let opened = [];
+  function printing(begins) {
+    if (begins) opened = [...document.querySelectorAll("details:not([open], .values)")];
+    opened.forEach((node) => (node.open = begins));
+    document.documentElement.classList.toggle("printing", begins);
+    Report.cards.layout();
+    Report.timeline.redraw();
+  }
+  window.addEventListener("beforeprint", () => printing(true));
+  window.addEventListener("afterprint", () => printing(false));
   system.addEventListener("change", applyTheme);
   Report.state.listen((changed) => {
     if (changed.has("theme")) applyTheme();
-    if (changed.has("mark")) applyMark();
+    if (["mark", "from", "to"].some((name) => changed.has(name))) applyChips();
   });
   applyTheme();
 })();
