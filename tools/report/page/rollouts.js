@@ -65,8 +65,10 @@
       parts.empty.hidden = any;
       parts.body.hidden = !any;
       parts.empty.textContent = NONE;
+      const coloured = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
       parts.notice.textContent = PLAIN;
-      parts.notice.hidden = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
+      parts.notice.hidden = coloured;
+      parts.colours.node.hidden = !coloured;
       this.render();
     }
 

@@ -131,7 +131,13 @@ Report.rolloutFilters = (() => {
     if (again) again.focus();
   }
 
-  // The bar: {node, update(model, found)}.
+  // On a narrow screen all fields but the text are folded away.
+  function unfold(button, node) {
+    const open = node.classList.toggle("open");
+    button.setAttribute("aria-expanded", String(open));
+  }
+
+  // The bar: {node, update(rows)}.
   function bar(state) {
     const lists = Object.keys(LISTS).map((key) => choice(key, state));
     const step = entry("step", "text", state, {placeholder: "10, 20-40", size: 9});
@@ -140,9 +146,10 @@ Report.rolloutFilters = (() => {
     const words = entry("q", "search", state, {placeholder: "in prompts, answers, solutions"});
     const clear = Report.el("button", {type: "button", id: "rollouts-clear", class: "ro-clear", onclick: () => state.set(Object.fromEntries(KEYS.map((key) => [key, ""])))}, "Clear filters");
     const chips = Report.el("div", {class: "ro-chips", role: "group", "aria-label": "Look for"});
+    const open = Report.el("button", {type: "button", id: "rollouts-filters", class: "ro-open", "aria-expanded": "false", onclick: () => unfold(open, node)}, "Filters");
+    const rewards = Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max));
     const node = Report.el("div", {class: "ro-filters", role: "search", "aria-label": "Filter rollouts"},
-      Report.el("div", {class: "ro-fields"}, labelled("Text", words), labelled("Step", step), lists.map((list) => labelled(LISTS[list.dataset.filter], list)),
-        Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max))),
+      Report.el("div", {class: "ro-fields"}, labelled("Text", words), open, labelled("Step", step), lists.map((list) => labelled(LISTS[list.dataset.filter], list)), rewards),
       Report.el("div", {class: "ro-bar"}, chips, clear));
 
     function update(rows) {

@@ -146,9 +146,10 @@ Report.rolloutTokens = (() => {
     return values && token.sampled ? values[token.place] : null;
   };
 
-  function exact(value) {
-    if (value === 0) return "0";
-    return value === null || value === undefined ? "\u2013" : M.signed(value);
+  // A value in a few digits; one that can have either sign has its sign.
+  function exact(value, measure) {
+    if (!Number.isFinite(value)) return "\u2013";
+    return M.MEASURES[measure].diverging && value !== 0 ? M.signed(value) : Report.number(value, 4);
   }
 
   // What is known of a token: [label, text, ...].
@@ -162,7 +163,7 @@ Report.rolloutTokens = (() => {
     if (entropy !== null) known.push(["entropy", Report.number(entropy, 4) + " nats"]);
     for (const [measure, label] of [["difference", "trainer \u2212 generator"], ["advantage", "advantage"]]) {
       const value = valueOf(row, measure, token);
-      if (value !== null) known.push([label, exact(value)]);
+      if (value !== null) known.push([label, exact(value, measure)]);
     }
     return known;
   }
