@@ -26,8 +26,8 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """The runs by name. The first worker that asks makes them, the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    made, outputs = root / "report_runs", root / "report_runs.json"
-    with (root / "report_runs.lock").open("w") as lock:
+    made, outputs = root / "shown_runs", root / "shown_runs.json"
+    with (root / "shown_runs.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not outputs.exists():
             made.mkdir()
