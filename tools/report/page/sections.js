@@ -40,9 +40,11 @@ Report.headline = (() => {
   }
 
   function ladder(rungs) {
-    const rows = rungs.map((one) => [el("strong", {}, one.rung), holds(one.holds), one.promise, one.how]);
+    const rows = rungs.map((one) => el("li", {"data-rung": one.rung, "data-holds": one.holds},
+      el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
+      el("span", {class: "how"}, one.how)));
     return el("div", {class: "ladder"}, el("h3", {}, "Exactness"),
-      rows.length ? Report.table(["Rung", "Here", "Promise", "How it is known"], rows, {label: "Exactness"})
+      rows.length ? el("ul", {class: "rungs"}, rows)
         : Report.empty("Nothing is known about the exactness of this run."));
   }
 
