@@ -21,11 +21,12 @@ from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.roles.nonfinite import REPORT
 from mesh.runs.samples import OLD_SAMPLES, SAMPLES, Mark
+from mesh.runs.timeline import TIMELINE
 
 LOGS = ("metrics.jsonl", SAMPLES)
-KEPT_LOGS = (*LOGS, OLD_SAMPLES, REPORT)
-"""The last two exist only in a run that is older than the compressed samples, and if a step was not
-finite."""
+KEPT_LOGS = (*LOGS, OLD_SAMPLES, REPORT, TIMELINE)
+"""A run need not have the last three: samples of before they were compressed, a report if a step
+was not finite, and a timeline."""
 
 Sizes = Callable[[float | None], dict[str, int]]
 """Lengths of the logs at a moment; waits so many seconds for those that a thread writes."""

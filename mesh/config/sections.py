@@ -196,6 +196,7 @@ class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
+    trackio: str | None = key(None, "trackio project to log to, in files on this machine")
     samples: int = key(
         32,
         "most rollouts per step written to samples.jsonl.gz, in whole groups, and answers per "
@@ -206,6 +207,9 @@ class LogConf:
         100, "most bytes of samples.jsonl.gz [1e6]; groups beyond its pace are left out", gt=0
     )
     tokens: bool = key(True, "samples.jsonl.gz has token ids, texts, logprobs and entropies too")
+    timeline: bool = key(
+        True, "write RUN_DIR/timeline.jsonl: when each rank began and ended the phases of a step"
+    )
     evaluations: bool = key(
         False, "write every held-out prompt's results to RUN_DIR/evaluations/step-N.jsonl"
     )

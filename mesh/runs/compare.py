@@ -18,7 +18,7 @@ from typing import Any
 from mesh.runs.lines import Line, read_lines
 from mesh.runs.samples import SAMPLES, read_samples
 
-MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/")
+MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/", "host_gb", "mfu/", "sync/")
 NOTHING = "nothing"  # stands for a field, a line or a file that one side lacks
 NAMES = ("step", "set", "prompt_id", "sample_id")
 

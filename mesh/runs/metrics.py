@@ -10,16 +10,18 @@ import contextlib
 import json
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
 from mesh.config.sections import LogConf
+from mesh.runs.feeds import Trackers
 from mesh.runs.lines import line_of, plain
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
 from mesh.runs.samples import SAMPLES, Mark, Row, SampleFile, pace
-from mesh.runs.trackers import Feed, TensorBoard, Wandb
+from mesh.runs.trackers import Entry
 from mesh.runs.warnings import StepWarnings
 
 FINISH_SECONDS = 60.0  # the longest wait for the trackers at the end of a run
@@ -39,10 +41,11 @@ class MetricsLogger:
         first: int = 0,
         row_of: Callable[[Row], Row] = dict,
     ):
-        """`config` is shown by W&B. `first`: steps that a resumed run has taken, with which its
-        files end: its checkpoint has restored them. row_of: makes the row of a sample, in a thread.
+        """`config` is shown by W&B and trackio. `first`: steps that a resumed run has taken, with
+        which its files end: its checkpoint has restored them. row_of: makes the row of a sample, in
+        a thread.
 
-        Raises Refusal where W&B asks for something that the user has to do.
+        Raises Refusal where a tracker asks for something that the user has to do.
         """
         self._active = rank == 0
         if not self._active:
@@ -53,11 +56,7 @@ class MetricsLogger:
         self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
-        self._trackers = []
-        if conf.tensorboard:
-            self._trackers.append(Feed("TensorBoard", partial(TensorBoard, run_dir, first)))
-        if conf.wandb:
-            self._trackers.append(Feed("W&B", partial(Wandb, conf.wandb, run_dir, config or {})))
+        self._trackers = Trackers(run_dir, conf, steps, config or {}, first)
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples = SampleFile(run_dir / SAMPLES, row_of, pace(conf.samples_mb, steps))
         self._pace = Pace(steps, step=first)
@@ -82,9 +81,9 @@ class MetricsLogger:
         if not self._active:
             return
         metrics = {key: plain(metrics[key]) for key in sorted(metrics)}
-        _write_line(self._metrics_file, {"step": step} | metrics)
+        write_line(self._metrics_file, {"step": step} | metrics)
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        self._samples.put(step, samples, partial(self._tell, step, scalars, histograms))
+        self._samples.put(step, samples, partial(self._tell, step, Entry(scalars, histograms)))
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
@@ -99,16 +98,9 @@ class MetricsLogger:
         """The place in `samples.jsonl.gz` behind what was logged; None off rank 0."""
         return self._samples.mark() if self._active else None
 
-    def _tell(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        histograms: Mapping[str, Sequence[float]],
-        rows: Sequence[Row],
-    ) -> None:
+    def _tell(self, step: int, entry: Entry, rows: Sequence[Row]) -> None:
         """Tell the trackers of a step, once its rows are there."""
-        for tracker in self._trackers:
-            tracker.log(step, scalars)
+        self._trackers.log(step, replace(entry, samples=rows))
 
     def close(self) -> None:
         """Flush everything and print the run's directory."""
@@ -134,8 +126,7 @@ class MetricsLogger:
         self._progress.close()
         self._metrics_file.close()
         self._samples.close(for_samples)
-        for tracker in self._trackers:
-            tracker.close(seconds)
+        self._trackers.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace
@@ -146,7 +137,7 @@ class MetricsLogger:
         if "eval/accuracy" in self._last:
             words.append(f"eval {self._last['eval/accuracy']:.3f}")
         words.append(f"wall {clock(pace.now() - pace.began)}")
-        words += [text for tracker in self._trackers if (text := tracker.summary())]
+        words += self._trackers.summaries()
         return "  ".join([*words, f"run {self._run_dir}"])
 
 
@@ -171,7 +162,8 @@ def beyond_pace(step: int, most: float) -> str:
     )
 
 
-def _write_line(file: TextIO, record: dict[str, Any]) -> None:
+def write_line(file: TextIO, record: dict[str, Any]) -> None:
+    """Append a line to a log, flushed. Raises RuntimeError where it cannot be written."""
     try:
         file.write(line_of(record) + "\n")
         file.flush()

@@ -122,14 +122,13 @@ def test_logs_are_put_back_as_they_were_after_the_step(process, tmp_path, loss):
     assert steps == [1, 2, 3, 4, 5, 6] and names_in(run.path) == ["step-4", "step-6"]
 
 
-def test_a_log_of_later_steps_alone_goes(process, tmp_path):
+@pytest.mark.parametrize("name", ["nonfinite.jsonl", "timeline.jsonl"])
+def test_a_log_of_later_steps_alone_goes(process, tmp_path, name):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(2)
-    run.log("nonfinite.jsonl")
-    assert Small(process, run.path, resume=True).logs().keys() == {
-        "metrics.jsonl",
-        "samples.jsonl.gz",
-    }
+    run.log(name)
+    logs = Small(process, run.path, resume=True).logs()
+    assert logs.keys() == {"metrics.jsonl", "samples.jsonl.gz"}
 
 
 def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):
