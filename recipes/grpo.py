@@ -68,6 +68,7 @@ from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.profiles import profiled
 from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
@@ -110,7 +111,10 @@ def main(argv: list[str]) -> None:
                 stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
-            for step in range(first, conf.steps):
+            steps = profiled(
+                range(first, conf.steps), conf.profile, run_dir, process, logger.leave_out
+            )
+            for step in steps:
                 if stopping.reason and not checkpoints.unlogged:
                     break
                 metrics, samples = checkpoints.to_log() or train_step(

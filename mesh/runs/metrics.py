@@ -86,6 +86,11 @@ class MetricsLogger:
         for sample in samples[:wanted]:
             write_line(self._samples_file, {"step": step} | sample)
 
+    def leave_out(self) -> None:
+        """Leave the last step, up to now, out of the displayed pace."""
+        if self._active:
+            self._pace.leave_out()
+
     def close(self) -> None:
         """Flush everything and print the run's directory."""
         if not self._active or self._closed:
