@@ -3,7 +3,7 @@
 "use strict";
 
 (() => {
-  const LOOKS = ["view", "colour", "order", "raw", "answer", "times"]; // what the detail depends on, beside filters
+  const LOOKS = ["view", "colour", "order", "raw", "answer", "times", "new"]; // what the detail depends on, beside filters
   const LISTS = ["group", "question", "sort"];
   const KINDS = ["best", "typical", "worst"];
   const NONE = "There are no rollouts: the run wrote none (log.samples=0), or has not finished its first step.";

@@ -49,13 +49,13 @@ Report.rolloutTokens = (() => {
     return hits;
   }
 
-  // `look`: {measure, top, query}; `values`: of the row's sampled tokens, or null.
+  // `look`: {measure, top, query, fresh: indices that are marked as new}; `values`: of the row's sampled tokens, or null.
   function writer(tokens, values, look) {
     const hits = look.query ? hitsOf(tokens, look.query) : new Set();
     return (token) => {
       const value = values && token.sampled ? values[token.place] : null;
       const colour = value === null ? "" : M.classOf(look.measure, value, look.top);
-      return span(token, ["ro-t", colour, token.sampled ? "" : "ro-given", hits.has(token.at) ? "ro-hit" : ""].filter(Boolean).join(" "));
+      return span(token, ["ro-t", colour, token.sampled ? "" : "ro-given", hits.has(token.at) ? "ro-hit" : "", look.fresh && look.fresh.has(token.at) ? "ro-new" : ""].filter(Boolean).join(" "));
     };
   }
 
