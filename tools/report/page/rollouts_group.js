@@ -204,6 +204,7 @@ Report.rolloutGroup = (() => {
     const inside = {...context, hits};
     return el("div", {class: "ro-group", "data-group": group.id},
       el("header", {class: "ro-title"}, el("h3", {}, list().where(group)), list().pill(group.chosen), el("a", {class: "ro-link", href: context.link, title: "An address of this group"}, "link"),
+        Report.jump("curves", {mark: group.step}, "charts at this step"),
         context.question ? el("button", {type: "button", class: "ro-small", id: "rollouts-time", onclick: context.question}, "Through time") : null),
       el("p", {class: "ro-why"}, WHY[group.chosen] || "", group.first.left_out ? " It was not trained on." : ""),
       factsOf(group), prompt(group, context.state),
