@@ -76,10 +76,10 @@
       parts.empty.hidden = any;
       parts.body.hidden = !any;
       parts.empty.textContent = NONE;
-      const coloured = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
+      this.plain = !this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
       parts.notice.textContent = PLAIN;
-      parts.notice.hidden = coloured;
-      parts.colours.node.hidden = !coloured;
+      parts.notice.hidden = !this.plain;
+      parts.colours.node.hidden = this.plain;
       this.render();
     }
 
@@ -101,7 +101,12 @@
       const colour = this.state.get("colour", "logprob");
       const measure =
         colour === "none" ? "" : Object.hasOwn(Report.rolloutValues.MEASURES, colour) ? colour : "logprob";
-      return {measure, top: measure ? this.scales(measure) : 0, query: this.state.get("q")};
+      return {
+        measure,
+        top: measure ? this.scales(measure) : 0,
+        query: this.state.get("q"),
+        plain: this.plain,
+      };
     }
 
     // The id that is shown: the chosen one, else the first of the list, which then stays.
@@ -165,6 +170,7 @@
       parts.sorts.node.hidden = view === "questions";
       parts.colours.update(this.look());
       parts.count.textContent = this.countWords();
+      parts.walk.update(this.placeOf(id), this.now.entries.length);
       this.drawList(id);
       this.drawDetail(id);
     }
@@ -207,7 +213,7 @@
       ]);
       const context = {range: this.range, choose: (changes) => this.choose(changes)};
       if (key !== this.listed) list.update(view, entries, context, this.placeOf(id));
-      list.mark(this.name, id);
+      list.mark(this.name, id, this.placeOf(id));
       this.listed = key;
     }
 

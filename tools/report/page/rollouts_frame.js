@@ -63,24 +63,29 @@ Report.rolloutFrame = (() => {
   }
 
   function walk(move) {
-    const step = (by, words, key, sign) =>
-      el(
+    const step = (by, words, key, sign) => {
+      const hint = `${words} (key ${key})`;
+      const id = `rollouts-${words.toLowerCase()}`;
+      return el(
         "button",
-        {
-          type: "button",
-          id: `rollouts-${words.toLowerCase()}`,
-          "aria-label": words,
-          title: `${words} (key ${key})`,
-          onclick: () => move(by),
-        },
+        {type: "button", id, "aria-label": words, title: hint, onclick: () => move(by)},
         sign,
       );
-    return el(
+    };
+    const place = el("span", {class: "ro-notes", id: "rollouts-place"});
+    const buttons = [step(-1, "Previous", "k", "\u2039"), step(1, "Next", "j", "\u203a")];
+    const node = el(
       "div",
       {class: "ro-walk", role: "group", "aria-label": "Go through the list"},
-      step(-1, "Previous", "k", "\u2039"),
-      step(1, "Next", "j", "\u203a"),
+      place,
+      buttons,
     );
+    function update(at, total) {
+      place.textContent = at < 0 ? "" : `${Report.count(at + 1)} of ${Report.count(total)}`;
+      buttons[0].disabled = at === 0 || !total;
+      buttons[1].disabled = at === total - 1 || !total;
+    }
+    return {node, update};
   }
 
   function frame(state, {move, change}) {
@@ -89,7 +94,8 @@ Report.rolloutFrame = (() => {
       tabs: tabs(state),
       sorts: sorts(state),
       colours: colours(state),
-      list: Report.rolloutList.list(),
+      walk: walk(move),
+      list: new Report.rolloutIndex.Index(),
       tip: Report.rolloutTokens.tooltip(),
       empty: Report.empty(""),
       count: el("p", {class: "ro-count", id: "rollouts-count", role: "status"}),
@@ -106,7 +112,7 @@ Report.rolloutFrame = (() => {
     const main = el(
       "div",
       {class: "ro-main"},
-      el("div", {class: "ro-look"}, parts.colours.node, walk(move)),
+      el("div", {class: "ro-look"}, parts.colours.node, parts.walk.node),
       parts.notice,
       parts.detail,
     );

@@ -120,7 +120,7 @@ Report.rolloutGroup = (() => {
 
   // What the chosen colour says of a row, in words; tokens that it names are buttons.
   function words(row, look, reveal) {
-    if (!look.measure) return null;
+    if (!look.measure || look.plain) return null;
     if (!V.tokensOf(row))
       return el("p", {class: "ro-words"}, "Not coloured: its token texts are not in this page.");
     const [begin, at, named, end] = V.wordsOf(look.measure, row);
@@ -143,10 +143,7 @@ Report.rolloutGroup = (() => {
   }
 
   function rewardOf(row, range) {
-    const share =
-      R.isNumber(row.reward) && range.high > range.low
-        ? (row.reward - range.low) / (range.high - range.low)
-        : 0;
+    const share = list().shareOf(row.reward, range);
     return el(
       "span",
       {class: "ro-reward", title: `reward ${row.reward}`},
@@ -268,9 +265,11 @@ Report.rolloutGroup = (() => {
     );
   }
 
-  function ordered(rows, order) {
+  // Answers that the filters meant come first.
+  function ordered(rows, order, hits) {
     const keyOf = (ORDERS[order] || ORDERS.sample)[1];
-    return [...rows].sort((a, b) => keyOf(a) - keyOf(b) || a.sample_id - b.sample_id);
+    const meant = (row) => Number(!hits.has(row));
+    return [...rows].sort((a, b) => meant(a) - meant(b) || keyOf(a) - keyOf(b) || a.sample_id - b.sample_id);
   }
 
   function orderChoice(state) {
@@ -287,7 +286,7 @@ Report.rolloutGroup = (() => {
   }
 
   function answers(group, context) {
-    const rows = ordered(group.rows, context.state.get("order"));
+    const rows = ordered(group.rows, context.state.get("order"), context.hits);
     const box = el(
       "div",
       {class: "ro-answers"},

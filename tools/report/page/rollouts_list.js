@@ -1,23 +1,24 @@
 // The index of the rollout browser: groups, steps with their best, typical and worst group, or
-// evaluation questions. Long lists grow as they are scrolled.
+// evaluation questions, one entry each.
 "use strict";
 
 Report.rolloutList = (() => {
   const R = Report.rolloutRows;
   const T = Report.rolloutText;
-  const PAGE = 60; // entries that are added at once
   const BARS = 32;
 
   const score = (value) => (R.isNumber(value) ? Report.number(value, 3) : "\u2013");
+
+  // The place of a reward between the smallest and the largest of the run, 0 to 1.
+  function shareOf(reward, {low, high}) {
+    return R.isNumber(reward) && high > low ? (reward - low) / (high - low) : 0;
+  }
 
   // Rewards of a group as small bars, between the smallest and the largest reward of the run.
   function strip(rows, range) {
     const shown = rows.slice(0, BARS);
     const bars = shown.map((row) => {
-      const share =
-        R.isNumber(row.reward) && range.high > range.low
-          ? (row.reward - range.low) / (range.high - range.low)
-          : 0;
+      const share = shareOf(row.reward, range);
       const kind = R.isTruncated(row) ? "cut" : row.correct === true ? "right" : "";
       return Report.el("i", {class: kind || null, style: `--share:${share.toFixed(3)}`});
     });
@@ -174,72 +175,5 @@ Report.rolloutList = (() => {
     },
   };
 
-  // A list that is filled page by page: {node, update(view, entries, context, chosen)}.
-  function list() {
-    const head = Report.el(
-      "div",
-      {class: "ro-step-line ro-step-head", "aria-hidden": "true"},
-      ["step", "best", "typical", "worst"].map((word) => Report.el("span", {}, word)),
-    );
-    const items = Report.el("ol", {class: "ro-items", id: "rollouts-list"});
-    const more = Report.el("button", {
-      type: "button",
-      class: "ro-more",
-      id: "rollouts-more",
-      onclick: () => grow(),
-    });
-    const none = Report.el("p", {class: "ro-none", id: "rollouts-none"});
-    const node = Report.el("div", {class: "ro-list", tabindex: "-1"}, head, items, none, more);
-    let now = {view: "groups", entries: [], context: null};
-    let shown = 0;
-
-    function grow(least = 0) {
-      const upTo = Math.min(now.entries.length, Math.max(shown + PAGE, least));
-      const {entry} = VIEWS[now.view];
-      items.append(...now.entries.slice(shown, upTo).map((one) => entry(one, now.context)));
-      shown = upTo;
-      more.hidden = shown >= now.entries.length;
-      more.textContent = `Show ${Report.count(Math.min(PAGE, now.entries.length - shown))} more of ${Report.count(now.entries.length - shown)}`;
-    }
-
-    function update(view, entries, context, chosen) {
-      const focused = items.contains(document.activeElement) ? {...document.activeElement.dataset} : null;
-      const top = view === now.view ? node.scrollTop : 0;
-      const least = view === now.view ? shown : 0;
-      now = {view, entries, context};
-      shown = 0;
-      items.replaceChildren();
-      head.hidden = view !== "steps" || !entries.length;
-      none.hidden = entries.length > 0;
-      none.textContent = VIEWS[view].none;
-      grow(Math.max(least, chosen + 1));
-      node.scrollTop = top;
-      refocus(focused);
-    }
-
-    function refocus(data) {
-      if (!data) return;
-      const name = data.question ? "question" : "group";
-      const again = items.querySelector(`[data-${name}="${CSS.escape(data[name] || "")}"]`);
-      if (again) again.focus({preventScroll: true});
-    }
-
-    // Marks the chosen entries, and scrolls the list, not the page, to the first of them.
-    function mark(name, id) {
-      items.querySelectorAll("[aria-current]").forEach((entry) => entry.removeAttribute("aria-current"));
-      const found = [...items.querySelectorAll(`[data-${name}="${CSS.escape(id || "")}"]`)];
-      found.forEach((entry) => entry.setAttribute("aria-current", "true"));
-      if (!found.length) return;
-      const [box, spot] = [node.getBoundingClientRect(), found[0].getBoundingClientRect()];
-      if (spot.top < box.top + 30) node.scrollTop -= box.top + 30 - spot.top;
-      else if (spot.bottom > box.bottom) node.scrollTop += spot.bottom - box.bottom + 8;
-    }
-
-    node.addEventListener("scroll", () => {
-      if (!more.hidden && node.scrollTop + node.clientHeight > node.scrollHeight - 200) grow();
-    });
-    return {node, update, mark};
-  }
-
-  return {VIEWS, list, pill, rangeOf, score, strip, where};
+  return {VIEWS, pill, rangeOf, score, shareOf, strip, where};
 })();

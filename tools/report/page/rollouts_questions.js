@@ -6,6 +6,7 @@ Report.rolloutQuestions = (() => {
   const T = Report.rolloutText;
   const V = Report.rolloutValues;
   const el = Report.el;
+  const DENSE = 24; // evaluations beyond which their squares are narrow
   const FIRST = 12; // evaluations that are shown before the others are asked for
 
   const list = () => Report.rolloutList;
@@ -54,57 +55,42 @@ Report.rolloutQuestions = (() => {
     return changes(question, id);
   }
 
-  // A line a sample, a square an evaluation.
-  function squares(question, context) {
-    const {range} = context;
-    const share = (row) =>
-      row && R.isNumber(row.reward) && range.high > range.low
-        ? (row.reward - range.low) / (range.high - range.low)
-        : 0;
-    const cell = (evaluation, id) => {
-      const row = rowOf(evaluation, id);
-      const words = `step ${evaluation.step}, ${nameOf(id)}: ${row ? "reward " + list().score(row.reward) : "not kept"}`;
-      return el(
-        "td",
-        {title: words},
-        el("i", {class: row ? "" : "absent", style: `--share:${share(row).toFixed(3)}`}),
-        el("span", {class: "visually-hidden"}, row ? list().score(row.reward) : "not kept"),
-      );
-    };
+  function square(evaluation, id, range) {
+    const row = rowOf(evaluation, id);
+    const said = row ? list().score(row.reward) : "not kept";
+    const share = row ? list().shareOf(row.reward, range).toFixed(3) : 0;
+    return el(
+      "td",
+      {title: `step ${evaluation.step}, ${nameOf(id)}: ${row ? "reward " : ""}${said}`},
+      el("i", {class: row ? null : "absent", style: `--share:${share}`}),
+      el("span", {class: "visually-hidden"}, said),
+    );
+  }
+
+  // A line a sample, a square an evaluation; of many evaluations only some have their step above.
+  function squares(question, {range}) {
+    const {evaluations} = question;
+    const dense = evaluations.length > DENSE;
+    const every = dense ? Math.ceil(evaluations.length / 10) : 1;
+    const steps = evaluations.map(({step}, at) =>
+      at % every === 0
+        ? el("th", {scope: "colgroup", colspan: Math.min(every, evaluations.length - at)}, String(step))
+        : null,
+    );
+    const lines = samplesOf(question).map((id) =>
+      el(
+        "tr",
+        {},
+        el("th", {scope: "row"}, nameOf(id)),
+        evaluations.map((one) => square(one, id, range)),
+      ),
+    );
+    const head = el("thead", {}, el("tr", {}, el("th", {scope: "col"}, "step"), steps));
+    const name = {tabindex: "0", role: "region", "aria-label": "Rewards at every evaluation"};
     return el(
       "div",
-      {
-        class: "ro-squares scroll",
-        tabindex: "0",
-        role: "region",
-        "aria-label": "Rewards at every evaluation",
-      },
-      el(
-        "table",
-        {},
-        el(
-          "thead",
-          {},
-          el(
-            "tr",
-            {},
-            el("th", {scope: "col"}, "step"),
-            question.evaluations.map((one) => el("th", {scope: "col"}, String(one.step))),
-          ),
-        ),
-        el(
-          "tbody",
-          {},
-          samplesOf(question).map((id) =>
-            el(
-              "tr",
-              {},
-              el("th", {scope: "row"}, nameOf(id)),
-              question.evaluations.map((one) => cell(one, id)),
-            ),
-          ),
-        ),
-      ),
+      {class: `ro-squares scroll${dense ? " dense" : ""}`, ...name},
+      el("table", {}, head, el("tbody", {}, lines)),
     );
   }
 
