@@ -71,7 +71,12 @@ def run_again(program: Program, process: Process, steps: range, evaluates: bool)
 
 def only_reading(conf: Conf) -> Conf:
     """The configuration without anything that writes."""
-    silent = {"log.tensorboard": False, "log.wandb": None, "checkpoint.every": 0}
+    silent = {
+        "log.tensorboard": False,
+        "log.wandb": None,
+        "log.trackio": None,
+        "checkpoint.every": 0,
+    }
     return changed(conf, {"run_dir": None, "resume": None} | silent)
 
 

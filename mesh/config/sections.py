@@ -196,6 +196,7 @@ class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
+    trackio: str | None = key(None, "trackio project to log to, in files on this machine")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
     tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
     timeline: bool = key(

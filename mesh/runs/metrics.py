@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from mesh.config.sections import LogConf
+from mesh.runs.feeds import Trackers
 from mesh.runs.progress import Metrics, Pace, clock, open_progress
-from mesh.runs.trackers import Feed, TensorBoard, Wandb
+from mesh.runs.trackers import Entry
 from mesh.runs.warnings import StepWarnings
 
 FINISH_SECONDS = 60.0  # the longest wait for the trackers at the end of a run
@@ -34,10 +34,10 @@ class MetricsLogger:
         config: dict[str, Any] | None = None,
         first: int = 0,
     ):
-        """`config` is shown by W&B. `first`: steps that a resumed run has taken, with which its
-        files end: its checkpoint has restored them.
+        """`config` is shown by W&B and trackio. `first`: steps that a resumed run has taken, with
+        which its files end: its checkpoint has restored them.
 
-        Raises Refusal where W&B asks for something that the user has to do.
+        Raises Refusal where a tracker asks for something that the user has to do.
         """
         self._active = rank == 0
         if not self._active:
@@ -48,11 +48,7 @@ class MetricsLogger:
         self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
-        self._trackers = []
-        if conf.tensorboard:
-            self._trackers.append(Feed("TensorBoard", partial(TensorBoard, run_dir, first)))
-        if conf.wandb:
-            self._trackers.append(Feed("W&B", partial(Wandb, conf.wandb, run_dir, config or {})))
+        self._trackers = Trackers(run_dir, conf, steps, config or {}, first)
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
         self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
         self._pace = Pace(steps, step=first)
@@ -70,8 +66,7 @@ class MetricsLogger:
         metrics = {key: _plain(metrics[key]) for key in sorted(metrics)}
         write_line(self._metrics_file, {"step": step} | metrics)
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.log(step, scalars)
+        self._trackers.log(step, Entry(scalars))
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
@@ -109,8 +104,7 @@ class MetricsLogger:
         self._progress.close()
         self._metrics_file.close()
         self._samples_file.close()
-        for tracker in self._trackers:
-            tracker.close(seconds)
+        self._trackers.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace
@@ -121,7 +115,7 @@ class MetricsLogger:
         if "eval/accuracy" in self._last:
             words.append(f"eval {self._last['eval/accuracy']:.3f}")
         words.append(f"wall {clock(pace.now() - pace.began)}")
-        words += [text for tracker in self._trackers if (text := tracker.summary())]
+        words += self._trackers.summaries()
         return "  ".join([*words, f"run {self._run_dir}"])
 
 
