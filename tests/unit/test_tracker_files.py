@@ -8,6 +8,7 @@ import os
 import socket
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,21 @@ def wandb_records(path: Path) -> list:
     return records
 
 
+def finished(path: Path) -> list:
+    """Its records when W&B's own process has written the last one, which `finish` may not wait
+    for."""
+    deadline = time.monotonic() + 30
+    while not (records := wandb_records(path)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return records
+
+
 def wandb_history(run_dir: Path) -> list[dict]:
     """The rows of all W&B runs in a directory, in their order, and what the files hold."""
     rows = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
-        for record in wandb_records(path):
+        for record in finished(path):
             if record.HasField("history"):
                 row: dict = {}
                 for item in record.history.item:
