@@ -1,5 +1,5 @@
-"""The report page of real runs in Chromium: it loads, draws, fits a phone, is dark where asked, asks
-nobody, and is used from the keyboard.
+"""The report page of real runs in Chromium: it loads, draws, fits a phone, is dark where
+asked, asks nobody, and is used from the keyboard.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def test_curves_have_a_point_for_every_number_of_the_metrics(browser, report, ma
     lines = [(key, n) for key, n in browser.value(POINTS, "line") if not key.startswith("waiting/")]
     stacks = browser.value(POINTS, "stack")
     assert len(dict(lines)) == len(lines) and len(dict(stacks)) == len(stacks) == len(phases) > 3
-    assert dict(lines) == {key: n for key, n in wanted.items() if key not in phases - {"seconds/sync"}}
+    assert dict(lines) == {
+        key: n for key, n in wanted.items() if key not in phases - {"seconds/sync"}
+    }
     timed = sum("seconds/train" in line for line in made[name].metrics)
     assert dict(stacks) == dict.fromkeys(phases, timed)
 
@@ -127,7 +129,10 @@ def test_two_runs_are_drawn_over_each_other(browser, report, made):
     browser.open(report(made["tiny"].path, made["collapsed"].path))
     drawn = browser.value("""[...document.querySelectorAll("[data-chart=reward] path.line")].map(
         (path) => [path.dataset.run, Number(path.dataset.points)])""")
-    assert drawn == [["0", len(made["tiny"].metrics) - 1], ["1", len(made["collapsed"].metrics) - 1]]
+    assert drawn == [
+        ["0", len(made["tiny"].metrics) - 1],
+        ["1", len(made["collapsed"].metrics) - 1],
+    ]
     tones = browser.value("""[...document.querySelectorAll("[data-chart=reward] path.line")].map(
         (path) => getComputedStyle(path).stroke)""")
     assert len(set(tones)) == 2
