@@ -138,8 +138,8 @@ def main(argv: list[str]) -> None:
             process.listen()
             sync(program)
             logger.log(0, held_out(program, process))
-            steps = profiled(range(conf.steps), conf.profile, run_dir, process, logger.leave_out)
-            for step in steps:
+            steps = range(conf.steps)
+            for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
                 with phases("train", plan.meetings.passes):
                     metrics = drawn | train_step(program, prompts)

@@ -1,0 +1,66 @@
+"""The data of the report page: one entry per run, and what differs between them.
+
+tools/report/page draws it; `window.DATA` is its name there. Numbers are those of the run's files,
+rounded to six digits; what is dense is thinned (thinning.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.report.curves import curves_of, phases_of, points_of, speed_curves
+from tools.report.exactness import exactness_of
+from tools.report.findings import Evidence, findings_of
+from tools.report.headline import headline_of, is_done, speed_facts
+from tools.report.intervals import intervals_of
+from tools.report.machine_findings import ALL
+from tools.report.options import Options
+from tools.report.reading import Run, read_run
+from tools.report.samples import BUDGET, samples_of
+from tools.report.settings import config_of, environment_of
+from tools.report.timeline import timeline_of, timeline_steps
+
+VERSION = 1
+Data = dict[str, Any]
+
+
+def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:  # noqa: B008
+    """The data of a page about these runs. Raises ValueError where a directory holds no run."""
+    runs = [read_run(path) for path in run_dirs]
+    return {
+        "version": VERSION,
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "runs": [run_data(run, options, len(runs)) for run in runs],
+        "comparison": None,
+    }
+
+
+def run_data(run: Run, options: Options, runs: int) -> Data:
+    """What the page shows of one run."""
+    points = points_of(run)
+    intervals = intervals_of(run, points)
+    steps = timeline_steps(run)
+    headline = headline_of(run, points, intervals)
+    if options.title:
+        headline["title"] = options.title
+    return {
+        "name": run.path.resolve().name,
+        "done": is_done(run),
+        "headline": headline | {"exactness": exactness_of(run, points)},
+        "curves": curves_of(points, intervals, runs),
+        "speed": {
+            "phases": phases_of(points),
+            "curves": speed_curves(points, runs),
+            "facts": speed_facts(points),
+        },
+        "timeline": timeline_of(steps, runs),
+        "findings": findings_of(Evidence(run, points, intervals, steps), ALL),
+        "config": config_of(run),
+        "environment": environment_of(run),
+        "samples": samples_of(run, BUDGET // runs),
+        "profiles": [{"name": name, "text": text} for name, text in run.profiles],
+        "missing": run.missing,  # last: what is read above adds to it
+    }
