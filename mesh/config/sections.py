@@ -197,8 +197,16 @@ class LogConf:
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
     trackio: str | None = key(None, "trackio project to log to, in files on this machine")
-    samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
-    tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
+    samples: int = key(
+        32,
+        "most rollouts per step written to samples.jsonl.gz, in whole groups, and answers per "
+        "evaluation of a set; -1: all, 0: none",
+        ge=-1,
+    )
+    samples_mb: float = key(
+        100, "most bytes of samples.jsonl.gz [1e6]; groups beyond its pace are left out", gt=0
+    )
+    tokens: bool = key(True, "samples.jsonl.gz has token ids, texts, logprobs and entropies too")
     timeline: bool = key(
         True, "write RUN_DIR/timeline.jsonl: when each rank began and ended the phases of a step"
     )

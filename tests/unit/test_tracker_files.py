@@ -8,6 +8,7 @@ import os
 import socket
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def entry(step: int, offset: float = 0.0) -> Entry:
         }
         for sample, (length, reward) in enumerate(zip(LENGTHS, REWARDS, strict=True))
     ]  # fmt: skip
-    histograms = {"rollouts/lengths": LENGTHS, "rollouts/rewards": [*REWARDS, float("nan")]}
+    histograms = {"response_length": LENGTHS, "reward": [*REWARDS, float("nan")]}
     return Entry({"loss": step / 4 + offset, "not/finite": float("nan")}, histograms, rows)
 
 
@@ -57,14 +58,14 @@ def test_tensorboard_has_scalars_histograms_and_samples(tmp_path):
     run(tmp_path, BOARD, 0, 5)
     events = EventAccumulator(str(tmp_path / "tensorboard"), ALL).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, s / 4) for s in range(6)]
-    for name, values in (("rollouts/lengths", LENGTHS), ("rollouts/rewards", REWARDS)):
+    for name, values in (("response_length", LENGTHS), ("reward", REWARDS)):
         assert [e.step for e in events.Histograms(name)] == list(range(6))
         held = events.Histograms(name)[-1].histogram_value
         assert (held.num, held.min, held.max) == (4, min(values), max(values))
         assert held.sum == sum(values) and held.sum_squares == sum(v * v for v in values)
         edges = zip([-np.inf, *held.bucket_limit], held.bucket_limit, held.bucket, strict=False)
         assert all(sum(low <= v < high for v in values) == count for low, high, count in edges)
-    shown = events.Tensors("rollouts/samples/text_summary")
+    shown = events.Tensors("samples/text_summary")
     assert [e.step for e in shown] == list(range(6))
     text = shown[-1].tensor_proto.string_val[0].decode()
     assert text.count(f"\n    RESPONSE\n    {SHOWN}\n") == 1 and text.endswith(f"\n    {SHOWN}")
@@ -80,7 +81,7 @@ def test_tensorboard_drops_the_steps_that_are_taken_again(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"), ALL).Reload()
     expected = [(0, 0.0), (1, 0.25), (2, 0.5), (3, 100.75), (4, 101.0), (5, 101.25)]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == expected
-    assert [e.step for e in events.Histograms("rollouts/lengths")] == list(range(6))
+    assert [e.step for e in events.Histograms("response_length")] == list(range(6))
 
 
 def wandb_records(path: Path) -> list:
@@ -102,11 +103,21 @@ def wandb_records(path: Path) -> list:
     return records
 
 
+def finished(path: Path) -> list:
+    """Its records when W&B's own process has written the last one, which `finish` may not wait
+    for."""
+    deadline = time.monotonic() + 30
+    while not (records := wandb_records(path)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return records
+
+
 def wandb_history(run_dir: Path) -> list[dict]:
     """The rows of all W&B runs in a directory, in their order, and what the files hold."""
     rows = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
-        for record in wandb_records(path):
+        for record in finished(path):
             if record.HasField("history"):
                 row: dict = {}
                 for item in record.history.item:
@@ -134,12 +145,12 @@ def test_wandb_has_scalars_histograms_and_tables_of_each_step_once(tmp_path, mon
     values = [(row["_step"], row["loss"]) for row in rows]
     assert values == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 101.0), (5, 101.25)]
     for row in rows:
-        held = row["rollouts/lengths"]
+        held = row["response_length"]
         counts, edges = np.histogram(LENGTHS, bins=64)
         assert held["_type"] == "histogram" and held["values"] == counts.tolist()
         assert np.allclose(held["bins"], edges)
-        assert sum(row["rollouts/rewards"]["values"]) == 4
-        table = json.loads((row["_files"] / row["rollouts/samples"]["path"]).read_text())
+        assert sum(row["reward"]["values"]) == 4
+        table = json.loads((row["_files"] / row["samples"]["path"]).read_text())
         assert table["columns"] == list(COLUMNS) and len(table["data"]) == 2
         cells = dict(zip(COLUMNS, table["data"][0], strict=True))
         assert (cells["step"], cells["sample_id"], cells["reward"]) == (row["_step"], 1, 1.0)
@@ -195,11 +206,11 @@ def test_trackio_has_all_of_it_on_this_machine_of_each_step_once(tmp_path, local
     values = [(row["step"], row["metrics"]["loss"]) for row in rows]
     assert values == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 101.0), (5, 101.25)]
     for row in rows:
-        held = row["metrics"]["rollouts/lengths"]
+        held = row["metrics"]["response_length"]
         counts, edges = np.histogram(LENGTHS, bins=64)
         assert held["_type"] == "trackio.histogram" and held["values"] == counts.tolist()
         assert np.allclose(held["bins"], edges)
-        best, worst = row["metrics"]["rollouts/samples"]["_value"]
+        best, worst = row["metrics"]["samples"]["_value"]
         assert list(best) == list(COLUMNS) and best["response"] == SHOWN
         assert (best["reward"], worst["reward"], best["step"]) == (1.0, 0.0, row["step"])
     with sqlite3.connect(local / "a-project.db") as database:
