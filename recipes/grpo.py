@@ -69,6 +69,7 @@ from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.profiles import profiled
 from mesh.runs.sample_rows import row_of
 from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
@@ -113,15 +114,15 @@ def main(argv: list[str]) -> None:
                 stopping.see(0, record.metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, record.metrics, save)
-            for step in range(first, conf.steps):
+            steps = range(first, conf.steps)
+            for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 if stopping.reason and not checkpoints.unlogged:
                     break
                 record = checkpoints.to_log() or train_step(program, process, phases, step, inspect)
                 checkpoints.trained(step + 1, record)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
-                        results = results_file(conf, run_dir, step + 1)
-                        record += held_out(program, process, results)
+                        record += held_out(program, process, results_file(conf, run_dir, step + 1))
                 trim(step + 1)
                 metrics = record.metrics | timings(step + 1, record.metrics)
                 with phases("log", host=True):

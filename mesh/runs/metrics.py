@@ -102,6 +102,11 @@ class MetricsLogger:
         """Tell the trackers of a step, once its rows are there."""
         self._trackers.log(step, replace(entry, samples=rows))
 
+    def leave_out(self) -> None:
+        """Leave the last step, up to now, out of the displayed pace."""
+        if self._active:
+            self._pace.leave_out()
+
     def close(self) -> None:
         """Flush everything and print the run's directory."""
         if not self._active or self._closed:
@@ -125,8 +130,10 @@ class MetricsLogger:
         self._closed = True
         self._progress.close()
         self._metrics_file.close()
-        self._samples.close(for_samples)
-        self._trackers.close(seconds)
+        try:
+            self._samples.close(for_samples)
+        finally:
+            self._trackers.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace
