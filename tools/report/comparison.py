@@ -47,9 +47,17 @@ def differing(
     """Rows of the keys whose values differ; a run whose version lacks a key has the default."""
     rows = []
     for key in keys:
-        if len({table.get(key, defaults.get(key, ABSENT)) for table in tables}) > 1:
+        if len({plain(table.get(key, defaults.get(key, ABSENT))) for table in tables}) > 1:
             rows.append({"key": key, "values": [table.get(key, ABSENT) for table in tables]})
     return rows
+
+
+def plain(value: str) -> str:
+    """A number in one spelling: 1.0e-06 is 1e-06."""
+    try:
+        return str(float(value))
+    except ValueError:
+        return value
 
 
 def joined(tables: Sequence[dict[str, str]]) -> list[str]:
