@@ -69,10 +69,19 @@ def _fixed(rows: Sequence[Row]) -> list[Row]:
 
 
 def _excerpt(row: Row) -> dict[str, Any]:
-    texts = {"prompt": row.get("prompt_text") or row.get("prompt", ""), "response": row["response"]}
+    texts = {"prompt": row.get("prompt_text") or row.get("prompt", ""), "response": _said(row)}
     return {name: row.get(name) for name in COLUMNS} | {
         name: cut(printable(str(text))) for name, text in texts.items()
     }
+
+
+def _said(row: Row) -> str:
+    """The response; of a conversation all turns, with who made each."""
+    if not row.get("turns"):
+        return row["response"]
+    return "\n".join(
+        f"[{'model' if turn['sampled'] else 'reply'}] {turn['text']}" for turn in row["turns"]
+    )
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:

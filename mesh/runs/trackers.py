@@ -21,7 +21,7 @@ from mesh.runs.excerpts import COLUMNS, Row, as_markdown
 
 WANDB_ID = "wandb-id.txt"
 TRACKIO_ID = "trackio-id.txt"
-SAMPLES = "rollouts/samples"
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)

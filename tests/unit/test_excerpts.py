@@ -77,6 +77,13 @@ def test_an_excerpt_has_the_text_that_the_model_saw_within_a_bound():
     assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 4) == "ab [... 3 characters ...] fg"
 
 
+def test_a_conversation_is_shown_with_all_its_turns():
+    said = [("<call>1+1", True), ("2", False), ("It is 2.", True)]
+    turns = [{"text": text, "sampled": sampled, "num_tokens": 3} for text, sampled in said]
+    (found,) = excerpts([row(1, 0, 0.5, response="It is 2.", turns=turns)])
+    assert found["response"] == "[model] <call>1+1\n[reply] 2\n[model] It is 2."
+
+
 def test_hostile_text_is_shown_as_text_by_tensorboard():
     """In its own conversion of Markdown to HTML, alone and in all sorts of neighbourhoods."""
     draw = random.Random(1)

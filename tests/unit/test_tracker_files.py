@@ -8,6 +8,7 @@ import os
 import socket
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ BOARD = LogConf()
 WANDB = LogConf(tensorboard=False, wandb="a-project")
 TRACKIO = LogConf(tensorboard=False, trackio="a-project")
 ALL = {"tensors": 0, "histograms": 0}  # none of them is left out
+SECRET = "only-the-judge-may-know"
 TOKEN = "hf_0123456789abcdefghijABCDEFGHIJ0123"
 
 
@@ -39,14 +41,14 @@ def entry(step: int, offset: float = 0.0) -> Entry:
         }
         for sample, (length, reward) in enumerate(zip(LENGTHS, REWARDS, strict=True))
     ]  # fmt: skip
-    histograms = {"rollouts/lengths": LENGTHS, "rollouts/rewards": [*REWARDS, float("nan")]}
+    histograms = {"response_length": LENGTHS, "reward": [*REWARDS, float("nan")]}
     return Entry({"loss": step / 4 + offset, "not/finite": float("nan")}, histograms, rows)
 
 
 def run(run_dir: Path, conf: LogConf, first: int, last: int, offset: float = 0.0) -> None:
     """A run's steps after `first`, as a process of their own would log them."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    trackers = Trackers(run_dir, conf, 5, {"seed": 3, "log": {"samples": 4}}, first)
+    trackers = Trackers(run_dir, conf, 5, {"seed": 3, "task_args": {"api_key": SECRET}}, first)
     for step in range(first + 1 if first else 0, last + 1):
         trackers.log(step, entry(step, offset))
     trackers.close(60)
@@ -57,14 +59,14 @@ def test_tensorboard_has_scalars_histograms_and_samples(tmp_path):
     run(tmp_path, BOARD, 0, 5)
     events = EventAccumulator(str(tmp_path / "tensorboard"), ALL).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, s / 4) for s in range(6)]
-    for name, values in (("rollouts/lengths", LENGTHS), ("rollouts/rewards", REWARDS)):
+    for name, values in (("response_length", LENGTHS), ("reward", REWARDS)):
         assert [e.step for e in events.Histograms(name)] == list(range(6))
         held = events.Histograms(name)[-1].histogram_value
         assert (held.num, held.min, held.max) == (4, min(values), max(values))
         assert held.sum == sum(values) and held.sum_squares == sum(v * v for v in values)
         edges = zip([-np.inf, *held.bucket_limit], held.bucket_limit, held.bucket, strict=False)
         assert all(sum(low <= v < high for v in values) == count for low, high, count in edges)
-    shown = events.Tensors("rollouts/samples/text_summary")
+    shown = events.Tensors("samples/text_summary")
     assert [e.step for e in shown] == list(range(6))
     text = shown[-1].tensor_proto.string_val[0].decode()
     assert text.count(f"\n    RESPONSE\n    {SHOWN}\n") == 1 and text.endswith(f"\n    {SHOWN}")
@@ -80,7 +82,7 @@ def test_tensorboard_drops_the_steps_that_are_taken_again(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"), ALL).Reload()
     expected = [(0, 0.0), (1, 0.25), (2, 0.5), (3, 100.75), (4, 101.0), (5, 101.25)]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == expected
-    assert [e.step for e in events.Histograms("rollouts/lengths")] == list(range(6))
+    assert [e.step for e in events.Histograms("response_length")] == list(range(6))
 
 
 def wandb_records(path: Path) -> list:
@@ -102,11 +104,21 @@ def wandb_records(path: Path) -> list:
     return records
 
 
+def finished(path: Path) -> list:
+    """Its records when W&B's own process has written the last one, which `finish` may not wait
+    for."""
+    deadline = time.monotonic() + 30
+    while not (records := wandb_records(path)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return records
+
+
 def wandb_history(run_dir: Path) -> list[dict]:
     """The rows of all W&B runs in a directory, in their order, and what the files hold."""
     rows = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
-        for record in wandb_records(path):
+        for record in finished(path):
             if record.HasField("history"):
                 row: dict = {}
                 for item in record.history.item:
@@ -130,16 +142,17 @@ def test_wandb_has_scalars_histograms_and_tables_of_each_step_once(tmp_path, mon
     assert len(name) == 8 and last == "5"
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{name}.wandb"] * 2
+    assert not any(SECRET.encode() in path.read_bytes() for path in files)
     rows = wandb_history(tmp_path)
     values = [(row["_step"], row["loss"]) for row in rows]
     assert values == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 101.0), (5, 101.25)]
     for row in rows:
-        held = row["rollouts/lengths"]
+        held = row["response_length"]
         counts, edges = np.histogram(LENGTHS, bins=64)
         assert held["_type"] == "histogram" and held["values"] == counts.tolist()
         assert np.allclose(held["bins"], edges)
-        assert sum(row["rollouts/rewards"]["values"]) == 4
-        table = json.loads((row["_files"] / row["rollouts/samples"]["path"]).read_text())
+        assert sum(row["reward"]["values"]) == 4
+        table = json.loads((row["_files"] / row["samples"]["path"]).read_text())
         assert table["columns"] == list(COLUMNS) and len(table["data"]) == 2
         cells = dict(zip(COLUMNS, table["data"][0], strict=True))
         assert (cells["step"], cells["sample_id"], cells["reward"]) == (row["_step"], 1, 1.0)
@@ -195,23 +208,24 @@ def test_trackio_has_all_of_it_on_this_machine_of_each_step_once(tmp_path, local
     values = [(row["step"], row["metrics"]["loss"]) for row in rows]
     assert values == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 101.0), (5, 101.25)]
     for row in rows:
-        held = row["metrics"]["rollouts/lengths"]
+        held = row["metrics"]["response_length"]
         counts, edges = np.histogram(LENGTHS, bins=64)
         assert held["_type"] == "trackio.histogram" and held["values"] == counts.tolist()
         assert np.allclose(held["bins"], edges)
-        best, worst = row["metrics"]["rollouts/samples"]["_value"]
+        best, worst = row["metrics"]["samples"]["_value"]
         assert list(best) == list(COLUMNS) and best["response"] == SHOWN
         assert (best["reward"], worst["reward"], best["step"]) == (1.0, 0.0, row["step"])
     with sqlite3.connect(local / "a-project.db") as database:
         configs = [json.loads(text) for (text,) in database.execute("SELECT config FROM configs")]
         held = database.execute("SELECT COUNT(*) FROM system_metrics").fetchone()
-    assert [(c["seed"], c["log"], c["_Username"]) for c in configs] == [
-        (3, {"samples": 4}, None)
+    assert [(c["seed"], c["task_args"], c["_Username"]) for c in configs] == [
+        (3, {"api_key": "(not shown)"}, None)
     ] * 2
     assert held == (0,)
     assert TOKEN not in "".join(capfd.readouterr())
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in path.read_bytes() for path in kept)
+    assert not any(SECRET.encode() in path.read_bytes() for path in kept)
 
 
 def test_a_name_that_trackio_reserves_is_refused(tmp_path, local):

@@ -54,7 +54,7 @@ Report.rolloutRows = (() => {
         text: contentOf(message),
       }));
     }
-    return [{role: "user", text: text(row.prompt)}];
+    return [{role: "prompt", text: text(row.prompt)}];
   }
 
   function questionOf(row) {
@@ -211,8 +211,49 @@ Report.rolloutRows = (() => {
     });
   }
 
+  const TEXTS = [
+    "prompt",
+    "prompt_text",
+    "response",
+    "answer",
+    "split",
+    "set",
+    "chosen",
+    "finish_reason",
+    "left_out",
+  ];
+  const NUMBERS = [
+    "step",
+    "prompt_id",
+    "sample_id",
+    "reward",
+    "advantage",
+    "length",
+    "cut",
+    "task_prompt_id",
+  ];
+  const LISTS = ["token_texts", "tokens", "logprobs", "logprob_diffs", "entropies", "token_advantages"];
+  const RECORDS = ["messages", "turns"];
+  const isRecord = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+  const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+
+  // A row with the fields of its format, each of the type that it has there; what is damaged is left out.
+  function cleaned(row) {
+    const there = (names, test, as) =>
+      names.filter((name) => test(row[name] ?? null)).map((name) => [name, as ? as(row[name]) : row[name]]);
+    const fields = [
+      ...there(TEXTS, (value) => value !== null, asText),
+      ...there(NUMBERS, isNumber),
+      ...there(LISTS, Array.isArray),
+      ...there(RECORDS, Array.isArray, (list) => list.filter(isRecord)),
+      ...there(["parts"], isRecord),
+      ...there(["correct"], (value) => typeof value === "boolean"),
+    ];
+    return {prompt_id: 0, sample_id: 0, ...Object.fromEntries(fields)};
+  }
+
   function modelOf(rows) {
-    const whole = rows.filter((row) => row && isNumber(row.step));
+    const whole = rows.filter((row) => isRecord(row) && isNumber(row.step)).map(cleaned);
     const groups = groupsOf(whole);
     return {rows: whole, groups, steps: stepsOf(groups), questions: questionsOf(groups)};
   }

@@ -16,7 +16,7 @@ Report.rolloutValues = (() => {
   function sampledOf(row, total) {
     const turns = Array.isArray(row.turns) ? row.turns : [];
     const sizes = turns.map((turn) => turn.num_tokens);
-    if (!turns.length || sizes.some((size) => !isNumber(size))) return null;
+    if (!turns.length || sizes.some((size) => !Number.isInteger(size) || size < 0)) return null;
     if (sizes.reduce((sum, size) => sum + size, 0) !== total) return null;
     return turns.flatMap((turn) => Array(turn.num_tokens).fill(Boolean(turn.sampled)));
   }

@@ -85,7 +85,8 @@ Report.rolloutGroup = (() => {
     );
   }
 
-  const kindOf = (role) => (["system", "user", "assistant", "tool"].includes(role) ? role : "reply");
+  const kindOf = (role) =>
+    role === "prompt" ? "user" : ["system", "user", "assistant", "tool"].includes(role) ? role : "reply";
 
   // The prompt as chat turns, and as the text that the model saw.
   function prompt(group, state) {
@@ -131,7 +132,8 @@ Report.rolloutGroup = (() => {
   }
 
   function answerTurn(row, said, look, tip) {
-    const label = said.sampled ? "assistant" : "reply of the task";
+    const role = Array.isArray(row.messages) ? "assistant" : "answer";
+    const label = said.sampled ? role : "reply of the task";
     const kind = said.sampled ? "assistant" : "tool";
     const coloured = look.measure && said.tokens && said.tokens.length;
     const body = coloured ? tokens().block(row, said, look, tip) : T.block(said.text, look.query);
