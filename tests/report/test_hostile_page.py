@@ -11,7 +11,9 @@ from tools.report.main import main
 
 ELEMENTS = "document.querySelectorAll(arguments[0]).length"
 HANDLERS = """[...document.querySelectorAll("*")].flatMap((node) => [...node.attributes])
-    .filter((one) => one.name.startsWith("on") || /^\\s*javascript:/i.test(one.value))
+    .filter((one) => one.name.startsWith("on") || (
+        /^\\s*javascript:/i.test(one.value) && !["value", "title"].includes(one.name)
+        && !one.name.startsWith("data-") && !one.name.startsWith("aria-")))
     .map((one) => one.name + "=" + one.value)"""
 SHOWN = """[...document.querySelectorAll(
     `#rollouts-detail [data-sample="${arguments[0]}"] .ro-turn`)].at(-1).textContent"""
