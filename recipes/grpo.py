@@ -69,6 +69,7 @@ from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.profiles import profiled
 from mesh.runs.sample_rows import row_of
 from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
@@ -112,7 +113,8 @@ def main(argv: list[str]) -> None:
                 stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
-            for step in range(first, conf.steps):
+            steps = range(first, conf.steps)
+            for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 if stopping.reason and not checkpoints.unlogged:
                     break
                 record = checkpoints.to_log() or train_step(program, process, phases, step, inspect)

@@ -192,6 +192,17 @@ class ExportConf:
 
 
 @dataclass(frozen=True)
+class ProfileConf:
+    steps: list[int] = key(
+        [],
+        "steps to profile, e.g. [3]: RUN_DIR/profiles/step-N-rank-R.json.gz is a trace for "
+        "ui.perfetto.dev, step-N-rank-R.txt a table of what took the time",
+        ge=1,
+    )
+    rank: int = key(0, "the rank that is profiled", ge=0)
+
+
+@dataclass(frozen=True)
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")

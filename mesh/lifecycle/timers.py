@@ -17,6 +17,9 @@ from torch.profiler import record_function
 
 from mesh.lifecycle.heartbeat import heartbeat
 
+PHASES = ("generate", "exchange", "train", "sync", "eval", "checkpoint", "log")
+"""Names of the phases of a step."""
+
 Meeting = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Pairs (ranks that wait, ranks that they wait for): the first cannot get through a phase before
 the others have begun it."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.config.keys import Refusal
+from mesh.config.secrets import shareable
 from mesh.config.sections import LogConf
 from mesh.lifecycle.ending import say
 from mesh.runs.excerpts import excerpts, table_is_due
@@ -32,8 +33,8 @@ class Trackers:
         self, run_dir: Path, conf: LogConf, steps: int, config: Mapping[str, Any], first: int
     ) -> None:
         """`first`: steps that a resumed run has taken. Raises Refusal where a tracker asks for
-        something that the user has to do."""
-        self._steps = steps
+        something that the user has to do. They get `config` without what looks like a secret."""
+        self._steps, config = steps, shareable(dict(config))
         makers: dict[str, Callable[[], Tracker]] = {}
         if conf.tensorboard:
             makers["TensorBoard"] = partial(TensorBoard, run_dir, first)

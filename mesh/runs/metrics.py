@@ -102,6 +102,11 @@ class MetricsLogger:
         """Tell the trackers of a step, once its rows are there."""
         self._trackers.log(step, replace(entry, samples=rows))
 
+    def leave_out(self) -> None:
+        """Leave the last step, up to now, out of the displayed pace."""
+        if self._active:
+            self._pace.leave_out()
+
     def close(self) -> None:
         """Flush everything and print the run's directory."""
         if not self._active or self._closed:

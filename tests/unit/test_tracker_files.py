@@ -28,6 +28,7 @@ BOARD = LogConf()
 WANDB = LogConf(tensorboard=False, wandb="a-project")
 TRACKIO = LogConf(tensorboard=False, trackio="a-project")
 ALL = {"tensors": 0, "histograms": 0}  # none of them is left out
+SECRET = "only-the-judge-may-know"
 TOKEN = "hf_0123456789abcdefghijABCDEFGHIJ0123"
 
 
@@ -47,7 +48,7 @@ def entry(step: int, offset: float = 0.0) -> Entry:
 def run(run_dir: Path, conf: LogConf, first: int, last: int, offset: float = 0.0) -> None:
     """A run's steps after `first`, as a process of their own would log them."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    trackers = Trackers(run_dir, conf, 5, {"seed": 3, "log": {"samples": 4}}, first)
+    trackers = Trackers(run_dir, conf, 5, {"seed": 3, "task_args": {"api_key": SECRET}}, first)
     for step in range(first + 1 if first else 0, last + 1):
         trackers.log(step, entry(step, offset))
     trackers.close(60)
@@ -141,6 +142,7 @@ def test_wandb_has_scalars_histograms_and_tables_of_each_step_once(tmp_path, mon
     assert len(name) == 8 and last == "5"
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{name}.wandb"] * 2
+    assert not any(SECRET.encode() in path.read_bytes() for path in files)
     rows = wandb_history(tmp_path)
     values = [(row["_step"], row["loss"]) for row in rows]
     assert values == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 101.0), (5, 101.25)]
@@ -216,13 +218,14 @@ def test_trackio_has_all_of_it_on_this_machine_of_each_step_once(tmp_path, local
     with sqlite3.connect(local / "a-project.db") as database:
         configs = [json.loads(text) for (text,) in database.execute("SELECT config FROM configs")]
         held = database.execute("SELECT COUNT(*) FROM system_metrics").fetchone()
-    assert [(c["seed"], c["log"], c["_Username"]) for c in configs] == [
-        (3, {"samples": 4}, None)
+    assert [(c["seed"], c["task_args"], c["_Username"]) for c in configs] == [
+        (3, {"api_key": "(not shown)"}, None)
     ] * 2
     assert held == (0,)
     assert TOKEN not in "".join(capfd.readouterr())
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in path.read_bytes() for path in kept)
+    assert not any(SECRET.encode() in path.read_bytes() for path in kept)
 
 
 def test_a_name_that_trackio_reserves_is_refused(tmp_path, local):

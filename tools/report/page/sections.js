@@ -18,7 +18,7 @@ Report.facts = (facts) => {
   const {el} = Report;
   return el("dl", {class: "facts", style: `--n: ${facts.length}`}, facts.map(({label, value, note}) => el("div", {class: "fact"},
     el("dt", {}, label),
-    el("dd", {class: String(value).length > 18 ? "long" : ""}, value),
+    el("dd", {class: String(value).length > 15 ? "long" : ""}, value),
     note && el("dd", {class: "note"}, note))));
 };
 
