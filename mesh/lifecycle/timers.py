@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mesh.lifecycle.heartbeat import heartbeat
+from mesh.lifecycle.running import running
 
 
 class Phases:
@@ -29,7 +30,8 @@ class Phases:
         began = self._now()
         heartbeat()
         try:
-            yield
+            with running(name):
+                yield
         finally:
             self._seconds[name] += self._now() - began
             if self._cuda:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mesh.config.sections import LogConf
-from mesh.runs.progress import Metrics, Pace, clock, open_progress
+from mesh.runs.live import open_progress
+from mesh.runs.progress import Metrics, Pace, clock
 from mesh.runs.trackers import Feed, TensorBoard, Wandb
 from mesh.runs.warnings import StepWarnings
 
