@@ -30,7 +30,7 @@ from mesh.config.schema import Conf
 from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
-from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import (
     Program,
     assemble,
@@ -45,6 +45,7 @@ from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.groups import groups_of, joined, remember
 from mesh.program.shared import inputs_of
+from mesh.program.timings import Timings, note_sync
 from mesh.program.warnings import start_warnings
 from mesh.rl.objective import Objective
 from mesh.rl.statistics import rollout_metrics
@@ -96,14 +97,16 @@ def main(argv: list[str]) -> None:
         stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
+        timings = Timings(program, process, phases, run_dir if conf.log.timeline else None)
         with MetricsLogger(
             run_dir, conf.log, process.rank, conf.steps, asdict(conf), first
         ) as logger:
             process.listen()
             sync(program)
             if not resume:
-                metrics = held_out(program, process, results_file(conf, run_dir, 0))
-                logger.log(0, metrics)
+                with phases("eval"):
+                    metrics = held_out(program, process, results_file(conf, run_dir, 0))
+                logger.log(0, metrics | timings(0, metrics))
                 stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
@@ -119,8 +122,10 @@ def main(argv: list[str]) -> None:
                         results = results_file(conf, run_dir, step + 1)
                         metrics |= held_out(program, process, results)
                 trim(step + 1)
-                logger.log(step + 1, metrics | timings(phases, metrics, process))
-                logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                measured = timings(step + 1, metrics)
+                with phases("log", host=True):
+                    logger.log(step + 1, metrics | measured)
+                    logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
                 stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
@@ -149,7 +154,7 @@ def train_step(
     made, tokens, sequences = [], 0, 0
     for part in waves_of(prompts, keys.waves):
         groups = groups_of(program, process, phases, step, part)
-        with phases("train"):
+        with phases("train", plan.meetings.passes):
             generator.release()
             wave = groups.wave
             share = share_of(wave, keys, trainer.dp, trainer.dp_rank, step)
@@ -165,13 +170,15 @@ def train_step(
             inspect(program, process, seen)
         made.append(groups)
         tokens, sequences = tokens + first.tokens, sequences + first.sequences
-    program.exchange.flush()
-    with phases("train"):
+    with phases("exchange", plan.meetings.flush, host=True):
+        program.exchange.flush()
+    with phases("train", plan.meetings.update):
         updates = [trainer.update(objective.normaliser(tokens, sequences), tokens)]
         updates += later_updates(trainer, objective, later, keys.kl_stop)
-    with phases("sync"):
-        sync(program)
+    with phases("sync", plan.meetings.sync):
+        report = sync(program)
         digest = weights_digest(program)
+    note_sync(phases, report)
     answered = joined(made, drawn)
     metrics: Metrics = {**step_metrics(updates), **answered.metrics, "digest/weights": digest}
     metrics |= rollout_metrics([answered.drawn], keys.group_size, objective.length_penalty)
@@ -229,15 +236,6 @@ def evaluations(program: Program, process: Process, rows: bool = False) -> dict[
 def results_file(conf: Conf, run_dir: Path, step: int) -> Path | None:
     """The file of an evaluation's results; None: it is not asked for."""
     return results_path(run_dir, step) if conf.log.evaluations else None
-
-
-def timings(phases: Phases, metrics: Metrics, process: Process) -> Metrics:
-    """Seconds of each phase, the slowest rank's, tokens per second, and memory on a GPU."""
-    seconds = phases.seconds(process.cpu_group)
-    tokens = {"generate": "tokens/generated", "train": "tokens/trained"}
-    ran = {phase: name for phase, name in tokens.items() if phase in seconds}
-    counts = {phase: int(metrics.get(name, 0)) for phase, name in ran.items()}
-    return phase_metrics(seconds, counts) | phases.gpu_memory(process.cpu_group)
 
 
 def chosen(num: int, process: Process, mine: list[Sample]) -> list[Sample]:

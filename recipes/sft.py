@@ -36,7 +36,7 @@ from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
 from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
-from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import (
     Program,
     assemble,
@@ -50,6 +50,7 @@ from mesh.program.encoding import dated
 from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
 from mesh.program.text_warnings import prompt_warnings
+from mesh.program.timings import Timings
 from mesh.recipes.grpo import held_out
 from mesh.rl.cutting import assign
 from mesh.rl.losses import CROSS_ENTROPY
@@ -129,16 +130,16 @@ def main(argv: list[str]) -> None:
         program = assemble(plan, process)
         phases = Phases(process.device)
         words = asdict(conf)
+        timings = Timings(program, process, phases, run_dir if conf.log.timeline else None)
         with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
             process.listen()
             sync(program)
             logger.log(0, held_out(program, process))
             for step in range(conf.steps):
                 prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
-                with phases("train"):
+                with phases("train", plan.meetings.passes):
                     metrics = drawn | train_step(program, prompts)
-                seconds = phases.seconds(process.cpu_group)
-                metrics |= phase_metrics(seconds, {"train": int(metrics.get("tokens/trained", 0))})
+                metrics |= timings(step + 1, metrics)
                 if step + 1 == conf.steps:
                     sync(program)
                     metrics |= held_out(program, process)

@@ -20,9 +20,10 @@ from mesh.checkpoint.folder import PARTIAL
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.roles.nonfinite import REPORT
+from mesh.runs.timeline import TIMELINE
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-KEPT_LOGS = (*LOGS, REPORT)  # the last one exists only if a step was not finite
+KEPT_LOGS = (*LOGS, REPORT, TIMELINE)  # a run need not have the last two
 
 
 def log_sizes(run_dir: Path) -> dict[str, int]:

@@ -198,6 +198,9 @@ class LogConf:
     wandb: str | None = key(None, "Weights & Biases project to log to")
     samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
     tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
+    timeline: bool = key(
+        True, "write RUN_DIR/timeline.jsonl: when each rank began and ended the phases of a step"
+    )
     evaluations: bool = key(
         False, "write every held-out prompt's results to RUN_DIR/evaluations/step-N.jsonl"
     )

@@ -1,76 +1,151 @@
-"""Seconds of each phase of a step, and the GPU memory in use at its end."""
+"""When each phase of a step began and ended on every rank, and how much memory was in use.
+
+The ranks' times are gathered once per logged step. From them follows who waited for whom: a rank
+that needs others in a phase waits until the last of them has begun it too.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.lifecycle.running import running
 
+Meeting = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Pairs (ranks that wait, ranks that they wait for): the first cannot get through a phase before
+the others have begun it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What all ranks R measured in the E phases since the last time, in the order in which they
+    were run; a phase that was run several times is listed as often.
+
+    times_RE2: begin and end by the clock [unix seconds]; meetings: of each phase, () where ranks do
+    not wait for each other, or it is not known; gauges: other numbers, one of each rank.
+    """
+
+    names: Sequence[str]
+    meetings: Sequence[Meeting]
+    times_RE2: torch.Tensor  # float64
+    gauges: Mapping[str, Sequence[float]]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, the slowest rank's."""
+        taken_RE = self.times_RE2[..., 1] - self.times_RE2[..., 0]
+        return {
+            name: float(taken_RE[:, [other == name for other in self.names]].sum(1).max())
+            for name in dict.fromkeys(self.names)
+        }
+
+    def waits(self) -> torch.Tensor:
+        """float64 [R, E]: seconds that a rank waited in a phase until the last rank that it needed
+        there was ready; 0 where it needed none, or it is not known."""
+        begins_RE, ends_RE = self.times_RE2.unbind(2)
+        waits_RE = torch.zeros_like(begins_RE)
+        for event, meeting in enumerate(self.meetings):
+            for waiting, awaited in meeting:
+                ready = begins_RE[list(awaited), event].max()
+                mine = list(waiting)
+                left = torch.minimum(ready, ends_RE[mine, event]) - begins_RE[mine, event]
+                waits_RE[mine, event] = left.clamp(min=0)
+        return waits_RE
+
 
 class Phases:
-    """A stopwatch per phase: `with phases("generate"): ...`, then `phases.seconds()`.
+    """A stopwatch per phase: `with phases("generate"): ...`, then `phases.measured(group)`.
 
-    On CUDA a phase begins and ends by waiting for the device, so its seconds are its own.
+    On CUDA a phase begins and ends by waiting for the device, so its seconds are its own. A trace
+    of a profiler has the phases as ranges of their names.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._gpu_bytes: dict[str, int] = {}
+        self._origin = time.time() - time.perf_counter()
+        self._events: list[tuple[str, Meeting, float, float]] = []
+        self._gauges: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = self._now()
+    def __call__(self, name: str, meeting: Meeting = (), host: bool = False) -> Iterator[None]:
+        """Time a phase. meeting: who waits for whom in it; host: it leaves the device alone, which
+        is not waited for."""
+        began = self._now(host)
         heartbeat()
         try:
-            with running(name):
+            with running(name), record_function(name):
                 yield
         finally:
-            self._seconds[name] += self._now() - began
-            if self._cuda:
+            self._events.append((name, meeting, began, self._now(host)))
+            if self._cuda and not host:
                 free, total = torch.cuda.mem_get_info()
-                self._gpu_bytes[name] = total - free
+                self._gauges[f"gpu_gb/{name}"] = (total - free) / 1e9
             heartbeat()
 
+    def gauge(self, name: str, value: float) -> None:
+        """Have this rank's `value` gathered with the times; every rank gives one."""
+        self._gauges[name] = value
+
     def seconds(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Seconds by phase since the last call. With a group: the slowest rank's (collective;
-        every rank must have run the same phases)."""
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
-        if group is None or not taken:
-            return taken
-        return _largest(taken, group)
+        """Seconds by phase since the last call, the slowest rank's; without a group, this rank's.
+        As `measured`."""
+        return self.measured(group).seconds()
 
-    def gpu_memory(self, group: dist.ProcessGroup) -> dict[str, float]:
-        """`gpu_gb/<phase>`: memory in use of the fullest rank's GPU at the phase's last end, by
-        whichever process [1e9 bytes]; empty without GPUs. Collective, as `seconds`.
-        """
-        used, self._gpu_bytes = self._gpu_bytes, {}
-        largest = _largest(dict(used), group) if used else {}
-        return {f"gpu_gb/{phase}": value / 1e9 for phase, value in largest.items()}
+    def measured(self, group: dist.ProcessGroup | None = None) -> Measured:
+        """What the ranks of the group measured since the last call; None: this one. Collective;
+        every rank must have run the same phases."""
+        events, self._events = self._events, []
+        gauges, self._gauges = self._gauges, {}
+        names = sorted(gauges)
+        times = [self._origin + moment for event in events for moment in event[2:]]
+        mine = torch.tensor([*times, *(gauges[name] for name in names)], dtype=torch.float64)
+        table_R = torch.stack(_of_all_ranks(mine, group))
+        gauges_R = table_R[:, len(times) :]
+        return Measured(
+            [event[0] for event in events],
+            [event[1] for event in events],
+            table_R[:, : len(times)].view(len(table_R), len(events), 2),
+            {name: gauges_R[:, i].tolist() for i, name in enumerate(names)},
+        )
 
-    def _now(self) -> float:
-        if self._cuda:
+    def _now(self, host: bool) -> float:
+        if self._cuda and not host:
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-def _largest(values: dict[str, float], group: dist.ProcessGroup) -> dict[str, float]:
-    """The largest of all ranks' values under each name."""
-    largest = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return dict(zip(sorted(values), largest.tolist(), strict=True))
+class Stopwatch:
+    """Seconds from its construction to `stop`; on CUDA those of the device's stream, which is not
+    waited for: synchronise before `seconds` is called."""
+
+    def __init__(self, device: torch.device):
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._begun = self._ended = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._events:
+            self._events[1].record()
+        self._ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        if self._events:
+            begun, ended = self._events
+            return float(begun.elapsed_time(ended)) / 1e3
+        return self._ended - self._begun
 
 
-def phase_metrics(seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, float]:
-    """`seconds/<phase>` of every phase, and `tokens_per_second/<phase>` where tokens are given."""
-    metrics = {f"seconds/{phase}": taken for phase, taken in seconds.items()}
-    for phase, count in tokens.items():
-        metrics[f"tokens_per_second/{phase}"] = count / max(seconds[phase], 1e-9)
-    return metrics
+def _of_all_ranks(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    if group is None or not mine.numel():
+        return [mine]
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    return found

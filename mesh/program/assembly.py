@@ -63,7 +63,7 @@ from mesh.tasks.difficulty import PassRates
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
 from mesh.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from mesh.types import ModelShape, Prompt
-from mesh.weights.bridge import WeightBridge
+from mesh.weights.bridge import SyncReport, WeightBridge
 from mesh.weights.bridge import weights_digest as digest_of
 
 
@@ -245,15 +245,15 @@ def run_self_test(plan: Plan, process: Process) -> str:
     return "\n".join(lines)
 
 
-def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> float:
-    """Make the trainer's weights the generator's, and drop what was cached. Seconds.
+def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> SyncReport:
+    """Make the trainer's weights the generator's, and drop what was cached.
 
     weights: other ones than its newest.
     """
     with running("sync"):
         report = program.bridge.sync(weights)
         program.generator.reset(report.version)
-    return report.seconds
+    return report
 
 
 def weights_digest(program: Program) -> str:

@@ -66,7 +66,7 @@ def exchanged(
         rollouts = generator.rollout(
             program.scorer, prompts, keys.group_size, sampling, keys.truncated_reward
         )
-    with phases("exchange"):
+    with phases("exchange", program.plan.meetings.exchange):
         wave = program.exchange([p.prompt_id for p in prompts], rollouts)
     return Groups(prompts, rollouts, wave, wave)
 
@@ -91,7 +91,7 @@ def of_use(program: Program, process: Process, phases: Phases, groups: Groups) -
     """The prompts whose groups are not equal. The trainer's ranks know, and rank 0 is one of them.
     Collective."""
     keys, task = program.plan.step, program.plan.task
-    with phases("exchange"):
+    with phases("exchange", program.plan.meetings.verdict):
         mine = unequal_groups(groups.drawn, keys.group_size, keys.refill_on, task)
         return list(process.from_rank0(mine))
 

@@ -19,6 +19,7 @@ from mesh.config.evaluation_sets import ks_of
 from mesh.config.schema import Conf, resolve_path
 from mesh.engine.kinds import kind_of
 from mesh.engine.settings import engine_settings
+from mesh.layout.meetings import Meetings, meetings_of
 from mesh.layout.meshes import Layout, plan_layout
 from mesh.model.exported import Export, planned_export, source_entries
 from mesh.model.families import config_entries
@@ -94,6 +95,11 @@ class Plan:
     @property
     def shape(self) -> ModelShape:
         return self.trainer.shape
+
+    @property
+    def meetings(self) -> Meetings:
+        """Who waits for whom in the phases of a step."""
+        return meetings_of(self.layout)
 
     @property
     def task(self) -> Task:

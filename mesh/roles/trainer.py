@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mesh.layout.holdings import local_tensors
 from mesh.layout.meshes import Meshes, dp_rank
+from mesh.model.flops import train_flops
 from mesh.model.layouts import role_layouts, weight_names
 from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy, named_weights, parameter_names
@@ -54,12 +55,13 @@ class Trainer:
         self.weight_names = weight_names(shape)
         # of the two names of a tied weight, the first
         self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
-        self.dp = meshes.layout.trainer.dp
+        self.dp, self.tp = meshes.layout.trainer.dp, meshes.layout.trainer.tp
         self.dp_rank = dp_rank(self.mesh)
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
         self.without_signal = 0  # of them those whose gradients were all exactly 0
         self.silent = False  # the last one is such a step, so far
+        self.flops = 0.0  # this rank's part of those of all passes since it was last set to 0
         self.measured = ["entropy", *(MEASURED[name] for name in settings.frozen)]
         self.sums = StepSums(device, self.measured)
         self.model: Policy | None = None
@@ -194,7 +196,11 @@ class Trainer:
             for leaves, known in zip(passes, scores, strict=True)
         ]  # fmt: skip
         self._reshard()
-        self.sums.expect(sum(r.length for one in passes for leaf in one for r in leaf.rollouts))
+        rollouts = [r for one in passes for leaf in one for r in leaf.rollouts]
+        tokens = sum(r.length for r in rollouts)
+        self.sums.expect(tokens)
+        lengths = [r.num_tokens for r in rollouts]
+        self.flops += train_flops(self.settings.shape, lengths, tokens) / self.tp
         logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
         return TokenScores(torch.cat(logprobs), torch.cat(entropies))
 

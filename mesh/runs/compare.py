@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/")
+MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/", "host_gb", "mfu/", "sync/")
 NOTHING = "nothing"  # stands for a field, a line or a file that one side lacks
 NAMES = ("step", "prompt_id", "sample_id")
 

@@ -135,7 +135,7 @@ class LiveProgress:
     def _curve_cells(self, width: int) -> list[Text]:
         """Each with the first and the last value of the whole run."""
         room = (width - 2) // 2 if width >= TWO_CURVES else width
-        found = []
+        found: list[Text] = []
         for label, curve in self._curves.items():
             if curve.first is None or curve.last is None or (label == "loss" and found):
                 continue

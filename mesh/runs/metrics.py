@@ -69,7 +69,7 @@ class MetricsLogger:
         if not self._active:
             return
         metrics = {key: _plain(metrics[key]) for key in sorted(metrics)}
-        _write_line(self._metrics_file, {"step": step} | metrics)
+        write_line(self._metrics_file, {"step": step} | metrics)
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(step, scalars)
@@ -85,7 +85,7 @@ class MetricsLogger:
             return
         wanted = len(samples) if self._conf.samples < 0 else self._conf.samples
         for sample in samples[:wanted]:
-            _write_line(self._samples_file, {"step": step} | sample)
+            write_line(self._samples_file, {"step": step} | sample)
 
     def close(self) -> None:
         """Flush everything and print the run's directory."""
@@ -159,7 +159,8 @@ def line_of(record: dict[str, Any]) -> str:
     return json.dumps(_json(record), ensure_ascii=False, allow_nan=False)
 
 
-def _write_line(file: TextIO, record: dict[str, Any]) -> None:
+def write_line(file: TextIO, record: dict[str, Any]) -> None:
+    """Append a line to a log, flushed. Raises RuntimeError where it cannot be written."""
     try:
         file.write(line_of(record) + "\n")
         file.flush()

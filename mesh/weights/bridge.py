@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mesh.layout.holdings import Holding, can_alias, describe, local_tensors, resolve_dtypes
 from mesh.layout.reshard import Copy, Message, ParamLayout, buckets, check_tiling, plan
+from mesh.lifecycle.timers import Stopwatch
 from mesh.weights.digest import compare_digests, local_digests, total_digest
 
 Verify = Literal["every", "first", "off"]
@@ -28,15 +29,18 @@ TRAINER, GENERATOR = "trainer", "generator"
 
 @dataclass(frozen=True)
 class SyncReport:
-    """Result of one sync; equal on all ranks except for `seconds`.
+    """Result of one sync; equal on all ranks except for its seconds.
 
     `bytes_moved`: written by all ranks, in the generator's dtypes; 0 if weights are aliased.
-    `verified`: the digests of both sides were compared (a mismatch raises).
+    `seconds`: of the whole sync; `transfer_seconds`: until this rank's copies and messages were
+    done, with the wait for other ranks. `verified`: the digests of both sides were compared (a
+    mismatch raises).
     """
 
     version: int
     bytes_moved: int
     seconds: float
+    transfer_seconds: float
     verified: bool
 
 
@@ -113,7 +117,7 @@ class WeightBridge:
         dtypes; not where weights are aliased. Raises `RuntimeError` on all ranks, naming parameters
         and ranks, if the digests differ.
         """
-        start = time.perf_counter()
+        start, transfer = time.perf_counter(), Stopwatch(self.device)
         assert not (self.aliased and instead), "the generator has no weights of its own"
         given = {name: (instead or {}).get(name, own) for name, own in self.source.items()}
         source, destination = local_tensors(given), local_tensors(self.destination)
@@ -131,13 +135,15 @@ class WeightBridge:
             self._exchange(sends, outgoing, receives, incoming)
             for copy, slot in arriving:
                 destination[copy.name][copy.destination.slices].copy_(slot)
+        transfer.stop()
         self.version += 1
         verified = self.verify == "every" or (self.verify == "first" and self.version == 1)
         if verified:
             self._compare(source, destination)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return SyncReport(self.version, self.bytes_moved, time.perf_counter() - start, verified)
+        seconds = time.perf_counter() - start
+        return SyncReport(self.version, self.bytes_moved, seconds, transfer.seconds(), verified)
 
     def _buffer(self, rounds: Sequence[Sequence[Message]]) -> Tensor:
         """Allocate the bytes of the largest round."""

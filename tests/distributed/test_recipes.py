@@ -23,6 +23,7 @@ from mesh.model.families import TINY
 from mesh.model.hf import hf_names
 from mesh.model.layouts import weight_names
 from mesh.rl.advantages import group_advantages
+from mesh.runs.compare import untimed
 from mesh.weights.digest import block_digest
 
 SHIPPED = PACKAGE_DATA / "qwen3_tiny"
@@ -64,7 +65,7 @@ METRICS = {
     "reward/mean", "logprob_diff/max", "logprob_diff/mean", "loss", "grad_norm", "entropy",
     "response_length/mean", "clip_fraction", "digest/prompts", "digest/weights", "equal_groups",
     "seconds/generate", "seconds/exchange", "seconds/train", "seconds/sync",
-    "tokens_per_second/generate", "tokens_per_second/train",
+    "tokens_per_second/generate", "tokens_per_second/train", "host_gb", "sync/gb",
 }  # fmt: skip
 EVAL = {
     "eval/accuracy", "eval/accuracy_greedy", "eval/pass@1", "eval/pass@4", "eval/majority@4",
@@ -117,7 +118,7 @@ def test_run_directory_and_last_line(runs):
     names = {item.name for item in made.path.iterdir()}
     assert names == {
         "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "model", "tensorboard",
-        "lock",
+        "lock", "timeline.jsonl",
     }  # fmt: skip
     assert list((made.path / "tensorboard").iterdir())
     assert made.output.splitlines()[-1].startswith("done  3/3 steps  eval ")
@@ -127,7 +128,7 @@ def test_run_directory_and_last_line(runs):
 def test_metrics_of_every_step_without_gap(runs):
     metrics = runs("colocated").metrics
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
-    assert metrics[0].keys() == {"step"} | EVAL
+    assert metrics[0].keys() == {"step", "seconds/eval", "host_gb"} | EVAL
     for line in metrics[1:]:
         assert line.keys() >= METRICS
         assert line["tokens/trained"] == line["tokens/generated"] > 0
@@ -172,7 +173,7 @@ def test_first_step_draws_the_same_tokens_on_any_layout(runs, name):
     assert len(other) == 16 * 4
     assert other == alone
     assert runs(name).metrics[1]["reward/mean"] == runs("alone").metrics[1]["reward/mean"]
-    assert runs(name).metrics[0] == runs("alone").metrics[0]
+    assert untimed(runs(name).metrics[0]) == untimed(runs("alone").metrics[0])
 
 
 @pytest.mark.parametrize("name", ["colocated", "split"])

@@ -94,6 +94,9 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, uninterrup
     assert compared.first is None
     assert (compared.steps, compared.samples) == (steps + 1, steps * 8 * 4)
     assert len({line["digest/weights"] for line in uninterrupted.metrics[1:]}) == steps
+    for run in (resumed, uninterrupted):
+        timeline = lines_of(run.path / "timeline.jsonl")
+        assert [line["step"] for line in timeline] == list(range(steps + 1))
     assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in uninterrupted.metrics[2:])
     assert (resumed.path / "model" / "model.safetensors").is_file()
     assert "resumed from" in resumed.output

@@ -107,7 +107,10 @@ def test_the_last_best_models_are_compared_where_both_runs_keep_one(tmp_path):
 
 def test_timings_memory_and_other_files_are_left_out(tmp_path):
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
-    machine = {"seconds/generate": 7.0, "gpu_gb/train": 39.2}
+    machine = {
+        "seconds/generate": 7.0, "gpu_gb/train": 39.2, "host_gb": 0.6, "mfu/train": 0.4,
+        "sync/gb": 0.002, "sync/gb_per_second": 0.2, "tokens_per_second/train": 9.0,
+    }  # fmt: skip
     lines = [untimed(line) | machine for line in METRICS]
     write(b / "metrics.jsonl", lines)
     (b / "config.yaml").write_text("seed: 1")

@@ -122,10 +122,11 @@ def test_logs_are_put_back_as_they_were_after_the_step(process, tmp_path, loss):
     assert steps == [1, 2, 3, 4, 5, 6] and names_in(run.path) == ["step-4", "step-6"]
 
 
-def test_a_log_of_later_steps_alone_goes(process, tmp_path):
+@pytest.mark.parametrize("name", ["nonfinite.jsonl", "timeline.jsonl"])
+def test_a_log_of_later_steps_alone_goes(process, tmp_path, name):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(2)
-    run.log("nonfinite.jsonl")
+    run.log(name)
     assert Small(process, run.path, resume=True).logs().keys() == {"metrics.jsonl", "samples.jsonl"}
 
 

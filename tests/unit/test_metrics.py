@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mesh.config.sections import LogConf
-from mesh.lifecycle.timers import Phases, phase_metrics
+from mesh.lifecycle.timers import Phases
 from mesh.runs.metrics import MetricsLogger
 from mesh.runs.progress import Pace, clock, packed, plain_line, thousands
 
@@ -183,11 +183,3 @@ def test_phases_accumulate_and_start_over():
     assert 0.04 <= seconds["generate"] < 0.4
     assert 0.01 <= seconds["train"] < 0.2
     assert phases.seconds() == {}
-
-
-def test_phase_metrics():
-    assert phase_metrics({"generate": 2.0, "sync": 0.5}, {"generate": 100}) == {
-        "seconds/generate": 2.0,
-        "seconds/sync": 0.5,
-        "tokens_per_second/generate": 50.0,
-    }

@@ -140,8 +140,8 @@ def watch(report: Reporter) -> None:
     timed = Phases.__call__
 
     @contextmanager
-    def noted(phases: Phases, name: str) -> Iterator[None]:
-        with timed(phases, name), report(name):
+    def noted(phases: Phases, name: str, *rest: Any, **keys: Any) -> Iterator[None]:
+        with timed(phases, name, *rest, **keys), report(name):
             yield
 
     def wrap(owner: Any, name: str, phase: Callable[[], Any]) -> None:
