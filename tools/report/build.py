@@ -1,0 +1,51 @@
+"""The data of the report page: one entry per run, and what differs between them.
+
+tools/report/page draws it; `window.DATA` is its name there. Numbers are those of the run's files,
+rounded to six digits; what is dense is thinned (thinning.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.report.curves import curves_of, phases_of, points_of, speed_curves
+from tools.report.options import Options
+from tools.report.reading import Run, read_run
+from tools.report.settings import config_of, environment_of
+
+VERSION = 1
+Data = dict[str, Any]
+
+
+def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:  # noqa: B008
+    """The data of a page about these runs. Raises ValueError where a directory holds no run."""
+    runs = [read_run(path) for path in run_dirs]
+    return {
+        "version": VERSION,
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "runs": [run_data(run, options, len(runs)) for run in runs],
+        "comparison": None,
+    }
+
+
+def run_data(run: Run, options: Options, runs: int) -> Data:
+    """What the page shows of one run."""
+    points = points_of(run)
+    return {
+        "name": run.path.name,
+        "done": False,
+        "missing": run.missing,
+        "headline": {"title": options.title or run.path.name, "sentence": "", "facts": [],
+                     "exactness": []},
+        "curves": curves_of(points, {}, runs),
+        "speed": {"phases": phases_of(points), "curves": speed_curves(points, runs), "facts": []},
+        "timeline": {"ranks": [], "steps": [], "left_out": 0},
+        "findings": [],
+        "config": config_of(run),
+        "environment": environment_of(run),
+        "samples": {"rows": [], "kept": 0, "total": 0},
+        "profiles": [{"name": name, "text": text} for name, text in run.profiles],
+    }  # fmt: skip
