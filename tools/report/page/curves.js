@@ -1,0 +1,94 @@
+// The curves of all runs, chart by chart, in the groups of the first run that has them.
+"use strict";
+
+Report.curves = (() => {
+  const {el} = Report;
+  const TONES = 8;
+  Report.tone = (place) => `var(--s${(place % TONES) + 1})`;
+
+  // Charts with one id are one chart. {id, group, title, ..., series of every run}
+  function merged(runs, curvesOf) {
+    const charts = new Map();
+    runs.forEach((run, place) => {
+      for (const curve of curvesOf(run)) {
+        const id = curve.id;
+        if (!charts.has(id)) charts.set(id, {...curve, series: [], runs: new Set()});
+        const chart = charts.get(id);
+        for (const series of curve.series) chart.series.push({...series, run: place});
+        chart.runs.add(place);
+      }
+    });
+    return [...charts.values()].map((chart) => dressed(chart, runs));
+  }
+
+  // One run: a colour for each key. Several: a colour for each run, and dashes tell keys apart.
+  function dressed(chart, runs) {
+    const keys = [...new Set(chart.series.map((series) => series.key))];
+    const several = runs.length > 1;
+    chart.series = chart.series.map((series) => {
+      const key = keys.indexOf(series.key);
+      const [tone, dash] = several ? [series.run, key] : [key, Math.floor(key / TONES)];
+      const name = runs[series.run].name;
+      if (!several) return {...series, tone: Report.tone(tone), dash};
+      const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];
+      return {...series, label, short, tone: Report.tone(tone), dash};
+    });
+    const names = [...chart.runs].map((place) => runs[place].name);
+    chart.note = names.length < runs.length ? "Only in " + names.join(", ") : "";
+    return chart;
+  }
+
+  const hasPoints = (chart) => chart.series.some((series) => series.steps.length > 0);
+
+  function grouped(charts) {
+    const groups = new Map();
+    for (const chart of charts) {
+      if (!groups.has(chart.group)) groups.set(chart.group, []);
+      groups.get(chart.group).push(chart);
+    }
+    return [...groups];
+  }
+
+  function group([name, charts]) {
+    return el("div", {class: "group", "data-group": name, style: `--n: ${charts.length}`},
+      name && el("h3", {}, name), charts.map(Report.cards.card));
+  }
+
+  const groups = (charts) => el("div", {class: "groups"}, grouped(charts).map(group));
+
+  function runsLegend(runs) {
+    return el("ul", {class: "legend runs-legend", "aria-label": "Runs"}, runs.map((run, place) =>
+      el("li", {}, el("span", {class: "stroke", style: `--tone: ${Report.tone(place)}`}), run.name)));
+  }
+
+  function smoothing() {
+    const now = Report.state.get("smooth", "0");
+    const choices = [["0", "none"], ["5", "5 steps"], ["20", "20 steps"], ["50", "50 steps"]];
+    return el("label", {class: "controls"}, "Smoothing",
+      el("select", {id: "smooth", "data-keep": "smooth",
+        onchange: (event) => Report.state.set({smooth: event.target.value === "0" ? null : event.target.value})},
+        choices.map(([value, text]) => el("option", {value, selected: value === now}, text))));
+  }
+
+  function toolbar(runs) {
+    return el("div", {class: "toolbar"},
+      runs.length > 1 && runsLegend(runs), smoothing(),
+      el("span", {class: "muted controls"}, "Click marks a step, dragging chooses a range."));
+  }
+
+  function section(runs) {
+    const charts = merged(runs, (run) => run.curves).filter(hasPoints);
+    if (!charts.length) return [Report.empty("No metrics were recorded yet, so there are no curves.")];
+    return [toolbar(runs), groups(charts)];
+  }
+
+  return {merged, section, hasPoints, groups};
+})();
+
+// The mean of up to `window` values around each place, as many before it as after; gaps stay gaps.
+Report.runningMean = (values, window) => values.map((value, k) => {
+  if (!Report.charts.finite(value)) return null;
+  const side = Math.min(Math.floor(window / 2), k, values.length - 1 - k);
+  const kept = values.slice(k - side, k + side + 1).filter(Report.charts.finite);
+  return kept.reduce((sum, one) => sum + one, 0) / kept.length;
+});

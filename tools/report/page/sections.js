@@ -1,0 +1,100 @@
+// The first things to read: what is missing, the headline, the exactness ladder, the findings.
+"use strict";
+
+// A link that changes the state and goes to a section. Its address is made anew before it can be
+// copied, since the state may have changed.
+Report.jump = (section, changes, text) => {
+  const address = () => Report.state.link(section, changes);
+  const fresh = (event) => event.currentTarget.setAttribute("href", address());
+  return Report.el("a", {href: address(), onpointerenter: fresh, onfocus: fresh,
+    onclick: (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      Report.state.go(section, changes);
+    }}, text);
+};
+
+Report.facts = (facts) => {
+  const {el} = Report;
+  return el("dl", {class: "facts", style: `--n: ${facts.length}`}, facts.map(({label, value, note}) => el("div", {class: "fact"},
+    el("dt", {}, label),
+    el("dd", {class: String(value).length > 18 ? "long" : ""}, value),
+    note && el("dd", {class: "note"}, note))));
+};
+
+Report.missing = (runs) => {
+  const {el} = Report;
+  const sentences = runs.flatMap((run) => run.missing.map((sentence) =>
+    runs.length > 1 ? `${run.name}: ${sentence}` : sentence));
+  if (!sentences.length) return null;
+  return el("div", {class: "notice", id: "missing", role: "note"},
+    el("strong", {}, "What is missing or damaged"),
+    el("ul", {}, sentences.map((sentence) => el("li", {}, sentence))));
+};
+
+Report.headline = (() => {
+  const {el} = Report;
+  const HOLDS = {yes: ["\u2713", "holds"], no: ["\u2717", "does not hold"], unknown: ["?", "not known"],
+    off: ["\u2013", "off"]};
+
+  function holds(value) {
+    const [sign, text] = HOLDS[value];
+    return el("span", {class: `pill ${value}`}, el("span", {"aria-hidden": "true"}, sign + " "), text);
+  }
+
+  function ladder(rungs) {
+    const rows = rungs.map((one) => el("li", {"data-rung": one.rung, "data-holds": one.holds},
+      el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
+      el("span", {class: "how"}, one.how)));
+    return el("div", {class: "ladder"}, el("h3", {}, "Exactness"),
+      rows.length ? el("ul", {class: "rungs"}, rows)
+        : Report.empty("Nothing is known about the exactness of this run."));
+  }
+
+  function one(run, place, several) {
+    const {title, sentence, facts, exactness} = run.headline;
+    return el("article", {class: several ? "run card" : "run", "data-run": place},
+      el("header", {},
+        several && el("span", {class: "swatch", style: `--tone: ${Report.tone(place)}`}),
+        el(several ? "h2" : "h1", {}, several ? run.name : title),
+        el("span", {class: run.done ? "pill" : "pill info", "data-done": String(run.done)},
+          run.done ? "finished" : "not finished")),
+      several && el("p", {class: "muted"}, title),
+      el("p", {class: "sentence"}, sentence),
+      Report.facts(facts), ladder(exactness));
+  }
+
+  function section(runs) {
+    const several = runs.length > 1;
+    const articles = runs.map((run, place) => one(run, place, several));
+    return [several && el("h1", {}, `${runs.length} runs compared`),
+      several ? el("div", {class: "runs several"}, articles) : articles[0]].filter(Boolean);
+  }
+
+  return {section};
+})();
+
+Report.findings = (() => {
+  const {el} = Report;
+  const WORDS = {bad: "problem", warn: "warning", info: "note"};
+
+  function one(finding, run, several) {
+    return el("li", {class: `finding card ${finding.severity}`, "data-severity": finding.severity},
+      el("header", {},
+        el("span", {class: `pill ${finding.severity}`}, WORDS[finding.severity]),
+        el("h3", {}, finding.title),
+        several && el("span", {class: "pill"}, run.name),
+        finding.step !== null && el("span", {}, "from ",
+          Report.jump("curves", {mark: finding.step}, `step ${finding.step}`))),
+      el("p", {}, finding.text),
+      finding.try && el("p", {class: "try"}, el("strong", {}, "Try: "), finding.try));
+  }
+
+  function section(runs) {
+    const items = runs.flatMap((run) => run.findings.map((finding) => one(finding, run, runs.length > 1)));
+    if (!items.length) return [Report.empty("No problem was found in what the run recorded.")];
+    return [el("ul", {class: "findings"}, items)];
+  }
+
+  return {section};
+})();
