@@ -133,7 +133,7 @@ def row(step: int, split: str, chosen: str, prompt: int, sample: int, tokens: in
     """One rollout; the best group of a step is right, the worst wrong."""
     draw = random.Random(f"{step} {split} {prompt} {sample}")
     length = max(1, round(tokens * draw.uniform(0.8, 1.0)))
-    texts = [draw.choice(("word ", "a", "number ", "\n", "1", "2", "+")) for _ in range(length)]
+    texts = draw.choices(("word ", "a", "number ", "\n", "1", "2", "+"), k=length)
     reward = {"best": 1.0, "worst": 0.0}.get(chosen, float(draw.random() < 0.5))
     made: Line = {
         "step": step, "split": split, "set": "", "chosen": chosen, "prompt_id": prompt,

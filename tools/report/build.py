@@ -14,6 +14,7 @@ from typing import Any
 from tools.report.curves import curves_of, phases_of, points_of, speed_curves
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
+from tools.report.samples import BUDGET, samples_of
 from tools.report.settings import config_of, environment_of
 
 VERSION = 1
@@ -46,6 +47,6 @@ def run_data(run: Run, options: Options, runs: int) -> Data:
         "findings": [],
         "config": config_of(run),
         "environment": environment_of(run),
-        "samples": {"rows": [], "kept": 0, "total": 0},
+        "samples": samples_of(run, BUDGET // runs),
         "profiles": [{"name": name, "text": text} for name, text in run.profiles],
     }  # fmt: skip

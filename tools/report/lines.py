@@ -1,7 +1,9 @@
 """Files of JSON lines as far as they can be read: plain or gzip, half-written, damaged.
 
 A run that is going on, or was killed, ends its files anywhere; a full disk or a bad copy leaves
-holes. What cannot be read is counted and said in words, not raised.
+holes. What cannot be read is counted and said in words, not raised. A file is read in blocks, each
+of which can be found again by its place: a gzip member, or a piece of a plain file that ends with a
+line.
 """
 
 from __future__ import annotations
@@ -9,13 +11,27 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Line = dict[str, Any]
-CHUNK = 1 << 20
+CHUNK = 1 << 16
 GZIP = b"\x1f\x8b\x08"
-MOST_LINE = 64 << 20  # a longer line is damage, not a record
+MOST_BLOCK = 512 << 20  # a longer line or member is damage
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a file, where they begin in it and where they end."""
+
+    offset: int
+    end: int
+    content: bytes
+
+    @property
+    def lines(self) -> list[bytes]:
+        return self.content.split(b"\n")
 
 
 class Damage:
@@ -24,9 +40,9 @@ class Damage:
     def __init__(self, name: str):
         self.name = name
         self.lines = 0
+        self.gaps = 0
         self.truncated = False
         self.unreadable = ""
-        self.gaps = 0
 
     def sentences(self) -> list[str]:
         """One sentence per kind of damage."""
@@ -34,35 +50,30 @@ class Damage:
         if self.unreadable:
             found.append(f"{self.name} cannot be read ({self.unreadable}).")
         if self.gaps:
-            found.append(f"{self.name} is damaged: {counted(self.gaps, 'part')} left out.")
+            found.append(f"{self.name} is damaged: {were(self.gaps, 'part')} left out.")
         if self.lines:
-            wrong = f"{counted(self.lines, 'line')} left out that"
             verb = "is no complete record" if self.lines == 1 else "are no complete records"
-            found.append(f"{self.name} is damaged: {wrong} {verb}.")
+            lines = f"{were(self.lines, 'line')} left out that {verb}"
+            found.append(f"{self.name} is damaged: {lines}.")
         if self.truncated:
-            why = "a run that is going on or was killed leaves one"
-            found.append(f"{self.name} ends in half a line, which is left out; {why}.")
+            why = "a run that is going on or was killed leaves such an end"
+            found.append(f"{self.name} ends in half a record, which is left out; {why}.")
         return found
 
 
-def counted(number: int, noun: str) -> str:
+def were(number: int, noun: str) -> str:
     """`1 line was`, `3 lines were`."""
     return f"1 {noun} was" if number == 1 else f"{number:,} {noun}s were"
 
 
-def raw_lines(path: Path, damage: Damage) -> Iterator[bytes]:
-    """The complete lines of a file, without their newlines."""
-    held = b""
-    for chunk in chunks(path, damage):
-        *lines, held = (held + chunk).split(b"\n")
-        yield from lines
-        if len(held) > MOST_LINE:
-            damage.lines, held = damage.lines + 1, b""
-    damage.truncated = bool(held.strip())
+def records(path: Path, damage: Damage) -> Iterator[Line]:
+    """The JSON objects of a file that have a step."""
+    for block in blocks(path, damage):
+        yield from records_in(block.lines, damage)
 
 
-def records(lines: Iterable[bytes], damage: Damage) -> Iterator[Line]:
-    """The JSON objects of lines that have a step."""
+def records_in(lines: Iterable[bytes], damage: Damage) -> Iterator[Line]:
+    """The JSON objects of lines that have a step; others are counted, empty lines are not."""
     for line in lines:
         record = parsed(line)
         if record is not None:
@@ -87,42 +98,75 @@ def is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
-def chunks(path: Path, damage: Damage) -> Iterator[bytes]:
-    """The bytes of a file, decompressed if it is gzip, as far as they can be read."""
+def blocks(path: Path, damage: Damage, start: int = 0) -> Iterator[Block]:
+    """The blocks of a file from the place `start`, at which one begins, as far as they can be
+    read; of a file that ends within a block or a line, without that."""
     try:
         with open(path, "rb") as file:
-            if file.read(3) != GZIP:
-                file.seek(0)
-                yield from iter(lambda: file.read(CHUNK), b"")
-                return
-            file.seek(0)
-            yield from inflated(iter(lambda: file.read(CHUNK), b""), damage)
+            compressed = file.read(3) == GZIP
+            file.seek(start)
+            yield from (members if compressed else pieces)(file, start, damage)
     except OSError as error:
         damage.unreadable = error.strerror or str(error)
 
 
-def inflated(blocks: Iterator[bytes], damage: Damage) -> Iterator[bytes]:
-    """The content of gzip members. A damaged one is skipped up to the next beginning of one; a
-    last one that is cut gives what it has."""
-    member, held, lost = zlib.decompressobj(31), b"", False
-    for block in blocks:
-        held += block
-        while held:
-            if lost:
-                place = held.find(GZIP)
-                lost, held = place < 0, held[place if place >= 0 else -2 :]
-                if lost:
-                    break
-            try:
-                content = member.decompress(held, CHUNK)
-            except zlib.error:
-                damage.gaps += 1
-                yield b"\n"  # half a line is no line
-                member, held, lost = zlib.decompressobj(31), held[1:], True
-                continue
-            if content:
-                yield content
-            held = member.unconsumed_tail
-            if member.eof:
-                held = member.unused_data
-                member = zlib.decompressobj(31)
+def pieces(file: BinaryIO, start: int, damage: Damage) -> Iterator[Block]:
+    """Pieces of a plain file, each of which ends with a line."""
+    held: list[bytes] = []
+    while chunk := file.read(CHUNK):
+        whole, newline, rest = chunk.rpartition(b"\n")
+        if newline:
+            content = b"".join([*held, whole, newline])
+            yield Block(start, start + len(content), content)
+            start, held = start + len(content), []
+        held.append(rest)
+        if len(held) * CHUNK > MOST_BLOCK:
+            damage.gaps, start, held = damage.gaps + 1, start + sum(map(len, held)), []
+    damage.truncated = bool(b"".join(held).strip())
+
+
+def members(file: BinaryIO, start: int, damage: Damage) -> Iterator[Block]:
+    """Members of a gzip file. After a damaged one comes the next that can be found."""
+    size = file.seek(0, 2)
+    while start < size:
+        file.seek(start)
+        try:
+            content, length = member(file)
+        except (zlib.error, MemoryError):
+            damage.gaps += 1
+            start = next_member(file, start + 1, size)
+            continue
+        except EOFError:
+            damage.truncated = True
+            return
+        yield Block(start, start + length, content)
+        start += length
+
+
+def member(file: BinaryIO) -> tuple[bytes, int]:
+    """The content of the gzip member at the file's place, and its length. Raises EOFError where
+    the file ends within it, MemoryError where it is too long, zlib.error where it is damaged."""
+    inflate, parts, read, total = zlib.decompressobj(31), [], 0, 0
+    while not inflate.eof:
+        chunk = file.read(CHUNK)
+        if not chunk:
+            raise EOFError
+        read += len(chunk)
+        while chunk:
+            parts.append(inflate.decompress(chunk, MOST_BLOCK))
+            total += len(parts[-1])
+            if total > MOST_BLOCK:
+                raise MemoryError
+            chunk = inflate.unconsumed_tail
+    return b"".join(parts), read - len(inflate.unused_data)
+
+
+def next_member(file: BinaryIO, start: int, size: int) -> int:
+    """Where a member may begin from `start` on; `size`: nowhere."""
+    file.seek(start)
+    held = b""
+    while chunk := file.read(CHUNK):
+        held = held[-2:] + chunk
+        if (place := held.find(GZIP)) >= 0:
+            return file.tell() - len(held) + place
+    return size

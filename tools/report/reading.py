@@ -17,7 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from mesh.config.loading import flatten
 from mesh.config.text import load_yaml
-from tools.report.lines import Damage, Line, raw_lines, records
+from tools.report.lines import Damage, Line, records
 
 MARKS = ("metrics.jsonl", "config.yaml", "environment.json")
 MOST_PROFILE = 20_000  # characters of a profile's table that are shown
@@ -72,7 +72,7 @@ def lines_of(run: Run, name: str, otherwise: str) -> list[Line]:
         run.missing.append(f"There is no {name}: {otherwise}.")
         return []
     damage = Damage(name)
-    found = [*records(raw_lines(path, damage), damage)]
+    found = [*records(path, damage)]
     run.missing += damage.sentences()
     if not found and not damage.sentences():
         run.missing.append(f"{name} is empty: {otherwise}.")

@@ -11,7 +11,8 @@ Report.charts = (() => {
   let focus = null;
 
   const finite = (value) => value !== null && value !== undefined && Number.isFinite(value);
-  const format = (spec, value) => (spec.percent ? Report.percent(value) : Report.number(value));
+  const format = (spec, value, more = 0) =>
+    spec.percent ? Report.percent(value, 3 + more) : Report.number(value, 4 + more);
   const withUnit = (spec, value) =>
     format(spec, value) + (finite(value) && spec.unit && !spec.percent ? "\u2009" + spec.unit : "");
 
@@ -40,16 +41,24 @@ Report.charts = (() => {
     return lists.map((list) => list.filter((_, k) => within[k]));
   }
 
+  // As many digits as tell all ticks apart.
+  function tickLabels(spec, ticks) {
+    for (let more = 0; ; more++) {
+      const labels = ticks.map((tick) => format(spec, tick, more));
+      if (new Set(labels).size === ticks.length || more > 8) return labels;
+    }
+  }
+
   function plan(chart) {
     const {spec} = chart;
-    const log = isLog(chart);
     const x = steps(chart);
     const found = Report.scales.extent(spec.stacked ? [[0], Report.stacks.totals(spec)]
       : spec.series.flatMap((series) => visible(series, x)));
+    const log = isLog(chart) && found !== null;
     const y = log ? [found[0] * 0.9, found[1] * 1.1] : Report.scales.roomy(found || [0, 1], spec.percent);
     const tall = chart.height;
     const yTicks = log ? Report.scales.logTicks(...y) : Report.scales.ticks(...y, tall > 200 ? 8 : 5);
-    const labels = yTicks.map((tick) => format(spec, tick));
+    const labels = tickLabels(spec, yTicks);
     const left = 12 + 6.6 * Math.max(2, ...labels.map((label) => label.length));
     const right = chart.width - 12;
     const make = log ? Report.scales.logarithmic : Report.scales.linear;
@@ -102,7 +111,7 @@ Report.charts = (() => {
 
   // Dots where points are few, and always where a point has no neighbour.
   function dotPath(p, series, values, room) {
-    const few = room / Math.max(1, series.steps.length) > 9;
+    const few = room / Math.max(1, series.steps.length) > 10;
     let path = "";
     for (let k = 0; k < values.length; k++) {
       if (!finite(values[k])) continue;
@@ -130,7 +139,7 @@ Report.charts = (() => {
       series.low && svg("path", {class: "band", d: bandPath(p, series)}),
       series.low && series.steps.length < 40 && svg("path", {class: "whiskers", d: whiskers(p, series)}),
       line(series.values, "line", about),
-      svg("path", {class: "dots", d: dotPath(p, series, series.values, p.right - p.left)}),
+      svg("path", {class: "dots", d: dotPath(p, series, series.values, p.right)}),
       mean && line(mean, "mean", {}));
   }
 

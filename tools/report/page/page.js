@@ -65,6 +65,12 @@
     }
   }
 
+  // A text that the reader has selected is not drawn anew under it.
+  function isSelected(section) {
+    const selection = document.getSelection();
+    return !selection.isCollapsed && section.contains(selection.anchorNode);
+  }
+
   function place(part, before) {
     let section = document.getElementById(part.id);
     if (!section) {
@@ -72,7 +78,7 @@
       before.after(section);
     }
     const signature = JSON.stringify(part.data);
-    if (drawn.get(part.id) === signature) return section;
+    if (drawn.get(part.id) === signature || isSelected(section)) return section;
     drawn.set(part.id, signature);
     const kept = keep(section);
     const body = section.querySelector(".body");
@@ -151,7 +157,19 @@
     Report.footer(main, data);
   }
 
+  // New data waits while a pointer is pressed: a slider or a choice of steps is not torn away.
+  let pressed = false;
+  let postponed = null;
+  window.addEventListener("pointerdown", () => (pressed = true), true);
+  for (const name of ["pointerup", "pointercancel"])
+    window.addEventListener(name, () => {
+      pressed = false;
+      if (postponed) setTimeout(() => Report.draw(postponed));
+    });
+
   Report.draw = (data) => {
+    postponed = pressed ? data : null;
+    if (pressed) return;
     const first = latest === null;
     latest = data;
     anchored(() => drawAll(data));
@@ -166,6 +184,8 @@
   };
 
   Report.state.listen((changed) => {
-    if (changed.has("run") && latest) anchored(() => drawAll(latest));
+    if (!changed.has("run") || !latest) return;
+    document.getSelection().removeAllRanges();
+    anchored(() => drawAll(latest));
   });
 })();

@@ -3,8 +3,8 @@
 "use strict";
 
 (() => {
-  const LOOKS = ["view", "colour", "order", "raw", "answer", "times"]; // what the detail depends on, beside filters
-  const LISTS = ["group", "question", "sort"];
+  const LOOKS = ["view", "colour", "order", "raw", "answer", "times", "new"]; // what the detail depends on, beside filters
+  const LISTS = ["group", "question", "sort", "mark"];
   const KINDS = ["best", "typical", "worst"];
   const NONE = "There are no rollouts: the run wrote none (log.samples=0), or has not finished its first step.";
   const PLAIN = "The texts are not coloured: no rollout has token texts. log.tokens was false, the run is from " +
@@ -25,7 +25,7 @@
   class Browser {
     constructor(state) {
       this.state = state;
-      this.parts = Report.rolloutFrame.frame(state, (by) => this.move(by));
+      this.parts = Report.rolloutFrame.frame(state, {move: (by) => this.move(by), change: (changes) => this.filter(changes)});
       this.run = null;
       this.model = null;
       this.now = {view: "groups", entries: [], found: []};
@@ -65,8 +65,10 @@
       parts.empty.hidden = any;
       parts.body.hidden = !any;
       parts.empty.textContent = NONE;
+      const coloured = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
       parts.notice.textContent = PLAIN;
-      parts.notice.hidden = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
+      parts.notice.hidden = coloured;
+      parts.colours.node.hidden = !coloured;
       this.render();
     }
 
@@ -106,6 +108,13 @@
       this.state.set(changes);
       const {detail} = this.parts;
       if (detail.getBoundingClientRect().top > window.innerHeight * 0.75) detail.parentNode.scrollIntoView();
+    }
+
+    // Takes over filters; a chosen group that does not pass them makes room for the first that does.
+    filter(changes) {
+      this.state.set(changes);
+      const id = this.state.get(this.name);
+      if (id && this.placeOf(id) < 0) this.state.set({[this.name]: ""});
     }
 
     // ---- going through the list

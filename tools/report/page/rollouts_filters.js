@@ -87,16 +87,16 @@ Report.rolloutFilters = (() => {
     return Report.el("label", {class: "ro-field"}, Report.el("span", {}, words), control);
   }
 
-  function choice(key, state) {
-    return Report.el("select", {id: `rollouts-${key}`, "data-filter": key, onchange: (event) => state.set({[key]: event.target.value})});
+  function choice(key, change) {
+    return Report.el("select", {id: `rollouts-${key}`, "data-filter": key, onchange: (event) => change({[key]: event.target.value})});
   }
 
-  function entry(key, type, state, more) {
+  function entry(key, type, change, more) {
     let waiting = 0;
     return Report.el("input", {id: `rollouts-${key}`, type, "data-filter": key, autocomplete: "off", spellcheck: "false", ...more,
       oninput: (event) => {
         clearTimeout(waiting);
-        waiting = setTimeout(() => state.set({[key]: event.target.value}), type === "search" ? 150 : 250);
+        waiting = setTimeout(() => change({[key]: event.target.value}), type === "search" ? 150 : 250);
       }});
   }
 
@@ -114,7 +114,18 @@ Report.rolloutFilters = (() => {
 
   const T = (words) => Report.rolloutText.visible(words);
 
-  function signs(rows, state, box) {
+  // A step that is marked in the charts leads here: to its rollouts, or those of the nearest step that has some.
+  function marked(rows, state, change) {
+    const wanted = state.get("mark");
+    const steps = rows.map((row) => row.step);
+    if (!wanted || !Number.isFinite(Number(wanted)) || !steps.length) return null;
+    const near = steps.reduce((best, step) => (Math.abs(step - wanted) < Math.abs(best - wanted) ? step : best));
+    if (state.get("step") === String(near)) return null;
+    const words = near === Number(wanted) ? `Marked step ${near}` : `Step ${near}, near the marked ${Number(wanted)}`;
+    return Report.el("button", {type: "button", class: "ro-chip", id: "rollouts-mark", onclick: () => change({step: near})}, words);
+  }
+
+  function signs(rows, state, change, box) {
     const passes = testOf(state, ["look"]);
     const meant = rows.filter(passes);
     const buttons = Object.entries(R.SIGNS).map(([key, [title, help, test]]) => {
@@ -122,27 +133,36 @@ Report.rolloutFilters = (() => {
       const on = state.get("look") === key;
       if (!count && !on) return null;
       return Report.el("button", {type: "button", class: "ro-chip", "data-look": key, "data-count": count, title: help, "aria-pressed": String(on),
-        onclick: () => state.set({look: on ? "" : key})}, title, " ", Report.el("b", {}, Report.count(count)));
+        onclick: () => change({look: on ? "" : key})}, title, " ", Report.el("b", {}, Report.count(count)));
     }).filter(Boolean);
-    box.hidden = !buttons.length;
+    const step = marked(rows, state, change);
+    box.hidden = !buttons.length && !step;
     const focused = box.contains(document.activeElement) ? document.activeElement.dataset.look : null;
-    box.replaceChildren(Report.el("span", {class: "ro-label"}, "Look for"), ...buttons);
+    box.replaceChildren(Report.el("span", {class: "ro-label"}, "Look for"), ...buttons, ...(step ? [step] : []));
     const again = focused && box.querySelector(`[data-look="${focused}"]`);
     if (again) again.focus();
   }
 
-  // The bar: {node, update(model, found)}.
-  function bar(state) {
-    const lists = Object.keys(LISTS).map((key) => choice(key, state));
-    const step = entry("step", "text", state, {placeholder: "10, 20-40", size: 9});
-    const min = entry("min", "number", state, {placeholder: "from", step: "any", "aria-label": "Smallest reward"});
-    const max = entry("max", "number", state, {placeholder: "to", step: "any", "aria-label": "Largest reward"});
-    const words = entry("q", "search", state, {placeholder: "in prompts, answers, solutions"});
-    const clear = Report.el("button", {type: "button", id: "rollouts-clear", class: "ro-clear", onclick: () => state.set(Object.fromEntries(KEYS.map((key) => [key, ""])))}, "Clear filters");
+  // On a narrow screen all fields but the text are folded away.
+  function unfold(button, node) {
+    const open = node.classList.toggle("open");
+    button.setAttribute("aria-expanded", String(open));
+  }
+
+  // The bar: {node, update(rows)}.
+  // `change` takes over what the reader chose.
+  function bar(state, change) {
+    const lists = Object.keys(LISTS).map((key) => choice(key, change));
+    const step = entry("step", "text", change, {placeholder: "10, 20-40", size: 9});
+    const min = entry("min", "number", change, {placeholder: "from", step: "any", "aria-label": "Smallest reward"});
+    const max = entry("max", "number", change, {placeholder: "to", step: "any", "aria-label": "Largest reward"});
+    const words = entry("q", "search", change, {placeholder: "in prompts, answers, solutions"});
+    const clear = Report.el("button", {type: "button", id: "rollouts-clear", class: "ro-clear", onclick: () => change(Object.fromEntries(KEYS.map((key) => [key, ""])))}, "Clear filters");
     const chips = Report.el("div", {class: "ro-chips", role: "group", "aria-label": "Look for"});
+    const open = Report.el("button", {type: "button", id: "rollouts-filters", class: "ro-open", "aria-expanded": "false", onclick: () => unfold(open, node)}, "Filters");
+    const rewards = Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max));
     const node = Report.el("div", {class: "ro-filters", role: "search", "aria-label": "Filter rollouts"},
-      Report.el("div", {class: "ro-fields"}, labelled("Text", words), labelled("Step", step), lists.map((list) => labelled(LISTS[list.dataset.filter], list)),
-        Report.el("div", {class: "ro-field", role: "group", "aria-label": "Reward"}, Report.el("span", {}, "Reward"), Report.el("span", {class: "ro-range"}, min, max))),
+      Report.el("div", {class: "ro-fields"}, labelled("Text", words), open, labelled("Step", step), lists.map((list) => labelled(LISTS[list.dataset.filter], list)), rewards),
       Report.el("div", {class: "ro-bar"}, chips, clear));
 
     function update(rows) {
@@ -151,7 +171,7 @@ Report.rolloutFilters = (() => {
         if (input !== document.activeElement) input.value = state.get(input.dataset.filter);
       }
       clear.disabled = !KEYS.some((key) => state.get(key));
-      signs(rows, state, chips);
+      signs(rows, state, change, chips);
     }
     return {node, update};
   }

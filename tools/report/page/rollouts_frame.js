@@ -60,9 +60,9 @@ Report.rolloutFrame = (() => {
       step(-1, "Previous", "k", "\u2039"), step(1, "Next", "j", "\u203a"));
   }
 
-  function frame(state, move) {
+  function frame(state, {move, change}) {
     const parts = {
-      filters: Report.rolloutFilters.bar(state), tabs: tabs(state), sorts: sorts(state), colours: colours(state),
+      filters: Report.rolloutFilters.bar(state, change), tabs: tabs(state), sorts: sorts(state), colours: colours(state),
       list: Report.rolloutList.list(), tip: Report.rolloutTokens.tooltip(), empty: Report.empty(""),
       count: el("p", {class: "ro-count", id: "rollouts-count", role: "status"}),
       notice: el("p", {class: "ro-notice", id: "rollouts-notice"}),

@@ -40,12 +40,18 @@ Report.rolloutGroup = (() => {
     const cut = rows.filter(R.isTruncated).length;
     return el("dl", {class: "ro-facts"},
       fact("expected answer", T.excerpt(R.text(first.answer), 300), "answer"),
-      fact("mean reward", list().score(group.reward), "reward"),
+      fact("mean reward", list().score(group.reward), "reward"), meansOfParts(rows),
       fact("spread", rows.length > 1 && group.spread !== null ? "\u00b1 " + Report.number(group.spread, 3) : "", "spread"),
       fact("correct", judged.length ? `${right} of ${judged.length}` : "", "correct"),
       fact("mean length", group.length === null ? "" : `${Report.number(group.length, 3)} tokens`, "length"),
       fact("truncated", cut ? `${cut} of ${rows.length}` : "none", "truncated"),
       fact("task\u2019s prompt id", first.task_prompt_id === undefined ? "" : String(first.task_prompt_id), "task"));
+  }
+
+  function meansOfParts(rows) {
+    const names = new Set(rows.flatMap((row) => Object.keys(row.parts || {})));
+    if (rows.length < 2) return null;
+    return [...names].map((name) => fact(`mean ${T.visible(name)}`, list().score(R.mean(rows.map((row) => (row.parts || {})[name]))), `part ${name}`));
   }
 
   function turn(role, kind, ...content) {
@@ -71,7 +77,7 @@ Report.rolloutGroup = (() => {
   // What the chosen colour says of a row, in words; tokens that it names are buttons.
   function words(row, look, reveal) {
     if (!look.measure) return null;
-    if (!V.tokensOf(row)) return el("p", {class: "ro-words"}, "Not coloured: its tokens are not in this page.");
+    if (!V.tokensOf(row)) return el("p", {class: "ro-words"}, "Not coloured: its token texts are not in this page.");
     const [begin, at, named, end] = V.wordsOf(look.measure, row);
     const link = named ? el("button", {type: "button", class: "ro-jump", onclick: () => reveal(at)}, named) : null;
     return el("p", {class: "ro-words", "data-measure": look.measure}, begin, link, end);
@@ -167,7 +173,7 @@ Report.rolloutGroup = (() => {
     const logprob = columns.findIndex(([measure]) => measure === "logprob");
     return el("tr", {}, el("td", {class: "number"}, String(token.at + 1)), el("td", {}, el("code", {dir: "auto"}, T.visible(tokens().shown(token.text)))),
       ids ? el("td", {class: "number"}, String(row.tokens[token.at])) : null,
-      token.sampled ? values.map((value) => el("td", {class: "number"}, tokens().exact(value))) : el("td", {colspan: columns.length, class: "muted"}, "reply, not sampled"),
+      token.sampled ? values.map((value, at) => el("td", {class: "number"}, tokens().exact(value, columns[at][0]))) : el("td", {colspan: columns.length, class: "muted"}, "reply, not sampled"),
       logprob < 0 ? null : el("td", {class: "number"}, token.sampled ? Report.percent(Math.exp(values[logprob])) : "\u2013"));
   }
 
@@ -198,6 +204,7 @@ Report.rolloutGroup = (() => {
     const inside = {...context, hits};
     return el("div", {class: "ro-group", "data-group": group.id},
       el("header", {class: "ro-title"}, el("h3", {}, list().where(group)), list().pill(group.chosen), el("a", {class: "ro-link", href: context.link, title: "An address of this group"}, "link"),
+        Report.jump("curves", {mark: group.step}, "charts at this step"),
         context.question ? el("button", {type: "button", class: "ro-small", id: "rollouts-time", onclick: context.question}, "Through time") : null),
       el("p", {class: "ro-why"}, WHY[group.chosen] || "", group.first.left_out ? " It was not trained on." : ""),
       factsOf(group), prompt(group, context.state),

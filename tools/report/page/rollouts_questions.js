@@ -4,6 +4,7 @@
 Report.rolloutQuestions = (() => {
   const R = Report.rolloutRows;
   const T = Report.rolloutText;
+  const V = Report.rolloutValues;
   const el = Report.el;
   const FIRST = 12; // evaluations that are shown before the others are asked for
 
@@ -58,22 +59,32 @@ Report.rolloutQuestions = (() => {
       el("tbody", {}, samplesOf(question).map((id) => el("tr", {}, el("th", {scope: "row"}, nameOf(id)), question.evaluations.map((one) => cell(one, id)))))));
   }
 
-  function column(entry, id, context) {
+  // Indices of the tokens of `row` that its answer of the entry before has not.
+  function freshIn(row, earlier) {
+    const before = earlier && rowOf(earlier.evaluation, row.sample_id);
+    const [old, now] = [before, row].map((one) => one && V.tokensOf(one));
+    if (!old || !now) return null;
+    return new Set(Report.rolloutChanges.freshIn(old.map((token) => token.text), now.map((token) => token.text)));
+  }
+
+  function column(entry, earlier, id, context) {
     const {evaluation, from, to} = entry;
+    const marked = context.state.get("new") === "1";
     const rows = evaluation.rows.filter((row) => id === null || row.sample_id === id);
     const title = from === to ? `Step ${from}` : `Steps ${from}\u2013${to}`;
     const inside = {...context, hits: new Set(evaluation.rows), filtered: false};
     return el("section", {class: "ro-column", "data-step": from, "aria-label": title},
       el("header", {class: "ro-bar"}, el("h4", {}, title), from === to ? null : el("span", {class: "ro-notes"}, "the same answer"),
-        el("button", {type: "button", class: "ro-small", onclick: () => context.open(evaluation)}, "Open the group")),
-      rows.length ? rows.map((row) => group().answer(row, inside)) : el("p", {class: "ro-none"}, "This answer was not kept here."));
+        el("button", {type: "button", class: "ro-small", title: "All answers of this evaluation", onclick: () => context.open(evaluation)}, "Group")),
+      rows.length ? rows.map((row) => group().answer(row, {...inside, look: {...context.look, fresh: marked ? freshIn(row, earlier) : null}})) : el("p", {class: "ro-none"}, "This answer was not kept here."));
   }
 
   function columns(question, id, context) {
     const entries = entriesOf(question, id, context.state.get("times"));
-    const box = el("div", {class: "ro-columns", tabindex: "0", role: "region", "aria-label": "Answers through time"}, entries.slice(0, FIRST).map((entry) => column(entry, id, context)));
+    const all = (from, to) => entries.slice(from, to).map((entry, at) => column(entry, entries[from + at - 1], id, context));
+    const box = el("div", {class: "ro-columns", tabindex: "0", role: "region", "aria-label": "Answers through time"}, all(0, FIRST));
     if (entries.length > FIRST) {
-      const more = T.moreButton(`Show ${entries.length - FIRST} more`, () => more.replaceWith(...entries.slice(FIRST).map((entry) => column(entry, id, context))));
+      const more = T.moreButton(`Show ${entries.length - FIRST} more`, () => more.replaceWith(...all(FIRST, entries.length)));
       box.append(more);
     }
     return box;
@@ -88,7 +99,10 @@ Report.rolloutQuestions = (() => {
   function choices(question, id, state) {
     const answers = [...samplesOf(question).map((one) => [String(one), nameOf(one)]), ["all", "all answers"]];
     const times = [["", "where the answer changed"], ["all", "every evaluation"], ["ends", "first and last"]];
-    return [pick("answer", "answer", answers, id === null ? "all" : String(id), state), pick("times", "show", times, state.get("times"), state)];
+    const marked = state.get("new") === "1";
+    const mark = el("button", {type: "button", id: "rollouts-new", class: "ro-small", "aria-pressed": String(marked), title: "Underline the tokens that the answer before does not have",
+      onclick: () => state.set({new: marked ? "" : "1"})}, "Mark what is new");
+    return [mark, pick("answer", "answer", answers, id === null ? "all" : String(id), state), pick("times", "show", times, state.get("times"), state)];
   }
 
   // The whole; `context` as in rollouts_group.js, and `open` shows a group.

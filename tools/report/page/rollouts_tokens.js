@@ -49,13 +49,13 @@ Report.rolloutTokens = (() => {
     return hits;
   }
 
-  // `look`: {measure, top, query}; `values`: of the row's sampled tokens, or null.
+  // `look`: {measure, top, query, fresh: indices that are marked as new}; `values`: of the row's sampled tokens, or null.
   function writer(tokens, values, look) {
     const hits = look.query ? hitsOf(tokens, look.query) : new Set();
     return (token) => {
       const value = values && token.sampled ? values[token.place] : null;
       const colour = value === null ? "" : M.classOf(look.measure, value, look.top);
-      return span(token, ["ro-t", colour, token.sampled ? "" : "ro-given", hits.has(token.at) ? "ro-hit" : ""].filter(Boolean).join(" "));
+      return span(token, ["ro-t", colour, token.sampled ? "" : "ro-given", hits.has(token.at) ? "ro-hit" : "", look.fresh && look.fresh.has(token.at) ? "ro-new" : ""].filter(Boolean).join(" "));
     };
   }
 
@@ -146,9 +146,10 @@ Report.rolloutTokens = (() => {
     return values && token.sampled ? values[token.place] : null;
   };
 
-  function exact(value) {
-    if (value === 0) return "0";
-    return value === null || value === undefined ? "\u2013" : M.signed(value);
+  // A value in a few digits; one that can have either sign has its sign.
+  function exact(value, measure) {
+    if (!Number.isFinite(value)) return "\u2013";
+    return M.MEASURES[measure].diverging && value !== 0 ? M.signed(value) : Report.number(value, 4);
   }
 
   // What is known of a token: [label, text, ...].
@@ -162,7 +163,7 @@ Report.rolloutTokens = (() => {
     if (entropy !== null) known.push(["entropy", Report.number(entropy, 4) + " nats"]);
     for (const [measure, label] of [["difference", "trainer \u2212 generator"], ["advantage", "advantage"]]) {
       const value = valueOf(row, measure, token);
-      if (value !== null) known.push([label, exact(value)]);
+      if (value !== null) known.push([label, exact(value, measure)]);
     }
     return known;
   }

@@ -22,12 +22,13 @@ Report.scales = (() => {
     return ticks(low, high, count).filter((tick) => Number.isInteger(tick));
   }
 
-  // Powers of ten, thinned to about six; 2 and 5 as well where there are few.
+  // Powers of ten, thinned to about six, and the digits between them where there is room.
   function logTicks(low, high) {
+    const decades = Math.log10(high / low);
     const first = Math.floor(Math.log10(low));
     const last = Math.ceil(Math.log10(high));
-    const digits = last - first > 2 ? [1] : [1, 2, 5];
-    const every = Math.ceil((last - first) / 6);
+    const digits = decades < 2 ? [1, 2, 5] : decades < 3.5 ? [1, 3] : [1];
+    const every = Math.ceil(decades / 7);
     const found = [];
     for (let power = first; power <= last; power += every)
       for (const digit of digits) found.push(Number((digit * 10 ** power).toPrecision(3)));

@@ -43,7 +43,10 @@ Report.stacks = (() => {
     });
   }
 
-  return {totals, draw};
+  // From the left edge of the first bar to the right edge of the last.
+  const range = (steps) => [edges(steps)[0][0], edges(steps)[steps.length - 1][1]];
+
+  return {totals, draw, range};
 })();
 
 Report.speed = (() => {
@@ -53,7 +56,7 @@ Report.speed = (() => {
     const {steps, names, seconds} = run.speed.phases;
     if (!steps.length || !names.length) return null;
     return {
-      id: several ? `phases-${place}` : "phases", stacked: true, unit: "s", percent: false,
+      id: several ? `phases-${place}` : "phases", stacked: true, range: Report.stacks.range(steps), unit: "s", percent: false,
       title: several ? `Seconds of each phase, ${run.name}` : "Seconds of each phase",
       help: "The time of a step on the slowest rank, phase on phase.",
       series: names.map((name) => ({key: `seconds/${name}`, label: name, run: place, steps,

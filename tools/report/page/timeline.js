@@ -4,11 +4,13 @@
 
 Report.timeline = (() => {
   const {el, svg} = Report;
+  const NOTHING = 3e-4; // seconds
   let shown = null;
 
   // ---- sums
 
-  // The events of a step with their waves: the k-th "generate" of a rank is wave k.
+  // The events of a step with their waves: the k-th "generate" of a rank is wave k. A phase that
+  // a rank passes without work, as all do off their own role, is not a bar.
   function bars(timeline, step) {
     return step.ranks.flatMap((events, row) => {
       const waves = new Map();
@@ -16,7 +18,7 @@ Report.timeline = (() => {
         waves.set(name, (waves.get(name) || 0) + 1);
         return {row, name, begin, end, wait: Math.min(wait || 0, end - begin), wave: waves.get(name),
           rank: timeline.ranks[row].rank, role: timeline.ranks[row].role};
-      });
+      }).filter((bar) => bar.end - bar.begin >= NOTHING);
     });
   }
 
