@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tools.report.curves import curves_of, phases_of, points_of, speed_curves
+from tools.report.exactness import exactness_of
+from tools.report.headline import headline_of, is_done, speed_facts
+from tools.report.intervals import intervals_of
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
 from tools.report.samples import BUDGET, samples_of
 from tools.report.settings import config_of, environment_of
+from tools.report.timeline import timeline_of, timeline_steps
 
 VERSION = 1
 Data = dict[str, Any]
@@ -35,18 +39,26 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
 def run_data(run: Run, options: Options, runs: int) -> Data:
     """What the page shows of one run."""
     points = points_of(run)
+    intervals = intervals_of(run, points)
+    steps = timeline_steps(run)
+    headline = headline_of(run, points, intervals)
+    if options.title:
+        headline["title"] = options.title
     return {
-        "name": run.path.name,
-        "done": False,
-        "missing": run.missing,
-        "headline": {"title": options.title or run.path.name, "sentence": "", "facts": [],
-                     "exactness": []},
-        "curves": curves_of(points, {}, runs),
-        "speed": {"phases": phases_of(points), "curves": speed_curves(points, runs), "facts": []},
-        "timeline": {"ranks": [], "steps": [], "left_out": 0},
+        "name": run.path.resolve().name,
+        "done": is_done(run),
+        "headline": headline | {"exactness": exactness_of(run, points)},
+        "curves": curves_of(points, intervals, runs),
+        "speed": {
+            "phases": phases_of(points),
+            "curves": speed_curves(points, runs),
+            "facts": speed_facts(points),
+        },
+        "timeline": timeline_of(steps, runs),
         "findings": [],
         "config": config_of(run),
         "environment": environment_of(run),
         "samples": samples_of(run, BUDGET // runs),
         "profiles": [{"name": name, "text": text} for name, text in run.profiles],
-    }  # fmt: skip
+        "missing": run.missing,  # last: what is read above adds to it
+    }

@@ -65,10 +65,8 @@ def priority(groups: Sequence[Group]) -> list[Group]:
         rest(training[step], shown)
         for step, shown in zip(spread(sorted(training)), first, strict=True)
     ]
-    pairs = zip_longest(first, second, fillvalue=[])
-    return [g for pair in pairs for part in pair for g in part] + [
-        g for part in third for g in part
-    ]
+    turns = [*zip_longest(first, second, fillvalue=list[Group]()), third]
+    return [group for turn in turns for part in turn for group in part]
 
 
 def notable(groups: Sequence[Group]) -> list[Group]:
@@ -78,7 +76,7 @@ def notable(groups: Sequence[Group]) -> list[Group]:
         ranked = sorted(unnamed, key=lambda group: group.mean)
         named = [(ranked[-1], "best"), (ranked[0], "worst"), (ranked[len(ranked) // 2], TYPICAL)]
         return [*{id(group): group for group, _ in named}.values()]
-    found = {}
+    found: dict[str, Group] = {}
     for group in groups:
         found.setdefault(group.chosen, group)
     return [*found.values()]
@@ -165,7 +163,7 @@ def size_of(value: Any) -> int:
 def cleaned(rows: Sequence[Line]) -> Iterator[Line]:
     """Rows with the fields that are shown, each of the right type."""
     for row in rows:
-        shown = {"split": "train", "set": "", "prompt": "", "response": ""}
+        shown: Line = {"split": "train", "set": "", "prompt": "", "response": ""}
         shown |= {key: plain(row[key]) for key in PLAIN if plain(row.get(key)) is not None}
         cut = 0
         for key in TEXTS:

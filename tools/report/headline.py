@@ -1,0 +1,204 @@
+"""What a run did, in one sentence and a few numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import PurePath
+from typing import Any
+
+from tools.report.curves import Points
+from tools.report.intervals import Intervals
+from tools.report.reading import Run
+from tools.report.settings import text
+
+Fact = dict[str, str]
+RESULTS = ("eval/accuracy", "eval/reward")
+PHASE = "seconds/"
+
+
+def headline_of(run: Run, points: Points, intervals: Intervals) -> dict[str, Any]:
+    """Title, sentence and facts; `exactness` is added by the caller."""
+    name, first, last = result(points)
+    facts = [
+        fact("Task", text(run.settings.get("task", "unknown")), arguments(run, "task_args")),
+        fact("Model", model(run), text(run.settings.get("model.path", ""))),
+        fact("Algorithm", text(run.settings.get("loss", "unknown")), batch(run)),
+        *result_facts(points, intervals),
+        fact("Steps", steps(run), "done" if is_done(run) else "not finished"),
+        *time_facts(run, points),
+        *token_facts(points),
+        *digest_facts(run),
+    ]
+    sentence = f"{text(run.settings.get('task', 'An unknown task'))} with {model(run)}: "
+    if name is None:
+        sentence += "nothing was evaluated or rewarded yet"
+    elif first == last:
+        sentence += f"{name} {show(first)}"
+    else:
+        sentence += f"{name} from {show(first)} to {show(last)}"
+    title = run.path.resolve().name
+    return {"title": title, "sentence": f"{sentence}, {steps(run)} steps.", "facts": facts}
+
+
+def is_done(run: Run) -> bool:
+    """True if the run came to its end: it has made every step, or has left its final model after
+    its last step."""
+    if run.steps >= (wanted(run) or math.inf):
+        return True
+    model, metrics = run.path / "model", run.path / "metrics.jsonl"
+    both = model.is_dir() and metrics.exists()
+    return both and model.stat().st_mtime >= metrics.stat().st_mtime
+
+
+def wanted(run: Run) -> int | None:
+    """The steps that were asked for: by the last start, which may have raised them, or the
+    configuration."""
+    command = str(run.environments[-1].get("command", "")) if run.environments else ""
+    given = re.findall(r"(?<!\S)steps=(\d{1,12})(?!\S)", command)
+    value = [str(run.settings.get("steps", "")), *given][-1]
+    return int(value) if value.isdigit() else None
+
+
+def steps(run: Run) -> str:
+    """`150`, or `70 of 150`."""
+    asked = wanted(run)
+    return f"{run.steps:,}" if asked in (None, run.steps) else f"{run.steps:,} of {asked:,}"
+
+
+def model(run: Run) -> str:
+    """The model's name: the last part of its path, or its size."""
+    path = text(run.settings.get("model.path", "null"))
+    if path != "null":
+        return PurePath(path.removeprefix("package:")).name
+    flavor = text(run.settings.get("model.flavor", "unknown"))
+    return f"Qwen3 {flavor}" if flavor != "unknown" else "an unknown model"
+
+
+def arguments(run: Run, prefix: str) -> str:
+    """The free keys below a key."""
+    listed = [
+        f"{name.removeprefix(prefix + '.')}={text(value)}"
+        for name, value in run.settings.items()
+        if name.startswith(f"{prefix}.")
+    ]
+    return ", ".join(listed)[:300]
+
+
+def batch(run: Run) -> str:
+    """`64 prompts x 8 rollouts a step, lr 0.0006`."""
+    read = {key: text(run.settings.get(key, "?")) for key in ("num_prompts", "group_size")}
+    rate = text(run.settings.get("trainer.lr", "?"))
+    return f"{read['num_prompts']} prompts x {read['group_size']} rollouts a step, lr {rate}"
+
+
+def result(points: Points) -> tuple[str | None, float | None, float | None]:
+    """The metric that stands for the result, its first and its last value: accuracy on held-out
+    prompts; else their reward; else that of training."""
+    for name in (*RESULTS, "reward/mean"):
+        if known := values_of(points, name):
+            label = {"eval/accuracy": "held-out accuracy", "eval/reward": "held-out reward"}
+            return label.get(name, "training reward"), known[0], known[-1]
+    return None, None, None
+
+
+def result_facts(points: Points, intervals: Intervals) -> list[Fact]:
+    """First and last value of every set's accuracy, greedy accuracy and reward."""
+    found = []
+    for name in sorted(points):
+        if not re.fullmatch(r"eval/(?:[\w-]+/)?(?:accuracy|accuracy_greedy|reward)", name):
+            continue
+        steps, values = points[name]
+        known = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
+        if not known:
+            continue
+        (_, first), (step, last) = known[0], known[-1]
+        shown = show(first) if len(known) == 1 else f"{show(first)} to {show(last)}"
+        best, best_step = max((value, -step) for step, value in known)
+        note = f"best {show(best)} at step {-best_step}"
+        if ends := intervals.get(name, {}).get(step):
+            note = f"95% interval {show(ends[0])} to {show(ends[1])}; {note}"
+        found.append(fact(name, shown, note))
+    return found
+
+
+def time_facts(run: Run, points: Points) -> list[Fact]:
+    """Wall time: of the phases that were logged, which is what the metrics have."""
+    total = sum(sum(values_of(points, name)) for name in points if name.startswith(PHASE))
+    if not total:
+        return []
+    each = total / max(run.steps, 1)
+    note = f"sum of all phases, {each:.2f} s a step"
+    if len(run.environments) > 1:
+        note += f", {len(run.environments)} starts"
+    return [fact("Time", duration(total), note)]
+
+
+def token_facts(points: Points) -> list[Fact]:
+    """Tokens of all steps."""
+    labels = {"tokens/generated": "Tokens generated", "tokens/trained": "Tokens trained on"}
+    return [
+        fact(label, f"{round(sum(values_of(points, name))):,}", "all logged steps")
+        for name, label in labels.items()
+        if name in points
+    ]
+
+
+def digest_facts(run: Run) -> list[Fact]:
+    """The digest of the last weights, by which a run is known to the bit."""
+    for line in reversed(run.metrics):
+        if isinstance(digest := line.get("digest/weights"), str):
+            return [fact("Weights", digest[:80], f"digest after step {line['step']}")]
+    return []
+
+
+def values_of(points: Points, name: str) -> list[float]:
+    """The finite values of a metric."""
+    return [value for value in points.get(name, ([], []))[1] if value is not None]
+
+
+def show(value: float | None) -> str:
+    """A result with three digits behind the point."""
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `5 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def fact(label: str, value: str, note: str = "") -> Fact:
+    return {"label": label, "value": value, "note": note}
+
+
+def speed_facts(points: Points) -> list[Fact]:
+    """Medians of seconds, rates and MFU over the steps but the first, and the most memory."""
+    found = []
+    for name, (_, values) in sorted(points.items()):
+        known = sorted(value for value in values[1:] or values if value is not None)
+        for pattern, label, unit, scale, largest in SPEED:
+            if known and (match := re.fullmatch(pattern, name)):
+                value = scale * (known[-1] if largest else known[len(known) // 2])
+                shown = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+                what = match[1] if match.groups() else ""
+                note = "largest" if largest else "median of the steps"
+                found.append(fact(label.format(what), f"{shown} {unit}", note))
+                break
+    return found
+
+
+SPEED = (
+    ("seconds/sync", "Sync", "ms", 1e3, False),
+    ("seconds/(.+)", "Phase {}", "s", 1.0, False),
+    ("tokens_per_second/(.+)", "Rate of {}", "tokens/s", 1.0, False),
+    ("mfu/(.+)", "MFU of {}", "%", 100.0, False),
+    ("sync/gb_per_second", "Sync rate", "GB/s", 1.0, False),
+    ("sync/gb", "Size of a sync", "GB", 1.0, False),
+    ("gpu_gb/(.+)", "GPU memory after {}", "GB", 1.0, True),
+    ("host_gb", "Host memory", "GB", 1.0, True),
+)  # fmt: skip
