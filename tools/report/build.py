@@ -13,8 +13,10 @@ from typing import Any
 
 from tools.report.curves import curves_of, phases_of, points_of, speed_curves
 from tools.report.exactness import exactness_of
+from tools.report.findings import Evidence, findings_of
 from tools.report.headline import headline_of, is_done, speed_facts
 from tools.report.intervals import intervals_of
+from tools.report.machine_findings import ALL
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
 from tools.report.samples import BUDGET, samples_of
@@ -55,7 +57,7 @@ def run_data(run: Run, options: Options, runs: int) -> Data:
             "facts": speed_facts(points),
         },
         "timeline": timeline_of(steps, runs),
-        "findings": [],
+        "findings": findings_of(Evidence(run, points, intervals, steps), ALL),
         "config": config_of(run),
         "environment": environment_of(run),
         "samples": samples_of(run, BUDGET // runs),

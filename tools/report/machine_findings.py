@@ -1,0 +1,262 @@
+"""Findings about exactness, failures, machines, evaluations and waits."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from tools.report.findings import BAD, INFO, LEARNING, WARN, Evidence, Find, Finding
+from tools.report.signals import Signal
+from tools.report.timeline import TimelineStep
+
+MISMATCH, LARGE_MISMATCH, MISMATCH_STEPS = 0.02, 0.1, 5
+
+
+def mismatch(evidence: Evidence) -> Iterator[Finding]:
+    """Any difference of logprobs with batch_invariant=true; else a mean of more than 0.02 nats in
+    the running median."""
+    if evidence.key("batch_invariant") == "true":
+        yield from inexact(evidence)
+        return
+    mean = evidence["logprob_diff/mean"].smooth()
+    if span := mean.streak(lambda value: value > MISMATCH, MISMATCH_STEPS):
+        most = max(mean.values)
+        yield Finding(
+            BAD if most > LARGE_MISMATCH else WARN, "Trainer and generator disagree", span[0],
+            f"Their logprobs of a token differ by more than {MISMATCH} nats on average from step "
+            f"{span[0]} on, up to {most:.3g}; rounding alone gives far less.",
+            "batch_invariant=true makes them equal to the bit; importance=tis corrects for the "
+            "difference; sync.verify=every compares the weights after every sync.",
+        )  # fmt: skip
+
+
+def inexact(evidence: Evidence) -> Iterator[Finding]:
+    """Logprobs that differ though the run promises equal bits."""
+    largest = evidence["logprob_diff/max"]
+    steps = [s for s, v in zip(largest.steps, largest.values, strict=True) if v > 0]
+    if steps:
+        yield Finding(
+            BAD, "Not exact, though batch_invariant is on", steps[0],
+            f"logprob_diff/max is above 0 in {len(steps):,} of {len(largest.steps):,} steps, at "
+            f"most {max(largest.values):.3g}.",
+            "check=strict ends the run at the first such token and names the module; "
+            "recipes/validate.py compares this machine rung by rung.",
+        )  # fmt: skip
+
+
+def strict_stop(evidence: Evidence) -> Iterator[Finding]:
+    """The run was ended by check=strict."""
+    report = evidence.run.strict
+    if report is not None:
+        step = report.get("step")
+        yield Finding(
+            BAD, "Ended by check=strict", step if isinstance(step, int) else None,
+            "A token's logprobs differ between trainer and generator; strict.json in the run's "
+            "directory names it, and the first divergent module.",
+            "Run recipes/validate.py on this machine, and report what it names.",
+        )  # fmt: skip
+
+
+OFTEN = 0.1
+
+
+def skipped(evidence: Evidence) -> Iterator[Finding]:
+    """Updates that were not finite and were left out."""
+    counts = evidence["skipped"]
+    steps = [s for s, v in zip(counts.steps, counts.values, strict=True) if v > 0]
+    if steps:
+        often = len(steps) > OFTEN * len(counts.steps)
+        yield Finding(
+            BAD if often else WARN, "Updates were skipped", steps[0],
+            f"In {len(steps):,} of {len(counts.steps):,} steps a loss, gradient or logprob was not "
+            "finite, and the update was left out (on_nonfinite=skip).",
+            "Lower trainer.lr or trainer.clip_norm, or lengthen trainer.warmup_steps; "
+            "on_nonfinite=stop ends the run and names the sequences.",
+        )  # fmt: skip
+
+
+def nonfinite(evidence: Evidence) -> Iterator[Finding]:
+    """Logged numbers that are not finite, which steps that were skipped have as well."""
+    if any(evidence["skipped"].values):
+        return
+    found: dict[str, int] = {}
+    for name, (steps, values) in evidence.points.items():
+        if None in values:
+            found[name] = steps[values.index(None)]
+    if found:
+        step = min(found.values())
+        names = ", ".join(sorted(found)[:6]) + (" and others" if len(found) > 6 else "")
+        yield Finding(
+            BAD if {"loss", "grad_norm"} & found.keys() else WARN, "Numbers that are not finite",
+            step, f"From step {step} on NaN or infinity was logged: {names}.",
+            "Lower trainer.lr or trainer.clip_norm; look at what the score returns; "
+            "on_nonfinite=stop names the sequences.",
+        )  # fmt: skip
+
+
+SPIKE, BEFORE, MANY = 10.0, 20, 3
+
+
+def gradient_spikes(evidence: Evidence) -> Iterator[Finding]:
+    """Gradient norms of ten times the median of the twenty before that were not 0."""
+    norms = evidence["grad_norm"]
+    spikes, seen = list[tuple[int, float]](), list[float]()
+    for step, value in zip(norms.steps, norms.values, strict=True):
+        if len(seen) >= BEFORE // 2 and value > SPIKE * statistics.median(seen[-BEFORE:]):
+            spikes.append((step, value))
+        elif value > 0:
+            seen.append(value)
+    if spikes:
+        most = max(value for _, value in spikes)
+        times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
+        yield Finding(
+            WARN if len(spikes) >= MANY else INFO, "Gradient spikes", spikes[0][0],
+            f"The gradient norm was more than {SPIKE:.0f} times that of the steps before {times}, "
+            f"at most {most:.3g}; clip_norm={evidence.key('trainer.clip_norm')} bounds the update.",
+            "A larger num_prompts or group_size, a lower trainer.lr, trainer.clip_norm=0.2; read "
+            "the rollouts of such a step.",
+        )  # fmt: skip
+
+
+WORSE = 0.05  # where no interval is known
+
+
+def worse_evaluation(evidence: Evidence) -> Iterator[Finding]:
+    """The last evaluation is below the best one by more than both intervals allow."""
+    for name in ("eval/accuracy", "eval/reward"):
+        known = evidence[name]
+        if len(known.steps) < 3:
+            continue
+        best = max(known.values)
+        step = known.steps[known.values.index(best)]
+        margin = margin_of(evidence, name, step, known)
+        if best - known.values[-1] > margin:
+            yield Finding(
+                WARN, "The evaluation got worse", step,
+                f"{name} was {best:.3f} at step {step} and is {known.values[-1]:.3f} at step "
+                f"{known.steps[-1]}, more than chance explains.",
+                "RUN_DIR/best keeps the model of the best evaluation (checkpoint.every, "
+                "checkpoint.best=true); stop.after=3 ends a run that no longer improves; a lower "
+                "trainer.lr.",
+            )  # fmt: skip
+            return
+
+
+def margin_of(evidence: Evidence, name: str, step: int, known: Signal) -> float:
+    """How much two evaluations may differ by chance: half their intervals, as independent."""
+    by_step = evidence.intervals.get(name, {})
+    ends = [by_step.get(step), by_step.get(known.steps[-1])]
+    halves = [(high - low) / 2 for low, high in filter(None, ends)]
+    if len(halves) == 2:
+        return float(sum(half * half for half in halves)) ** 0.5
+    return WORSE * max(1.0, max(map(abs, known.values)))
+
+
+def no_evaluation(evidence: Evidence) -> Iterator[Finding]:
+    """A run of ten steps or more that evaluated nothing."""
+    if evidence.run.steps >= 10 and not any(n.startswith("eval/") for n in evidence.points):
+        yield Finding(
+            INFO, "No evaluation", None,
+            "Nothing was measured on held-out prompts: the training reward alone cannot tell "
+            "learning from exploiting the score.",
+            "eval.every=10 with eval.num_prompts=256.",
+        )  # fmt: skip
+
+
+PAUSE = 5.0  # times the usual distance of two steps
+
+
+def resumed(evidence: Evidence) -> Iterator[Finding]:
+    """More than one start of the run; a pause in the timeline tells where."""
+    starts = len(evidence.run.environments)
+    if starts > 1:
+        yield Finding(
+            INFO, "The run was resumed", pause_of(evidence),
+            f"The run was started {starts} times; the logs go on from the checkpoint that a start "
+            "resumed from, without gap or duplicate.",
+            "Nothing needs to be done; the environment below lists every start.",
+        )  # fmt: skip
+
+
+def pause_of(evidence: Evidence) -> int | None:
+    """The step before which most time passed, if it is far more than usual."""
+    begun = [
+        (line["step"], float(began))
+        for line in evidence.run.timeline
+        if isinstance(began := line.get("began"), int | float)
+    ]
+    gaps = [(b[1] - a[1], b[0]) for a, b in zip(begun, begun[1:], strict=False)]
+    if len(gaps) < 3:
+        return None
+    longest, step = max(gaps)
+    return step if longest > PAUSE * statistics.median(gap for gap, _ in gaps) else None
+
+
+SLOW, OF_STEP = 1.25, 0.05
+
+
+def slow_rank(evidence: Evidence) -> Iterator[Finding]:
+    """A rank that works a quarter longer in a phase than the median of the ranks that run it, by
+    more than a twentieth of the step, waits left out."""
+    steps = evidence.timeline[1:] or evidence.timeline
+    total = sum(step.seconds for step in steps)
+    for name, ranks in busy(steps).items():
+        if len(ranks) < 2 or not total:
+            continue
+        slowest, most = max(ranks.items(), key=lambda item: item[1])
+        others = statistics.median(v for rank, v in ranks.items() if rank != slowest)
+        if most > SLOW * others and most - others > OF_STEP * total:
+            yield Finding(
+                WARN, f"Rank {slowest} is slow", steps[0].step,
+                f"In the phase {name} it works {most / len(steps):.3g} s a step, the other ranks "
+                f"{others / len(steps):.3g} s, so they wait for it.",
+                "Compare its machine with the others' in the environment: clocks, other "
+                "processes, OMP_NUM_THREADS; profile.steps=[3] shows what takes the time; long "
+                "responses even out with a larger num_prompts.",
+            )  # fmt: skip
+            return
+
+
+def busy(steps: Sequence[TimelineStep]) -> Mapping[str, dict[int, float]]:
+    """Seconds of work by phase and rank, without what the rank waited."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for step in steps:
+        for rank in step.ranks:
+            for name, begin, end, wait in rank.events:
+                work = end - begin - wait
+                if name in ("generate", "train"):
+                    found[name][rank.rank] = found[name].get(rank.rank, 0.0) + work
+    return {name: {r: v for r, v in ranks.items() if v > 0} for name, ranks in found.items()}
+
+
+WAITS, WAITS_LONG = 0.3, 0.6
+
+
+def waiting(evidence: Evidence) -> Iterator[Finding]:
+    """A role of a split run that waits for the other more than 30% of the time."""
+    steps = evidence.timeline[1:] or evidence.timeline
+    seconds: dict[str, float] = defaultdict(float)
+    waits: dict[str, float] = defaultdict(float)
+    for step in steps:
+        for rank in step.ranks:
+            seconds[rank.role] += step.seconds
+            waits[rank.role] += sum(event[3] for event in rank.events)
+    for role, other, remedy in (
+        ("trainer", "generator", "Give the generator more ranks (trainer.dp_shard smaller), or "
+         "waves=2, with which the trainer works on one part while the next is generated."),
+        ("generator", "trainer", "Give the trainer more ranks, a larger "
+         "trainer.microbatch_tokens, or mesh.mode=colocated, where both use all ranks."),
+    ):  # fmt: skip
+        share = waits[role] / seconds[role] if seconds[role] else 0.0
+        if share > WAITS:
+            yield Finding(
+                WARN if share > WAITS_LONG else INFO, f"The {role} waits for the {other}",
+                steps[0].step, f"{share:.0%} of the time of the {role}'s ranks are waits.", remedy,
+            )  # fmt: skip
+
+
+ALL: tuple[Find, ...] = (
+    *LEARNING, mismatch, strict_stop, skipped, nonfinite, gradient_spikes, worse_evaluation,
+    no_evaluation, resumed, slow_rank, waiting,
+)  # fmt: skip
