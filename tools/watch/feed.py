@@ -81,17 +81,19 @@ class Feed:
         ended = self._now()
         self._due = ended + max(self._every, (ended - began) * (1 - SHARE) / SHARE)
 
-    def _data(self, locked: Sequence[bool]) -> dict[str, Any]:
+    def _data(self, locked: Sequence[bool | None]) -> dict[str, Any]:
         """As tools/report has it, and `live`: what is known of each run beside it."""
-        begun = [(path, lock) for path, lock in zip(self._run_dirs, locked, strict=True)
-                 if has_begun(path)]  # fmt: skip
-        data = report_data([path for path, _ in begun], self._options) if begun else nothing()
-        states = [
-            state(run["done"], lock) for run, (_, lock) in zip(data["runs"], begun, strict=True)
-        ]
-        waiting = [waiting_for(path) for path in self._run_dirs if not has_begun(path)]
-        live = {"every": self._every, "states": states, "waiting": waiting}
-        return data | {"live": live}
+        begun = {path: lock for path, lock in zip(self._run_dirs, locked, strict=True)
+                 if has_begun(path)}  # fmt: skip
+        data = report_data([*begun], self._options) if begun else nothing()
+        done = [run["done"] for run in data["runs"]]
+        waiting = [self._waiting_for(path) for path in self._run_dirs if path not in begun]
+        live = {"every": self._every, "states": [*map(state, done, begun.values())]}
+        return data | {"live": live | {"waiting": waiting}}
+
+    def _waiting_for(self, path: Path) -> str:
+        shown = path.name if "paths" in self._options.hide else path
+        return f"{shown} {'holds no run' if path.exists() else 'does not exist'} yet."
 
 
 def nothing() -> dict[str, Any]:
@@ -103,23 +105,18 @@ def has_begun(path: Path) -> bool:
     return any((path / name).exists() for name in MARKS)
 
 
-def waiting_for(path: Path) -> str:
-    if path.exists():
-        return f"{path} holds no run yet."
-    return f"{path} does not exist yet."
-
-
-def state(done: bool, locked: bool) -> str:
+def state(done: bool, locked: bool | None) -> str:
     """`running`, `ended`: by itself, as it was asked to; `stopped`: it ended before that, or was
-    killed."""
-    if locked:
-        return "running"
+    killed; `unknown`: which of the two the file system cannot tell."""
+    if locked or (locked is None and not done):
+        return "running" if locked else "unknown"
     return "ended" if done else "stopped"
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool | None:
     """True while a run writes there: it holds the lock of mesh/lifecycle/run_lock.py. Asking takes
-    nothing from it: a shared lock for a moment, and a run that wants its own tries again."""
+    nothing from it: a shared lock for a moment, and a run that wants its own tries again. None: the
+    file system has no locks."""
     try:
         file = os.open(path / "lock", os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -129,8 +126,8 @@ def is_locked(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
-        return False
+    except OSError:
+        return None
     finally:
         os.close(file)
 

@@ -28,7 +28,7 @@ from types import FrameType
 from mesh.config.keys import problem
 from tools.report.html import page
 from tools.report.options import Options
-from tools.watch.feed import Feed, has_begun, nothing, waiting_for
+from tools.watch.feed import Feed, has_begun, nothing
 from tools.watch.options import LOCAL, WatchOptions, read_options
 from tools.watch.server import Server
 
@@ -88,7 +88,7 @@ def say(options: WatchOptions, server: Server) -> None:
     print(f"{names}: {server.url} (Ctrl-C ends it)")
     for path in options.run_dirs:
         if not has_begun(path):
-            print(f"{waiting_for(path)} The page fills when the run has begun.")
+            print(f"{path} holds no run yet; the page fills when it has begun")
     if options.is_local:
         host = socket.gethostname()
         print(f"on your own machine: ssh -L {port}:127.0.0.1:{port} {host}, then {server.url}")

@@ -8,6 +8,7 @@ allowed to read an answer, and the page runs its own scripts alone.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
 import socket
@@ -101,7 +102,8 @@ class Server(ThreadingHTTPServer):
         for request, began in list(self._begun.items()):
             if time.monotonic() > began + CONNECTION_SECONDS:
                 self._begun.pop(request, None)
-                self.shutdown_request(request)
+                with contextlib.suppress(OSError):  # it has gone by itself
+                    request.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # those are of clients that have gone
@@ -112,12 +114,11 @@ class Handler(BaseHTTPRequestHandler):
     """GET and HEAD of `/` and `/data.json`; queries are ignored."""
 
     server: Server
-    server_version, sys_version = "mesh-watch", ""
     timeout = QUIET_SECONDS
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if self.headers.get_all("Host", [""]) not in [[host] for host in self._hosts()]:
+        path = self.requestline.split()[1].partition("?")[0]  # self.path is not what was asked for
+        if self.headers.get_all("Host", [""]) not in self._hosts():
             self.send_error(HTTPStatus.FORBIDDEN, f"open {self.server.url}")
         elif path == "/":
             headers = {"Content-Security-Policy": self.server.policy}
@@ -129,8 +130,12 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _hosts(self) -> set[str]:
-        return self.server.hosts
+    def version_string(self) -> str:
+        return "mesh-watch"
+
+    def _hosts(self) -> list[list[str]]:
+        """The Host headers that a request may have: exactly one, which names this server."""
+        return [[host] for host in self.server.hosts]
 
     def _send_data(self) -> None:
         snapshot = self.server.feed.latest()
