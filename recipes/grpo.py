@@ -44,17 +44,18 @@ from mesh.program.assembly import (
 from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.groups import groups_of, joined, remember
+from mesh.program.records import Trained, step_record, together
 from mesh.program.shared import inputs_of
 from mesh.program.timings import Timings, note_sync
 from mesh.program.warnings import start_warnings
 from mesh.rl.objective import Objective
+from mesh.rl.samples import StepRecord
 from mesh.rl.statistics import rollout_metrics
 from mesh.rl.step import (
     Minibatch,
     ScoredWave,
     advantages_of,
     credited,
-    samples_of,
     share_of,
     waves_of,
     with_scores,
@@ -63,18 +64,18 @@ from mesh.rl.updates import step_metrics
 from mesh.roles.divergences import reward_divergences
 from mesh.roles.evaluation import Evaluation, evaluate
 from mesh.roles.generator import failed_scores
-from mesh.roles.passes import PassScores, old_logprobs
+from mesh.roles.passes import PassScores, old_scores
 from mesh.roles.trainer import Trainer
 from mesh.runs.directory import create_run_dir
 from mesh.runs.evaluations import results_path, write_results
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.profiles import profiled
+from mesh.runs.sample_rows import row_of
 from mesh.runs.stopping import early_stop
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
-from mesh.tasks.transcript import shown
 
 Metrics = dict[str, Any]
-Sample = dict[str, Any]
 Inspect = Callable[[Program, Process, ScoredWave], None]
 """Sees every wave before the optimizer's step, on all ranks; see `train_step`."""
 
@@ -97,10 +98,12 @@ def main(argv: list[str]) -> None:
         stopping = early_stop(conf.stop, run_dir, process, resume)
         phases, save = Phases(process.device), partial(save_model, program)
         inspect = stop_at_difference if plan.strict else None
+        rows = partial(row_of, plan.tokenizer, conf.log.tokens)
         timings = Timings(program, process, phases, run_dir if conf.log.timeline else None)
         with MetricsLogger(
-            run_dir, conf.log, process.rank, conf.steps, asdict(conf), first
+            run_dir, conf.log, process.rank, conf.steps, asdict(conf), first, rows
         ) as logger:
+            checkpoints.follow(logger.mark)
             process.listen()
             sync(program)
             if not resume:
@@ -110,13 +113,13 @@ def main(argv: list[str]) -> None:
                 stopping.see(0, metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, metrics, save)
-            for step in range(first, conf.steps):
+            steps = range(first, conf.steps)
+            for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 if stopping.reason and not checkpoints.unlogged:
                     break
-                metrics, samples = checkpoints.to_log() or train_step(
-                    program, process, phases, step, inspect
-                )
-                checkpoints.trained(step + 1, metrics, samples)
+                record = checkpoints.to_log() or train_step(program, process, phases, step, inspect)
+                checkpoints.trained(step + 1, record)
+                metrics = dict(record.metrics)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
                         results = results_file(conf, run_dir, step + 1)
@@ -124,8 +127,8 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 measured = timings(step + 1, metrics)
                 with phases("log", host=True):
-                    logger.log(step + 1, metrics | measured)
-                    logger.log_samples(step + 1, chosen(conf.log.samples, process, samples))
+                    samples = together(process, step, record.samples)
+                    logger.log(step + 1, metrics | measured, samples, record.histograms)
                 stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
@@ -140,18 +143,18 @@ def main(argv: list[str]) -> None:
 
 def train_step(
     program: Program, process: Process, phases: Phases, step: int, inspect: Inspect | None = None
-) -> tuple[Metrics, list[Sample]]:
+) -> StepRecord:
     """One step: generate, score, exchange and backpropagate wave by wave, update, sync.
 
-    The only one: replays, strict runs and validation take this step. Returns its metrics, and this
-    rank's samples. `inspect` sees each wave while both sides still have the weights that drew it.
+    The only one: replays, strict runs and validation take this step. Returns what is to be logged
+    of it. `inspect` sees each wave while both sides still have the weights that drew it.
     """
     plan, trainer, generator = program.plan, program.trainer, program.generator
     objective, keys = plan.objective, plan.step
     draw = Draw(step, keys.num_prompts)
     prompts, drawn = step_prompts(plan.prompts, process, draw, program.pass_rates)
     advantages: dict[int, list[float]] = {}
-    made, tokens, sequences = [], 0, 0
+    made, trained, tokens, sequences = [], [], 0, 0
     for part in waves_of(prompts, keys.waves):
         groups = groups_of(program, process, phases, step, part)
         with phases("train", plan.meetings.passes):
@@ -163,12 +166,14 @@ def train_step(
             advantages |= advantages_of(wave, objective, keys.group_size, divergences)
             share = credited(share, advantages, objective)
             (first, scores), *later = with_scores(share, known)
-            logprobs_A, _ = trainer.accumulate(first.passes, objective, scores)
+            now = trainer.accumulate(first.passes, objective, scores)
+        old_A = old_scores(known, now)
         if inspect is not None:
-            seen_A = old_logprobs(known, logprobs_A)
-            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, seen_A)
+            drawn_by = old_A.logprobs_A
+            seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, drawn_by)
             inspect(program, process, seen)
         made.append(groups)
+        trained.append(Trained(share.rollouts, old_A))
         tokens, sequences = tokens + first.tokens, sequences + first.sequences
     with phases("exchange", plan.meetings.flush, host=True):
         program.exchange.flush()
@@ -184,11 +189,7 @@ def train_step(
     metrics |= rollout_metrics([answered.drawn], keys.group_size, objective.length_penalty)
     metrics |= failed_scores(program.scorer, "reward/failed", process.cpu_group)
     metrics |= remember(program, process, step, answered)
-    samples = samples_of(
-        answered.prompts, [answered.drawn], advantages, partial(shown, plan.tokenizer),
-        keys.log_tokens, answered.left_out,
-    )  # fmt: skip
-    return metrics, samples
+    return step_record(program, step, metrics, answered, advantages, trained)
 
 
 def later_updates(
@@ -236,17 +237,6 @@ def evaluations(program: Program, process: Process, rows: bool = False) -> dict[
 def results_file(conf: Conf, run_dir: Path, step: int) -> Path | None:
     """The file of an evaluation's results; None: it is not asked for."""
     return results_path(run_dir, step) if conf.log.evaluations else None
-
-
-def chosen(num: int, process: Process, mine: list[Sample]) -> list[Sample]:
-    """The first `num` of all ranks' samples (-1: all), in order, each once. Collective."""
-    by_key = {
-        (sample["prompt_id"], sample["sample_id"]): sample
-        for part in process.gather(mine if num < 0 else mine[:num])
-        for sample in part
-    }
-    ordered = [by_key[key] for key in sorted(by_key)]
-    return ordered if num < 0 else ordered[:num]
 
 
 def is_due(step: int, every: int, last: int) -> bool:

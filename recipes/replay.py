@@ -28,9 +28,11 @@ from mesh.exactness.strict import stop_at_difference
 from mesh.lifecycle.process import Process, refuse_to_start
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program, assemble, check, launch, read_command, sync
+from mesh.program.records import together
 from mesh.program.shared import inputs_of
-from mesh.recipes.grpo import chosen, held_out, train_step
+from mesh.recipes.grpo import held_out, train_step
 from mesh.runs.replay import LoggedStep, ReplayComparison, as_logged, cautions, logged_step
+from mesh.runs.sample_rows import row_of
 
 USAGE = "torchrun --nproc-per-node=RANKS recipes/replay.py RUN_DIR step=K"
 
@@ -59,20 +61,30 @@ def main(argv: list[str]) -> None:
 
 def run_again(program: Program, process: Process, steps: range, evaluates: bool) -> LoggedStep:
     """Take these steps; the last one as rank 0 would log it, on every rank."""
-    phases = Phases(process.device)
+    plan, phases = program.plan, Phases(process.device)
     inspect = stop_at_difference if program.plan.strict else None
     sync(program)
     for step in steps:
-        metrics, samples = train_step(program, process, phases, step, inspect)
+        record = train_step(program, process, phases, step, inspect)
+    metrics = record.metrics
     if evaluates:
         metrics |= held_out(program, process)
-    return as_logged(process.from_rank0(metrics), chosen(-1, process, samples))
+    rows = [
+        row_of(plan.tokenizer, plan.step.log_tokens, one)
+        for one in together(process, step, record.samples)
+    ]
+    return as_logged(process.from_rank0(metrics), process.from_rank0(rows))
 
 
 def only_reading(conf: Conf) -> Conf:
-    """The configuration without anything that writes."""
-    silent = {"log.tensorboard": False, "log.wandb": None, "checkpoint.every": 0}
-    return changed(conf, {"run_dir": None, "resume": None} | silent)
+    """The configuration without anything that writes. Every sample is made, whichever were kept."""
+    silent = {
+        "log.tensorboard": False,
+        "log.wandb": None,
+        "log.trackio": None,
+        "checkpoint.every": 0,
+    }
+    return changed(conf, {"run_dir": None, "resume": None, "log.samples": -1} | silent)
 
 
 def origin(conf: Conf, first: int) -> str:

@@ -34,6 +34,7 @@ from mesh.config.changes import changed
 from mesh.config.keys import problem, refuse, refusing, value_of
 from mesh.config.loading import read_words, to_yaml
 from mesh.config.schema import Conf, resolve_path
+from mesh.config.sections import ProfileConf
 from mesh.lifecycle.memory import trim
 from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
@@ -59,6 +60,7 @@ from mesh.rl.packing import leaves
 from mesh.rl.step import passes_of
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.profiles import profile_problems, profiled
 from mesh.tasks import Draw, data_set, numbered
 from mesh.tasks.epochs import batch_of, steps_per_epoch
 from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
@@ -116,13 +118,14 @@ def main(argv: list[str]) -> None:
     name, conf = read_command(argv)
     with launch(conf) as process:
         conf = dated(supervised(conf, argv), process)
-        plan = check(conf, process)
+        plan = check(replace(conf, profile=ProfileConf()), process)
         with refusing():  # what does not fit is refused before anything is built
             end = answer_end(plan)
             plan = teaching(plan)
             refuse(training_problems(process, plan.prompts, conf.sft.batch_size))
             examples = examples_of(conf, plan.prompts, process)
         conf, plan = scheduled(conf, plan, len(examples))
+        refuse(profile_problems(conf, process.world_size))
         for line in prompt_warnings(process, plan.prompts, (), conf.sft.batch_size):
             process.say(line)
         process.say(f"an answer ends with {plan.tokenizer.backend.id_to_token(end)!r} (id {end})")
@@ -135,7 +138,8 @@ def main(argv: list[str]) -> None:
             process.listen()
             sync(program)
             logger.log(0, held_out(program, process))
-            for step in range(conf.steps):
+            steps = range(conf.steps)
+            for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
                 with phases("train", plan.meetings.passes):
                     metrics = drawn | train_step(program, prompts)

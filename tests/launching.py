@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mesh.runs.samples import read_samples
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 WITH_A_RUN_DIR = ("grpo", "sft")
@@ -66,7 +68,8 @@ class Run:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        return _lines(self.path / "samples.jsonl")
+        """Of the training steps."""
+        return [row for row in read_samples(self.path) if row["split"] == "train"]
 
     def answers(self, step: int) -> dict[tuple[int, int], tuple[str, float]]:
         """(response, reward) by (prompt_id, sample_id) of what was written down of a step."""

@@ -332,6 +332,11 @@ def num_letters(prompt: Prompt, response: str) -> int:
     return len(response)
 
 
+def slowly(prompt: Prompt, response: str) -> float:
+    time.sleep(0.1)
+    return 0.0
+
+
 def share(prompt: Prompt, response: str) -> float:
     return 0.5
 

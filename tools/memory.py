@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from mesh.lifecycle.memory import EVERY
-from mesh.runs.compare import read_lines
+from mesh.runs.lines import read_lines
 from tools import ROOT
 from tools.processes import children, rank_of
 

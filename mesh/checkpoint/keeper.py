@@ -49,13 +49,15 @@ from mesh.checkpoint.state import (
     state_digests,
     with_own,
 )
-from mesh.checkpoint.unlogged import Unlogged, read_unlogged
+from mesh.checkpoint.unlogged import read_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.config.keys import Refusal, problem
 from mesh.config.schema import Conf
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.process import Process
+from mesh.rl.samples import StepRecord
 from mesh.roles.trainer import Trainer
+from mesh.runs.samples import Mark
 from mesh.tasks.difficulty import PassRates
 
 T = TypeVar("T")
@@ -81,8 +83,9 @@ class Checkpointer:
         self.frozen = frozen_digests(trainer, process.cpu_group)
         self.inputs, self.recorded, self.drawn = inputs, inputs.record(conf), ""
         self.pending: Pending | None = None
-        self.unlogged: Unlogged | None = None  # of the step with which the run continues
+        self.unlogged: StepRecord | None = None  # of the step with which the run continues
         self.logs: dict[str, Entry] = {}  # their entries in the previous checkpoint
+        self.samples: Callable[[], Mark | None] = lambda: None
         if conf.checkpoint.every or conf.resume:
             self._on_rank0(lambda: prepare(self.path))
         self.best = BestModel(conf, run_dir, process, trainer.settings.shape)
@@ -117,19 +120,24 @@ class Checkpointer:
         steps = (step for step in held if step < limit)
         return next((step for step in steps if self._load(self.path / f"step-{step}")), 0)
 
-    def trained(self, step: int, metrics: Mapping[str, Any], samples: list[dict[str, Any]]) -> None:
+    def follow(self, samples: Callable[[], Mark | None]) -> None:
+        """Call when the logs are open. samples: marks the end of what was logged of rollouts, which
+        a thread writes."""
+        self.samples = samples
+
+    def trained(self, step: int, record: StepRecord) -> None:
         """Call when a step has been trained, before it is evaluated and logged: if the run fails
         before that, resuming does it."""
-        self.drawn = metrics.get("digest/prompts", "")
-        self._note(step, Unlogged(dict(metrics), samples))
+        self.drawn = record.metrics.get("digest/prompts", "")
+        self._note(step, record)
 
-    def to_log(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-        """(metrics, samples) of a step that was trained but not logged when the run failed, which
-        is the resumed run's first; rank 0 has all samples. None, as of then: train one."""
+    def to_log(self) -> StepRecord | None:
+        """A step that was trained but not logged when the run failed, which is the resumed run's
+        first; rank 0 has all samples. None, as of then: train one."""
         found, self.unlogged = self.unlogged, None
-        if found is None:
-            return None
-        return dict(found.metrics), found.samples if self.process.rank == 0 else []
+        if found is None or self.process.rank == 0:
+            return found
+        return replace(found, samples=[])
 
     def consider(self, step: int, metrics: Mapping[str, Any], save: Save) -> None:
         """Call when a step is logged, before `after`: if its metrics hold the best evaluation so
@@ -168,10 +176,9 @@ class Checkpointer:
         found = state_digests(self.process, self.trainer, self.layouts, self.digested)
         return found | self.frozen
 
-    def _note(self, step: int, unlogged: Unlogged | None = None) -> None:
+    def _note(self, step: int, unlogged: StepRecord | None = None) -> None:
         """Have the state of this step saved if the run fails before the next one is trained."""
-        sizes = log_sizes(self.run_dir) if self.process.rank == 0 else {}
-        self.rescue.note(self._index(step), sizes, unlogged)
+        self.rescue.note(self._index(step), log_sizes(self.run_dir, self.samples()), unlogged)
 
     def _index(self, step: int) -> Index:
         """The index of the state after this step, without digests and files."""
@@ -190,8 +197,8 @@ class Checkpointer:
         own = self.own | own_blocks(self.trainer, self.process.rank)
         tensors = host_copies(self.trainer, own)
         jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
-        now = log_sizes(self.run_dir)
-        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, now)))
+        sizes = log_sizes(self.run_dir, self.samples())
+        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, sizes(None))))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, own)

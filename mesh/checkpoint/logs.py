@@ -20,17 +20,25 @@ from mesh.checkpoint.folder import PARTIAL
 from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.roles.nonfinite import REPORT
+from mesh.runs.samples import OLD_SAMPLES, SAMPLES, Mark
 from mesh.runs.timeline import TIMELINE
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
-KEPT_LOGS = (*LOGS, REPORT, TIMELINE)  # a run need not have the last two
+LOGS = ("metrics.jsonl", SAMPLES)
+KEPT_LOGS = (*LOGS, OLD_SAMPLES, REPORT, TIMELINE)
+"""A run need not have the last three: samples of before they were compressed, a report if a step
+was not finite, and a timeline."""
+
+Sizes = Callable[[float | None], dict[str, int]]
+"""Lengths of the logs at a moment; waits so many seconds for those that a thread writes."""
 
 
-def log_sizes(run_dir: Path) -> dict[str, int]:
-    """Lengths of the logs as they are now; 0 for a missing one."""
+def log_sizes(run_dir: Path, samples: Mark | None = None) -> Sizes:
+    """Lengths of the logs as they are now; 0 for a missing one. samples: the place in that log up
+    to which it counts, which may not be written yet."""
     found = {name: run_dir / name for name in KEPT_LOGS}
-    sizes = {name: path.stat().st_size for name, path in found.items() if path.exists()}
-    return dict.fromkeys(LOGS, 0) | sizes
+    now = {name: path.stat().st_size for name, path in found.items() if path.exists()}
+    sizes = dict.fromkeys(LOGS, 0) | now
+    return lambda seconds: sizes | ({SAMPLES: samples.size(seconds)} if samples else {})
 
 
 def copy_jobs(

@@ -23,15 +23,16 @@ from torch import Tensor
 
 from mesh.checkpoint.files import Entry, Index, entry_of
 from mesh.checkpoint.folder import PARTIAL, prepare, remove, steps_in
-from mesh.checkpoint.logs import copy_jobs
+from mesh.checkpoint.logs import Sizes, copy_jobs
 from mesh.checkpoint.pass_rates import rates_job
 from mesh.checkpoint.state import OWN, own_blocks, own_layouts
-from mesh.checkpoint.unlogged import Unlogged, file_name, write_unlogged
+from mesh.checkpoint.unlogged import file_name, write_unlogged
 from mesh.checkpoint.writing import CheckpointWriter, Pending, write_blocks
 from mesh.layout.holdings import local_tensors
 from mesh.layout.reshard import ParamLayout
 from mesh.lifecycle.ending import say
 from mesh.lifecycle.meeting import Meeting
+from mesh.rl.samples import StepRecord
 from mesh.tasks.difficulty import Known
 from mesh.weights.digest import local_digests
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mesh.checkpoint.keeper import Checkpointer
 
 ANSWER_SECONDS = 10.0  # the longest that a rank may take to say what it holds
-HOLD_SECONDS = 5.0  # the longest wait for the end of an update
+HOLD_SECONDS = 5.0  # the longest wait for the end of an update, and for the logs
 WRITE_SECONDS = 600.0  # the longest that writing may take; a signal ends it before
 
 
@@ -50,10 +51,10 @@ class Rest:
     an update changes, what was to be logged when it was trained, and whether that is done."""
 
     index: Index
-    logs: Mapping[str, int]
+    logs: Sizes
     rates: Known | None
     shards: Mapping[str, Mapping[str, Tensor]]
-    unlogged: Unlogged | None
+    unlogged: StepRecord | None
     logged: bool
 
 
@@ -75,7 +76,7 @@ class Rescue:
         self.keeper = keeper
         self.rest: Rest | None = None
 
-    def note(self, index: Index, logs: Mapping[str, int], unlogged: Unlogged | None) -> None:
+    def note(self, index: Index, logs: Sizes, unlogged: StepRecord | None) -> None:
         """Remember the state of the step that has just been trained; no `unlogged`: it is logged.
 
         Rank 0 writes the logs, and fails at a line that others have passed or not reached. So what
@@ -166,10 +167,13 @@ class Rescue:
     def _make(self, folder: Path, rest: Rest, jobs: dict[Path, Any]) -> str:
         """Make the directory, and add what copies the logs; the reason if that fails."""
         try:
-            jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, rest.logs)
+            sizes = rest.logs(HOLD_SECONDS)
+            jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, sizes)
             jobs |= rates_job(folder, rest.rates)
             prepare(folder.parent)
             folder.mkdir()
+        except (TimeoutError, RuntimeError) as error:  # of the thread that writes samples
+            return str(error)
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
         return ""

@@ -16,10 +16,10 @@ from mesh.config.loading import read_conf
 from mesh.config.schema import Conf
 from mesh.lifecycle.ending import restart_count
 from mesh.lifecycle.process import Process
-from mesh.runs.trackers import WANDB_ID
+from mesh.runs.trackers import TRACKIO_ID, WANDB_ID
 
 RUN_DIR = "run_dir"
-OF_A_RUN = ("config.yaml", *KEPT_LOGS, "best", "tensorboard", WANDB_ID)
+OF_A_RUN = ("config.yaml", *KEPT_LOGS, "best", "tensorboard", WANDB_ID, TRACKIO_ID)
 
 
 def after_restart(conf: Conf, process: Process) -> Conf:

@@ -50,6 +50,7 @@ HOW_IT_RUNS = (
     "checkpoint.",
     "export.",
     "log.",
+    "profile.",
 )
 
 # Keys that a resumed run may raise, where nothing was left out that would have fitted.

@@ -21,6 +21,7 @@ from mesh.config.sections import (
     LogConf,
     MeshConf,
     ModelConf,
+    ProfileConf,
     SFTConf,
     StopConf,
     SyncConf,
@@ -213,6 +214,7 @@ class Conf:
     checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
     export: ExportConf = field(default_factory=ExportConf)
     log: LogConf = field(default_factory=LogConf)
+    profile: ProfileConf = field(default_factory=ProfileConf)
 
 
 PACKAGE = Path(__file__).resolve().parents[1]

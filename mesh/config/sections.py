@@ -192,12 +192,32 @@ class ExportConf:
 
 
 @dataclass(frozen=True)
+class ProfileConf:
+    steps: list[int] = key(
+        [],
+        "steps to profile, e.g. [3]: RUN_DIR/profiles/step-N-rank-R.json.gz is a trace for "
+        "ui.perfetto.dev, step-N-rank-R.txt a table of what took the time",
+        ge=1,
+    )
+    rank: int = key(0, "the rank that is profiled", ge=0)
+
+
+@dataclass(frozen=True)
 class LogConf:
     progress: bool = key(True, "live progress display on a terminal; plain lines elsewhere")
     tensorboard: bool = key(True, "write RUN_DIR/tensorboard")
     wandb: str | None = key(None, "Weights & Biases project to log to")
-    samples: int = key(4, "rollouts per step written to samples.jsonl; -1: all", ge=-1)
-    tokens: bool = key(False, "samples.jsonl has their token ids and logprobs too")
+    trackio: str | None = key(None, "trackio project to log to, in files on this machine")
+    samples: int = key(
+        32,
+        "most rollouts per step written to samples.jsonl.gz, in whole groups, and answers per "
+        "evaluation of a set; -1: all, 0: none",
+        ge=-1,
+    )
+    samples_mb: float = key(
+        100, "most bytes of samples.jsonl.gz [1e6]; groups beyond its pace are left out", gt=0
+    )
+    tokens: bool = key(True, "samples.jsonl.gz has token ids, texts, logprobs and entropies too")
     timeline: bool = key(
         True, "write RUN_DIR/timeline.jsonl: when each rank began and ended the phases of a step"
     )

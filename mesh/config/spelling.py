@@ -58,6 +58,7 @@ OTHER_SYSTEMS = {
     "checkpoint.every": "save_steps save_freq",
     "eval.every": "eval_steps test_freq",
     "log.wandb": "wandb_project report_to",
+    "log.trackio": "trackio_project",
 }
 """By our key, the names that the same setting has in other systems for RL of language models."""
 

@@ -78,6 +78,13 @@ class Process:
         dist.all_gather_object(boxes, value, group=self.cpu_group)
         return boxes
 
+    def to_rank0(self, value: Any) -> list[Any]:
+        """Every rank's value of a picklable object, by rank, on rank 0; nothing elsewhere.
+        Collective."""
+        boxes: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, boxes, dst=0, group=self.cpu_group)
+        return boxes or []
+
     def say(self, text: str) -> None:
         """Rank 0 prints; every rank may call."""
         if self.rank == 0:

@@ -18,6 +18,9 @@ from torch.profiler import record_function
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.lifecycle.running import running
 
+PHASES = ("generate", "exchange", "train", "sync", "eval", "checkpoint", "log")
+"""Names of the phases of a step."""
+
 Meeting = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Pairs (ranks that wait, ranks that they wait for): the first cannot get through a phase before
 the others have begun it."""

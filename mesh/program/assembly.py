@@ -58,6 +58,7 @@ from mesh.program.warnings import model_warnings
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.roles.generator import Generator
 from mesh.roles.trainer import Trainer
+from mesh.runs.profiles import profile_problems
 from mesh.tasks import draw_held_out, task_notes
 from mesh.tasks.difficulty import PassRates
 from mesh.tasks.scorer import Scorer, checked_task, num_workers
@@ -130,6 +131,7 @@ def check(conf: Conf, process: Process, training: bool = True, held_out: bool = 
     loss = attempt(wrong, read_loss, conf) if training else CROSS_ENTROPY
     teacher = attempt(wrong, read_teacher, conf, device, shape, tokenizer) if training else None
     wrong += best_metric_problems(conf) + own_problems(conf) if training else []
+    wrong += profile_problems(conf, world_size) if training else []
     code = of_user_code(task, loss, conf.scores, wrong, conf.trainer.optimizer)
     refuse_differences(process, code)
     own: list[Prompt] = []

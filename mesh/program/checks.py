@@ -224,13 +224,13 @@ def microbatch_problems(conf: Conf) -> list[str]:
 
 def log_problems(conf: Conf) -> list[str]:
     """Loggers that are asked for and not installed."""
-    found = []
-    if conf.log.wandb is not None and find_spec("wandb") is None:
-        remedy = "pip install wandb, or unset it (null)"
-        found.append(problem("log.wandb", conf.log.wandb, "wandb is not installed", remedy))
-    if conf.log.tensorboard and find_spec("tensorboard") is None:
-        remedy = "pip install tensorboard, or set log.tensorboard=false"
-        found.append(problem("log.tensorboard", True, "tensorboard is not installed", remedy))
+    log, found = conf.log, []
+    asked = {"wandb": log.wandb, "trackio": log.trackio, "tensorboard": log.tensorboard or None}
+    for name, value in asked.items():
+        if value is not None and find_spec(name) is None:
+            off = "set log.tensorboard=false" if value is True else "unset it (null)"
+            wrong, remedy = f"{name} is not installed", f"pip install {name}, or {off}"
+            found.append(problem(f"log.{name}", value, wrong, remedy))
     return found
 
 

@@ -138,7 +138,7 @@ def resolve(
             conf.trainer.microbatch_tokens, conf.truncated == "mask", conf.truncated_reward,
             conf.log.tokens, conf.updates_per_step,
             math.inf if conf.kl_stop is None else conf.kl_stop, conf.seed, conf.refill_rounds,
-            conf.refill_on,
+            conf.refill_on, conf.log.samples,
         ),
         difficulty=difficulty_bounds(conf),
         training=source,

@@ -6,12 +6,11 @@ rollouts; only its own leaves hold tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -36,9 +35,10 @@ class StepSettings:
     """Sizes of a step, and what counts. pass_tokens: most tokens of a forward pass; a group of more
     is cut into pieces. mask_truncated: truncated rollouts stay out of the loss, but not out of
     their group's statistics; truncated_reward: theirs, in place of their score. log_tokens: samples
-    have token ids and logprobs. updates: of a step, each on a minibatch of groups, cut by `seed`;
+    have token ids and numbers. updates: of a step, each on a minibatch of groups, cut by `seed`;
     kl_stop: bound of the KL from which on the step makes no more of them. refill_rounds: most
-    rounds in which groups that are equal in `refill_on` are replaced.
+    rounds in which groups that are equal in `refill_on` are replaced. log_samples: rollouts of a
+    step that are kept (`mesh/rl/samples.py`).
     """
 
     num_prompts: int
@@ -54,6 +54,7 @@ class StepSettings:
     seed: int = 0
     refill_rounds: int = 0
     refill_on: str = "reward"
+    log_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,49 +231,3 @@ def batch_of(
     """The prompts of a wave that were answered together with `prompt_id`: those of its round."""
     round = prompt_id // num_prompts
     return [p for p in prompts if p.prompt_id // num_prompts == round]
-
-
-def samples_of(
-    prompts: Sequence[NumberedPrompt],
-    waves: Sequence[Wave],
-    advantages: Advantages,
-    shown: Callable[[Rollout], Mapping[str, Any]],
-    with_tokens: bool = False,
-    left_out: Mapping[int, str] = MappingProxyType({}),
-) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl` for this rank's rollouts of a step: texts, scores, advantages.
-
-    shown: the fields of a rollout's text, as it was scored; with_tokens: `tokens_of` it too;
-    left_out: why a group was not trained on, by prompt_id: it has no advantages.
-    `task_prompt_id`: the id that the task gave, where that is not the prompt's place in the step.
-    """
-    by_id = {numbered.prompt_id: numbered.prompt for numbered in prompts}
-    own = {place: int(p.prompt_id) for place, p in by_id.items() if p.prompt_id != place}
-    return [
-        {
-            "prompt_id": r.prompt_id,
-            "sample_id": r.sample_id,
-            "prompt": by_id[r.prompt_id].text,
-            **shown(r),
-            "answer": by_id[r.prompt_id].answer,
-            "reward": r.reward,
-            "advantage": 0.0 if r.prompt_id in left_out else advantages[r.prompt_id][r.sample_id],
-            "finish_reason": r.finish_reason,
-        }
-        | ({"parts": dict(r.parts)} if r.parts else {})
-        | ({} if r.correct is None else {"correct": r.correct})
-        | ({"left_out": left_out[r.prompt_id]} if r.prompt_id in left_out else {})
-        | ({"task_prompt_id": own[r.prompt_id]} if r.prompt_id in own else {})
-        | (tokens_of(r) if with_tokens else {})
-        for wave in waves
-        for r in wave.rollouts
-    ]
-
-
-def tokens_of(rollout: Rollout) -> dict[str, Any]:
-    """Tokens that the engine saw and drew; a logprob for each token that was sampled."""
-    return {
-        "prompt_tokens": list(rollout.prompt_tokens),
-        "tokens": list(rollout.tokens),
-        "logprobs": list(rollout.logprobs),
-    }

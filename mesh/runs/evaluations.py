@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from mesh.lifecycle.process import Process
 from mesh.rl.estimators import Estimate, bootstrap, interval, mean_of
 from mesh.roles.evaluation import Evaluation
-from mesh.runs.compare import read_lines
-from mesh.runs.metrics import line_of
+from mesh.runs.lines import line_of, read_lines
 
 Row = Mapping[str, Any]
 FIELDS = ("set", "index", "question", "answer", "metrics")
@@ -37,9 +34,8 @@ def write_results(path: Path, evaluations: Mapping[str, Evaluation], process: Pr
     Raises RuntimeError where the file cannot be written.
     """
     mine = [row for one in evaluations.values() for row in one.rows]
-    shares: list[Any] | None = [None] * process.world_size if process.rank == 0 else None
-    dist.gather_object(mine, shares, dst=0, group=process.cpu_group)
-    if shares is None:
+    shares = process.to_rank0(mine)
+    if process.rank != 0:
         return
     order = list(evaluations)
     rows = [row for share in shares for row in share]

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from mesh.lifecycle.running import running_phase
 from mesh.lifecycle.terminal import terminal_left
-from mesh.runs.compare import read_lines
 from mesh.runs.curve import ASCII_BARS, BARS, Curve, sparkline
+from mesh.runs.lines import read_lines
 from mesh.runs.progress import (
     EVALUATION,
     RATE_UNIT,

@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, `samples.jsonl`, trackers, the progress display.
+"""The log of a run: `metrics.jsonl`, `samples.jsonl.gz`, trackers, the progress display.
 
 Only rank 0 writes, yet every rank calls: off rank 0 the verbs do nothing, so a recipe needs no
 branch. Numbers that are the same on all ranks, or reduced to rank 0, are the recipe's to give.
@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from mesh.config.sections import LogConf
+from mesh.runs.feeds import Trackers
+from mesh.runs.lines import line_of, plain
 from mesh.runs.live import open_progress
 from mesh.runs.progress import Metrics, Pace, clock
-from mesh.runs.trackers import Feed, TensorBoard, Wandb
+from mesh.runs.samples import SAMPLES, Mark, Row, SampleFile, pace
+from mesh.runs.trackers import Entry
 from mesh.runs.warnings import StepWarnings
 
 FINISH_SECONDS = 60.0  # the longest wait for the trackers at the end of a run
@@ -34,58 +40,73 @@ class MetricsLogger:
         steps: int,
         config: dict[str, Any] | None = None,
         first: int = 0,
+        row_of: Callable[[Row], Row] = dict,
     ):
-        """`config` is shown by W&B. `first`: steps that a resumed run has taken, with which its
-        files end: its checkpoint has restored them.
+        """`config` is shown by W&B and trackio. `first`: steps that a resumed run has taken, with
+        which its files end: its checkpoint has restored them. row_of: makes the row of a sample, in
+        a thread.
 
-        Raises Refusal where W&B asks for something that the user has to do.
+        Raises Refusal where a tracker asks for something that the user has to do.
         """
         self._active = rank == 0
         if not self._active:
             return
         self._run_dir, self._conf = run_dir, conf
-        self._closed = False
+        self._closed = self._told = False
         self._last: Metrics = {}
         self._warnings = StepWarnings()
         if first:
             self._last = last_logged(run_dir / "metrics.jsonl")
-        self._trackers = []
-        if conf.tensorboard:
-            self._trackers.append(Feed("TensorBoard", partial(TensorBoard, run_dir, first)))
-        if conf.wandb:
-            self._trackers.append(Feed("W&B", partial(Wandb, conf.wandb, run_dir, config or {})))
+        self._trackers = Trackers(run_dir, conf, steps, config or {}, first)
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
-        self._samples_file = open(run_dir / "samples.jsonl", "a")  # noqa: SIM115
+        self._samples = SampleFile(run_dir / SAMPLES, row_of, pace(conf.samples_mb, steps))
         self._pace = Pace(steps, step=first)
         self._progress = open_progress(self._pace, run_dir, conf.progress)
 
-    def log(self, step: int, metrics: Metrics) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        samples: Sequence[Row] = (),
+        histograms: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    ) -> None:
         """Log one step, once: one line of `metrics.jsonl`, flushed. Prints the warnings that it
         calls for.
 
         `step` counts finished optimizer steps. NaN and infinities, which JSON lacks, become null
-        there; the display and trackers show them as they are.
+        there; the display and trackers show them as they are. samples: rollouts, of which groups
+        follow each other, one line of `samples.jsonl.gz` each, written later. histograms: values by
+        name, which trackers alone get. RuntimeError if this, or samples of before, cannot be
+        written.
         """
         if not self._active:
             return
-        metrics = {key: _plain(metrics[key]) for key in sorted(metrics)}
+        metrics = {key: plain(metrics[key]) for key in sorted(metrics)}
         write_line(self._metrics_file, {"step": step} | metrics)
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.log(step, scalars)
+        self._samples.put(step, samples, partial(self._tell, step, Entry(scalars, histograms)))
         self._last = _of_eval(self._last) | metrics
         self._pace.advance(step)
         self._progress.update(self._last, evaluated="eval/accuracy" in metrics)
-        for text in self._warnings.see(step, metrics):
+        warnings = self._warnings.see(step, metrics)
+        if self._samples.left_out and not self._told:
+            self._told = True
+            warnings = [*warnings, beyond_pace(step, self._conf.samples_mb)]
+        for text in warnings:
             print(text, flush=True)
 
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """The step's first `log.samples` rollouts (-1: all), one line of `samples.jsonl` each."""
-        if not self._active:
-            return
-        wanted = len(samples) if self._conf.samples < 0 else self._conf.samples
-        for sample in samples[:wanted]:
-            write_line(self._samples_file, {"step": step} | sample)
+    def mark(self) -> Mark | None:
+        """The place in `samples.jsonl.gz` behind what was logged; None off rank 0."""
+        return self._samples.mark() if self._active else None
+
+    def _tell(self, step: int, entry: Entry, rows: Sequence[Row]) -> None:
+        """Tell the trackers of a step, once its rows are there."""
+        self._trackers.log(step, replace(entry, samples=rows))
+
+    def leave_out(self) -> None:
+        """Leave the last step, up to now, out of the displayed pace."""
+        if self._active:
+            self._pace.leave_out()
 
     def close(self) -> None:
         """Flush everything and print the run's directory."""
@@ -101,17 +122,17 @@ class MetricsLogger:
         if kind is None:
             self.close()
         elif self._active and not self._closed:
-            with contextlib.suppress(OSError):  # a full disk may be why the run ends
-                self._end(FAILED_SECONDS)
+            # a full disk may be why the run ends
+            with contextlib.suppress(OSError, RuntimeError, queue.Full):
+                self._end(FAILED_SECONDS, FAILED_SECONDS)
 
-    def _end(self, seconds: float) -> None:
-        """Close everything, the trackers within so many seconds each."""
+    def _end(self, seconds: float, for_samples: float | None = None) -> None:
+        """Close everything, the trackers within so many seconds each; None: without a limit."""
         self._closed = True
         self._progress.close()
         self._metrics_file.close()
-        self._samples_file.close()
-        for tracker in self._trackers:
-            tracker.close(seconds)
+        self._samples.close(for_samples)
+        self._trackers.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace
@@ -122,7 +143,7 @@ class MetricsLogger:
         if "eval/accuracy" in self._last:
             words.append(f"eval {self._last['eval/accuracy']:.3f}")
         words.append(f"wall {clock(pace.now() - pace.began)}")
-        words += [text for tracker in self._trackers if (text := tracker.summary())]
+        words += self._trackers.summaries()
         return "  ".join([*words, f"run {self._run_dir}"])
 
 
@@ -139,24 +160,12 @@ def _of_eval(metrics: Metrics) -> Metrics:
     return {key: value for key, value in metrics.items() if key.startswith("eval/")}
 
 
-def _plain(value: Any) -> Any:
-    """A Python number of a tensor or numpy scalar."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def _json(value: Any) -> Any:
-    """`value` with null for numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    value = _plain(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def line_of(record: dict[str, Any]) -> str:
-    """A line of a log, without its newline."""
-    return json.dumps(_json(record), ensure_ascii=False, allow_nan=False)
+def beyond_pace(step: int, most: float) -> str:
+    """The warning that samples are left out."""
+    return (
+        f"warning: {SAMPLES} grows faster than log.samples_mb={most:g} allows, up to step {step}, "
+        "so some groups are left out of it; raise it, or lower log.samples"
+    )
 
 
 def write_line(file: TextIO, record: dict[str, Any]) -> None:

@@ -36,6 +36,13 @@ class Pace:
         self.step = step
         self._times.append((step, self.now()))
 
+    def leave_out(self) -> None:
+        """Leave the last step, up to now, out of the pace: it took long for a reason of its own."""
+        *earlier, (before, began), _ = self._times
+        lost = self.now() - began
+        moved = [(step + 1, moment + lost) for step, moment in [*earlier, (before, began)]]
+        self._times = deque(moved, maxlen=self._times.maxlen)
+
     def seconds_per_step(self) -> float | None:
         (first, began), (last, ended) = self._times[0], self._times[-1]
         return (ended - began) / (last - first) if last > first else None

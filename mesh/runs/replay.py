@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mesh.config.keys import problem
-from mesh.runs.compare import NOTHING, different, read_lines, untimed
-from mesh.runs.metrics import line_of
+from mesh.runs.compare import NOTHING, different, untimed
+from mesh.runs.lines import line_of, read_lines
+from mesh.runs.samples import group_of, read_samples
 
 Record = dict[str, Any]
 LAYOUT = (
@@ -37,20 +38,25 @@ class LoggedStep:
 def logged_step(run_dir: Path, step: int) -> LoggedStep:
     """Read one step of a run's logs. Raises ValueError if it has no such step."""
     lines = read_lines(run_dir / "metrics.jsonl", killed=True)
-    samples = read_lines(run_dir / "samples.jsonl", killed=True)
+    samples = read_samples(run_dir, killed=True)
     taken = {line["step"]: line for line in lines if line["step"] > 0}
     if step not in taken:
         has = f"steps {min(taken)} to {max(taken)}" if taken else "no step"
         remedy = "choose a step that it has logged"
         raise ValueError(problem("step", step, f"{run_dir} has logged {has}", remedy))
-    mine = [_without_step(sample) for sample in samples if sample["step"] == step]
+    mine = [_made(sample) for sample in samples if sample["step"] == step]
     return LoggedStep(_without_step(untimed(taken[step])), mine)
 
 
 def as_logged(metrics: Record, samples: Sequence[Record]) -> LoggedStep:
     """Convert a step just taken to what its logs would contain."""
     back = [json.loads(line_of(record)) for record in (metrics, *samples)]
-    return LoggedStep(untimed(back[0]), back[1:])
+    return LoggedStep(untimed(back[0]), [_made(sample) for sample in back[1:]])
+
+
+def _made(sample: Record) -> Record:
+    """A sample without why it was kept: a replay makes all, whatever is left out of the file."""
+    return {key: value for key, value in sample.items() if key not in ("step", "chosen")}
 
 
 def _without_step(line: Record) -> Record:
@@ -112,8 +118,8 @@ class ReplayComparison:
         return f"DIFFERENT: {names}; {self.wrong_samples} of {len(samples)} samples"
 
 
-def _id(sample: Record) -> tuple[int, int]:
-    return sample["prompt_id"], sample["sample_id"]
+def _id(sample: Record) -> tuple[Any, ...]:
+    return *group_of(sample), sample["sample_id"]
 
 
 def _text(record: Record, key: str) -> str:

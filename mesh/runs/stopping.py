@@ -14,7 +14,7 @@ from typing import Any
 
 from mesh.config.sections import StopConf
 from mesh.lifecycle.process import Process
-from mesh.runs.compare import read_lines
+from mesh.runs.lines import read_lines
 
 
 def stop_reason(rule: StopConf, values: Sequence[tuple[int, float]]) -> str:

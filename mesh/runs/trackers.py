@@ -1,33 +1,43 @@
-"""TensorBoard and W&B: copies of the metrics, whose outage never ends a run.
+"""TensorBoard, W&B and trackio: what a run tells them of each step, in the form that each has.
 
-`metrics.jsonl` is the record. A tracker has a thread of its own that feeds it, so that one that
-hangs does not hold up training either. Its first failure is a warning, the number of all of them
-is in the run's last line. What a user has to change, such as a missing login, is refused at the
-start instead.
+Each is one class behind the same two verbs. A failure is an exception: `mesh/runs/feeds.py` calls
+them, in threads of their own. What a user has to change, such as a missing login, is a Refusal.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import os
 import secrets
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from mesh.config.keys import Refusal, problem
-from mesh.lifecycle.ending import say
+from mesh.runs.excerpts import COLUMNS, Row, as_markdown
 
 WANDB_ID = "wandb-id.txt"
-WAITING = 1000  # steps that a tracker may be behind; it misses what comes then
-Scalars = Mapping[str, int | float]
+TRACKIO_ID = "trackio-id.txt"
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What trackers are told of one step. `histograms`: values by name, of all its rollouts.
+    `samples`: rows of the samples file."""
+
+    scalars: Mapping[str, int | float]
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    samples: Sequence[Row] = ()
 
 
 class Tracker(Protocol):
-    """What is fed with the metrics of every step."""
+    """What is told of every step, once; it gets samples as `mesh/runs/excerpts.py` makes them."""
 
-    def log(self, step: int, scalars: Scalars) -> None: ...
+    def log(self, step: int, entry: Entry) -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,12 +53,41 @@ class TensorBoard:
         path = str(run_dir / "tensorboard")
         self._writer: Any = SummaryWriter(path, flush_secs=10, purge_step=purge)
 
-    def log(self, step: int, scalars: Scalars) -> None:
-        for key, value in scalars.items():
+    def log(self, step: int, entry: Entry) -> None:
+        for key, value in entry.scalars.items():
             self._writer.add_scalar(key, value, step)
+        for key, values in entry.histograms.items():
+            self._writer.add_histogram(key, np.asarray(values), step)
+        if entry.samples:
+            self._writer.add_text(SAMPLES, as_markdown(entry.samples), step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+class Place:
+    """How far a run has come at a tracker that cannot take back a step: its name there and the
+    last step that it was told of, in a file of the run directory. The steps that a resumed run
+    takes again are the same, and are not told twice."""
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self._path = path
+        words = path.read_text().split() if path.exists() else []
+        self.name = words[0] if words else prefix + secrets.token_hex(4)
+        self._step = int(words[1]) if len(words) > 1 else -1
+        self._write()
+
+    def has(self, step: int) -> bool:
+        return step <= self._step
+
+    def reached(self, step: int) -> None:
+        self._step = step
+        self._write()
+
+    def _write(self) -> None:
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(f"{self.name}\n{self._step}\n")
+        os.replace(partial, self._path)
 
 
 class Wandb:
@@ -59,84 +98,94 @@ class Wandb:
         """Raises Refusal where W&B asks for something that the user has to do, such as a login."""
         import wandb
 
-        path = run_dir / WANDB_ID
-        if not path.exists() or not path.read_text().strip():  # killed as it was written
-            path.write_text(secrets.token_hex(4) + "\n")
+        self._wandb: Any = wandb
+        self._place = Place(run_dir / WANDB_ID)
         try:
             self._run: Any = wandb.init(
                 project=project, name=run_dir.name, dir=str(run_dir), config=dict(config),
                 allow_val_change=True,  # a resumed run may have other `steps`
-                id=path.read_text().strip(), resume="allow",
+                id=self._place.name, resume="allow",
             )  # fmt: skip
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             remedy = "do as it says, e.g. wandb login or WANDB_MODE=offline, or leave it unset"
             raise Refusal(problem("log.wandb", project, f"W&B: {error}", remedy)) from error
-        # W&B ignores values for a step of its own counter that it has: ours may be logged again
-        self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, scalars: Scalars) -> None:
-        self._run.log(dict(scalars) | {"step": step})
+    def log(self, step: int, entry: Entry) -> None:
+        if self._place.has(step):
+            return
+        record: dict[str, Any] = dict(entry.scalars)
+        for key, values in entry.histograms.items():
+            record[key] = self._wandb.Histogram(values)
+        if entry.samples:
+            rows = [[row[name] for name in COLUMNS] for row in entry.samples]
+            record[SAMPLES] = self._wandb.Table(
+                columns=list(COLUMNS), data=rows, allow_mixed_types=True
+            )
+        self._run.log(record, step=step, commit=True)
+        self._place.reached(step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-class Feed:
-    """Owns a tracker and the thread that calls it."""
+class Trackio:
+    """The trackio run of a run directory, the same one whenever it is resumed. It stays in files
+    on this machine, unless the user names a Space or a server in trackio's own variables."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        """Raises what a user has to change (Refusal); another failure of `make` is the first one
-        of the tracker, which is then missing."""
-        self.name, self.failures, self.first = name, 0, ""
-        self._queue: queue.Queue[tuple[int, Scalars] | None] = queue.Queue(WAITING)
-        self._tracker: Tracker | None = None
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        """Raises Refusal where trackio asks for something that the user has to do."""
+        import trackio
+        from huggingface_hub.errors import LocalTokenNotFoundError
+
+        self._trackio: Any = trackio
+        self._seen: set[str] = set()
+        # it finds the run by its name alone
+        self._place = Place(run_dir / TRACKIO_ID, f"{run_dir.name}-")
         try:
-            self._tracker = make()
-        except Refusal:
-            raise
-        except Exception as error:  # whatever a tracker raises, here and below, is its outage
-            self._failed(error)
-        self._thread = threading.Thread(target=self._run, name=f"mesh-{name}", daemon=True)
-        self._thread.start()
+            with _nothing_asked():
+                self._run: Any = trackio.init(
+                    project=project, name=self._place.name, config=dict(config), resume="allow",
+                    embed=False, auto_log_cpu=False, auto_log_gpu=False,
+                )  # fmt: skip
+        except (ValueError, LocalTokenNotFoundError) as error:
+            remedy = "do as it says, or leave it unset"
+            raise Refusal(problem("log.trackio", project, f"trackio: {error}", remedy)) from error
 
-    def log(self, step: int, scalars: Scalars) -> None:
-        """Have the tracker log a step; returns at once."""
-        if self._tracker is None:
-            self.failures += 1
+    def log(self, step: int, entry: Entry) -> None:
+        if self._place.has(step):
             return
-        try:
-            self._queue.put_nowait((step, scalars))
-        except queue.Full:
-            self._failed(RuntimeError(f"it is {WAITING} steps behind"))
+        record: dict[str, Any] = dict(entry.scalars)
+        for key, values in entry.histograms.items():
+            record[key] = self._trackio.Histogram(values)
+        if entry.samples:
+            record[SAMPLES] = self._trackio.Table(data=[dict(row) for row in entry.samples])
+        self._run.log(record, step=step)
+        self._place.reached(step)
+        self._raise_its_failures()
 
-    def close(self, seconds: float) -> None:
-        """Have it finish, but wait no longer than this."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=seconds)
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            self._failed(RuntimeError(f"it did not finish within {seconds:g} s"))
+    def close(self) -> None:
+        self._run.finish()
+        self._raise_its_failures()
 
-    def summary(self) -> str:
-        """`wandb failed 3 times (CommError: ...)`; empty if it never did."""
-        times = f"{self.failures} time{'s' if self.failures > 1 else ''}"
-        return f"{self.name} failed {times} ({self.first})" if self.failures else ""
+    def _raise_its_failures(self) -> None:
+        """Raise what trackio has only warned of: it writes in a thread, and raises nothing."""
+        new = set(self._run._warned_failures) - self._seen
+        self._seen |= new
+        if new:
+            raise RuntimeError(f"{', '.join(sorted(new))}: see its own warning")
 
-    def _run(self) -> None:
-        while self._tracker is not None and (item := self._queue.get()) is not None:
-            try:
-                self._tracker.log(*item)
-            except Exception as error:
-                self._failed(error)
-        try:
-            if self._tracker is not None:
-                self._tracker.close()
-        except Exception as error:
-            self._failed(error)
 
-    def _failed(self, error: Exception) -> None:
-        self.failures += 1
-        if self.failures == 1:
-            lines = str(error).strip().splitlines() or [""]
-            self.first = f"{type(error).__name__}: {lines[0]}"
-            say(f"{self.name} failed ({self.first}); the run goes on, and metrics.jsonl has it all")
+@contextmanager
+def _nothing_asked() -> Iterator[None]:
+    """Keep a run of trackio that stays on this machine from the network: even then it asks the Hub
+    for the name of the user whose token it finds, without a time limit."""
+    import trackio.run
+
+    module: Any = trackio.run
+    ask = module._get_default_namespace
+    if not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
+        module._get_default_namespace = lambda: None
+    try:
+        yield
+    finally:
+        module._get_default_namespace = ask

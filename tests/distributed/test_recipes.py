@@ -117,8 +117,8 @@ def test_run_directory_and_last_line(runs):
     made = runs("colocated")
     names = {item.name for item in made.path.iterdir()}
     assert names == {
-        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "model", "tensorboard",
-        "lock", "timeline.jsonl",
+        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl.gz", "model",
+        "tensorboard", "lock", "timeline.jsonl",
     }  # fmt: skip
     assert list((made.path / "tensorboard").iterdir())
     assert made.output.splitlines()[-1].startswith("done  3/3 steps  eval ")

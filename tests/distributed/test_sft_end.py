@@ -8,6 +8,8 @@ from pathlib import Path
 from chat_tokenizer import CHATML, END_OF_TEXT, IM_END, saved
 from launching import launch
 
+from mesh.runs.samples import read_samples
+
 WORDS = ["task_args.min_length=1", "task_args.max_length=1", "eval.num_prompts=2"]
 
 
@@ -29,8 +31,8 @@ def test_a_model_of_sft_stops_at_the_end_of_a_turn(tmp_path: Path):
     words = ["conf=qwen3_tiny", *WORDS, f"model.path={model}", "steps=1", "trainer.lr=1e-9"]
     words += [f"run_dir={tmp_path / 'run'}", "log.samples=-1"]
     launch("recipes/grpo.py", 1, *words)
-    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
-    reasons = [json.loads(line)["finish_reason"] for line in lines]
+    rows = [row for row in read_samples(tmp_path / "run") if row["split"] == "train"]
+    reasons = [row["finish_reason"] for row in rows]
     assert len(reasons) == 512 and reasons.count("stop") > 460
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     # an answer is one letter and the end of the turn

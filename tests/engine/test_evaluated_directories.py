@@ -14,7 +14,7 @@ from tiny_families import RUNNING
 from tiny_qwen3 import save_checkpoint
 
 from mesh.engine.vllm.checks import install_problems
-from mesh.runs.compare import read_lines
+from mesh.runs.lines import read_lines
 
 if install_problems("cpu"):
     pytest.skip(f"{install_problems('cpu')[0]}", allow_module_level=True)

@@ -43,7 +43,7 @@ def test_killed_while_it_writes_the_best_model(tmp_path):
     assert "was killed, or crashed outside Python" in killed.stderr
     assert {"step-5", "step-6.partial"} <= names_in(path / "best")
     (path / "metrics.jsonl").unlink()
-    os.truncate(path / "samples.jsonl", 100)
+    os.truncate(path / "samples.jsonl.gz", 100)
 
     resumed = launch("recipes/grpo.py", 3, f"resume={path}", path=TESTS).stdout
     assert f"resumed from {path}/checkpoints/step-" in resumed

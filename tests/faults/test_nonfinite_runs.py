@@ -120,8 +120,8 @@ def test_keys_of_wandb_reach_no_file_and_no_output(stopped):
     files = [path for path in stopped.path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert names >= {
-        "config.yaml", "environment.json", "environment-2.json", "metrics.jsonl", "samples.jsonl",
-        "error-rank0.txt", "nonfinite.jsonl", "index.json",
+        "config.yaml", "environment.json", "environment-2.json", "metrics.jsonl",
+        "samples.jsonl.gz", "error-rank0.txt", "nonfinite.jsonl", "index.json",
     }  # fmt: skip
     for key in KEYS.values():
         assert not [path for path in files if key.encode() in path.read_bytes()]

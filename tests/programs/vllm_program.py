@@ -65,7 +65,9 @@ def steps(plan: Plan, process: Process) -> dict[str, Any]:
                 return completions
 
             engine.generate = watched
-        metrics = [train_step(program, process, Phases(process.device), n)[0] for n in range(STEPS)]
+        metrics = [
+            train_step(program, process, Phases(process.device), n).metrics for n in range(STEPS)
+        ]
         return {"generated": generated, "metrics": metrics, "name": name_of(program)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from mesh.runs.samples import SAMPLES as FILE
+from mesh.runs.samples import member_of, members
 from tools.chaos.checks import finished_problems, kept_problems, kept_text, newest, text_problems
 from tools.chaos.plan import FIRST, MESHES, plan
 
@@ -53,13 +56,21 @@ def finished(path: Path) -> Path:
         for step in range(STEPS + 1)
     ]
     samples = [
-        {"step": step, "prompt_id": 10 * step, "sample_id": sample}
+        {"step": step, "split": "train", "prompt_id": 10 * step, "sample_id": sample}
         for step in range(1, STEPS + 1)
         for sample in range(SAMPLES)
     ]
-    for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-        (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (path / FILE).write_bytes(b"".join(member_of([row]) for row in samples))
     return path
+
+
+def samples(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Path], None]:
+    def edited(path: Path) -> None:
+        rows = [gzip.compress(part) for part in members(path / FILE)]
+        (path / FILE).write_bytes(b"".join(change(rows)))
+
+    return edited
 
 
 def edit(name: str, change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
@@ -75,8 +86,9 @@ WRONG = {
     "metrics.jsonl holds steps [0, 1, 2, 2, 3]": edit(
         "metrics.jsonl", lambda x: [*x[:3], x[2], x[3]]
     ),
-    "samples.jsonl holds 5 lines": edit("samples.jsonl", lambda x: x[1:]),
-    "samples.jsonl holds 7 lines": edit("samples.jsonl", lambda x: [x[0], *x]),
+    f"{FILE} holds 5 rollouts": samples(lambda x: x[1:]),
+    f"{FILE} holds 7 rollouts": samples(lambda x: [x[0], *x]),
+    f"{FILE}.partial was left": lambda p: (p / f"{FILE}.partial").touch(),
     "step-3.partial was left": lambda p: (p / "checkpoints" / "step-3.partial").mkdir(),
     "step-1.damaged was left": lambda p: (p / "checkpoints" / "step-1.damaged").mkdir(),
     "checkpoints of steps [2] are kept": lambda p: (p / "checkpoints" / "step-3").rename(p / "x"),
@@ -112,8 +124,8 @@ def test_what_is_wrong_with_a_finished_run_is_seen(said, tmp_path):
 def test_lines_before_the_checkpoint_must_stay(tmp_path):
     reference, path = finished(tmp_path / "reference"), finished(tmp_path / "run")
     assert newest(path) == 3 and newest(tmp_path) is None
-    with (path / "samples.jsonl").open("a") as file:
-        file.write('{"step": 2, "prom')  # torn
+    with (path / FILE).open("ab") as file:
+        file.write(member_of([{"step": 2, "prompt_id": 5}])[:-3])  # torn
     kept = kept_text(path, 2)
     assert [text.count(b"\n") for text in kept.values()] == [3, 4]
     assert kept_problems(kept, reference, 2) == [] == text_problems(path, [kept])

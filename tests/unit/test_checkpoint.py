@@ -183,7 +183,7 @@ def run_with(process: Process, path: Path, steps: int, *words: str) -> tuple[Con
     conf = conf_of(*words)
     path.mkdir(exist_ok=True)
     (path / "metrics.jsonl").touch()
-    (path / "samples.jsonl").touch()
+    (path / "samples.jsonl.gz").touch()
     trainer = trainer_of(conf)
     keeper = Checkpointer(conf, path, process, trainer, Inputs())
     for step in range(1, steps + 1):
@@ -282,7 +282,7 @@ def test_keeps_the_newest_and_leaves_foreign_files_alone(process, tmp_path, caps
 
 def test_without_asking_one_is_written_where_a_run_is_stopped_early_alone(process, tmp_path):
     conf, trainer = conf_of("checkpoint.every=0", "steps=3"), trainer_of(conf_of())
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl.gz"):
         (tmp_path / name).touch()
     keeper = Checkpointer(conf, tmp_path, process, trainer, Inputs())
     keeper.after(1, stop=False)

@@ -256,11 +256,12 @@ def test_context_longer_than_the_models_own():
 
 
 def test_loggers_that_are_not_installed(monkeypatch):
-    for package in ("wandb", "tensorboard"):
+    for package in ("wandb", "trackio", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
-    conf = random_conf(log=LogConf(wandb="mine"))
+    conf = random_conf(log=LogConf(wandb="mine", trackio="ours"))
     assert conf_problems(conf) == [
         "log.wandb=mine: wandb is not installed; pip install wandb, or unset it (null)",
+        "log.trackio=ours: trackio is not installed; pip install trackio, or unset it (null)",
         "log.tensorboard=true: tensorboard is not installed; pip install tensorboard, or set "
         "log.tensorboard=false",
     ]

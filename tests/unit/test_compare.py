@@ -15,8 +15,11 @@ from launching import REPOSITORY
 from mesh.config.loading import save_conf
 from mesh.config.schema import Conf
 from mesh.recipes.replay import main as replay_main
-from mesh.runs.compare import compare_runs, different, read_lines, untimed
+from mesh.runs.compare import compare_runs, different, untimed
+from mesh.runs.lines import read_lines
 from mesh.runs.replay import LoggedStep, ReplayComparison, as_logged, cautions, logged_step
+from mesh.runs.samples import SAMPLES as FILE
+from mesh.runs.samples import member_of, read_samples
 
 METRICS: list[dict[str, Any]] = [
     {"step": 0, "eval/accuracy": 0.5},
@@ -31,7 +34,10 @@ SAMPLES: list[dict[str, Any]] = [
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if path.name == FILE:
+        path.write_bytes(b"".join(member_of([line]) for line in lines))
+    else:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def made(path: Path) -> Path:
@@ -39,12 +45,12 @@ def made(path: Path) -> Path:
     (path / "model" / "model.safetensors").write_bytes(b"weights")
     (path / "model" / "config.json").write_text("{}")
     write(path / "metrics.jsonl", METRICS)
-    write(path / "samples.jsonl", SAMPLES)
+    write(path / FILE, SAMPLES)
     return path
 
 
 def with_line(path: Path, file: str, number: int, **values: Any) -> None:
-    lines = read_lines(path / file)
+    lines = read_samples(path) if file == FILE else read_lines(path / file)
     lines[number] |= values
     write(path / file, lines)
 
@@ -62,14 +68,14 @@ CHANGES = {
     "metrics.jsonl: line differs: \"step 2\" and nothing": lambda p: write(
         p / "metrics.jsonl", METRICS[:2]
     ),
-    "samples.jsonl step 2 prompt_id 9 sample_id 0: reward differs: 0.0 and -0.0": lambda p: (
-        with_line(p, "samples.jsonl", 1, reward=-0.0)
+    "samples.jsonl.gz step 2 prompt_id 9 sample_id 0: reward differs: 0.0 and -0.0": lambda p: (
+        with_line(p, FILE, 1, reward=-0.0)
     ),
-    "samples.jsonl step 2 prompt_id 9 sample_id 0: response differs: \"täc\" and \"tac\"": (
-        lambda p: with_line(p, "samples.jsonl", 1, response="tac")
+    "samples.jsonl.gz step 2 prompt_id 9 sample_id 0: response differs: \"täc\" and \"tac\"": (
+        lambda p: with_line(p, FILE, 1, response="tac")
     ),
-    "samples.jsonl: line differs: nothing and \"step 2 prompt_id 9 sample_id 1\"": lambda p: write(
-        p / "samples.jsonl", [*SAMPLES, SAMPLES[2]]
+    "samples.jsonl.gz: line differs: nothing and \"step 2 prompt_id 9 sample_id 1\"": (
+        lambda p: write(p / FILE, [*SAMPLES, SAMPLES[2]])
     ),
     "model/model.safetensors: SHA-256 differs": lambda p: (
         p / "model" / "model.safetensors"
@@ -156,9 +162,9 @@ def test_the_command_says_equal_different_or_unreadable(tmp_path):
 def test_a_logged_step_of_a_killed_run(tmp_path):
     """The last line was cut short; a line that cannot be read before it is an error."""
     path = made(tmp_path / "run")
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        with (path / file).open("a") as stream:
-            stream.write('{"step": 3, "re')
+    with (path / "metrics.jsonl").open("a") as lines, (path / FILE).open("ab") as samples:
+        lines.write('{"step": 3, "re')
+        samples.write(member_of([{"step": 3, "re": 1}])[:-1])
     step = logged_step(path, 2)
     assert step.metrics == {"loss": 0.2, "grad_norm": 3.0}
     assert [s["response"] for s in step.samples] == ["täc", ""]

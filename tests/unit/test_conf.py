@@ -203,7 +203,7 @@ def test_a_far_choice_is_not_suggested():
         (
             "log=3",
             "log=3: a group of keys; set one of log.progress, log.tensorboard, log.wandb, "
-            "log.samples, log.tokens, log.evaluations",
+            "log.trackio, log.samples, log.samples_mb, log.tokens, log.timeline, log.evaluations",
         ),
         ("steps=3.5", "steps=3.5: expected an integer; write e.g. steps=100"),
         ("steps=true", "steps=true: expected an integer; write e.g. steps=100"),

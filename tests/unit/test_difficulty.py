@@ -19,6 +19,7 @@ from mesh.checkpoint.same_run import Inputs
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import Process
 from mesh.program.plan import difficulty_bounds
+from mesh.rl.samples import StepRecord
 from mesh.runs.warnings import StepWarnings
 from mesh.tasks import Draw
 from mesh.tasks.difficulty import MAX_ROUNDS, Bounds, Offers, PassRates, name_of
@@ -119,14 +120,14 @@ def kept_by(process: Process, path: Path, rates: PassRates, every: int) -> Check
     """A run of two steps, whose questions were answered rightly in the first one."""
     conf = conf_of(f"checkpoint.every={every}", "on_nonfinite=stop")
     path.mkdir()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl.gz"):
         (path / name).touch()
     trainer = trainer_of(conf)
     keeper = Checkpointer(conf, path, process, trainer, Inputs(), rates)
     for step in (1, 2):
         advance(trainer, step)
         rates.add(step - 1, [("a>", 4 // step, 4)])
-        keeper.trained(step, {}, [])
+        keeper.trained(step, StepRecord({}))
         keeper.after(step, stop=every > 0 and step == 2)
     return keeper
 

@@ -55,7 +55,7 @@ class Small:
         for _ in range(steps):
             self.step += 1
             advance(self.trainer, self.step)
-            for name in ("metrics.jsonl", "samples.jsonl", *([odd] if self.step % 2 else [])):
+            for name in ("metrics.jsonl", "samples.jsonl.gz", *([odd] if self.step % 2 else [])):
                 if name:
                     self.log(name)
             if values and self.step in values:
@@ -127,16 +127,17 @@ def test_a_log_of_later_steps_alone_goes(process, tmp_path, name):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(2)
     run.log(name)
-    assert Small(process, run.path, resume=True).logs().keys() == {"metrics.jsonl", "samples.jsonl"}
+    logs = Small(process, run.path, resume=True).logs()
+    assert logs.keys() == {"metrics.jsonl", "samples.jsonl.gz"}
 
 
 def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(4)
-    flip(run.path / "checkpoints" / "step-4" / "samples.jsonl", 3)
+    flip(run.path / "checkpoints" / "step-4" / "samples.jsonl.gz", 3)
     again = Small(process, run.path, resume=True)
     assert again.step == 2 and again.logs()["metrics.jsonl"].count(b"\n") == 2
-    assert "the checksum of samples.jsonl is wrong" in capsys.readouterr().out
+    assert "the checksum of samples.jsonl.gz is wrong" in capsys.readouterr().out
 
 
 DAMAGED = "the first {} bytes of {} have changed since logged; resuming restores the file"

@@ -41,20 +41,9 @@ def test_a_second_logger_appends(tmp_path, capsys):
 
 def test_off_rank_0_nothing_happens(tmp_path, capsys):
     with MetricsLogger(tmp_path, LogConf(), rank=1, steps=2) as metrics:
-        metrics.log(1, {"loss": 1.0})
-        metrics.log_samples(1, [{"prompt": "a"}])
+        metrics.log(1, {"loss": 1.0}, [{"prompt": "a"}])
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("samples", "written"), [(2, 2), (-1, 3), (0, 0)])
-def test_samples_file(tmp_path, samples, written):
-    rollouts = [{"prompt": "cat>", "answer": "täc", "reward": float(i)} for i in range(3)]
-    with MetricsLogger(tmp_path, LogConf(tensorboard=False, samples=samples), 0, 2) as metrics:
-        metrics.log_samples(7, rollouts)
-    expected = [{"step": 7} | rollout for rollout in rollouts[:written]]
-    assert lines(tmp_path / "samples.jsonl") == expected
-    assert "täc" in (tmp_path / "samples.jsonl").read_text() or not written
 
 
 def test_tensorboard(tmp_path):

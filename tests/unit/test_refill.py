@@ -15,9 +15,10 @@ from test_step import rollout, wave_of
 from mesh.config.loading import load_conf
 from mesh.program.groups import Groups, filled, joined
 from mesh.program.loss_checks import read_loss
+from mesh.program.records import samples_of
 from mesh.program.refill_checks import difficulty_problems, refill_problems, round_problems
 from mesh.rl.refill import next_round, unequal_groups
-from mesh.rl.step import batch_of, samples_of
+from mesh.rl.step import StepSettings, batch_of
 from mesh.runs.warnings import StepWarnings
 from mesh.tasks import Draw, numbered
 from mesh.tasks.drawing import refill_draw
@@ -131,10 +132,8 @@ def test_groups_enter_in_the_order_of_round_and_index_until_the_step_is_full():
         "prompts/held_out": 2.0, "prompts/drawn": 6.0, "prompts/rounds": 1.0,
         "groups/kept": 3.0, "groups/surplus": 1.0, "groups/missing": 0.0,
     }  # fmt: skip
-    lines = samples_of(
-        whole.prompts, [whole.drawn], {1: (-1, 1), 3: (1, -1), 4: (1, -1)}, lambda r: {},
-        left_out=whole.left_out,
-    )  # fmt: skip
+    keys = StepSettings(3, 2, 1, False, 99, log_samples=-1)
+    lines = samples_of(keys, 0, whole, {1: (-1, 1), 3: (1, -1), 4: (1, -1)}, [])
     found = {(x["prompt_id"], x["sample_id"]): (x["advantage"], x.get("left_out")) for x in lines}
     assert found[1, 0] == (-1, None) and found[4, 0] == (1, None)
     assert found[2, 1] == (0.0, "equal") and found[5, 1] == (0.0, "surplus")

@@ -15,9 +15,9 @@ from mesh.checkpoint.files import read_index
 from mesh.checkpoint.keeper import Checkpointer
 from mesh.checkpoint.rescue import Plan, plan_of
 from mesh.checkpoint.same_run import Inputs
-from mesh.checkpoint.unlogged import Unlogged
 from mesh.lifecycle.meeting import Meeting
 from mesh.lifecycle.process import Process
+from mesh.rl.samples import StepRecord
 from mesh.roles.trainer import Trainer
 
 INF = float("inf")
@@ -31,7 +31,7 @@ def begun(process: Process, path: Path, steps: int, *words: str) -> tuple[Checkp
     keeper = Checkpointer(conf, path, process, trainer, Inputs())
     for step in range(1, steps + 1):
         advance(trainer, step)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl.gz"):
             with open(path / name, "a") as file:
                 file.write(f"{step}\n")
         keeper.after(step, stop=False)
@@ -96,7 +96,7 @@ def test_a_trained_step_is_logged_by_the_resumed_run_alone(process, tmp_path):
     advance(trainer, 3)
     metrics = {"loss": 0.1 + 0.2, "grad_norm": INF, "digest/weights": "ff"}
     samples = [{"prompt_id": p, "sample_id": s} for p in (1, 0) for s in (0, 1)]
-    keeper.trained(3, metrics, samples)
+    keeper.trained(3, StepRecord(metrics, samples, {"reward": [0.5, 1.0]}))
     assert rescued(keeper) == f"resume={path} continues after step 3"
     assert "unlogged-0.json" in read_index(path / "checkpoints" / "step-3").files
 
@@ -105,7 +105,7 @@ def test_a_trained_step_is_logged_by_the_resumed_run_alone(process, tmp_path):
     assert (again.load(), again.trainer.steps) == (2, 3)
     assert (path / "metrics.jsonl").read_text() == "1\n2\n"
     ordered = [{"prompt_id": p, "sample_id": s} for p in (0, 1) for s in (0, 1)]
-    assert again.to_log() == (metrics, ordered)
+    assert again.to_log() == StepRecord(metrics, ordered, {"reward": [0.5, 1.0]})
     assert again.to_log() is None
     again.after(3, stop=True)
     assert names_in(path) == ["step-3"]
@@ -127,10 +127,10 @@ def test_what_was_to_be_logged_is_kept_until_the_next_step(process, tmp_path):
     keeper, trainer = begun(process, path, 2)
     advance(trainer, 3)
     samples = [{"prompt_id": 0, "sample_id": 0}]
-    keeper.trained(3, {"loss": 0.5}, samples)
+    keeper.trained(3, StepRecord({"loss": 0.5}, samples))
     keeper.after(3, stop=False)
     rest = keeper.rescue.rest
-    assert rest is not None and rest.logged and rest.unlogged == Unlogged({"loss": 0.5}, samples)
+    assert rest is not None and rest.logged and rest.unlogged == StepRecord({"loss": 0.5}, samples)
     assert rescued(keeper) == f"resume={path} continues after step 3"
     assert "unlogged-0.json" not in read_index(path / "checkpoints" / "step-3").files
 

@@ -96,7 +96,7 @@ def test_git_commit_is_this_repositorys():
 
 def test_a_new_run_does_not_write_where_links_lead(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "not-there-yet")
+    (tmp_path / "run" / "samples.jsonl.gz").symlink_to(tmp_path / "not-there-yet")
     (said,) = run_dir_problems(Conf(run_dir=str(tmp_path / "run")))
-    assert "holds symbolic links (samples.jsonl), which are not followed" in said
+    assert "holds symbolic links (samples.jsonl.gz), which are not followed" in said
     assert run_dir_problems(Conf(run_dir=str(tmp_path / "new"))) == []

@@ -20,6 +20,7 @@ from mesh.config.changes import changed
 from mesh.config.keys import Refusal
 from mesh.lifecycle.process import Process
 from mesh.program.shared import SAMPLE, SAMPLES, digest_of_file
+from mesh.rl.samples import StepRecord
 
 FILES = {"tokenizer.json of the tokenizer": "4000 bytes, digest 01"}
 CODE = {"the task's module my_tasks": "1 byte, digest 02", "the loss's module my_loss": "no file"}
@@ -37,13 +38,13 @@ def resumed(process: Process, tmp_path) -> Callable[..., int]:
     """Two steps with INPUTS, of which both are kept; then the step that a resume of it loads."""
     path, conf = tmp_path / "run", conf_of("task_args.min_length=2", "model.max_length=64")
     path.mkdir()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl.gz"):
         (path / name).touch()
     trainer = trainer_of(conf)
     keeper = Checkpointer(conf, path, process, trainer, INPUTS)
     for step in (1, 2):
         advance(trainer, step)
-        keeper.trained(step, {"digest/prompts": drawn(step)}, [])
+        keeper.trained(step, StepRecord({"digest/prompts": drawn(step)}))
         keeper.after(step, stop=step == 2)
 
     def resume(inputs: Inputs = INPUTS, **keys) -> int:

@@ -22,7 +22,6 @@ from mesh.rl.step import (
     StepSettings,
     advantages_of,
     credited,
-    samples_of,
     share_of,
     waves_of,
 )
@@ -264,31 +263,3 @@ def test_parts_are_means_of_those_that_have_them_exactly_rounded_in_any_order():
             rollout_metrics([Wave(order[:2], []), Wave(order[2:], [])], 2).items() >= found.items()
         )
     assert score_metrics([Outline(0, 0, 1, 2, 0.0, "stop")]) == {}
-
-
-def test_samples_carry_the_advantages_of_whole_groups():
-    """On a rank that owns prompt 5 and one that owns the others; a wave that a rank got nothing of
-    gives nothing."""
-    prompts = numbered([Prompt(i, f"{i}>", f"a{i}") for i in (4, 50, 6)], first_id=4)
-    waves = [wave_of(GROUPS, rank=0, num_ranks=2), wave_of([], rank=0), Wave([], [])]
-    advantages = advantages_of(waves[0], CENTRED, group_size=2)
-    assert advantages_of(waves[2], CENTRED, group_size=2) == {}
-    samples = samples_of(
-        prompts, waves, advantages, lambda rollout: {"response": "x" * len(rollout.tokens)}
-    )
-    found = [(s["prompt_id"], s["sample_id"], s["advantage"]) for s in samples]
-    assert found == [(4, 0, 0.5), (4, 1, -0.5), (6, 0, -2.0), (6, 1, 2.0)]
-    assert samples[3] == {
-        "prompt_id": 6, "sample_id": 1, "prompt": "6>", "response": "xxxxx", "answer": "a6",
-        "reward": 4.0, "advantage": 2.0, "finish_reason": "length",
-    }  # fmt: skip
-    scored = replace(waves[0].rollouts[0], parts=(("format", 0.5), ("x", 2.0)), correct=False)
-    (sample,) = samples_of(prompts, [Wave([], [scored])], advantages, lambda rollout: {})
-    assert (sample["parts"], sample["correct"]) == ({"format": 0.5, "x": 2.0}, False)
-    tokens = samples_of(prompts, waves, advantages, lambda rollout: {}, with_tokens=True)
-    assert [(s["prompt_tokens"], s["tokens"], s["logprobs"]) for s in tokens] == [
-        (list(r.prompt_tokens), list(r.tokens), list(r.logprobs)) for r in waves[0].rollouts
-    ]
-    (equal, _) = samples_of(prompts, [wave_of(GROUPS, 1, 2)], advantages, lambda rollout: {})
-    assert (equal["prompt_id"], equal["advantage"], equal["prompt"]) == (5, 0.0, "50>")
-    assert equal["task_prompt_id"] == 50, "the task's own id is kept"

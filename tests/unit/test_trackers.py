@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from mesh.config.keys import Refusal
 from mesh.config.sections import LogConf
+from mesh.runs import feeds as feeds_module
 from mesh.runs import metrics as metrics_module
 from mesh.runs.metrics import MetricsLogger
 
@@ -28,7 +30,7 @@ class Service:
 
     def __init__(self, fails: str = "", hangs: str = "") -> None:
         self.fails, self.hangs, self.release = fails, hangs, threading.Event()
-        self.logged: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
 
     def call(self, name: str) -> None:
         if name == self.hangs:
@@ -40,11 +42,8 @@ class Service:
         self.call("init")
         return self
 
-    def define_metric(self, *_, **__) -> None:
-        self.call("define_metric")
-
-    def log(self, values: dict) -> None:
-        self.logged.append(values)
+    def log(self, values: dict, step: int, commit: bool) -> None:
+        self.logged.append((step, values))
         self.call("log")
 
     def finish(self) -> None:
@@ -69,9 +68,7 @@ def logged(run_dir: Path, conf: LogConf, steps: int = 3) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()]
 
 
-@pytest.mark.parametrize(
-    ("where", "times"), [("init", 4), ("define_metric", 4), ("log", 3), ("finish", 1)]
-)
+@pytest.mark.parametrize(("where", "times"), [("init", 4), ("log", 3), ("finish", 1)])
 def test_an_outage_is_a_warning_and_a_number_in_the_last_line(
     tmp_path, monkeypatch, capsys, where, times
 ):
@@ -91,7 +88,7 @@ def test_an_outage_is_a_warning_and_a_number_in_the_last_line(
 def test_one_that_works_gets_every_step_and_nothing_is_said(tmp_path, monkeypatch, capsys):
     service = offered(monkeypatch, Service())
     assert logged(tmp_path, BOTH) == [1, 2, 3]
-    assert service.logged == [{"loss": float(step), "step": step} for step in (1, 2, 3)]
+    assert service.logged == [(step, {"loss": float(step)}) for step in (1, 2, 3)]
     out, err = capsys.readouterr()
     assert err == "" and "failed" not in out
 
@@ -105,6 +102,29 @@ def test_one_that_hangs_holds_up_nothing(tmp_path, monkeypatch, capsys, where):
     out, err = capsys.readouterr()
     assert err.count("W&B failed (RuntimeError: it did not finish within 0.2 s)") == 1
     assert "W&B failed 1 time (" in out
+
+
+def test_one_whose_start_hangs_holds_up_the_run_for_a_bounded_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feeds_module, "START_SECONDS", 0.2)
+    monkeypatch.setattr(metrics_module, "FINISH_SECONDS", 0.2)
+    service = offered(monkeypatch, Service(hangs="init"))
+    began = time.monotonic()
+    assert logged(tmp_path, OURS) == [1, 2, 3]
+    assert time.monotonic() - began < 5
+    service.release.set()
+    out, err = capsys.readouterr()
+    assert err.count("W&B failed (RuntimeError: it did not start within 0.2 s)") == 1
+    assert "W&B failed 2 times (RuntimeError: it did not start within 0.2 s)  run " in out
+
+
+def test_one_that_starts_late_gets_what_it_has_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds_module, "START_SECONDS", 0.2)
+    service = offered(monkeypatch, Service(hangs="init"))
+    with MetricsLogger(tmp_path, OURS, rank=0, steps=2) as logger:
+        logger.log(1, {"loss": 1.0})
+        service.release.set()
+        logger.log(2, {"loss": 2.0})
+    assert service.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
 
 
 def test_tensorboard_whose_directory_is_gone(tmp_path, capsys, monkeypatch):

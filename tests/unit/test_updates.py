@@ -18,6 +18,7 @@ from mesh.layout.holdings import local_tensors
 from mesh.model.attention import packed_context
 from mesh.model.init import random_weights
 from mesh.model.layouts import role_layouts
+from mesh.model.logprobs import TokenScores
 from mesh.model.policy import Policy, build_policy, named_weights
 from mesh.program.checks import conf_problems
 from mesh.recipes.grpo import later_updates
@@ -25,7 +26,7 @@ from mesh.rl.cutting import minibatches, owner
 from mesh.rl.packing import Leaf, pack
 from mesh.rl.step import Minibatch, StepSettings, share_of, with_scores
 from mesh.rl.updates import step_metrics
-from mesh.roles.passes import PassScores, old_logprobs
+from mesh.roles.passes import PassScores, old_scores
 from mesh.roles.sums import largest
 from mesh.roles.trainer import Trainer
 from mesh.types import Rollout, Wave, outline
@@ -311,11 +312,12 @@ def test_the_metrics_of_a_step_by_hand():
 
 
 def test_inspectors_see_the_logprobs_before_the_first_update():
-    trained_A, scored_A = torch.tensor([1.0]), torch.tensor([2.0])
-    assert old_logprobs([PassScores(), PassScores()], trained_A) is trained_A
-    assert old_logprobs([PassScores(scored_A)] * 2, trained_A).tolist() == [2.0, 2.0]
+    trained, scored_A = TokenScores(torch.tensor([1.0]), torch.tensor([0.5])), torch.tensor([2.0])
+    known = PassScores(scored_A, old_entropy_A=torch.tensor([3.0]))
+    assert old_scores([PassScores(), PassScores()], trained) is trained
+    assert [x_A.tolist() for x_A in old_scores([known] * 2, trained)] == [[2.0] * 2, [3.0] * 2]
     with pytest.raises(AssertionError, match="some passes were scored"):
-        old_logprobs([PassScores(scored_A), PassScores()], trained_A)
+        old_scores([known, PassScores()], trained)
 
 
 REFUSED = {

@@ -34,7 +34,7 @@ def test_a_resumed_run_is_the_same_run_and_the_key_stays_out(tmp_path, monkeypat
     start(monkeypatch, *WORDS, "steps=2", f"run_dir={path}")
     start(monkeypatch, f"resume={path}", "steps=3")
     start(monkeypatch, *WORDS, "steps=1", f"run_dir={other}")
-    name, other_name = ((p / "wandb-id.txt").read_text().strip() for p in (path, other))
+    name, other_name = ((p / "wandb-id.txt").read_text().split()[0] for p in (path, other))
     assert len(name) == 8 and name != other_name
     files = sorted(path.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     assert [file.name for file in files] == [f"run-{name}.wandb"] * 2

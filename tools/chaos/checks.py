@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mesh.checkpoint.folder import DAMAGED, PARTIAL, steps_in
-from mesh.checkpoint.logs import LOGS
+from mesh.checkpoint.logs import KEPT_LOGS, LOGS
 from mesh.model.weight_checks import weight_problems
-from mesh.runs.compare import compare_runs, line_differences, read_lines
+from mesh.runs.compare import compare_runs, line_differences
+from mesh.runs.lines import lines_in, read_lines
+from mesh.runs.samples import SAMPLES, members, read_samples
 
 KEPT = 2  # checkpoint.keep, as unset
 METRIC = "eval/accuracy"  # checkpoint.best_metric, as unset
@@ -28,10 +30,15 @@ def kept_text(run_dir: Path, step: int) -> Texts:
     """The complete lines of the logs up to a step."""
     texts = {}
     for name in LOGS:
-        lines = (run_dir / name).read_bytes().splitlines(keepends=True)
+        lines = text_of(run_dir / name, killed=True).splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]
         texts[name] = b"".join(line for line in whole if json.loads(line)["step"] <= step)
     return texts
+
+
+def text_of(log: Path, killed: bool = False) -> bytes:
+    """The lines of a log, decompressed."""
+    return b"".join(members(log, killed)) if log.name == SAMPLES else log.read_bytes()
 
 
 def kept_problems(kept: Texts, reference: Path, step: int) -> list[str]:
@@ -39,7 +46,8 @@ def kept_problems(kept: Texts, reference: Path, step: int) -> list[str]:
     found = []
     for name, text in kept.items():
         mine = [json.loads(line) for line in text.splitlines()]
-        theirs = [line for line in read_lines(reference / name) if line["step"] <= step]
+        path = reference / name
+        theirs = [line for line in lines_in(text_of(path), path) if line["step"] <= step]
         found += [f"before it was killed: {one}" for one in line_differences(name, mine, theirs)][
             :1
         ]
@@ -63,7 +71,8 @@ def resumed_problems(log: str, run_dir: Path, step: int) -> list[str]:
 
 def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[str]:
     """A finished run must have logs without gap or duplicate, all files, and no leftovers."""
-    metrics, samples = (read_lines(run_dir / name) for name in LOGS)
+    metrics, every = read_lines(run_dir / "metrics.jsonl"), read_samples(run_dir)
+    samples = [line for line in every if line["split"] == "train"]
     found = []
     logged = [line["step"] for line in metrics]
     if logged != list(range(steps + 1)):
@@ -73,7 +82,7 @@ def finished_problems(run_dir: Path, steps: int, samples_a_step: int) -> list[st
     if len(counts) != len(samples) or per_step != dict.fromkeys(
         range(1, steps + 1), samples_a_step
     ):
-        found.append(f"samples.jsonl holds {len(samples)} lines, by step {dict(per_step)}")
+        found.append(f"{SAMPLES} holds {len(samples)} rollouts, by step {dict(per_step)}")
     found += directory_problems(run_dir, steps, metrics[-1]["digest/weights"])
     return found or best_problems(run_dir, metrics)
 
@@ -97,7 +106,8 @@ def directory_problems(run_dir: Path, steps: int, digest: str) -> list[str]:
 
 def leftovers(run_dir: Path) -> list[Path]:
     """Partial files of the logs and the best models."""
-    places = (run_dir.glob(f"*.jsonl{PARTIAL}"), (run_dir / "best").glob(f"*{PARTIAL}"))
+    logs = (run_dir.glob(f"{name}{PARTIAL}") for name in KEPT_LOGS)
+    places = (*logs, (run_dir / "best").glob(f"*{PARTIAL}"))
     return sorted(item.relative_to(run_dir) for place in places for item in place)
 
 
@@ -129,7 +139,7 @@ def text_problems(run_dir: Path, kept: Sequence[Texts]) -> list[str]:
         f"{name}: lines before the checkpoint have changed"
         for texts in kept
         for name, text in texts.items()
-        if not (run_dir / name).read_bytes().startswith(text)
+        if not text_of(run_dir / name, killed=True).startswith(text)
     ]
 
 

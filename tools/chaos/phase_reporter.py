@@ -151,8 +151,7 @@ def watch(report: Reporter) -> None:
     wrap(CheckpointWriter, "run", report.writing)
     wrap(Checkpointer, "complete", lambda: report("rename"))
     wrap(Checkpointer, "load", lambda: report("load"))
-    for name in ("log", "log_samples"):
-        wrap(MetricsLogger, name, lambda: report("log"))
+    wrap(MetricsLogger, "log", lambda: report("log"))
     wrap(mesh.roles.evaluation, "evaluate", lambda: report("eval"))
     wrap(mesh.program.assembly, "save_model", lambda: report("save"))
 

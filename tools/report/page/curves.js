@@ -27,7 +27,7 @@ Report.curves = (() => {
     const several = runs.length > 1;
     chart.series = chart.series.map((series) => {
       const key = keys.indexOf(series.key);
-      const [tone, dash] = several ? [series.run, key] : [key, Math.floor(key / TONES)];
+      const [tone, dash] = several ? [series.run, key + Math.floor(series.run / TONES)] : [key, Math.floor(key / TONES)];
       const name = runs[series.run].name;
       if (!several) return {...series, tone: Report.tone(tone), dash};
       const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];

@@ -18,7 +18,8 @@ Report.rolloutChanges = (() => {
     const lengths = Array.from({length: before.length + 1}, () => new Uint32Array(after.length + 1));
     for (let i = before.length - 1; i >= 0; i--)
       for (let j = after.length - 1; j >= 0; j--)
-        lengths[i][j] = before[i] === after[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
+        lengths[i][j] =
+          before[i] === after[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
     return lengths;
   }
 
@@ -27,9 +28,11 @@ Report.rolloutChanges = (() => {
     const lengths = lengthsOf(before, after);
     const fresh = [];
     let i = 0;
-    for (let j = 0; j < after.length;) {
-      if (i < before.length && before[i] === after[j]) { i++; j++; }
-      else if (i < before.length && lengths[i + 1][j] >= lengths[i][j + 1]) i++;
+    for (let j = 0; j < after.length; ) {
+      if (i < before.length && before[i] === after[j]) {
+        i++;
+        j++;
+      } else if (i < before.length && lengths[i + 1][j] >= lengths[i][j + 1]) i++;
       else fresh.push(j++);
     }
     return fresh;

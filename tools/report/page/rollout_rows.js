@@ -35,17 +35,26 @@ Report.rolloutRows = (() => {
     const content = message.content;
     const shown = Array.isArray(content)
       ? content.map((part) => (typeof part.text === "string" ? part.text : JSON.stringify(part))).join("\n")
-      : typeof content === "string" ? content : content === undefined || content === null ? "" : JSON.stringify(content);
+      : typeof content === "string"
+        ? content
+        : content === undefined || content === null
+          ? ""
+          : JSON.stringify(content);
     const rest = Object.entries(message).filter(([name]) => name !== "role" && name !== "content");
-    const more = rest.map(([name, value]) => name + ": " + (typeof value === "string" ? value : JSON.stringify(value)));
+    const more = rest.map(
+      ([name, value]) => name + ": " + (typeof value === "string" ? value : JSON.stringify(value)),
+    );
     return [shown, ...more].filter(Boolean).join("\n");
   }
 
   function messagesOf(row) {
     if (Array.isArray(row.messages) && row.messages.length) {
-      return row.messages.map((message) => ({role: text(message.role) || "message", text: contentOf(message)}));
+      return row.messages.map((message) => ({
+        role: text(message.role) || "message",
+        text: contentOf(message),
+      }));
     }
-    return [{role: "user", text: text(row.prompt)}];
+    return [{role: "prompt", text: text(row.prompt)}];
   }
 
   function questionOf(row) {
@@ -66,16 +75,21 @@ Report.rolloutRows = (() => {
     const end = whole.trimEnd().slice(-4 * LONGEST_PERIOD);
     for (let period = 1; period <= Math.min(LONGEST_PERIOD, end.length / LEAST_REPEATS); period++) {
       let same = 0;
-      while (same + period < end.length && end[end.length - 1 - same] === end[end.length - 1 - same - period]) same++;
+      while (same + period < end.length && end[end.length - 1 - same] === end[end.length - 1 - same - period])
+        same++;
       const covered = same + period;
-      if (covered >= Math.max(LEAST_LOOP, LEAST_REPEATS * period)) return {period, times: Math.floor(covered / period)};
+      if (covered >= Math.max(LEAST_LOOP, LEAST_REPEATS * period))
+        return {period, times: Math.floor(covered / period)};
     }
     return null;
   }
 
   function saidIn(row) {
     if (!Array.isArray(row.turns) || !row.turns.length) return text(row.response);
-    return row.turns.filter((turn) => turn.sampled).map((turn) => text(turn.text)).join("");
+    return row.turns
+      .filter((turn) => turn.sampled)
+      .map((turn) => text(turn.text))
+      .join("");
   }
 
   const largestDifference = (row) =>
@@ -84,11 +98,27 @@ Report.rolloutRows = (() => {
   // What a reader of rollouts looks for: each a test of one row.
   const SIGNS = {
     truncated: ["Truncated", "The rollout was cut before its end", isTruncated],
-    loop: ["Repeats itself", "The end of the answer is one piece, repeated four times or more", (row) => loopOf(saidIn(row)) !== null],
-    hack: ["Rewarded but wrong", "The reward is above 0, yet the answer is not correct: partial credit, or a reward that is gamed", (row) => row.correct === false && row.reward > 0],
-    unpaid: ["Correct, no reward", "The answer is correct, yet the reward is 0 or less", (row) => row.correct === true && row.reward <= 0],
+    loop: [
+      "Repeats itself",
+      "The end of the answer is one piece, repeated four times or more",
+      (row) => loopOf(saidIn(row)) !== null,
+    ],
+    hack: [
+      "Rewarded but wrong",
+      "The reward is above 0, yet the answer is not correct: partial credit, or a reward that is gamed",
+      (row) => row.correct === false && row.reward > 0,
+    ],
+    unpaid: [
+      "Correct, no reward",
+      "The answer is correct, yet the reward is 0 or less",
+      (row) => row.correct === true && row.reward <= 0,
+    ],
     empty: ["Empty answer", "The answer has no visible character", (row) => !saidIn(row).trim()],
-    mismatch: ["Trainer differs", "A token's logprob differs between trainer and generator", (row) => largestDifference(row) > 0],
+    mismatch: [
+      "Trainer differs",
+      "A token's logprob differs between trainer and generator",
+      (row) => largestDifference(row) > 0,
+    ],
     dropped: ["Not trained on", "The group was left out of the update", (row) => Boolean(row.left_out)],
   };
 
@@ -108,9 +138,17 @@ Report.rolloutRows = (() => {
     const sampled = sorted.filter((row) => row.sample_id >= 0);
     const rewards = (sampled.length ? sampled : sorted).map((row) => row.reward);
     return {
-      id, rows: sorted, first, step: first.step, split: splitOf(first), set: text(first.set),
-      chosen: first.chosen || (splitOf(first) === "eval" ? "fixed" : "first"), question: questionOf(first),
-      reward: mean(rewards), spread: spread(rewards), length: mean(sorted.map((row) => row.length)),
+      id,
+      rows: sorted,
+      first,
+      step: first.step,
+      split: splitOf(first),
+      set: text(first.set),
+      chosen: first.chosen || (splitOf(first) === "eval" ? "fixed" : "first"),
+      question: questionOf(first),
+      reward: mean(rewards),
+      spread: spread(rewards),
+      length: mean(sorted.map((row) => row.length)),
       difference: largest(sorted.map(largestDifference)),
     };
   }
@@ -143,7 +181,13 @@ Report.rolloutRows = (() => {
     const best = of("best") || (of("worst") ? undefined : ranked[0]);
     const worst = of("worst") || (ranked.length > 1 ? ranked.at(-1) : undefined);
     const others = ranked.filter((group) => group !== best && group !== worst);
-    return {step, groups, best, worst: worst === best ? undefined : worst, typical: others[Math.floor(others.length / 2)]};
+    return {
+      step,
+      groups,
+      best,
+      worst: worst === best ? undefined : worst,
+      typical: others[Math.floor(others.length / 2)],
+    };
   }
 
   function stepsOf(groups) {
@@ -154,7 +198,9 @@ Report.rolloutRows = (() => {
   // The same prompt at every evaluation of a set.
   function questionsOf(groups) {
     const evaluated = groups.filter((group) => group.split === "eval");
-    const found = gathered(evaluated, (group) => JSON.stringify([group.set, group.first.prompt_id, group.first.prompt]));
+    const found = gathered(evaluated, (group) =>
+      JSON.stringify([group.set, group.first.prompt_id, group.first.prompt]),
+    );
     const taken = new Map();
     return [...found.values()].map((members) => {
       const [{set, first, question}] = members;
@@ -165,14 +211,69 @@ Report.rolloutRows = (() => {
     });
   }
 
+  const TEXTS = [
+    "prompt",
+    "prompt_text",
+    "response",
+    "answer",
+    "split",
+    "set",
+    "chosen",
+    "finish_reason",
+    "left_out",
+  ];
+  const NUMBERS = [
+    "step",
+    "prompt_id",
+    "sample_id",
+    "reward",
+    "advantage",
+    "length",
+    "cut",
+    "task_prompt_id",
+  ];
+  const LISTS = ["token_texts", "tokens", "logprobs", "logprob_diffs", "entropies", "token_advantages"];
+  const RECORDS = ["messages", "turns"];
+  const isRecord = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+  const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+
+  // A row with the fields of its format, each of the type that it has there; what is damaged is left out.
+  function cleaned(row) {
+    const there = (names, test, as) =>
+      names.filter((name) => test(row[name] ?? null)).map((name) => [name, as ? as(row[name]) : row[name]]);
+    const fields = [
+      ...there(TEXTS, (value) => value !== null, asText),
+      ...there(NUMBERS, isNumber),
+      ...there(LISTS, Array.isArray),
+      ...there(RECORDS, Array.isArray, (list) => list.filter(isRecord)),
+      ...there(["parts"], isRecord),
+      ...there(["correct"], (value) => typeof value === "boolean"),
+    ];
+    return {prompt_id: 0, sample_id: 0, ...Object.fromEntries(fields)};
+  }
+
   function modelOf(rows) {
-    const whole = rows.filter((row) => row && isNumber(row.step));
+    const whole = rows.filter((row) => isRecord(row) && isNumber(row.step)).map(cleaned);
     const groups = groupsOf(whole);
     return {rows: whole, groups, steps: stepsOf(groups), questions: questionsOf(groups)};
   }
 
   return {
-    CUT, SIGNS, SORTS, contentOf, haystack, isNumber, isTruncated, largest, largestDifference, loopOf, mean,
-    messagesOf, modelOf, saidIn, splitOf, text,
+    CUT,
+    SIGNS,
+    SORTS,
+    contentOf,
+    haystack,
+    isNumber,
+    isTruncated,
+    largest,
+    largestDifference,
+    loopOf,
+    mean,
+    messagesOf,
+    modelOf,
+    saidIn,
+    splitOf,
+    text,
   };
 })();

@@ -7,33 +7,77 @@ Report.rolloutText = (() => {
   const TAIL = 600; // and of its end: truncation and loops are seen there
   const PIECE = 20000; // characters a text node
 
-  const EMOJI = String.raw`\u{1F3F4}[\u{E0020}-\u{E007E}]{1,8}\u{E007F}|[0-9#*]\uFE0F\u20E3|` +
+  const EMOJI =
+    String.raw`\u{1F3F4}[\u{E0020}-\u{E007E}]{1,8}\u{E007F}|[0-9#*]\uFE0F\u20E3|` +
     String.raw`\p{Extended_Pictographic}[\u{1F3FB}-\u{1F3FF}]?\uFE0F?(?:\u200D\p{Extended_Pictographic}[\u{1F3FB}-\u{1F3FF}]?\uFE0F?)*`;
   const DRAWN = String.raw`[\n\t\u0600-\u0605\u06DD\u070F\u08E2]`; // controls and formats that have a shape
   const HIDDEN = String.raw`[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\u034F\u115F\u1160\u17B4\u17B5\u180B-\u180F\u2800\u3164\uFFA0\uFE00-\uFE0F\u{E0100}-\u{E01EF}]`;
   const SPECIAL = new RegExp(`(${EMOJI})|(${DRAWN})|(${HIDDEN})`, "gu");
   const JOINERS = {"\u200C": "zero width non-joiner", "\u200D": "zero width joiner"};
   const NAMES = {
-    0x00: "null", 0x07: "bell", 0x08: "backspace", 0x0b: "vertical tab", 0x0c: "form feed", 0x0d: "carriage return",
-    0x1b: "escape", 0x7f: "delete", 0x85: "next line", 0xad: "soft hyphen", 0x34f: "combining grapheme joiner",
-    0x61c: "Arabic letter mark", 0x200b: "zero width space", 0x200c: "zero width non-joiner", 0x200d: "zero width joiner",
-    0x200e: "left-to-right mark", 0x200f: "right-to-left mark", 0x2028: "line separator", 0x2029: "paragraph separator",
-    0x202a: "left-to-right embedding", 0x202b: "right-to-left embedding", 0x202c: "pop directional formatting",
-    0x202d: "left-to-right override", 0x202e: "right-to-left override", 0x2060: "word joiner",
-    0x2066: "left-to-right isolate", 0x2067: "right-to-left isolate", 0x2068: "first strong isolate",
-    0x2069: "pop directional isolate", 0x2800: "blank Braille pattern", 0x3164: "Hangul filler", 0xfeff: "byte order mark",
+    0x00: "null",
+    0x07: "bell",
+    0x08: "backspace",
+    0x0b: "vertical tab",
+    0x0c: "form feed",
+    0x0d: "carriage return",
+    0x1b: "escape",
+    0x7f: "delete",
+    0x85: "next line",
+    0xad: "soft hyphen",
+    0x34f: "combining grapheme joiner",
+    0x61c: "Arabic letter mark",
+    0x200b: "zero width space",
+    0x200c: "zero width non-joiner",
+    0x200d: "zero width joiner",
+    0x200e: "left-to-right mark",
+    0x200f: "right-to-left mark",
+    0x2028: "line separator",
+    0x2029: "paragraph separator",
+    0x202a: "left-to-right embedding",
+    0x202b: "right-to-left embedding",
+    0x202c: "pop directional formatting",
+    0x202d: "left-to-right override",
+    0x202e: "right-to-left override",
+    0x2060: "word joiner",
+    0x2066: "left-to-right isolate",
+    0x2067: "right-to-left isolate",
+    0x2068: "first strong isolate",
+    0x2069: "pop directional isolate",
+    0x2800: "blank Braille pattern",
+    0x3164: "Hangul filler",
+    0xfeff: "byte order mark",
   };
   const SHORT = {
-    0xad: "SHY", 0x200b: "ZWSP", 0x200e: "LRM", 0x200f: "RLM", 0x2028: "LS", 0x2029: "PS", 0x202a: "LRE", 0x202b: "RLE",
-    0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
-    0xfeff: "BOM", 0x61c: "ALM", 0x200c: "ZWNJ", 0x200d: "ZWJ",
+    0xad: "SHY",
+    0x200b: "ZWSP",
+    0x200e: "LRM",
+    0x200f: "RLM",
+    0x2028: "LS",
+    0x2029: "PS",
+    0x202a: "LRE",
+    0x202b: "RLE",
+    0x202c: "PDF",
+    0x202d: "LRO",
+    0x202e: "RLO",
+    0x2060: "WJ",
+    0x2066: "LRI",
+    0x2067: "RLI",
+    0x2068: "FSI",
+    0x2069: "PDI",
+    0xfeff: "BOM",
+    0x61c: "ALM",
+    0x200c: "ZWNJ",
+    0x200d: "ZWJ",
   };
 
   const hex = (code) => "U+" + code.toString(16).toUpperCase().padStart(4, "0");
   const isSurrogate = (code) => code >= 0xd800 && code <= 0xdfff;
 
   function nameOf(code) {
-    const name = NAMES[code] || (isSurrogate(code) ? "lone surrogate" : code < 0xa0 ? "control character" : "invisible character");
+    const name =
+      NAMES[code] ||
+      (isSurrogate(code) ? "lone surrogate" : code < 0xa0 ? "control character" : "invisible character");
     return hex(code) + " " + name;
   }
 
@@ -77,7 +121,9 @@ Report.rolloutText = (() => {
   const matcher = (query, flags = "") => new RegExp(escaped(query), "iu" + flags);
 
   function rangesOf(text, query) {
-    return query ? [...text.matchAll(matcher(query, "g"))].map((found) => [found.index, found.index + found[0].length]) : [];
+    return query
+      ? [...text.matchAll(matcher(query, "g"))].map((found) => [found.index, found.index + found[0].length])
+      : [];
   }
 
   // Appends the text with every match of the query in a mark.
@@ -93,7 +139,8 @@ Report.rolloutText = (() => {
     append(node, text.slice(from));
   }
 
-  const breaksPair = (text, at) => at > 0 && at < text.length && isSurrogate(text.codePointAt(at)) && text.codePointAt(at - 1) > 0xffff;
+  const breaksPair = (text, at) =>
+    at > 0 && at < text.length && isSurrogate(text.codePointAt(at)) && text.codePointAt(at - 1) > 0xffff;
   const whole = (text, at) => (breaksPair(text, at) ? at + 1 : at);
 
   function fold(text) {
@@ -118,7 +165,9 @@ Report.rolloutText = (() => {
   }
 
   function fill(node, text, query) {
-    inPieces(text.length, PIECE, (from, to) => appendMatching(node, text.slice(whole(text, from), whole(text, to)), query));
+    inPieces(text.length, PIECE, (from, to) =>
+      appendMatching(node, text.slice(whole(text, from), whole(text, to)), query),
+    );
   }
 
   // A block of text; a long one shows its head and its end, and the rest when it is asked for.
@@ -132,20 +181,37 @@ Report.rolloutText = (() => {
     appendMatching(node, text.slice(0, cut[0]), query);
     const hits = rangesOf(text.slice(...cut), query).length;
     const found = hits ? ` (${Report.count(hits)} of the matches are there)` : "";
-    node.append(moreButton(`\u2026 show all ${Report.count(text.length)} characters${found} \u2026`, () => {
-      node.replaceChildren();
-      fill(node, text, query);
-    }));
+    node.append(
+      moreButton(`\u2026 show all ${Report.count(text.length)} characters${found} \u2026`, () => {
+        node.replaceChildren();
+        fill(node, text, query);
+      }),
+    );
     appendMatching(node, text.slice(cut[1]), query);
     return node;
   }
 
   // One line for lists: white space is one space, and the end is cut.
   function excerpt(text, most = 160) {
-    const line = text.slice(0, 4 * most).replace(/\s+/g, " ").trim();
+    const line = text
+      .slice(0, 4 * most)
+      .replace(/\s+/g, " ")
+      .trim();
     const cut = whole(line, most);
     return visible(line.length > cut ? line.slice(0, cut) + "\u2026" : line);
   }
 
-  return {append, appendMatching, block, excerpt, hex, inPieces, matcher, moreButton, nameOf, rangesOf, visible};
+  return {
+    append,
+    appendMatching,
+    block,
+    excerpt,
+    hex,
+    inPieces,
+    matcher,
+    moreButton,
+    nameOf,
+    rangesOf,
+    visible,
+  };
 })();

@@ -16,7 +16,7 @@ Report.rolloutValues = (() => {
   function sampledOf(row, total) {
     const turns = Array.isArray(row.turns) ? row.turns : [];
     const sizes = turns.map((turn) => turn.num_tokens);
-    if (!turns.length || sizes.some((size) => !isNumber(size))) return null;
+    if (!turns.length || sizes.some((size) => !Number.isInteger(size) || size < 0)) return null;
     if (sizes.reduce((sum, size) => sum + size, 0) !== total) return null;
     return turns.flatMap((turn) => Array(turn.num_tokens).fill(Boolean(turn.sampled)));
   }
@@ -44,7 +44,8 @@ Report.rolloutValues = (() => {
     const list = tokensOf(row);
     const turns = Array.isArray(row.turns) ? row.turns : [];
     if (!turns.length) return [{sampled: true, text: text(row.response), tokens: list}];
-    if (list && !sampledOf(row, list.length)) return [{sampled: true, text: text(row.response), tokens: list}];
+    if (list && !sampledOf(row, list.length))
+      return [{sampled: true, text: text(row.response), tokens: list}];
     let from = 0;
     return turns.map((turn) => {
       const own = list && list.slice(from, from + turn.num_tokens);
@@ -58,13 +59,17 @@ Report.rolloutValues = (() => {
     const values = row[field];
     if (!list || !Array.isArray(values)) return {why: absent(row)};
     const count = list.filter((token) => token.sampled).length;
-    if (values.length !== count) return {why: `The row has ${values.length} values for ${tokens(count)}: it is damaged.`};
+    if (values.length !== count)
+      return {why: `The row has ${values.length} values for ${tokens(count)}: it is damaged.`};
     return {values};
   }
 
   function advantagesOf(row) {
     if (Array.isArray(row.token_advantages)) return listed(row, "token_advantages", () => "");
-    if (!isNumber(row.advantage)) return {why: splitOf(row) === "eval" ? "An evaluation has no advantages." : "The row has no advantage."};
+    if (!isNumber(row.advantage))
+      return {
+        why: splitOf(row) === "eval" ? "An evaluation has no advantages." : "The row has no advantage.",
+      };
     const list = tokensOf(row) || [];
     return {values: list.filter((token) => token.sampled).map(() => row.advantage), uniform: row.advantage};
   }
@@ -77,58 +82,105 @@ Report.rolloutValues = (() => {
   }
 
   function place(values, pick) {
-    return values.reduce((best, value, at) => (isNumber(value) && (best < 0 || pick(value, values[best])) ? at : best), -1);
+    return values.reduce(
+      (best, value, at) => (isNumber(value) && (best < 0 || pick(value, values[best])) ? at : best),
+      -1,
+    );
   }
 
   function namedToken(row, at) {
     const token = tokensOf(row).find((other) => other.place === at);
-    return {at: token.at, words: `token ${token.at + 1} \u201c${Report.rolloutText.visible(Report.rolloutTokens.shown(token.text.slice(0, 40)))}\u201d`};
+    return {
+      at: token.at,
+      words: `token ${token.at + 1} \u201c${Report.rolloutText.visible(Report.rolloutTokens.shown(token.text.slice(0, 40)))}\u201d`,
+    };
   }
 
   const MEASURES = {
     logprob: {
-      title: "logprob", unit: "probability of the token when it was sampled",
+      title: "logprob",
+      unit: "probability of the token when it was sampled",
       of: (row) => listed(row, "logprobs", () => "The row has no logprobs."),
       level: (value) => PROBABILITIES.filter((bound) => Math.exp(value) < bound).length,
-      scale: () => PROBABILITIES.map((bound, at) => ({level: at, label: "\u2265 " + bound})).concat({level: LEVELS, label: "less"}),
+      scale: () =>
+        PROBABILITIES.map((bound, at) => ({level: at, label: "\u2265 " + bound})).concat({
+          level: LEVELS,
+          label: "less",
+        }),
       words(row, values) {
         const least = place(values, (a, b) => a < b);
         const {at, words} = namedToken(row, least);
-        return [`${tokens(values.length)}: mean logprob ${number(mean(values))}; the least likely is `, at, words, `, probability ${number(Math.exp(values[least]))}`];
+        return [
+          `${tokens(values.length)}: mean logprob ${number(mean(values))}; the least likely is `,
+          at,
+          words,
+          `, probability ${number(Math.exp(values[least]))}`,
+        ];
       },
     },
     advantage: {
-      title: "advantage", unit: "advantage: orange below 0, blue above", diverging: true,
-      of: advantagesOf, level: linear,
+      title: "advantage",
+      unit: "advantage: orange below 0, blue above",
+      diverging: true,
+      of: advantagesOf,
+      level: linear,
       scale: (top) => diverging((at) => signed((at * top) / LEVELS), [0, LEVELS / 2, LEVELS]),
       words(row, values) {
-        if (new Set(values).size === 1) return [`all ${tokens(values.length)}: advantage ${signed(values[0])}`];
+        if (new Set(values).size === 1)
+          return [`all ${tokens(values.length)}: advantage ${signed(values[0])}`];
         const most = place(values, (a, b) => Math.abs(a) > Math.abs(b));
         const {at, words} = namedToken(row, most);
-        return [`${tokens(values.length)}: mean advantage ${signed(mean(values))}; the largest is `, at, words, `, ${signed(values[most])}`];
+        return [
+          `${tokens(values.length)}: mean advantage ${signed(mean(values))}; the largest is `,
+          at,
+          words,
+          `, ${signed(values[most])}`,
+        ];
       },
     },
     entropy: {
-      title: "entropy", unit: "entropy of the trainer\u2019s distribution at the token [nats]",
-      of: (row) => listed(row, "entropies", ofTraining("Entropy")), level: linear,
-      scale: (top) => Array.from({length: LEVELS + 1}, (_, at) => ({level: at, label: at % 2 ? "" : (at === LEVELS ? "\u2265 " : "") + number((at * top) / LEVELS)})),
+      title: "entropy",
+      unit: "entropy of the trainer\u2019s distribution at the token [nats]",
+      of: (row) => listed(row, "entropies", ofTraining("Entropy")),
+      level: linear,
+      scale: (top) =>
+        Array.from({length: LEVELS + 1}, (_, at) => ({
+          level: at,
+          label: at % 2 ? "" : (at === LEVELS ? "\u2265 " : "") + number((at * top) / LEVELS),
+        })),
       words(row, values) {
         const most = place(values, (a, b) => a > b);
         const {at, words} = namedToken(row, most);
-        return [`${tokens(values.length)}: mean entropy ${number(mean(values))}; the highest is at `, at, words, `, ${number(values[most])}`];
+        return [
+          `${tokens(values.length)}: mean entropy ${number(mean(values))}; the highest is at `,
+          at,
+          words,
+          `, ${number(values[most])}`,
+        ];
       },
     },
     difference: {
-      title: "trainer \u2212 generator", unit: "trainer\u2019s logprob minus the generator\u2019s: orange below 0, blue above", diverging: true,
+      title: "trainer \u2212 generator",
+      unit: "trainer\u2019s logprob minus the generator\u2019s: orange below 0, blue above",
+      diverging: true,
       of: (row) => listed(row, "logprob_diffs", ofTraining("The difference")),
       level: (value) => (value === 0 ? 0 : 1 + SIZES.filter((bound) => Math.abs(value) >= bound).length),
-      scale: () => diverging((at) => (at ? (at < 0 ? "\u2212" : "+") + number(SIZES[Math.abs(at) - 2]) : "0"), [0, 2, 5, 8]),
+      scale: () =>
+        diverging(
+          (at) => (at ? (at < 0 ? "\u2212" : "+") + number(SIZES[Math.abs(at) - 2]) : "0"),
+          [0, 2, 5, 8],
+        ),
       words(row, values) {
         const differing = values.filter((value) => isNumber(value) && value !== 0).length;
         if (!differing) return [`all ${tokens(values.length - unknown(values))}: difference 0`];
         const most = place(values, (a, b) => Math.abs(a) > Math.abs(b));
         const {at, words} = namedToken(row, most);
-        return [`${Report.count(differing)} of ${tokens(values.length)} differ; the largest is at `, at, words, `, ${signed(values[most])}`];
+        return [
+          `${Report.count(differing)} of ${tokens(values.length)} differ; the largest is at `,
+          at,
+          words,
+          `, ${signed(values[most])}`,
+        ];
       },
     },
   };
@@ -136,7 +188,9 @@ Report.rolloutValues = (() => {
   // Swatches from the lowest level below 0 to the highest above; labels at some of them.
   function diverging(label, labelled) {
     return Array.from({length: 2 * LEVELS + 1}, (_, index) => index - LEVELS).map((at) => ({
-      level: Math.abs(at), above: at > 0, label: labelled.includes(Math.abs(at)) ? label(at) : "",
+      level: Math.abs(at),
+      above: at > 0,
+      label: labelled.includes(Math.abs(at)) ? label(at) : "",
     }));
   }
 
@@ -155,7 +209,8 @@ Report.rolloutValues = (() => {
   function scalesOf(rows) {
     const tops = new Map();
     return (measure) => {
-      if (!tops.has(measure)) tops.set(measure, ["advantage", "entropy"].includes(measure) ? topOf(rows, measure) : 0);
+      if (!tops.has(measure))
+        tops.set(measure, ["advantage", "entropy"].includes(measure) ? topOf(rows, measure) : 0);
       return tops.get(measure);
     };
   }

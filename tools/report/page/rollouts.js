@@ -6,8 +6,10 @@
   const LOOKS = ["view", "colour", "order", "raw", "answer", "times", "new"]; // what the detail depends on, beside filters
   const LISTS = ["group", "question", "sort", "mark"];
   const KINDS = ["best", "typical", "worst"];
-  const NONE = "There are no rollouts: the run wrote none (log.samples=0), or has not finished its first step.";
-  const PLAIN = "The texts are not coloured: no rollout has token texts. log.tokens was false, the run is from " +
+  const NONE =
+    "There are no rollouts: the run wrote none (log.samples=0), or has not finished its first step.";
+  const PLAIN =
+    "The texts are not coloured: no rollout has token texts. log.tokens was false, the run is from " +
     "before they were written, or they were left out to keep the page small.";
 
   const browsers = new Map(); // by the state that they follow
@@ -18,14 +20,18 @@
   // The text of all rows that a group or question shows: the detail is drawn again where it changes.
   const texts = new WeakMap();
   function textOf(shown) {
-    if (!texts.has(shown)) texts.set(shown, JSON.stringify(shown.rows || shown.evaluations.map((one) => one.rows)));
+    if (!texts.has(shown))
+      texts.set(shown, JSON.stringify(shown.rows || shown.evaluations.map((one) => one.rows)));
     return texts.get(shown);
   }
 
   class Browser {
     constructor(state) {
       this.state = state;
-      this.parts = Report.rolloutFrame.frame(state, {move: (by) => this.move(by), change: (changes) => this.filter(changes)});
+      this.parts = Report.rolloutFrame.frame(state, {
+        move: (by) => this.move(by),
+        change: (changes) => this.filter(changes),
+      });
       this.run = null;
       this.model = null;
       this.now = {view: "groups", entries: [], found: []};
@@ -38,7 +44,10 @@
     listen() {
       const own = [...LOOKS, ...LISTS, ...Report.rolloutFilters.KEYS];
       this.state.listen((changed) => own.some((key) => changed.has(key)) && this.render());
-      window.addEventListener("scroll", () => this.parts.tip.leave(), {passive: true});
+      document.addEventListener("scroll", () => this.parts.tip.moved(), {passive: true, capture: true});
+      document.addEventListener("click", ({target}) => {
+        if (target instanceof Element && !target.closest(".ro-t, .ro-jump")) this.parts.tip.close();
+      });
       document.addEventListener("keydown", (event) => this.press(event));
     }
 
@@ -51,7 +60,9 @@
 
     inView() {
       const {top, bottom} = this.parts.root.getBoundingClientRect();
-      return this.parts.root.isConnected && top < window.innerHeight * 0.6 && bottom > window.innerHeight * 0.4;
+      return (
+        this.parts.root.isConnected && top < window.innerHeight * 0.6 && bottom > window.innerHeight * 0.4
+      );
     }
 
     draw(run) {
@@ -65,10 +76,10 @@
       parts.empty.hidden = any;
       parts.body.hidden = !any;
       parts.empty.textContent = NONE;
-      const coloured = this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
+      this.plain = !this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
       parts.notice.textContent = PLAIN;
-      parts.notice.hidden = coloured;
-      parts.colours.node.hidden = !coloured;
+      parts.notice.hidden = !this.plain;
+      parts.colours.node.hidden = this.plain;
       this.render();
     }
 
@@ -77,7 +88,9 @@
     get view() {
       const {steps, questions} = this.model;
       const view = this.state.get("view");
-      return (view === "steps" && steps.length) || (view === "questions" && questions.length) ? view : "groups";
+      return (view === "steps" && steps.length) || (view === "questions" && questions.length)
+        ? view
+        : "groups";
     }
 
     get name() {
@@ -86,8 +99,14 @@
 
     look() {
       const colour = this.state.get("colour", "logprob");
-      const measure = colour === "none" ? "" : Object.hasOwn(Report.rolloutValues.MEASURES, colour) ? colour : "logprob";
-      return {measure, top: measure ? this.scales(measure) : 0, query: this.state.get("q")};
+      const measure =
+        colour === "none" ? "" : Object.hasOwn(Report.rolloutValues.MEASURES, colour) ? colour : "logprob";
+      return {
+        measure,
+        top: measure ? this.scales(measure) : 0,
+        query: this.state.get("q"),
+        plain: this.plain,
+      };
     }
 
     // The id that is shown: the chosen one, else the first of the list, which then stays.
@@ -132,7 +151,8 @@
       const id = this.shownId();
       const at = this.placeOf(id);
       const next = entries[at < 0 ? 0 : Math.max(0, Math.min(entries.length - 1, at + by))];
-      const kind = view === "steps" && at >= 0 && KINDS.find((one) => entries[at][one] && entries[at][one].id === id);
+      const kind =
+        view === "steps" && at >= 0 && KINDS.find((one) => entries[at][one] && entries[at][one].id === id);
       this.state.set({[this.name]: kind && next[kind] ? next[kind].id : IDS[view](next)});
     }
 
@@ -150,6 +170,7 @@
       parts.sorts.node.hidden = view === "questions";
       parts.colours.update(this.look());
       parts.count.textContent = this.countWords();
+      parts.walk.update(this.placeOf(id), this.now.entries.length);
       this.drawList(id);
       this.drawDetail(id);
     }
@@ -163,7 +184,8 @@
       const has = (groups) => groups.some((group) => matched.has(group));
       const steps = state.get("sort") === "step" ? model.steps : [...model.steps].reverse();
       if (view === "steps") return {found, entries: steps.filter((step) => has(step.groups))};
-      if (view === "questions") return {found, entries: model.questions.filter((question) => has(question.evaluations))};
+      if (view === "questions")
+        return {found, entries: model.questions.filter((question) => has(question.evaluations))};
       return {found, entries: found};
     }
 
@@ -172,7 +194,8 @@
       const all = this.model.rows.length;
       const rows = found.reduce((sum, {hits}) => sum + hits.size, 0);
       const {total} = this.run.samples;
-      const match = rows === all ? counted(all, "rollout") : `${Report.count(rows)} of ${counted(all, "rollout")}`;
+      const match =
+        rows === all ? counted(all, "rollout") : `${Report.count(rows)} of ${counted(all, "rollout")}`;
       const more = total > all ? ` The run kept ${Report.count(total)}; this page shows a choice.` : "";
       return `${match} in ${counted(found.length, "group")}.${more}`;
     }
@@ -180,17 +203,26 @@
     drawList(id) {
       const {view, entries, found} = this.now;
       const {list} = this.parts;
-      const key = JSON.stringify([this.run.name, view, this.model.rows.length, this.range, entries.map(IDS[view]), found.map(({hits}) => hits.size)]);
+      const key = JSON.stringify([
+        this.run.name,
+        view,
+        this.model.rows.length,
+        this.range,
+        entries.map(IDS[view]),
+        found.map(({hits}) => hits.size),
+      ]);
       const context = {range: this.range, choose: (changes) => this.choose(changes)};
       if (key !== this.listed) list.update(view, entries, context, this.placeOf(id));
-      list.mark(this.name, id);
+      list.mark(this.name, id, this.placeOf(id));
       this.listed = key;
     }
 
     drawDetail(id) {
       const shown = this.shown(id);
       const chosen = [...LOOKS, ...Report.rolloutFilters.KEYS].map((key) => this.state.get(key));
-      const key = JSON.stringify([this.run.name, this.now.view, id, chosen, this.look(), this.range]) + (shown ? textOf(shown) : "");
+      const key =
+        JSON.stringify([this.run.name, this.now.view, id, chosen, this.look(), this.range]) +
+        (shown ? textOf(shown) : "");
       if (key === this.drawn) return;
       this.drawn = key;
       this.parts.tip.close();
@@ -211,15 +243,21 @@
       const {KEYS} = Report.rolloutFilters;
       const address = {...Object.fromEntries(KEYS.map((key) => [key, ""])), [this.name]: id};
       return {
-        state: this.state, look: this.look(), tip: this.parts.tip, range: this.range,
-        filtered: KEYS.some((key) => this.state.get(key)), link: this.state.link("rollouts", address),
+        state: this.state,
+        look: this.look(),
+        tip: this.parts.tip,
+        range: this.range,
+        filtered: KEYS.some((key) => this.state.get(key)),
+        link: this.state.link("rollouts", address),
         open: (group) => this.choose({view: "", group: group.id}),
       };
     }
 
     absent(id) {
       if (!id) return Report.empty("Nothing to show: no rollout matches the filters.");
-      return Report.empty(`The ${this.name} ${Report.rolloutText.visible(id)} is not among the rollouts of this page.`);
+      return Report.empty(
+        `The ${this.name} ${Report.rolloutText.visible(id)} is not among the rollouts of this page.`,
+      );
     }
   }
 

@@ -7,7 +7,6 @@ Report.rolloutGroup = (() => {
   const V = Report.rolloutValues;
   const el = Report.el;
   const FIRST = 8; // answers that are shown before the others are asked for
-  const TABLE = 200; // rows of a token table that are added at once
   const WHY = {
     best: "Kept because its mean reward is the highest of its step.",
     worst: "Kept because its mean reward is the lowest of its step.",
@@ -30,7 +29,12 @@ Report.rolloutGroup = (() => {
   // A label and what it says; nothing where nothing is known.
   function fact(label, value, name) {
     if (value === null || value === undefined || value === "") return null;
-    return el("div", {class: "ro-fact", "data-fact": name || label}, el("dt", {}, label), el("dd", {dir: "auto"}, value));
+    return el(
+      "div",
+      {class: "ro-fact", "data-fact": name || label},
+      el("dt", {}, label),
+      el("dd", {dir: "auto"}, value),
+    );
   }
 
   function factsOf(group) {
@@ -38,27 +42,51 @@ Report.rolloutGroup = (() => {
     const judged = rows.filter((row) => typeof row.correct === "boolean");
     const right = judged.filter((row) => row.correct).length;
     const cut = rows.filter(R.isTruncated).length;
-    return el("dl", {class: "ro-facts"},
+    return el(
+      "dl",
+      {class: "ro-facts"},
       fact("expected answer", T.excerpt(R.text(first.answer), 300), "answer"),
-      fact("mean reward", list().score(group.reward), "reward"), meansOfParts(rows),
-      fact("spread", rows.length > 1 && group.spread !== null ? "\u00b1 " + Report.number(group.spread, 3) : "", "spread"),
+      fact("mean reward", list().score(group.reward), "reward"),
+      meansOfParts(rows),
+      fact(
+        "spread",
+        rows.length > 1 && group.spread !== null ? "\u00b1 " + Report.number(group.spread, 3) : "",
+        "spread",
+      ),
       fact("correct", judged.length ? `${right} of ${judged.length}` : "", "correct"),
       fact("mean length", group.length === null ? "" : `${Report.number(group.length, 3)} tokens`, "length"),
       fact("truncated", cut ? `${cut} of ${rows.length}` : "none", "truncated"),
-      fact("task\u2019s prompt id", first.task_prompt_id === undefined ? "" : String(first.task_prompt_id), "task"));
+      fact(
+        "task\u2019s prompt id",
+        first.task_prompt_id === undefined ? "" : String(first.task_prompt_id),
+        "task",
+      ),
+    );
   }
 
   function meansOfParts(rows) {
     const names = new Set(rows.flatMap((row) => Object.keys(row.parts || {})));
     if (rows.length < 2) return null;
-    return [...names].map((name) => fact(`mean ${T.visible(name)}`, list().score(R.mean(rows.map((row) => (row.parts || {})[name]))), `part ${name}`));
+    return [...names].map((name) =>
+      fact(
+        `mean ${T.visible(name)}`,
+        list().score(R.mean(rows.map((row) => (row.parts || {})[name]))),
+        `part ${name}`,
+      ),
+    );
   }
 
   function turn(role, kind, ...content) {
-    return el("div", {class: `ro-turn ${kind}`, "data-role": role}, el("div", {class: "ro-role"}, T.visible(role)), content);
+    return el(
+      "div",
+      {class: `ro-turn ${kind}`, "data-role": role},
+      el("div", {class: "ro-role"}, T.visible(role)),
+      content,
+    );
   }
 
-  const kindOf = (role) => (["system", "user", "assistant", "tool"].includes(role) ? role : "reply");
+  const kindOf = (role) =>
+    role === "prompt" ? "user" : ["system", "user", "assistant", "tool"].includes(role) ? role : "reply";
 
   // The prompt as chat turns, and as the text that the model saw.
   function prompt(group, state) {
@@ -67,63 +95,146 @@ Report.rolloutGroup = (() => {
     const raw = state.get("raw") === "1" && first.prompt_text;
     const shown = raw
       ? [turn("as the model saw it", "raw", T.block(R.text(first.prompt_text), query))]
-      : R.messagesOf(first).map((message) => turn(message.role, kindOf(message.role), T.block(message.text, query)));
+      : R.messagesOf(first).map((message) =>
+          turn(message.role, kindOf(message.role), T.block(message.text, query)),
+        );
     const button = first.prompt_text
-      ? el("button", {type: "button", id: "rollouts-raw", class: "ro-small", "aria-pressed": String(Boolean(raw)), onclick: () => state.set({raw: raw ? "" : "1"})}, "As the model saw it")
+      ? el(
+          "button",
+          {
+            type: "button",
+            id: "rollouts-raw",
+            class: "ro-small",
+            "aria-pressed": String(Boolean(raw)),
+            onclick: () => state.set({raw: raw ? "" : "1"}),
+          },
+          "As the model saw it",
+        )
       : null;
-    return el("section", {class: "ro-prompt", "aria-label": "Prompt"}, el("div", {class: "ro-bar"}, el("h4", {}, "Prompt"), button), el("div", {class: "ro-turns"}, shown));
+    return el(
+      "section",
+      {class: "ro-prompt", "aria-label": "Prompt"},
+      el("div", {class: "ro-bar"}, el("h4", {}, "Prompt"), button),
+      el("div", {class: "ro-turns"}, shown),
+    );
   }
 
   // What the chosen colour says of a row, in words; tokens that it names are buttons.
   function words(row, look, reveal) {
-    if (!look.measure) return null;
-    if (!V.tokensOf(row)) return el("p", {class: "ro-words"}, "Not coloured: its token texts are not in this page.");
+    if (!look.measure || look.plain) return null;
+    if (!V.tokensOf(row))
+      return el("p", {class: "ro-words"}, "Not coloured: its token texts are not in this page.");
     const [begin, at, named, end] = V.wordsOf(look.measure, row);
-    const link = named ? el("button", {type: "button", class: "ro-jump", onclick: () => reveal(at)}, named) : null;
+    const link = named
+      ? el("button", {type: "button", class: "ro-jump", onclick: () => reveal(at)}, named)
+      : null;
     return el("p", {class: "ro-words", "data-measure": look.measure}, begin, link, end);
   }
 
   function answerTurn(row, said, look, tip) {
-    const label = said.sampled ? "assistant" : "reply of the task";
+    const role = Array.isArray(row.messages) ? "assistant" : "answer";
+    const label = said.sampled ? role : "reply of the task";
     const kind = said.sampled ? "assistant" : "tool";
     const coloured = look.measure && said.tokens && said.tokens.length;
     const body = coloured ? tokens().block(row, said, look, tip) : T.block(said.text, look.query);
-    return {node: turn(label, kind, said.text || coloured ? body : el("p", {class: "ro-none"}, "(empty)")), body, tokens: coloured ? said.tokens : []};
+    return {
+      node: turn(label, kind, said.text || coloured ? body : el("p", {class: "ro-none"}, "(empty)")),
+      body,
+      tokens: coloured ? said.tokens : [],
+    };
   }
 
   function rewardOf(row, range) {
-    const share = R.isNumber(row.reward) && range.high > range.low ? (row.reward - range.low) / (range.high - range.low) : 0;
-    return el("span", {class: "ro-reward", title: `reward ${row.reward}`}, el("span", {class: "ro-meter", "aria-hidden": "true"}, el("i", {style: `--share:${share.toFixed(3)}`})),
-      "reward ", el("b", {"data-value": "reward"}, list().score(row.reward)));
+    const share = list().shareOf(row.reward, range);
+    return el(
+      "span",
+      {class: "ro-reward", title: `reward ${row.reward}`},
+      el("span", {class: "ro-meter", "aria-hidden": "true"}, el("i", {style: `--share:${share.toFixed(3)}`})),
+      "reward ",
+      el("b", {"data-value": "reward"}, list().score(row.reward)),
+    );
   }
 
   function verdict(row) {
     if (typeof row.correct !== "boolean") return null;
-    return el("span", {class: `pill ${row.correct ? "good" : "bad"}`, "data-value": "correct"}, row.correct ? "\u2713 correct" : "\u2717 not correct");
+    return el(
+      "span",
+      {class: `pill ${row.correct ? "good" : "bad"}`, "data-value": "correct"},
+      row.correct ? "\u2713 correct" : "\u2717 not correct",
+    );
   }
 
   function finish(row) {
     if (!row.finish_reason) return null;
     const cut = R.isTruncated(row);
-    return el("span", {class: `pill ${cut ? "warn" : ""}`, "data-value": "finish", title: cut ? R.CUT[row.finish_reason] : `finish reason ${T.visible(R.text(row.finish_reason))}`},
-      cut ? `truncated: ${row.finish_reason}` : T.visible(R.text(row.finish_reason)));
+    return el(
+      "span",
+      {
+        class: `pill ${cut ? "warn" : ""}`,
+        "data-value": "finish",
+        title: cut ? R.CUT[row.finish_reason] : `finish reason ${T.visible(R.text(row.finish_reason))}`,
+      },
+      cut ? `truncated: ${row.finish_reason}` : T.visible(R.text(row.finish_reason)),
+    );
   }
 
   function partsOf(row) {
     return Object.entries(row.parts || {}).map(([name, value]) =>
-      el("span", {class: "ro-part", "data-part": name}, T.visible(name), " ", el("b", {}, list().score(value))));
+      el(
+        "span",
+        {class: "ro-part", "data-part": name},
+        T.visible(name),
+        " ",
+        el("b", {}, list().score(value)),
+      ),
+    );
   }
 
   function head(row, context) {
     const {range, hits, filtered} = context;
-    const advantage = R.isNumber(row.advantage) ? el("span", {class: `ro-advantage ${row.advantage < 0 ? "below" : row.advantage > 0 ? "above" : ""}`}, "advantage ", el("b", {"data-value": "advantage"}, V.signed(row.advantage))) : null;
-    const signs = Object.entries(R.SIGNS).filter(([key, [, , test]]) => ["loop", "hack", "unpaid", "empty"].includes(key) && test(row));
-    return el("header", {class: "ro-head"}, el("b", {class: "ro-name"}, nameOf(row)), rewardOf(row, range), advantage, verdict(row), finish(row),
-      R.isNumber(row.length) ? el("span", {class: "ro-part", "data-value": "length"}, el("b", {}, Report.count(row.length)), row.length === 1 ? " token" : " tokens") : null,
-      partsOf(row), signs.map(([key, [title, help]]) => el("span", {class: "pill warn", "data-sign": key, title: help}, title.toLowerCase())),
-      row.left_out ? el("span", {class: "pill", "data-value": "left-out"}, `not trained on: ${T.visible(R.text(row.left_out))}`) : null,
-      row.cut ? el("span", {class: "ro-notes"}, `${Report.count(row.cut)} characters are left out of this page`) : null,
-      filtered && !hits.has(row) ? el("span", {class: "ro-notes"}, "does not match the filters") : null);
+    const advantage = R.isNumber(row.advantage)
+      ? el(
+          "span",
+          {class: `ro-advantage ${row.advantage < 0 ? "below" : row.advantage > 0 ? "above" : ""}`},
+          "advantage ",
+          el("b", {"data-value": "advantage"}, V.signed(row.advantage)),
+        )
+      : null;
+    const signs = Object.entries(R.SIGNS).filter(
+      ([key, [, , test]]) => ["loop", "hack", "unpaid", "empty"].includes(key) && test(row),
+    );
+    return el(
+      "header",
+      {class: "ro-head"},
+      el("b", {class: "ro-name"}, nameOf(row)),
+      rewardOf(row, range),
+      advantage,
+      verdict(row),
+      finish(row),
+      R.isNumber(row.length)
+        ? el(
+            "span",
+            {class: "ro-part", "data-value": "length"},
+            el("b", {}, Report.count(row.length)),
+            row.length === 1 ? " token" : " tokens",
+          )
+        : null,
+      partsOf(row),
+      signs.map(([key, [title, help]]) =>
+        el("span", {class: "pill warn", "data-sign": key, title: help}, title.toLowerCase()),
+      ),
+      row.left_out
+        ? el(
+            "span",
+            {class: "pill", "data-value": "left-out"},
+            `not trained on: ${T.visible(R.text(row.left_out))}`,
+          )
+        : null,
+      row.cut
+        ? el("span", {class: "ro-notes"}, `${Report.count(row.cut)} characters are left out of this page`)
+        : null,
+      filtered && !hits.has(row) ? el("span", {class: "ro-notes"}, "does not match the filters") : null,
+    );
   }
 
   // One answer: its head, its turns, the colour in words, its tokens as a table.
@@ -134,66 +245,59 @@ Report.rolloutGroup = (() => {
       const found = turns.find((one) => one.tokens.some((token) => token.at === at));
       if (found) found.body.reveal(at);
     };
-    return el("article", {class: "ro-answer" + (filtered && !hits.has(row) ? " other" : ""), "data-sample": row.sample_id, "aria-label": nameOf(row)},
-      head(row, context), el("div", {class: "ro-turns"}, turns.map((one) => one.node)),
-      el("div", {class: "ro-foot"}, words(row, look, reveal), V.tokensOf(row) ? table(row) : null));
+    return el(
+      "article",
+      {
+        class: "ro-answer" + (filtered && !hits.has(row) ? " other" : ""),
+        "data-sample": row.sample_id,
+        "aria-label": nameOf(row),
+      },
+      head(row, context),
+      el(
+        "div",
+        {class: "ro-turns"},
+        turns.map((one) => one.node),
+      ),
+      el(
+        "div",
+        {class: "ro-foot"},
+        words(row, look, reveal),
+        V.tokensOf(row) ? Report.rolloutTable.table(row) : null,
+      ),
+    );
   }
 
-  const COLUMNS = [["logprob", "logprob"], ["entropy", "entropy"], ["difference", "trainer \u2212 generator"], ["advantage", "advantage"]];
-
-  // The numbers behind the colours, made when the table is opened.
-  function table(row) {
-    const box = el("details", {class: "ro-table"}, el("summary", {}, "Tokens as a table"));
-    box.addEventListener("toggle", () => {
-      if (box.open && box.children.length === 1) box.append(filled(row));
-    });
-    return box;
-  }
-
-  function filled(row) {
-    const all = V.tokensOf(row);
-    const columns = COLUMNS.filter(([measure]) => V.MEASURES[measure].of(row).values);
-    const ids = Array.isArray(row.tokens);
-    const body = el("tbody");
-    const more = T.moreButton("", grow);
-    let shown = 0;
-    function grow() {
-      body.append(...all.slice(shown, shown + TABLE).map((token) => line(row, token, columns, ids)));
-      shown = Math.min(all.length, shown + TABLE);
-      more.hidden = shown === all.length;
-      more.textContent = `Show ${Math.min(TABLE, all.length - shown)} more of ${Report.count(all.length - shown)}`;
-    }
-    grow();
-    const heads = ["token", "text", ids ? "id" : null, ...columns.map(([, title]) => title), columns.some(([key]) => key === "logprob") ? "probability" : null];
-    return el("div", {class: "scroll tall"}, el("table", {}, el("thead", {}, el("tr", {}, heads.filter(Boolean).map((title) => el("th", {scope: "col"}, title)))), body), more);
-  }
-
-  function line(row, token, columns, ids) {
-    const values = columns.map(([measure]) => tokens().valueOf(row, measure, token));
-    const logprob = columns.findIndex(([measure]) => measure === "logprob");
-    return el("tr", {}, el("td", {class: "number"}, String(token.at + 1)), el("td", {}, el("code", {dir: "auto"}, T.visible(tokens().shown(token.text)))),
-      ids ? el("td", {class: "number"}, String(row.tokens[token.at])) : null,
-      token.sampled ? values.map((value, at) => el("td", {class: "number"}, tokens().exact(value, columns[at][0]))) : el("td", {colspan: columns.length, class: "muted"}, "reply, not sampled"),
-      logprob < 0 ? null : el("td", {class: "number"}, token.sampled ? Report.percent(Math.exp(values[logprob])) : "\u2013"));
-  }
-
-  function ordered(rows, order) {
+  // Answers that the filters meant come first.
+  function ordered(rows, order, hits) {
     const keyOf = (ORDERS[order] || ORDERS.sample)[1];
-    return [...rows].sort((a, b) => keyOf(a) - keyOf(b) || a.sample_id - b.sample_id);
+    const meant = (row) => Number(!hits.has(row));
+    return [...rows].sort((a, b) => meant(a) - meant(b) || keyOf(a) - keyOf(b) || a.sample_id - b.sample_id);
   }
 
   function orderChoice(state) {
-    const select = el("select", {id: "rollouts-order", onchange: (event) => state.set({order: event.target.value === "sample" ? "" : event.target.value})},
-      Object.entries(ORDERS).map(([value, [title]]) => el("option", {value}, title)));
+    const select = el(
+      "select",
+      {
+        id: "rollouts-order",
+        onchange: (event) => state.set({order: event.target.value === "sample" ? "" : event.target.value}),
+      },
+      Object.entries(ORDERS).map(([value, [title]]) => el("option", {value}, title)),
+    );
     select.value = Object.hasOwn(ORDERS, state.get("order")) ? state.get("order") : "sample";
     return el("label", {class: "ro-inline"}, "order ", select);
   }
 
   function answers(group, context) {
-    const rows = ordered(group.rows, context.state.get("order"));
-    const box = el("div", {class: "ro-answers"}, rows.slice(0, FIRST).map((row) => answer(row, context)));
+    const rows = ordered(group.rows, context.state.get("order"), context.hits);
+    const box = el(
+      "div",
+      {class: "ro-answers"},
+      rows.slice(0, FIRST).map((row) => answer(row, context)),
+    );
     if (rows.length > FIRST) {
-      const more = T.moreButton(`Show ${rows.length - FIRST} more answers`, () => more.replaceWith(...rows.slice(FIRST).map((row) => answer(row, context))));
+      const more = T.moreButton(`Show ${rows.length - FIRST} more answers`, () =>
+        more.replaceWith(...rows.slice(FIRST).map((row) => answer(row, context))),
+      );
       box.append(more);
     }
     return box;
@@ -202,15 +306,44 @@ Report.rolloutGroup = (() => {
   // The whole: what `found` = {group, hits} has, with `context` = {state, look, tip, range, filtered, link}.
   function draw({group, hits}, context) {
     const inside = {...context, hits};
-    return el("div", {class: "ro-group", "data-group": group.id},
-      el("header", {class: "ro-title"}, el("h3", {}, list().where(group)), list().pill(group.chosen), el("a", {class: "ro-link", href: context.link, title: "An address of this group"}, "link"),
+    return el(
+      "div",
+      {class: "ro-group", "data-group": group.id},
+      el(
+        "header",
+        {class: "ro-title"},
+        el("h3", {}, list().where(group)),
+        list().pill(group.chosen),
+        el("a", {class: "ro-link", href: context.link, title: "An address of this group"}, "link"),
         Report.jump("curves", {mark: group.step}, "charts at this step"),
-        context.question ? el("button", {type: "button", class: "ro-small", id: "rollouts-time", onclick: context.question}, "Through time") : null),
-      el("p", {class: "ro-why"}, WHY[group.chosen] || "", group.first.left_out ? " It was not trained on." : ""),
-      factsOf(group), prompt(group, context.state),
-      el("section", {class: "ro-samples", "aria-label": "Answers"},
-        el("div", {class: "ro-bar"}, el("h4", {}, `${group.rows.length} ${group.rows.length === 1 ? "answer" : "answers"}`), group.rows.length > 1 ? orderChoice(context.state) : null),
-        answers(group, inside)));
+        context.question
+          ? el(
+              "button",
+              {type: "button", class: "ro-small", id: "rollouts-time", onclick: context.question},
+              "Through time",
+            )
+          : null,
+      ),
+      el(
+        "p",
+        {class: "ro-why"},
+        WHY[group.chosen] || "",
+        group.first.left_out ? " It was not trained on." : "",
+      ),
+      factsOf(group),
+      prompt(group, context.state),
+      el(
+        "section",
+        {class: "ro-samples", "aria-label": "Answers"},
+        el(
+          "div",
+          {class: "ro-bar"},
+          el("h4", {}, `${group.rows.length} ${group.rows.length === 1 ? "answer" : "answers"}`),
+          group.rows.length > 1 ? orderChoice(context.state) : null,
+        ),
+        answers(group, inside),
+      ),
+    );
   }
 
   return {answer, draw, factsOf, nameOf, prompt};

@@ -1,24 +1,30 @@
 // The index of the rollout browser: groups, steps with their best, typical and worst group, or
-// evaluation questions. Long lists grow as they are scrolled.
+// evaluation questions, one entry each.
 "use strict";
 
 Report.rolloutList = (() => {
   const R = Report.rolloutRows;
   const T = Report.rolloutText;
-  const PAGE = 60; // entries that are added at once
   const BARS = 32;
 
   const score = (value) => (R.isNumber(value) ? Report.number(value, 3) : "\u2013");
+
+  // The place of a reward between the smallest and the largest of the run, 0 to 1.
+  function shareOf(reward, {low, high}) {
+    return R.isNumber(reward) && high > low ? (reward - low) / (high - low) : 0;
+  }
 
   // Rewards of a group as small bars, between the smallest and the largest reward of the run.
   function strip(rows, range) {
     const shown = rows.slice(0, BARS);
     const bars = shown.map((row) => {
-      const share = R.isNumber(row.reward) && range.high > range.low ? (row.reward - range.low) / (range.high - range.low) : 0;
+      const share = shareOf(row.reward, range);
       const kind = R.isTruncated(row) ? "cut" : row.correct === true ? "right" : "";
       return Report.el("i", {class: kind || null, style: `--share:${share.toFixed(3)}`});
     });
-    const words = `rewards ${shown.map((row) => score(row.reward)).join(", ")}` + (rows.length > BARS ? ` and ${rows.length - BARS} more` : "");
+    const words =
+      `rewards ${shown.map((row) => score(row.reward)).join(", ")}` +
+      (rows.length > BARS ? ` and ${rows.length - BARS} more` : "");
     return Report.el("span", {class: "ro-strip", role: "img", "aria-label": words, title: words}, bars);
   }
 
@@ -27,123 +33,147 @@ Report.rolloutList = (() => {
     return {low: Math.min(0, -R.largest(rewards.map((value) => -value))), high: R.largest(rewards)};
   }
 
-  const pill = (chosen) => Report.el("span", {class: `pill ro-kept ${chosen}`}, chosen === "fixed" ? "question" : T.visible(chosen));
+  const pill = (chosen) =>
+    Report.el("span", {class: `pill ro-kept ${chosen}`}, chosen === "fixed" ? "question" : T.visible(chosen));
 
   function where(group) {
-    const name = group.split === "eval" ? `evaluation${group.set ? " " + T.visible(group.set) : ""}, step ${group.step}` : `step ${group.step}`;
+    const name =
+      group.split === "eval"
+        ? `evaluation${group.set ? " " + T.visible(group.set) : ""}, step ${group.step}`
+        : `step ${group.step}`;
     return `${name} \u00b7 prompt ${group.first.prompt_id}`;
   }
 
   function notes({group, hits}) {
     const cut = group.rows.filter(R.isTruncated).length;
     return [
-      hits.size < group.rows.length ? `${hits.size} of ${group.rows.length} match` : `${group.rows.length} ${group.rows.length === 1 ? "answer" : "answers"}`,
-      cut ? `${cut} truncated` : "", group.first.left_out ? "not trained on" : "",
-    ].filter(Boolean).join(" \u00b7 ");
+      hits.size < group.rows.length
+        ? `${hits.size} of ${group.rows.length} match`
+        : `${group.rows.length} ${group.rows.length === 1 ? "answer" : "answers"}`,
+      cut ? `${cut} truncated` : "",
+      group.first.left_out ? "not trained on" : "",
+    ]
+      .filter(Boolean)
+      .join(" \u00b7 ");
   }
 
   function groupEntry(found, context) {
     const {group} = found;
-    return Report.el("li", {},
-      Report.el("button", {type: "button", class: "ro-item", "data-group": group.id, onclick: () => context.choose({group: group.id})},
+    return Report.el(
+      "li",
+      {},
+      Report.el(
+        "button",
+        {
+          type: "button",
+          class: "ro-item",
+          "data-group": group.id,
+          onclick: () => context.choose({group: group.id}),
+        },
         Report.el("span", {class: "ro-item-top"}, Report.el("b", {}, where(group)), pill(group.chosen)),
         Report.el("span", {class: "ro-item-text", dir: "auto"}, T.excerpt(group.question)),
-        Report.el("span", {class: "ro-item-top"}, strip(group.rows, context.range), Report.el("span", {class: "ro-mean"}, score(group.reward)), Report.el("span", {class: "ro-notes"}, notes(found)))));
+        Report.el(
+          "span",
+          {class: "ro-item-top"},
+          strip(group.rows, context.range),
+          Report.el("span", {class: "ro-mean"}, score(group.reward)),
+          Report.el("span", {class: "ro-notes"}, notes(found)),
+        ),
+      ),
+    );
   }
 
   function stepCell(kind, group, context) {
     if (!group) return Report.el("span", {class: "ro-cell empty", "data-kind": kind}, "\u2013");
     const words = `${kind} group of step ${group.step}: mean reward ${score(group.reward)}`;
-    return Report.el("button", {type: "button", class: "ro-cell", "data-kind": kind, "data-group": group.id, "aria-label": words, title: `${words}\n${T.excerpt(group.question)}`,
-      onclick: () => context.choose({group: group.id})}, Report.el("span", {class: "ro-mean"}, score(group.reward)), strip(group.rows.slice(0, 12), context.range));
+    return Report.el(
+      "button",
+      {
+        type: "button",
+        class: "ro-cell",
+        "data-kind": kind,
+        "data-group": group.id,
+        "aria-label": words,
+        title: `${words}\n${T.excerpt(group.question)}`,
+        onclick: () => context.choose({group: group.id}),
+      },
+      Report.el("span", {class: "ro-mean"}, score(group.reward)),
+      strip(group.rows.slice(0, 12), context.range),
+    );
   }
 
   function stepEntry(step, context) {
-    return Report.el("li", {class: "ro-step-line", "data-step": step.step}, Report.el("b", {}, String(step.step)),
-      stepCell("best", step.best, context), stepCell("typical", step.typical, context), stepCell("worst", step.worst, context));
+    return Report.el(
+      "li",
+      {class: "ro-step-line", "data-step": step.step},
+      Report.el("b", {}, String(step.step)),
+      stepCell("best", step.best, context),
+      stepCell("typical", step.typical, context),
+      stepCell("worst", step.worst, context),
+    );
   }
 
   function questionEntry(question, context) {
     const {evaluations} = question;
     const [first, last] = [evaluations[0], evaluations.at(-1)];
     const path = `${evaluations.length} ${evaluations.length === 1 ? "evaluation" : "evaluations"}`;
-    return Report.el("li", {},
-      Report.el("button", {type: "button", class: "ro-item", "data-question": question.id, onclick: () => context.choose({question: question.id})},
-        Report.el("span", {class: "ro-item-top"}, Report.el("b", {}, `question ${question.first.prompt_id}${question.set ? " of " + T.visible(question.set) : ""}`), Report.el("span", {class: "ro-notes"}, path)),
+    return Report.el(
+      "li",
+      {},
+      Report.el(
+        "button",
+        {
+          type: "button",
+          class: "ro-item",
+          "data-question": question.id,
+          onclick: () => context.choose({question: question.id}),
+        },
+        Report.el(
+          "span",
+          {class: "ro-item-top"},
+          Report.el(
+            "b",
+            {},
+            `question ${question.first.prompt_id}${question.set ? " of " + T.visible(question.set) : ""}`,
+          ),
+          Report.el("span", {class: "ro-notes"}, path),
+        ),
         Report.el("span", {class: "ro-item-text", dir: "auto"}, T.excerpt(question.question)),
-        Report.el("span", {class: "ro-item-top"}, means(evaluations, context.range), Report.el("span", {class: "ro-mean"}, evaluations.length > 1 ? `${score(first.reward)} \u2192 ${score(last.reward)}` : score(first.reward)))));
+        Report.el(
+          "span",
+          {class: "ro-item-top"},
+          means(evaluations, context.range),
+          Report.el(
+            "span",
+            {class: "ro-mean"},
+            evaluations.length > 1
+              ? `${score(first.reward)} \u2192 ${score(last.reward)}`
+              : score(first.reward),
+          ),
+        ),
+      ),
+    );
   }
 
   // Mean rewards of an evaluation question through time.
   function means(evaluations, range) {
     const every = Math.ceil(evaluations.length / BARS);
     const shown = evaluations.filter((_, at) => at % every === 0 || at === evaluations.length - 1);
-    return strip(shown.map((group) => ({reward: group.reward})), range);
+    return strip(
+      shown.map((group) => ({reward: group.reward})),
+      range,
+    );
   }
 
   const VIEWS = {
     groups: {title: "Groups", entry: groupEntry, none: "No rollout matches the filters."},
     steps: {title: "Steps", entry: stepEntry, none: "No step has a group that matches the filters."},
-    questions: {title: "Through time", entry: questionEntry, none: "No evaluation question matches the filters."},
+    questions: {
+      title: "Through time",
+      entry: questionEntry,
+      none: "No evaluation question matches the filters.",
+    },
   };
 
-  // A list that is filled page by page: {node, update(view, entries, context, chosen)}.
-  function list() {
-    const head = Report.el("div", {class: "ro-step-line ro-step-head", "aria-hidden": "true"}, ["step", "best", "typical", "worst"].map((word) => Report.el("span", {}, word)));
-    const items = Report.el("ol", {class: "ro-items", id: "rollouts-list"});
-    const more = Report.el("button", {type: "button", class: "ro-more", id: "rollouts-more", onclick: () => grow()});
-    const none = Report.el("p", {class: "ro-none", id: "rollouts-none"});
-    const node = Report.el("div", {class: "ro-list", tabindex: "-1"}, head, items, none, more);
-    let now = {view: "groups", entries: [], context: null};
-    let shown = 0;
-
-    function grow(least = 0) {
-      const upTo = Math.min(now.entries.length, Math.max(shown + PAGE, least));
-      const {entry} = VIEWS[now.view];
-      items.append(...now.entries.slice(shown, upTo).map((one) => entry(one, now.context)));
-      shown = upTo;
-      more.hidden = shown >= now.entries.length;
-      more.textContent = `Show ${Report.count(Math.min(PAGE, now.entries.length - shown))} more of ${Report.count(now.entries.length - shown)}`;
-    }
-
-    function update(view, entries, context, chosen) {
-      const focused = items.contains(document.activeElement) ? {...document.activeElement.dataset} : null;
-      const top = view === now.view ? node.scrollTop : 0;
-      const least = view === now.view ? shown : 0;
-      now = {view, entries, context};
-      shown = 0;
-      items.replaceChildren();
-      head.hidden = view !== "steps" || !entries.length;
-      none.hidden = entries.length > 0;
-      none.textContent = VIEWS[view].none;
-      grow(Math.max(least, chosen + 1));
-      node.scrollTop = top;
-      refocus(focused);
-    }
-
-    function refocus(data) {
-      if (!data) return;
-      const name = data.question ? "question" : "group";
-      const again = items.querySelector(`[data-${name}="${CSS.escape(data[name] || "")}"]`);
-      if (again) again.focus({preventScroll: true});
-    }
-
-    // Marks the chosen entries, and scrolls the list, not the page, to the first of them.
-    function mark(name, id) {
-      items.querySelectorAll("[aria-current]").forEach((entry) => entry.removeAttribute("aria-current"));
-      const found = [...items.querySelectorAll(`[data-${name}="${CSS.escape(id || "")}"]`)];
-      found.forEach((entry) => entry.setAttribute("aria-current", "true"));
-      if (!found.length) return;
-      const [box, spot] = [node.getBoundingClientRect(), found[0].getBoundingClientRect()];
-      if (spot.top < box.top + 30) node.scrollTop -= box.top + 30 - spot.top;
-      else if (spot.bottom > box.bottom) node.scrollTop += spot.bottom - box.bottom + 8;
-    }
-
-    node.addEventListener("scroll", () => {
-      if (!more.hidden && node.scrollTop + node.clientHeight > node.scrollHeight - 200) grow();
-    });
-    return {node, update, mark};
-  }
-
-  return {VIEWS, list, pill, rangeOf, score, strip, where};
+  return {VIEWS, pill, rangeOf, score, shareOf, strip, where};
 })();

@@ -24,7 +24,13 @@ Report.rolloutTokens = (() => {
     node.dataset.at = token.at;
     if (token.text.length > LONGEST) {
       T.append(node, token.text.slice(0, LONGEST));
-      node.append(Report.el("span", {class: "ro-notes"}, `\u2026 ${Report.count(token.text.length)} characters in one token`));
+      node.append(
+        Report.el(
+          "span",
+          {class: "ro-notes"},
+          `\u2026 ${Report.count(token.text.length)} characters in one token`,
+        ),
+      );
     } else if (PLAIN.test(token.text)) node.textContent = token.text;
     else if (token.text === "") node.classList.add("ro-void");
     else if (/[\n\t]/.test(token.text) || !token.text.trim()) {
@@ -55,7 +61,18 @@ Report.rolloutTokens = (() => {
     return (token) => {
       const value = values && token.sampled ? values[token.place] : null;
       const colour = value === null ? "" : M.classOf(look.measure, value, look.top);
-      return span(token, ["ro-t", colour, token.sampled ? "" : "ro-given", hits.has(token.at) ? "ro-hit" : "", look.fresh && look.fresh.has(token.at) ? "ro-new" : ""].filter(Boolean).join(" "));
+      return span(
+        token,
+        [
+          "ro-t",
+          colour,
+          token.sampled ? "" : "ro-given",
+          hits.has(token.at) ? "ro-hit" : "",
+          look.fresh && look.fresh.has(token.at) ? "ro-new" : "",
+        ]
+          .filter(Boolean)
+          .join(" "),
+      );
     };
   }
 
@@ -95,8 +112,13 @@ Report.rolloutTokens = (() => {
     const {tokens} = turn;
     const {values} = M.MEASURES[look.measure] ? M.MEASURES[look.measure].of(row) : {};
     const write = writer(tokens, values || null, look);
-    const node = Report.el("div", {class: "ro-tokens", dir: "auto", tabindex: "0", role: "group",
-      "aria-label": `${Report.count(tokens.length)} tokens; left and right arrow keys go through them`});
+    const node = Report.el("div", {
+      class: "ro-tokens",
+      dir: "auto",
+      tabindex: "0",
+      role: "group",
+      "aria-label": `${Report.count(tokens.length)} tokens; left and right arrow keys go through them`,
+    });
     const folded = tokens.length > HEAD + 2 * TAIL;
     const all = (done) => fillAll(node, tokens, write, done);
     if (folded) fillEnds(node, tokens, write, () => all());
@@ -114,7 +136,11 @@ Report.rolloutTokens = (() => {
   function fillEnds(node, tokens, write, show) {
     const characters = tokens.reduce((sum, token) => sum + token.text.length, 0);
     const words = `\u2026 show all ${Report.count(characters)} characters, ${Report.count(tokens.length)} tokens \u2026`;
-    node.append(...tokens.slice(0, HEAD).map(write), T.moreButton(words, show), ...tokens.slice(-TAIL).map(write));
+    node.append(
+      ...tokens.slice(0, HEAD).map(write),
+      T.moreButton(words, show),
+      ...tokens.slice(-TAIL).map(write),
+    );
   }
 
   const tokenAt = (event) => (event.target instanceof Element ? event.target.closest(".ro-t") : null);
@@ -124,7 +150,10 @@ Report.rolloutTokens = (() => {
     node.addEventListener("mouseleave", () => tip.leave());
     node.addEventListener("click", (event) => tokenAt(event) && tip.pin(tokenAt(event), row));
     node.addEventListener("blur", () => tip.close());
-    node.addEventListener("focus", () => node.matches(":focus-visible") && tip.pin(node.querySelector(".ro-t"), row));
+    node.addEventListener(
+      "focus",
+      () => node.matches(":focus-visible") && tip.pin(node.querySelector(".ro-t"), row),
+    );
     node.addEventListener("keydown", (event) => {
       const next = target(node, event.key);
       if (!next) return;
@@ -159,9 +188,13 @@ Report.rolloutTokens = (() => {
     const known = [["token", `${token.at + 1} of ${total}`]];
     if (Array.isArray(row.tokens)) known.push(["id", String(row.tokens[token.at])]);
     if (!token.sampled) return [...known, ["sampled", "no: a reply, without loss"]];
-    if (logprob !== null) known.push(["logprob", Report.number(logprob, 4)], ["probability", Report.percent(Math.exp(logprob))]);
+    if (logprob !== null)
+      known.push(["logprob", Report.number(logprob, 4)], ["probability", Report.percent(Math.exp(logprob))]);
     if (entropy !== null) known.push(["entropy", Report.number(entropy, 4) + " nats"]);
-    for (const [measure, label] of [["difference", "trainer \u2212 generator"], ["advantage", "advantage"]]) {
+    for (const [measure, label] of [
+      ["difference", "trainer \u2212 generator"],
+      ["advantage", "advantage"],
+    ]) {
       const value = valueOf(row, measure, token);
       if (value !== null) known.push([label, exact(value, measure)]);
     }
@@ -171,7 +204,10 @@ Report.rolloutTokens = (() => {
   // A token in one line; its white space as symbols.
   function shown(text) {
     const short = text.length > 200 ? text.slice(0, 200) + "\u2026" : text;
-    return short.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/^ +| +$/g, (blank) => "\u00b7".repeat(blank.length));
+    return short
+      .replace(/\n/g, "\u21b5")
+      .replace(/\t/g, "\u21e5")
+      .replace(/^ +| +$/g, (blank) => "\u00b7".repeat(blank.length));
   }
 
   // The note beside a token; one a browser. A pinned one stays until it is closed.
@@ -194,19 +230,31 @@ Report.rolloutTokens = (() => {
       const list = M.tokensOf(row);
       const one = list[Number(token.dataset.at)];
       const quoted = Report.el("code", {dir: "auto"});
-      T.append(quoted, one.text === "" ? "no text: part of the next character" : `\u201c${shown(one.text)}\u201d`);
+      T.append(
+        quoted,
+        one.text === "" ? "no text: part of the next character" : `\u201c${shown(one.text)}\u201d`,
+      );
       box.replaceChildren(
         quoted,
-        Report.el("dl", {}, factsOf(row, one, list.length).map(([label, value]) => [Report.el("dt", {}, label), Report.el("dd", {}, value)])),
+        Report.el(
+          "dl",
+          {},
+          factsOf(row, one, list.length).map(([label, value]) => [
+            Report.el("dt", {}, label),
+            Report.el("dd", {}, value),
+          ]),
+        ),
       );
       box.hidden = false;
       place(box, token);
     }
 
     return {
-      box, close,
+      box,
+      close,
       show: (token, row) => !pinned && write(token, row),
       leave: () => !pinned && close(),
+      moved: () => (pinned ? place(box, on) : close()),
       pin(token, row) {
         if (!token) return;
         const again = pinned && on === token;
@@ -230,13 +278,32 @@ Report.rolloutTokens = (() => {
   function legend(measure, top) {
     const {unit, scale} = M.MEASURES[measure];
     const steps = scale(top);
-    const words = steps.filter((step) => step.label).map((step) => step.label).join(", ");
-    return Report.el("div", {class: "ro-legend", "data-measure": measure, role: "img", "aria-label": `Colour scale: ${unit}; ${words}`},
+    const words = steps
+      .filter((step) => step.label)
+      .map((step) => step.label)
+      .join(", ");
+    return Report.el(
+      "div",
+      {
+        class: "ro-legend",
+        "data-measure": measure,
+        role: "img",
+        "aria-label": `Colour scale: ${unit}; ${words}`,
+      },
       Report.el("span", {class: "ro-unit"}, unit),
-      Report.el("span", {class: "ro-scale"}, steps.map(({level, above, label}) =>
-        Report.el("span", {class: "ro-step"},
-          Report.el("i", {class: `ro-t l${level}` + (above ? " above" : "")}),
-          Report.el("b", {}, label)))));
+      Report.el(
+        "span",
+        {class: "ro-scale"},
+        steps.map(({level, above, label}) =>
+          Report.el(
+            "span",
+            {class: "ro-step"},
+            Report.el("i", {class: `ro-t l${level}` + (above ? " above" : "")}),
+            Report.el("b", {}, label),
+          ),
+        ),
+      ),
+    );
   }
 
   return {block, exact, factsOf, legend, shown, tooltip, valueOf};

@@ -18,7 +18,7 @@ Report.facts = (facts) => {
   const {el} = Report;
   return el("dl", {class: "facts", style: `--n: ${facts.length}`}, facts.map(({label, value, note}) => el("div", {class: "fact"},
     el("dt", {}, label),
-    el("dd", {class: String(value).length > 18 ? "long" : ""}, value),
+    el("dd", {class: String(value).length > 15 ? "long" : ""}, value),
     note && el("dd", {class: "note"}, note))));
 };
 
@@ -42,13 +42,21 @@ Report.headline = (() => {
     return el("span", {class: `pill ${value}`}, el("span", {"aria-hidden": "true"}, sign + " "), text);
   }
 
-  function ladder(rungs) {
-    const rows = rungs.map((one) => el("li", {"data-rung": one.rung, "data-holds": one.holds},
-      el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
-      el("span", {class: "how"}, one.how)));
-    return el("div", {class: "ladder"}, el("h3", {}, "Exactness"),
-      rows.length ? el("ul", {class: "rungs"}, rows)
-        : Report.empty("Nothing is known about the exactness of this run."));
+  function rungList(rungs) {
+    return el("ul", {class: "rungs"}, rungs.map((one) =>
+      el("li", {"data-rung": one.rung, "data-holds": one.holds},
+        el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
+        el("span", {class: "how"}, one.how))));
+  }
+
+  // One run shows its ladder; of several each has a line that opens.
+  function ladder(rungs, place, several) {
+    if (!rungs.length) return Report.empty("Nothing is known about the exactness of this run.");
+    if (!several) return el("div", {class: "ladder"}, el("h3", {}, "Exactness"), rungList(rungs));
+    const held = rungs.filter((one) => one.holds === "yes").map((one) => one.rung).join(", ");
+    return el("details", {"data-keep": `ladder ${place}`},
+      el("summary", {}, `Exactness, known to hold: ${held || "nothing"}`),
+      rungList(rungs));
   }
 
   function one(run, place, several) {
@@ -61,7 +69,7 @@ Report.headline = (() => {
           run.done ? "finished" : "not finished")),
       several && el("p", {class: "muted"}, title),
       el("p", {class: "sentence"}, sentence),
-      Report.facts(facts), ladder(exactness));
+      Report.facts(facts), ladder(exactness, place, several));
   }
 
   function section(runs) {

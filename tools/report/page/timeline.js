@@ -1,28 +1,13 @@
-// The ranks of one step as a Gantt chart: who works, who waits for whom.
-// Tests find: svg.gantt rect.bar[data-rank][data-name][data-wave][data-wait], #timeline-step, #timeline-text.
+// Who works and who waits for whom: in words, as shares of every recorded step, and for one step as
+// bars (gantt.js). Tests find: #timeline-overall, #timeline-text, #timeline-step, #timeline-where.
 "use strict";
 
 Report.timeline = (() => {
   const {el, svg} = Report;
-  const NOTHING = 3e-4; // seconds
+  const {bars, lasts, phasesOf} = Report.gantt;
   let shown = null;
 
   // ---- sums
-
-  // The events of a step with their waves: the k-th "generate" of a rank is wave k. A phase that
-  // a rank passes without work, as all do off their own role, is not a bar.
-  function bars(timeline, step) {
-    return step.ranks.flatMap((events, row) => {
-      const waves = new Map();
-      return events.map(([name, begin, end, wait]) => {
-        waves.set(name, (waves.get(name) || 0) + 1);
-        return {row, name, begin, end, wait: Math.min(wait || 0, end - begin), wave: waves.get(name),
-          rank: timeline.ranks[row].rank, role: timeline.ranks[row].role};
-      }).filter((bar) => bar.end - bar.begin >= NOTHING);
-    });
-  }
-
-  const lasts = (step, all) => Math.max(step.seconds || 0, ...all.map((bar) => bar.end), 1e-9);
 
   // Share of the step that ranks of each role wait, and each rank's.
   function waits(timeline, step) {
@@ -91,112 +76,7 @@ Report.timeline = (() => {
       el("span", {id: "timeline-where", class: "number"}));
   }
 
-  // ---- drawing
-
-  function rowHeight(ranks) {
-    return ranks <= 8 ? 28 : ranks <= 16 ? 22 : ranks <= 32 ? 17 : 13;
-  }
-
-  function barShape(bar, x, top, tall) {
-    const [left, right] = [x(bar.begin), x(bar.end)];
-    const width = Math.max(right - left, 0.75);
-    const waiting = x(bar.begin + bar.wait) - left;
-    const label = bar.name + (bar.waves > 1 ? " " + bar.wave : "");
-    const room = width - waiting > 7 * label.length + 8 && tall >= 15;
-    return svg("g", {class: "event", style: `--tone: ${Report.phaseTone(bar.name)}`},
-      svg("rect", {class: "bar", x: left, y: top, width, height: tall, "data-rank": bar.rank,
-        "data-name": bar.name, "data-wave": bar.wave, "data-wait": bar.wait}),
-      bar.wait > 0 && svg("rect", {class: "wait", x: left, y: top, width: waiting, height: tall}),
-      room && svg("text", {class: "inside", x: left + waiting + 5, y: top + tall / 2 + 4}, label));
-  }
-
-  function hatch() {
-    return svg("pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
-      patternTransform: "rotate(45)"}, svg("rect", {class: "hatch-ground", width: 6, height: 6}),
-    svg("rect", {class: "hatch-line", width: 2, height: 6}));
-  }
-
-  function rankLabel({rank, role}, left, middle) {
-    const text = left > 60 ? `${rank} ${role === "both" ? "" : role}` : String(rank);
-    return svg("text", {x: left - 8, y: middle + 4, "text-anchor": "end"}, text);
-  }
-
-  // Bars of one name per rank are counted, so that a single one is not called a wave.
-  function counted(all) {
-    const most = new Map();
-    for (const bar of all) most.set(bar.row + bar.name, bar.wave);
-    return all.map((bar) => ({...bar, waves: most.get(bar.row + bar.name)}));
-  }
-
-  function gantt(timeline, step, width) {
-    const all = counted(bars(timeline, step));
-    const row = rowHeight(timeline.ranks.length);
-    const gap = row > 15 ? 4 : 2;
-    const split = timeline.ranks.some(({role}) => role !== "both");
-    const left = split && width > 560 ? 92 : 34;
-    const bottom = timeline.ranks.length * row + 6;
-    const whole = lasts(step, all);
-    const x = Report.scales.linear(0, whole, left, width - 10);
-    const ticks = Report.scales.ticks(0, whole, Math.max(2, Math.floor(width / 110)));
-    const rules = ticks.map((tick) => [
-      svg("path", {class: "rule", d: `M${x(tick).toFixed(1)} 4V${bottom}`}),
-      svg("text", {x: x(tick), y: bottom + 16, "text-anchor": "middle"}, Report.number(tick) + "\u2009s")]);
-    const labels = timeline.ranks.map((rank, k) => rankLabel(rank, left, 6 + k * row + (row - gap) / 2));
-    const beds = timeline.ranks.map((_, k) => svg("rect", {class: "bed", x: left, y: 6 + k * row,
-      width: width - 10 - left, height: row - gap}));
-    const picture = svg("svg", {class: "gantt", role: "img", tabindex: 0, "data-keep": "gantt",
-      viewBox: `0 0 ${width} ${bottom + 24}`, "data-step": step.step,
-      "aria-label": `${sentence(timeline, step)} Arrow keys go through the bars.`,
-      style: `--tall: ${bottom + 24}px`},
-      svg("defs", {}, hatch()), beds, rules.flat(),
-      labels, all.map((bar) => barShape(bar, x, 6 + bar.row * row, row - gap)));
-    picture.bars = all;
-    return picture;
-  }
-
-  // ---- what is under the pointer, or reached by arrow keys
-
-  function described(bar) {
-    const wave = bar.waves > 1 ? `, ${bar.name === "generate" ? "wave" : "part"} ${bar.wave} of ${bar.waves}` : "";
-    const role = bar.role === "both" ? "" : ` (${bar.role})`;
-    const wait = bar.wait > 0
-      ? `, of which it waits ${Report.seconds(bar.wait)} (${Report.percent(bar.wait / (bar.end - bar.begin), 2)})` : "";
-    return `Rank ${bar.rank}${role}: ${bar.name}${wave}, ${Report.seconds(bar.end - bar.begin)}${wait}, ` +
-      `from ${Report.number(bar.begin)} s to ${Report.number(bar.end)} s`;
-  }
-
-  function listen(picture, tip) {
-    const shapes = [...picture.querySelectorAll(".bar")];
-    let current = -1;
-    const show = (place) => {
-      shapes.forEach((shape, k) => shape.classList.toggle("current", k === place));
-      current = place;
-      tip.textContent = place < 0 ? tip.dataset.rest : described(picture.bars[place]);
-    };
-    picture.addEventListener("pointermove", (event) => show(shapes.indexOf(under(event))));
-    picture.addEventListener("pointerdown", (event) => show(shapes.indexOf(under(event))));
-    picture.addEventListener("pointerleave", () => show(-1));
-    picture.addEventListener("keydown", (event) => {
-      const move = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-      if (!move) return;
-      event.preventDefault();
-      show(Math.min(Math.max(current + move, 0), shapes.length - 1));
-      if (current >= 0) Report.say(described(picture.bars[current]));
-    });
-  }
-
-  function under(event) {
-    const group = event.target.closest(".event");
-    return group ? group.querySelector(".bar") : null;
-  }
-
   // ---- the parts around it
-
-  function phasesOf(all) {
-    const names = new Set(all.map((bar) => bar.name));
-    const known = Report.PHASES.filter((name) => names.has(name));
-    return [...known, ...[...names].filter((name) => !known.includes(name))];
-  }
 
   function legend(timeline, step) {
     const names = phasesOf(bars(timeline, step));
@@ -238,14 +118,15 @@ Report.timeline = (() => {
     const step = timeline.steps[place];
     const width = Math.max(260, frame.clientWidth);
     const focused = document.activeElement && document.activeElement.dataset.keep === "gantt";
-    const picture = gantt(timeline, step, width);
-    frame.replaceChildren(picture);
-    listen(picture, shown.tip);
+    const picture = Report.gantt.picture(timeline, step, width, sentence(timeline, step));
+    frame.replaceChildren(picture, Report.gantt.tip(picture));
     if (focused) picture.focus({preventScroll: true});
     shown.text.textContent = sentence(timeline, step);
     shown.legend.replaceChildren(...legend(timeline, step).flat());
     shown.table.replaceChildren(rankTable(timeline, step));
-    shown.root.querySelector("#timeline-step").value = place;
+    const slider = shown.root.querySelector("#timeline-step");
+    slider.value = place;
+    slider.setAttribute("aria-valuetext", `step ${step.step}`);
     shown.root.querySelector("#timeline-previous").disabled = place === 0;
     shown.root.querySelector("#timeline-next").disabled = place === timeline.steps.length - 1;
     const mark = Report.charts.numberIn("mark");
@@ -259,14 +140,13 @@ Report.timeline = (() => {
     shown = null;
     if (!timeline.steps.length || !timeline.ranks.length)
       return [Report.empty("No timeline was recorded (timeline.jsonl in the run directory).")];
-    const tip = el("p", {class: "tip", "data-rest": "Point at a bar to read it."}, "Point at a bar to read it.");
     const root = el("div", {class: "card timeline"}, chooser(timeline),
       el("p", {id: "timeline-text", class: "said", "aria-live": "polite"}),
-      el("ul", {class: "legend phases"}), el("div", {class: "frame"}), tip,
+      el("ul", {class: "legend phases"}), el("div", {class: "frame"}),
       el("details", {"data-keep": "rank-table"}, el("summary", {}, "Seconds of each rank"), el("div", {})),
       timeline.left_out > 0 && el("p", {class: "note muted"},
-        `${timeline.left_out} recorded steps are left out of this page to keep it small.`));
-    shown = {timeline, root, tip, frame: root.querySelector(".frame"), text: root.querySelector("#timeline-text"),
+        `Recorded steps that are left out to keep this page small: ${timeline.left_out}.`));
+    shown = {timeline, root, frame: root.querySelector(".frame"), text: root.querySelector("#timeline-text"),
       legend: root.querySelector(".phases"), table: root.querySelector("details div")};
     return [el("p", {class: "said", id: "timeline-overall"}, overall(timeline)), timeline.steps.length > 1 && Report.cards.card(curve(timeline)), root].filter(Boolean);
   }

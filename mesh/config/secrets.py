@@ -1,0 +1,51 @@
+"""Secrets that stand where none belongs: in the value of a key, or in a command line.
+
+What leaves the machine goes through here: the configuration that a tracker gets, a report that is
+given away. A secret is known by the name that it is given to, or by the form of its service. Others
+are not found, so a secret is best kept in the environment, of which nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mesh.config.keys import SECRETS
+
+NOT_SHOWN = "(not shown)"
+
+# NAME=VALUE, NAME: VALUE, --NAME VALUE; a value may be quoted
+NAMED = re.compile(
+    rf"([\w.-]*(?:{'|'.join(SECRETS)})[\"']?\s*[=:]\s*|--?[\w-]*(?:{'|'.join(SECRETS)})\s+)"
+    r"(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
+    re.IGNORECASE,
+)
+FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}"  # Hugging Face
+    r"|\bsk-[\w-]{20,}"  # OpenAI, Anthropic
+    r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"  # GitHub, GitLab
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{35}"  # AWS, Google
+    r"|\bxox[abeprs]-[\w-]{10,}|\bwandb_v\d_\w{20,}"  # Slack, W&B
+    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in a URL
+)
+
+
+def is_secret(name: str) -> bool:
+    """True if a key, given with or without the groups that it is in, is named as a secret is."""
+    return name.lower().endswith(SECRETS)
+
+
+def without_secrets(text: str) -> str:
+    """A command line, or another text, with `(not shown)` in place of secrets."""
+    return FORMS.sub(NOT_SHOWN, NAMED.sub(rf"\1{NOT_SHOWN}", text))
+
+
+def shareable(value: Any, name: str = "") -> Any:
+    """A configuration, with `(not shown)` in place of secrets at any depth. `name`: its key."""
+    if isinstance(value, dict):
+        return {key: shareable(item, str(key)) for key, item in value.items()}
+    if value is not None and is_secret(name):
+        return NOT_SHOWN
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    return FORMS.sub(NOT_SHOWN, value) if isinstance(value, str) else value

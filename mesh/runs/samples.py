@@ -1,0 +1,189 @@
+"""`samples.jsonl.gz`: the rollouts that a run keeps, written by a thread, and read again.
+
+The file is a sequence of gzip members, each with the lines of a group. It is only appended to, so
+that a prefix which ends with a member is a whole file: what a checkpoint holds. The texts of
+tokens, JSON and compression are the thread's work. A step waits for it only where the thread is
+many steps behind; a checkpoint, for what came before it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mesh.runs.lines import line_of, lines_in, read_lines
+
+SAMPLES, OLD_SAMPLES = "samples.jsonl.gz", "samples.jsonl"
+"""The file of a run, and of runs from before it was compressed."""
+
+WAITING = 64  # steps and marks that the thread may be behind
+CHUNK_BYTES = 1 << 16
+COMPRESSION = 6  # zlib's default: the last percent takes twice the time
+Row = dict[str, Any]
+Seen = Callable[[Sequence[Row]], None]
+
+
+Step = tuple[int, Sequence[Row], Seen]
+"""A step, its records, and who gets their rows."""
+
+
+def ignored(rows: Sequence[Row]) -> None:
+    """Nobody gets the rows."""
+
+
+class Mark:
+    """A place in the file: behind everything that was put into it before."""
+
+    def __init__(self) -> None:
+        self._done, self._size, self._error = threading.Event(), 0, ""
+
+    def size(self, seconds: float | None = None) -> int:
+        """Bytes of the file up to here, once they are written. RuntimeError if they could not be;
+        TimeoutError after so many seconds."""
+        if not self._done.wait(seconds):
+            raise TimeoutError(f"{SAMPLES} was not written within {seconds:g} s")
+        if self._error:
+            raise RuntimeError(self._error)
+        return self._size
+
+    def reach(self, size: int, error: str) -> None:
+        """Tell who waits."""
+        self._size, self._error = size, error
+        self._done.set()
+
+
+class SampleFile:
+    """Owns the file and its thread. A failure to write is raised by the next call."""
+
+    def __init__(
+        self,
+        path: Path,
+        row_of: Callable[[Row], Row],
+        most_bytes: Callable[[int], float],
+    ) -> None:
+        """row_of: makes the line of a record; most_bytes: bound of the file after a step."""
+        self.path, self.left_out = path, 0
+        self._row_of, self._most_bytes = row_of, most_bytes
+        self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._size, self._error = self._file.tell(), ""
+        self._queue: queue.Queue[Step | Mark | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._run, name="mesh-samples", daemon=True)
+        self._thread.start()
+
+    def put(self, step: int, records: Sequence[Row], seen: Seen = ignored) -> None:
+        """Have the records of a step written; the rollouts of a group follow each other. seen: is
+        called with all rows of the step, by the thread."""
+        self._ask((step, records, seen))
+
+    def mark(self) -> Mark:
+        """The place behind what was put so far. Returns at once."""
+        mark = Mark()
+        self._ask(mark)
+        return mark
+
+    def close(self, seconds: float | None = None) -> None:
+        """Write the rest, and close the file; after so many seconds give it up."""
+        self._queue.put(None, timeout=seconds)
+        self._thread.join(seconds)
+        self._check()
+
+    def _ask(self, what: Step | Mark) -> None:
+        self._check()
+        self._queue.put(what)
+
+    def _check(self) -> None:
+        if self._error:
+            raise RuntimeError(self._error)
+
+    def _run(self) -> None:
+        while (what := self._queue.get()) is not None:
+            if isinstance(what, Mark):
+                what.reach(self._size, self._error)
+            elif not self._error:
+                self._try(*what)
+        self._file.close()
+
+    def _try(self, step: int, records: Sequence[Row], seen: Seen) -> None:
+        try:
+            seen(self._write(step, records))
+        except OSError as error:
+            self._error = f"{self.path}: cannot be written ({error.strerror})"
+        except Exception as error:  # a thread has nobody to raise it to
+            self._error = f"{self.path}: step {step} cannot be written ({error!r})"
+
+    def _write(self, step: int, records: Sequence[Row]) -> list[Row]:
+        rows = [{"step": step} | self._row_of(record) for record in records]
+        for _, group in groupby(rows, key=group_of):
+            data = member_of(list(group))
+            if self._size + len(data) > self._most_bytes(step):
+                self.left_out += 1
+                continue
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+            self._size += len(data)
+        return rows
+
+
+def group_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The group of a row, within a step."""
+    return row.get("split"), row.get("set"), row.get("prompt_id")
+
+
+def member_of(rows: Sequence[Row]) -> bytes:
+    """The rows as a gzip member, the same bytes whenever it is made."""
+    text = "".join(f"{line_of(row)}\n" for row in rows)
+    return gzip.compress(text.encode(), COMPRESSION, mtime=0)
+
+
+def pace(samples_mb: float, steps: int) -> Callable[[int], float]:
+    """The most bytes that the file may have after a step, so that the end of the run has its share:
+    a tenth of `samples_mb` [1e6 bytes] at the start, and more with every step."""
+    return lambda step: samples_mb * 1e6 * (0.1 + 0.9 * min(step / max(steps, 1), 1.0))
+
+
+def read_samples(run_dir: Path, killed: bool = False) -> list[Row]:
+    """The samples of a run, of one from before they were compressed too.
+
+    killed: ignore a last member, or line, that was not written to its end. Raises ValueError naming
+    the file that cannot be read.
+    """
+    path, old = run_dir / SAMPLES, run_dir / OLD_SAMPLES
+    before = read_lines(old, killed) if old.exists() else []
+    if before and not path.exists():
+        return before
+    return before + lines_in(b"".join(members(path, killed)), path)
+
+
+def members(path: Path, killed: bool = False) -> Iterator[bytes]:
+    """The contents of a file's gzip members, in order. Raises ValueError if one is damaged, or,
+    unless `killed`, the last one is truncated."""
+    try:
+        with open(path, "rb") as file:
+            yield from _members(file, path, killed)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name the directory of a run") from error
+
+
+def _members(file: BinaryIO, path: Path, killed: bool) -> Iterator[bytes]:
+    piece = file.read(CHUNK_BYTES)
+    while piece:
+        content, member = [], zlib.decompressobj(wbits=31)
+        while piece and not member.eof:
+            try:
+                content.append(member.decompress(piece))
+            except zlib.error as error:
+                raise ValueError(f"{path}: is damaged ({error})") from error
+            piece = member.unused_data or file.read(CHUNK_BYTES)
+        if not member.eof:
+            if killed:
+                return
+            remedy = "a killed run may leave it so, which resume= removes"
+            raise ValueError(f"{path}: its last part is truncated; {remedy}")
+        yield b"".join(content)
