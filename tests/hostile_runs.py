@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,11 +31,13 @@ TEXTS = {
     "lines": "first\r\n\r\n\tsecond\n" * 3,
 }
 NAME = TEXTS["image"].replace("/", "")
+PROMPT = 9999
+"""The prompt id of the group that attacks."""
 
 
 def hostile_run(source: Path, target: Path) -> Path:
-    """A run whose every text attacks: rollouts, configuration, names of metrics, environment. The
-    first group of step 1 has one of TEXTS in each of its rows' fields."""
+    """A run whose every text attacks: rollouts, configuration, names of metrics, environment. A
+    group of step 1 has one of TEXTS in all fields of each of its rows."""
     run = target / NAME
     shutil.copytree(source, run)
     config = (run / "config.yaml").read_text()
@@ -49,18 +52,16 @@ def hostile_run(source: Path, target: Path) -> Path:
     (run / "profiles" / "step-1-rank-0.txt").write_text("\n".join(map(written, TEXTS.values())))
     rows = rows_of(run)
     (first, *_) = [row for row in rows if row["step"] == 1]
-    place = (first["step"], first["split"], first["prompt_id"])
-    texts = iter(TEXTS.values())
-    group = [row for row in rows if (row["step"], row["split"], row["prompt_id"]) == place]
-    others = [row for row in rows if row not in group]
-    attacked = [attack(group[0] | {"sample_id": k}, text) for k, text in enumerate(texts)]
-    write_rows(run, attacked + others)
+    texts = enumerate(TEXTS.values())
+    attacking = [attack(first | {"prompt_id": PROMPT, "sample_id": k}, t) for k, t in texts]
+    write_rows(run, attacking + rows)
     return run
 
 
 def attack(row: Line, text: str) -> Line:
-    """A row whose texts are all `text`; its tokens are of a few characters."""
-    pieces = [text[at : at + 7] for at in range(0, len(text), 7)]
+    """A row whose texts are all `text`; its tokens are words, and parts of very long ones."""
+    pieces = re.findall(r"\s*\S{1,50}|\s+$", text)
+    assert "".join(pieces) == text
     numbers = {"logprobs": -0.7, "logprob_diffs": 1e-6, "entropies": 0.5}
     return row | {
         "prompt": text, "prompt_text": text, "response": text, "answer": text,

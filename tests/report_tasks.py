@@ -10,7 +10,8 @@ from mesh.types import Prompt
 
 @dataclass(frozen=True)
 class Shortest(SpellBackward):
-    """The shorter a response, the better: a reward with a hole, into which a policy collapses."""
+    """The shorter a response, the better: a reward with a hole, into which a policy collapses. No
+    response is right."""
 
     def score(self, prompt: Prompt, response: str) -> float:
-        return 1 / (1 + len(response))
+        return 0.5 / (1 + len(response))

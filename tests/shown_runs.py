@@ -14,10 +14,8 @@ import pytest
 from foreground import Foreground, lines_of
 from launching import REPOSITORY, Run, runs
 
-SMALL = [
-    "conf=qwen3_tiny", "num_prompts=16", "group_size=4", "eval.num_prompts=16",
-    "eval.num_samples=2", "eval.every=4",
-]  # fmt: skip
+EVALUATED = ["eval.every=4", "eval.num_samples=2"]
+SMALL = ["conf=qwen3_tiny", "num_prompts=16", "group_size=4", *EVALUATED, "eval.num_prompts=16"]
 CALCULATOR = ["conf=calculator_tiny", "task_args.digits=1", "eval.num_prompts=16"]
 NAMES = ("tiny", "calculator", "collapsed", "diverged", "resumed", "split")
 
@@ -39,7 +37,7 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def make(root: Path) -> dict[str, Run]:
     stopped = root / "resumed" / "run"
     asked = {
-        "tiny": ("grpo", [*SMALL, "steps=12"]),
+        "tiny": ("grpo", ["conf=qwen3_tiny", "steps=12", *EVALUATED, "eval.num_prompts=64"]),
         "warm": ("sft", [*CALCULATOR, "model.init=random", "sft.steps=40", "sft.batch_size=64"]),
         "calculator": ("grpo", [*CALCULATOR, f"model.path={root / 'warm' / 'run' / 'model'}",
                                 "steps=3", "num_prompts=8", "group_size=4"]),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from mesh.lifecycle.heartbeat import heartbeat
+from mesh.lifecycle.running import running
 
 PHASES = ("generate", "exchange", "train", "sync", "eval", "checkpoint", "log")
 """Names of the phases of a step."""
@@ -81,7 +82,7 @@ class Phases:
         began = self._now(host)
         heartbeat()
         try:
-            with record_function(name):
+            with running(name), record_function(name):
                 yield
         finally:
             self._events.append((name, meeting, began, self._now(host)))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from hostile_runs import LONG, NAME, TEXTS, damages, hostile_run
+from hostile_runs import LONG, NAME, PROMPT, TEXTS, damages, hostile_run
 
 from tools.report.main import main
 
+GROUP = f"#rollouts?group=train-1-{PROMPT}"
 ELEMENTS = "document.querySelectorAll(arguments[0]).length"
 HANDLERS = """[...document.querySelectorAll("*")].flatMap((node) => [...node.attributes])
-    .filter((one) => one.name.startsWith("on") || (
-        /^\\s*javascript:/i.test(one.value) && !["value", "title"].includes(one.name)
-        && !one.name.startsWith("data-") && !one.name.startsWith("aria-")))
+    .filter((one) => one.name.startsWith("on") || (/^\\s*javascript:/i.test(one.value)
+      && ["href", "src", "action", "formaction", "xlink:href"].includes(one.name)))
     .map((one) => one.name + "=" + one.value)"""
 SHOWN = """[...document.querySelectorAll(
     `#rollouts-detail [data-sample="${arguments[0]}"] .ro-turn`)].at(-1).textContent"""
@@ -39,8 +39,8 @@ def signs(text: str) -> str:
 def test_hostile_texts_run_nothing_and_make_no_element(browser, hostile, report, made, width):
     browser.open(report(made["tiny"].path), width=width)
     scripts = browser.value(ELEMENTS, "script")
-    for state in ("#rollouts?step=1&sort=step", "#rollouts?step=1&sort=step&colour=none&raw=1",
-                  "#rollouts?view=steps", f"#rollouts?finish={NAME}&q={NAME}"):  # fmt: skip
+    for state in (f"{GROUP}", f"{GROUP}&colour=none&raw=1", "#rollouts?view=steps",
+                  f"#rollouts?finish={NAME}&q={NAME}"):  # fmt: skip
         browser.open(hostile, state, width=width)
         assert browser.value(ELEMENTS, "script") == scripts
         assert browser.value(ELEMENTS, "img, iframe, object, embed, form") == 0
@@ -53,7 +53,7 @@ def test_hostile_texts_run_nothing_and_make_no_element(browser, hostile, report,
 @pytest.mark.parametrize("colour", ["none", "logprob"])
 def test_hostile_texts_are_shown_as_text(browser, hostile, colour):
     """As blocks of text, and token by token."""
-    browser.open(hostile, f"#rollouts?step=1&sort=step&colour={colour}")
+    browser.open(hostile, f"{GROUP}&colour={colour}")
     more = browser.driver.find_elements("css selector", ".ro-answers > .ro-more")
     browser.script("arguments[0].click()", more[0])
     for sample, (name, text) in enumerate(TEXTS.items()):
@@ -102,7 +102,7 @@ def test_a_damaged_directory_gives_a_page_that_says_what_is_missing(
     curves = browser.value(ELEMENTS, "#curves path.line")
     assert (curves > 10) == (name != "metrics.jsonl" or "half" in what or "inside" in what
                              or "types" in what)  # fmt: skip
-    assert "could not be drawn" not in browser.value("document.body.textContent")
+    assert "could not be drawn" not in browser.value("document.getElementById('report').innerText")
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):

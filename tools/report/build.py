@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.report.curves import curves_of, phases_of, points_of, speed_curves
+from tools.report.comparison import comparison_of
+from tools.report.curves import Points, curves_of, phases_of, points_of, speed_curves
 from tools.report.exactness import exactness_of
 from tools.report.findings import Evidence, findings_of
 from tools.report.headline import headline_of, is_done, speed_facts
+from tools.report.hiding import hidden
 from tools.report.intervals import intervals_of
 from tools.report.machine_findings import ALL
 from tools.report.options import Options
@@ -30,22 +32,25 @@ Data = dict[str, Any]
 def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:  # noqa: B008
     """The data of a page about these runs. Raises ValueError where a directory holds no run."""
     runs = [read_run(path) for path in run_dirs]
-    return {
+    points = [points_of(run) for run in runs]
+    shown = [run_data(run, held, len(runs)) for run, held in zip(runs, points, strict=True)]
+    data: Data = {
         "version": VERSION,
         "made": time.strftime("%Y-%m-%d %H:%M"),
-        "runs": [run_data(run, options, len(runs)) for run in runs],
-        "comparison": None,
+        "runs": shown,
+        "comparison": comparison_of(runs, points, shown) if len(runs) > 1 else None,
     }
+    data = hidden(data, runs, options.hide)
+    if options.title:
+        data["runs"][0]["headline"]["title"] = options.title
+    return data
 
 
-def run_data(run: Run, options: Options, runs: int) -> Data:
-    """What the page shows of one run."""
-    points = points_of(run)
+def run_data(run: Run, points: Points, runs: int) -> Data:
+    """What the page shows of one run of several."""
     intervals = intervals_of(run, points)
     steps = timeline_steps(run)
     headline = headline_of(run, points, intervals)
-    if options.title:
-        headline["title"] = options.title
     return {
         "name": run.path.resolve().name,
         "done": is_done(run),

@@ -62,7 +62,7 @@ def unknown(run: Run, switched: bool, validation: Line | None) -> tuple[str, str
 def validated(result: str, validation: Line, where: str) -> tuple[str, str]:
     """What a validation says of a rung."""
     when = environment_of(validation).get("started", "at an unknown time")
-    how = f"recipes/validate.py, {when}, in {where}: {result}"
+    how = f"recipes/validate.py, {when}, {where}: {result}"
     return ("no" if result == "FAIL" else "yes"), how + "."
 
 
@@ -70,14 +70,14 @@ def validation_of(run: Run) -> tuple[Line | None, str]:
     """The validation in the run directory, else one in a directory beside it that has the same
     model, engine and device; and where it is."""
     if run.validation is not None:
-        return run.validation, "this run's directory"
+        return run.validation, "validation.json of this run"
     for path in sorted(run.path.resolve().parent.glob("*/validation.json")):
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError):
             continue  # another run's damaged file says nothing about this one
         if isinstance(found, dict) and is_about(found, run):
-            return found, f"the directory {path.parent.name} beside it"
+            return found, f"../{path.parent.name}/validation.json"
     return None, ""
 
 

@@ -7,6 +7,7 @@ text here.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,8 +85,8 @@ def renamed(fields: dict[str, Any]) -> dict[str, Any]:
 
 # of each kind of warning: severity, title, and how many clauses of its text say what happened
 WARNED: Mapping[Callable[..., bool], tuple[str, str, int]] = {
-    without_signal: (BAD, "Steps without signal", 1),
-    mostly_truncated: (BAD, "Most responses were truncated", 2),
+    without_signal: (BAD, "Steps without signal", 2),
+    mostly_truncated: (BAD, "Most responses were truncated", 1),
     skips_prompts: (INFO, "Prompts were skipped", 1),
     lacks_groups: (WARN, "Dynamic sampling did not fill the step", 1),
     waives_bounds: (INFO, "Too few prompts of the wanted difficulty", 1),
@@ -221,12 +222,14 @@ def dead_groups(evidence: Evidence) -> Iterator[Finding]:
         return
     reward = evidence["reward/mean"]
     severity = INFO if evidence.solved else WARN
-    level = reward.at(span[1])
+    inside = [
+        v for s, v in zip(reward.steps, reward.values, strict=True) if span[0] <= s <= span[1]
+    ]
+    level = f"; the mean reward was {statistics.fmean(inside):.3f}." if inside else "."
     yield Finding(
         severity, "Most groups are equal", span[0],
         f"From step {span[0]} to {span[1]} at least {EQUAL:.0%} of the groups had equal rewards, "
-        "which teach nothing"
-        + (f"; the mean reward was {level:.3f} then." if level is not None else "."),
+        f"which teach nothing{level}",
         "refill_rounds=2 draws other prompts in their place; difficulty.min and difficulty.max "
         "leave out what is always or never answered; a larger group_size; a higher "
         "generator.temperature.",

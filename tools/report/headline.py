@@ -10,7 +10,7 @@ from typing import Any
 from tools.report.curves import Points
 from tools.report.intervals import Intervals
 from tools.report.reading import Run
-from tools.report.settings import text
+from tools.report.settings import text, value_of
 
 Fact = dict[str, str]
 RESULTS = ("eval/accuracy", "eval/reward")
@@ -78,7 +78,7 @@ def model(run: Run) -> str:
 def arguments(run: Run, prefix: str) -> str:
     """The free keys below a key."""
     listed = [
-        f"{name.removeprefix(prefix + '.')}={text(value)}"
+        f"{name.removeprefix(prefix + '.')}={value_of(name, value)}"
         for name, value in run.settings.items()
         if name.startswith(f"{prefix}.")
     ]

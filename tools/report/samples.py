@@ -48,7 +48,7 @@ def samples_of(run: Run, budget: int = BUDGET) -> dict[str, Any]:
         run.missing.append(f"{run.samples.name} is empty: no rollout can be shown.")
     order = priority(index.groups)
     rows = [row for group in filled(run.samples, order, budget) for row in group]
-    rows.sort(key=lambda row: (row["step"], row["split"] == "eval", row["set"]))
+    rows.sort(key=lambda row: (row["step"], row["split"] == "eval", str(row["set"])))
     return {"rows": rows, "kept": len(rows), "total": index.rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ def config_of(run: Run) -> list[dict[str, Any]]:
     keys = conf_keys()
     known = [entry(keys[name], run.settings[name]) for name in keys if name in run.settings]
     return known + [
-        {"key": name, "value": secret(name, clipped(text(value))), "default": "", "changed": True,
+        {"key": name, "value": value_of(name, value), "default": "", "changed": True,
          "help": below(name, keys)}
         for name, value in run.settings.items()
         if name not in keys
@@ -32,7 +33,7 @@ def entry(key: ConfKey, value: Any) -> dict[str, Any]:
     """A key of the schema; its value and default as a user would type them."""
     return {
         "key": key.name,
-        "value": secret(key.name, clipped(text(value))),
+        "value": value_of(key.name, value),
         "default": text(key.default),
         "changed": is_changed(key, value),
         "help": key.meaning,
@@ -61,24 +62,26 @@ def same_number(value: Any, default: float) -> bool:
 
 
 def text(value: Any) -> str:
-    """A value as a user would type it."""
+    """A value as a user would type it; secrets in it are not shown."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {text(item)}" for name, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{name}: {value_of(name, held)}" for name, held in value.items()) + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(text(item) for item in value) + "]"
     return shown(value)
+
+
+def value_of(name: str, value: Any) -> str:
+    """The value of a key as text of bearable length, unless its name says that it is a secret."""
+    secret = str(name).rpartition(".")[2].lower().endswith(SECRETS)
+    return NOT_SHOWN if secret and value not in (None, "null") else clipped(text(value))
 
 
 def below(name: str, keys: dict[str, ConfKey]) -> str:
     """The meaning of the key that a free name, such as task_args.digits, is below of."""
     parent = name.partition(".")[0]
     return keys[parent].meaning if parent in keys else OLDER
-
-
-def secret(name: str, value: str) -> str:
-    """The value, unless the key's name says that it is a secret."""
-    last = name.rpartition(".")[2].lower()
-    return NOT_SHOWN if last.endswith(SECRETS) and value != "null" else value
 
 
 def clipped(value: str, most: int = MOST) -> str:
@@ -117,7 +120,8 @@ def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Labels and values of one environment, as far as they have the right type."""
     for name, label in LABELS.items():
         if isinstance(environment.get(name), str | int | float):
-            yield label, str(environment[name])
+            value = str(environment[name])
+            yield label, without_secrets(value) if name == "command" else value
     for name, label in (("packages", "Packages"), ("variables", "Variables")):
         if isinstance(held := environment.get(name), dict) and held:
             sign = " " if name == "packages" else "="
@@ -127,3 +131,17 @@ def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(rank, dict):
             named = [str(rank[name]) for name in ("host", "device") if name in rank]
             yield f"Rank {rank.get('rank', '?')}", ", ".join(named)
+
+
+def without_secrets(command: str) -> str:
+    """A command line whose words `...key=VALUE`, `...token=VALUE` and so on have no value."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # quotes that do not end: no word can be told from the next
+        return NOT_SHOWN if any(f"{name}=" in command.lower() for name in SECRETS) else command
+    pairs = [(word, *word.partition("=")[:2]) for word in words]
+    secret = [bool(sign) and name.lower().endswith(SECRETS) for _, name, sign in pairs]
+    if not any(secret):
+        return command
+    hidden = [f"{n}={NOT_SHOWN}" if no else w for (w, n, _), no in zip(pairs, secret, strict=True)]
+    return shlex.join(hidden)

@@ -13,41 +13,42 @@ Report.timeline = (() => {
   function waits(timeline, step) {
     const all = bars(timeline, step);
     const whole = lasts(step, all);
-    const ranks = timeline.ranks.map(({rank, role}, row) => ({rank, role, share:
-      all.filter((bar) => bar.row === row).reduce((sum, bar) => sum + bar.wait, 0) / whole}));
+    const waited = timeline.ranks.map(() => 0);
+    for (const bar of all) waited[bar.row] += bar.wait;
+    const ranks = timeline.ranks.map(({rank, role}, row) => ({rank, role, share: waited[row] / whole}));
     const roles = new Map();
     for (const {role, share} of ranks) roles.set(role, [...(roles.get(role) || []), share]);
     const mean = ([role, shares]) => [role, shares.reduce((a, b) => a + b, 0) / shares.length];
     return {whole, ranks, roles: new Map([...roles].map(mean))};
   }
 
-  function roleSentence(role, share, many) {
-    const who = {trainer: "trainer ranks", generator: "generator ranks"}[role] || "the ranks";
-    const whom = {trainer: "for others", generator: "for others"}[role] || "for each other";
-    const other = many ? {trainer: "for the generator", generator: "for the trainer"}[role] || whom : whom;
-    return `${who} wait ${Report.percent(share, 2)} of the step ${other}`;
-  }
+  const WHO = {trainer: ["trainer ranks", "for the generator"],
+    generator: ["generator ranks", "for the trainer"], both: ["ranks", "for each other"]};
 
-  // The same over all recorded steps, weighted by their seconds.
+  // "trainer ranks wait 20% of the step for the generator, generator ranks ..."
+  const inWords = (roles, of) => [...roles].map(([role, share]) =>
+    `${WHO[role][0]} wait ${Report.percent(share, 2)} of the ${of} ${WHO[role][1]}`).join(", ");
+
+  // All recorded steps, weighted by their seconds.
   function overall(timeline) {
+    if (timeline.ranks.length === 1) return "There is one rank, which waits for no other.";
     const found = timeline.steps.map((step) => waits(timeline, step));
     const total = found.reduce((sum, one) => sum + one.whole, 0);
     const roles = [...found[0].roles.keys()].map((role) => [role,
       found.reduce((sum, one) => sum + one.roles.get(role) * one.whole, 0) / total]);
-    const parts = roles.map(([role, share]) => roleSentence(role, share, roles.length > 1));
     const count = timeline.steps.length;
-    return `Over ${count} recorded ${count === 1 ? "step" : "steps"}, ${parts.join(", ")}.`.replaceAll("of the step", "of the time");
+    return `Over ${count} recorded ${count === 1 ? "step" : "steps"}, ${inWords(roles, "time")}.`;
   }
 
   function sentence(timeline, step) {
     const {whole, ranks, roles} = waits(timeline, step);
-    const parts = [...roles].map(([role, share]) => roleSentence(role, share, roles.size > 1));
-    const shares = ranks.map((one) => one.share);
-    const least = ranks[shares.indexOf(Math.min(...shares))];
-    const spread = Math.max(...shares) - least.share;
-    const slow = ranks.length > 1 && spread > 0.05
+    const takes = `Step ${step.step} takes ${Report.seconds(whole)}`;
+    if (ranks.length === 1) return `${takes} on one rank.`;
+    const least = ranks.reduce((best, one) => (one.share < best.share ? one : best));
+    const spread = Math.max(...ranks.map((one) => one.share)) - least.share;
+    const slow = spread > 0.05
       ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)}): it is the bottleneck.` : "";
-    return `Step ${step.step} takes ${Report.seconds(whole)}: ${parts.join(", ")}.${slow}`;
+    return `${takes}: ${inWords(roles, "step")}.${slow}`;
   }
 
   // ---- choosing a step
@@ -148,7 +149,7 @@ Report.timeline = (() => {
         `Recorded steps that are left out to keep this page small: ${timeline.left_out}.`));
     shown = {timeline, root, frame: root.querySelector(".frame"), text: root.querySelector("#timeline-text"),
       legend: root.querySelector(".phases"), table: root.querySelector("details div")};
-    return [el("p", {class: "said", id: "timeline-overall"}, overall(timeline)), timeline.steps.length > 1 && Report.cards.card(curve(timeline)), root].filter(Boolean);
+    return [el("p", {class: "said", id: "timeline-overall"}, overall(timeline)), timeline.steps.length > 1 && timeline.ranks.length > 1 && Report.cards.card(curve(timeline)), root].filter(Boolean);
   }
 
   window.addEventListener("resize", () => redraw());

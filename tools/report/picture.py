@@ -1,25 +1,20 @@
-"""Draws the learning curve of a run as an SVG that is legible on light and dark pages.
+"""The learning curve of a run as an SVG that is legible on light and dark pages.
 
-    python tools/learning_curve.py RUN_DIR OUTPUT.svg
-
-Reads RUN_DIR/metrics.jsonl and environment.json. The description inside the picture names the
-commit, the number of ranks and the digest of the final weights, so that a curve can be traced to
-its run. The first named part of the scores of held-out answers (`eval/reward/NAME`) is drawn too,
-where there is one. Exit status 2 where the run cannot be read. Left out: other metrics (use
-TensorBoard or W&B), several runs in one picture, smoothing.
+The description inside the picture names the commit, the number of ranks and the digest of the final
+weights, so that a curve can be traced to its run. The first named part of the scores of held-out
+answers (`eval/reward/NAME`) is drawn too, where there is one. Left out: other metrics, which the
+report has, several runs in one picture, smoothing.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from mesh.runs.lines import read_lines
+from tools.report.reading import Run
+from tools.report.thinning import number
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 16, 16, 40  # margins around the plot
@@ -60,26 +55,18 @@ SERIES = (
 PART = "eval/reward/"
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 2 or argv[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    run_dir, output = Path(argv[0]), Path(argv[1])
-    try:
-        text = picture(read_lines(run_dir / "metrics.jsonl", killed=True), origin(run_dir))
-    except (OSError, ValueError) as error:
-        print(f"{run_dir}: {error}", file=sys.stderr)
-        return 2
-    output.write_text(text)
-    return 0
+def learning_curve(run: Run) -> str:
+    """The SVG of a run. Raises ValueError where no step was logged."""
+    return picture(run.metrics, origin(run))
 
 
-def origin(run_dir: Path) -> str:
+def origin(run: Run) -> str:
     """Where a run comes from: the words of its command, its ranks and its commit."""
-    environment = json.loads((run_dir / "environment.json").read_text())
-    words = environment["command"].split()
+    environment = run.environments[0] if run.environments else {}
+    words = str(environment.get("command", "")).split()
     conf = next((word for word in words if word.startswith("conf=")), "conf unknown")
-    return f"{conf}, {environment['world_size']} ranks, commit {environment['git']}"
+    ranks, commit = (environment.get(name, "unknown") for name in ("world_size", "git"))
+    return f"{conf}, {ranks} ranks, commit {commit}"
 
 
 def picture(metrics: Sequence[dict[str, Any]], source: str) -> str:
@@ -109,7 +96,7 @@ def parts(metrics: Sequence[dict[str, Any]]) -> list[Series]:
 
 def points(metrics: Sequence[dict[str, Any]], metric: str, last: int) -> list[tuple[float, float]]:
     """Pixel positions of the steps that logged `metric`; a null (not finite) is a gap."""
-    logged = [(entry["step"], entry.get(metric)) for entry in metrics]
+    logged = [(entry["step"], number(entry.get(metric))) for entry in metrics]
     return [position(step, value, last) for step, value in logged if value is not None]
 
 
@@ -145,8 +132,4 @@ def legend(listed: Sequence[Series]) -> Iterator[str]:
     for row, series in enumerate(listed):
         y = HEIGHT - BOTTOM - 12 - 19 * (len(listed) - 1 - row)
         yield f'<path class="line {series.css}" d="M{x} {y}h28"/>'
-        yield f'<text x="{x + 36}" y="{y + 4}">{series.label}</text>'
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        yield f'<text x="{x + 36}" y="{y + 4}">{escape(series.label)}</text>'

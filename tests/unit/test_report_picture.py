@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.learning_curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, main, picture
+from tools.report.main import main
+from tools.report.picture import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, picture
 
 REPOSITORY = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -57,7 +58,7 @@ def test_the_command_says_where_the_curve_comes_from(tmp_path):
     run.joinpath("metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in METRICS))
     environment = {"command": "python grpo.py conf=a<b", "world_size": 2, "git": "053035a"}
     run.joinpath("environment.json").write_text(json.dumps(environment))
-    assert main([str(run), str(tmp_path / "curve.svg")]) == 0
+    assert main([str(run), f"picture={tmp_path}/curve.svg"]) == 0
     described = ElementTree.fromstring((tmp_path / "curve.svg").read_text()).find(f"{SVG}desc")
     assert described is not None
     assert described.text == "conf=a<b, 2 ranks, commit 053035a; 2 steps, digest/weights abc123"
@@ -68,7 +69,7 @@ def test_a_run_without_a_step_is_refused(tmp_path, capsys, metrics):
     tmp_path.joinpath("metrics.jsonl").write_text(metrics)
     environment = {"command": "", "world_size": 1, "git": None}
     tmp_path.joinpath("environment.json").write_text(json.dumps(environment))
-    assert main([str(tmp_path), str(tmp_path / "curve.svg")]) == 2
+    assert main([str(tmp_path), f"picture={tmp_path}/curve.svg"]) == 2
     assert "holds no step" in capsys.readouterr().err
     assert not (tmp_path / "curve.svg").exists()
 
