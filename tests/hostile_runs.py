@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,8 +59,9 @@ def hostile_run(source: Path, target: Path) -> Path:
 
 
 def attack(row: Line, text: str) -> Line:
-    """A row whose texts are all `text`; its tokens are of a few characters."""
-    pieces = [text[at : at + 7] for at in range(0, len(text), 7)]
+    """A row whose texts are all `text`; its tokens are words, and parts of very long ones."""
+    pieces = re.findall(r"\s*\S{1,50}|\s+$", text)
+    assert "".join(pieces) == text
     numbers = {"logprobs": -0.7, "logprob_diffs": 1e-6, "entropies": 0.5}
     return row | {
         "prompt": text, "prompt_text": text, "response": text, "answer": text,

@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mesh.config.keys import Refusal
+from mesh.lifecycle.terminal import leave_terminal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -86,12 +87,11 @@ def show_stack(thread: int, rank: int, run_dir: str | None) -> None:
 
 def mute() -> int:
     """Send stdout and stderr, C++ threads' too, nowhere. Returns the old stderr."""
+    leave_terminal()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     old = os.dup(2)
-    if os.isatty(old):
-        os.write(old, b"\x1b[?25h")  # a live display hides the cursor
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -167,9 +167,12 @@ def signalled_within(pipe: int, seconds: float) -> bool:
     threads may wait for it, of which one gets it: the other must not block in `read`."""
     heard, _, _ = select.select([pipe], [], [], seconds)
     try:
-        return bool(heard) and bool(set(os.read(pipe, 64)) & set(SIGNALS))
+        asked = bool(heard) and bool(set(os.read(pipe, 64)) & set(SIGNALS))
     except BlockingIOError:
         return False
+    if asked:  # the launcher and the other ranks are about to write to the terminal, too
+        leave_terminal()
+    return asked
 
 
 def forget_signals() -> None:

@@ -24,6 +24,7 @@ from mesh.exchange.rollouts import Exchange
 from mesh.invariant.switch import batch_invariant
 from mesh.layout.meshes import Meshes, build_meshes, resolve_device
 from mesh.lifecycle.process import Process, refuse_to_start, start
+from mesh.lifecycle.running import running
 from mesh.model.families import shape_of_directory, shape_of_flavor
 from mesh.model.hf import export
 from mesh.model.products import self_test_of
@@ -251,8 +252,9 @@ def sync(program: Program, weights: Mapping[str, Tensor] | None = None) -> SyncR
 
     weights: other ones than its newest.
     """
-    report = program.bridge.sync(weights)
-    program.generator.reset(report.version)
+    with running("sync"):
+        report = program.bridge.sync(weights)
+        program.generator.reset(report.version)
     return report
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mesh.lifecycle.running import running
 from mesh.rl.estimators import mean_of
 from mesh.roles.answers import GREEDY, Answer, Values, answer_of, gathered, means, values_of, voted
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
@@ -97,7 +98,8 @@ def evaluate(
     changes no bit.
     """
     task, prefix = held_out.source.task, prefix_of(name)
-    found = answers(held_out, generator, scorer)
+    with running(f"eval {name}".rstrip()):
+        found = answers(held_out, generator, scorer)
     mine = [answer_of(task, generator.tokenizer, rollout) for rollout in found.values()]
     problems = gathered(mine, cpu_group, len(held_out.prompts), held_out.asked)
     warn_of_none(problems, scorer, task, prefix)

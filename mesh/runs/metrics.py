@@ -19,7 +19,8 @@ from typing import Any, TextIO
 from mesh.config.sections import LogConf
 from mesh.runs.feeds import Trackers
 from mesh.runs.lines import line_of, plain
-from mesh.runs.progress import Metrics, Pace, clock, open_progress
+from mesh.runs.live import open_progress
+from mesh.runs.progress import Metrics, Pace, clock
 from mesh.runs.samples import SAMPLES, Mark, Row, SampleFile, pace
 from mesh.runs.trackers import Entry
 from mesh.runs.warnings import StepWarnings

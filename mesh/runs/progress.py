@@ -1,4 +1,4 @@
-"""Progress of a run on stdout: a live table on a terminal, else one line per step."""
+"""Progress of a run on stdout, one line per step; a terminal has `mesh/runs/live.py` instead."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-
 Metrics = dict[str, Any]
-RATE = "tokens_per_second/"
+REWARD, EVALUATION = "reward/mean", "eval/accuracy"
+RATE, RATE_UNIT = "tokens_per_second/", " tok/s"
 SHORT = {"generate": "gen"}
 PART = "reward/"
-OF_REWARDS = ("reward/mean", "reward/std", "reward/failed")
+OF_REWARDS = (REWARD, "reward/std", "reward/failed")
 MOST_PARTS = 3  # of a score that are shown
 LAST_STEPS = 20  # the pace is the mean of so many steps
-BAR_WIDTH = 16
 
 
 @dataclass
@@ -74,21 +69,25 @@ def thousands(number: float) -> str:
 def columns(metrics: Metrics, pace: Pace) -> dict[str, str]:
     """The values shown of a step, by label; a metric that was not measured is left out."""
     shown = {}
+    loss = [] if REWARD in metrics else [("loss", "loss", "{:.3f}")]
     parts = [key for key in sorted(metrics) if key.startswith(PART) and key not in OF_REWARDS]
     for label, key, form in (
-        ("reward", "reward/mean", "{:.3f}"),
+        ("reward", REWARD, "{:.3f}"),
+        *loss,
         *((key, key, "{:.3f}") for key in parts[:MOST_PARTS]),
+        ("length", "response_length/mean", "{:.1f}"),
         ("truncated", "response/truncated", "{:.0%}"),
         ("skipped", "prompts/skipped", "{:.0f} prompts"),
-        ("eval", "eval/accuracy", "{:.3f}"),
+        ("entropy", "entropy", "{:.3f}"),
+        ("eval", EVALUATION, "{:.3f}"),
         ("logprob_diff", "logprob_diff/max", "{:.1e}"),
     ):
-        if key in metrics:
+        if metrics.get(key) is not None:  # null in the log of a resumed run: not a finite number
             shown[label] = form.format(metrics[key])
     for key in metrics:
         if key.startswith(RATE):
             phase = key.removeprefix(RATE)
-            shown[SHORT.get(phase, phase)] = thousands(metrics[key]) + " tok/s"
+            shown[SHORT.get(phase, phase)] = thousands(metrics[key]) + RATE_UNIT
     if metrics.get("steps_without_signal", 0) > 0:
         shown["no signal"] = f"{metrics['steps_without_signal']:.0f}"
     each = pace.seconds_per_step()
@@ -133,57 +132,3 @@ class PlainProgress:
 
     def close(self) -> None:
         pass
-
-
-class LiveProgress:
-    """A table that is redrawn in place; the run directory and steps with an evaluation stay above
-    it."""
-
-    def __init__(self, pace: Pace, run_dir: Path, console: Console):
-        self._pace, self._console = pace, console
-        self._metrics: Metrics = {}
-        self._live = Live(
-            console=console, get_renderable=self._table, refresh_per_second=2, transient=True
-        )
-        console.print(f"run {run_dir}", highlight=False, soft_wrap=True)
-        self._live.start()
-
-    def update(self, metrics: Metrics, evaluated: bool) -> None:
-        if evaluated:
-            texts = units(metrics, self._pace)
-            rows = packed([len(text) for text in texts], self._console.width - 2)
-            lines = ("  ".join(texts[i] for i in row) for row in rows)
-            self._console.print("\n  ".join(lines), highlight=False)
-        self._metrics = metrics
-
-    def close(self) -> None:
-        self._live.stop()
-
-    def _table(self) -> Group:
-        """As many tables, one below another, as the terminal's width asks for."""
-        cells: list[tuple[str, str | ProgressBar]] = [
-            ("step", f"{self._pace.step}/{self._pace.steps}"),
-            *columns(self._metrics, self._pace).items(),
-            ("elapsed", clock(self._pace.now() - self._pace.began)),
-            ("", ProgressBar(max(self._pace.steps, 1), self._pace.step, width=BAR_WIDTH)),
-        ]
-        sizes = [max(len(k), len(v) if isinstance(v, str) else BAR_WIDTH) for k, v in cells]
-        rows = packed(sizes, self._console.width)
-        return Group(*(one_row([cells[i] for i in row]) for row in rows))
-
-
-def one_row(cells: Sequence[tuple[str, str | ProgressBar]]) -> Table:
-    """A table of one row: each cell under its label, at its full width."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for label, _ in cells:
-        table.add_column(label, no_wrap=True)
-    table.add_row(*(value for _, value in cells))
-    return table
-
-
-def open_progress(pace: Pace, run_dir: Path, wanted: bool) -> PlainProgress | LiveProgress:
-    """The live table where it is wanted and stdout is a terminal that can redraw."""
-    console = Console()
-    if wanted and console.is_terminal and not console.is_dumb_terminal:
-        return LiveProgress(pace, run_dir, console)
-    return PlainProgress(pace, run_dir)

@@ -13,7 +13,7 @@ Series = dict[str, Any]
 Points = Mapping[str, tuple[list[int], list[float | None]]]
 SECONDS = "seconds/"
 POINTS = 60_000  # of all curves of a page
-MOST, FEWEST = 1000, 60  # points of one curve
+MOST, FEWEST = 1000, 8  # points of one curve
 DIGITS = 6
 
 

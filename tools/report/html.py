@@ -31,8 +31,9 @@ def page(data: dict[str, Any], connect: str = "'none'") -> str:
 
 
 def title_of(data: dict[str, Any]) -> str:
-    """The heading of the first run."""
-    return str(data["runs"][0]["headline"]["title"])
+    """The heading of the first run; a live page may begin before there is one."""
+    runs = data["runs"]
+    return str(runs[0]["headline"]["title"]) if runs else "Waiting for a run"
 
 
 def joined(element: str, pattern: str) -> str:

@@ -18,8 +18,10 @@ import yaml  # type: ignore[import-untyped]
 from mesh.config.loading import flatten
 from mesh.config.text import load_yaml
 from tools.report.lines import Damage, Line, records
+from tools.report.thinning import evenly
 
 MARKS = ("metrics.jsonl", "config.yaml", "environment.json")
+MOST_PROFILES = 8  # that are shown
 MOST_PROFILE = 20_000  # characters of a profile's table that are shown
 
 
@@ -145,7 +147,7 @@ def json_of(run: Run, path: Path) -> Line | None:
 
 def profiles_of(run: Run) -> Iterator[tuple[str, str]]:
     """Names and tables of RUN_DIR/profiles."""
-    for path in sorted((run.path / "profiles").glob("step-*.txt")):
+    for path in evenly(sorted((run.path / "profiles").glob("step-*.txt")), MOST_PROFILES):
         try:
             yield path.stem, path.read_text(errors="replace")[:MOST_PROFILE]
         except OSError as error:

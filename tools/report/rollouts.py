@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from tools.report.lines import Block, Damage, Line, blocks, parsed
@@ -19,6 +20,7 @@ HEAD = re.compile(
 )
 REWARD = re.compile(rb'(?<!\\)"reward": ?(-?[0-9.eE+-]+)')
 CHOSEN = ("best", "worst", "random", "fixed")
+VERSIONS = count()
 EDGE = 64  # bytes before the end of what was read, by which a file is known again
 
 
@@ -48,13 +50,14 @@ class Group:
 
 @dataclass
 class Index:
-    """The groups of a file, as far as it was read."""
+    """The groups of a file, as far as it was read. version: another one for each new file."""
 
     groups: list[Group] = field(default_factory=list)
     rows: int = 0
     end: int = 0
     edge: bytes = b""
     damage: Damage = field(default_factory=lambda: Damage("samples"))
+    version: int = field(default_factory=lambda: next(VERSIONS))
 
 
 _known: dict[Path, Index] = {}

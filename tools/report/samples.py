@@ -47,7 +47,7 @@ def samples_of(run: Run, budget: int = BUDGET) -> dict[str, Any]:
     if not index.rows and not index.damage.sentences():
         run.missing.append(f"{run.samples.name} is empty: no rollout can be shown.")
     order = priority(index.groups)
-    rows = [row for group in filled(run.samples, order, budget) for row in group]
+    rows = [row for group in filled(run.samples, index.version, order, budget) for row in group]
     rows.sort(key=lambda row: (row["step"], row["split"] == "eval", str(row["set"])))
     return {"rows": rows, "kept": len(rows), "total": index.rows}
 
@@ -88,12 +88,12 @@ def rest(groups: Sequence[Group], shown: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.name not in names]
 
 
-def filled(path: Path, order: Sequence[Group], budget: int) -> list[list[Line]]:
+def filled(path: Path, version: int, order: Sequence[Group], budget: int) -> list[list[Line]]:
     """The rows of the groups that fit into the budget, with tokens where they fit.
 
     In turns: texts of as many groups as fit into a share of what is left, then tokens of those.
     """
-    waiting = shown_groups(path, order)
+    waiting = shown_groups(path, version, order)
     kept: list[list[Line]] = []
     left, ended = budget, False
     while not ended and left > budget * WORTH_IT:
@@ -120,11 +120,11 @@ class Shown:
     costs: list[int]
 
 
-def shown_groups(path: Path, order: Sequence[Group]) -> Iterator[Shown]:
+def shown_groups(path: Path, version: int, order: Sequence[Group]) -> Iterator[Shown]:
     """The groups, each read when it is asked for, or known from before."""
     reader = Reader(path)
     for group in order:
-        key = (path, group.name, group.size)
+        key = (version, group.name, group.size)
         if key not in _shown:
             if len(_shown) >= MOST_KNOWN:
                 _shown.clear()
@@ -132,7 +132,7 @@ def shown_groups(path: Path, order: Sequence[Group]) -> Iterator[Shown]:
         yield _shown[key]
 
 
-_shown: dict[tuple[Path, tuple[int, str, str, int, int], int], Shown] = {}
+_shown: dict[tuple[int, tuple[int, str, str, int, int], int], Shown] = {}
 
 
 def shown_group(read: Sequence[Line]) -> Shown:
@@ -154,10 +154,10 @@ def with_tokens(groups: Sequence[Shown], left: int) -> tuple[list[list[Line]], i
 
 
 def size_of(value: Any) -> int:
-    """Characters of JSON, roughly as html.py writes it."""
-    return len(
-        json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    )
+    """Bytes of JSON as html.py writes it, with six for each character that is escaped."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    escaped = sum(map(text.count, "<>&"))
+    return len(text.encode("utf-8", "surrogatepass")) + 5 * escaped
 
 
 def cleaned(rows: Sequence[Line]) -> Iterator[Line]:

@@ -29,13 +29,19 @@ Report.cards = (() => {
         : [parts[0][0], el("span", {class: "label"}, label), parts[0][1]])));
   }
 
+  // The label of a chart's only line, where it says more than the title: the name of a reward's part.
+  function only({series: [{key, label}], title}) {
+    const told = !key.endsWith("/" + label) || title.toLowerCase().includes(label.toLowerCase());
+    return told ? null : el("span", {class: "muted only"}, label);
+  }
+
   function heading(chart, buttons) {
     const {spec} = chart;
     const one = spec.series.length === 1;
     return el("figcaption", {},
       el("h4", {title: spec.help || null}, spec.title,
         spec.unit && !spec.percent && el("span", {class: "unit"}, " " + spec.unit)),
-      one && chart.readings[0],
+      one && [only(spec), chart.readings[0]],
       el("span", {class: "controls"}, buttons));
   }
 

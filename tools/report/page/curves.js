@@ -73,16 +73,45 @@ Report.curves = (() => {
   function toolbar(runs) {
     return el("div", {class: "toolbar"},
       runs.length > 1 && runsLegend(runs), smoothing(),
+      el("label", {class: "controls"}, "Metric", el("input", {type: "search", id: "metrics-search",
+        "data-keep": "metrics-search", value: Report.state.get("metric"),
+        oninput: (event) => Report.state.set({metric: event.target.value})})),
       el("span", {class: "muted controls"}, "Click marks a step, dragging chooses a range."));
   }
 
   function section(runs) {
     const charts = merged(runs, (run) => run.curves).filter(hasPoints);
     if (!charts.length) return [Report.empty("No metrics were recorded yet, so there are no curves.")];
-    return [toolbar(runs), groups(charts)];
+    return [toolbar(runs), groups(charts),
+      el("p", {class: "empty", id: "metrics-none", hidden: true}, "No metric fits this search.")];
   }
 
-  return {merged, section, hasPoints, groups};
+  // The charts whose title, group or a metric has the text that the reader searches for.
+  function filter() {
+    const text = Report.state.get("metric").toLowerCase();
+    const all = document.querySelectorAll("#curves .group");
+    let shown = 0;
+    for (const box of all) {
+      const charts = [...box.querySelectorAll(".chart")];
+      for (const chart of charts) chart.hidden = !searched(box, chart).includes(text);
+      const kept = charts.filter((chart) => !chart.hidden).length;
+      box.hidden = kept === 0;
+      box.style.setProperty("--n", kept);
+      shown += kept;
+    }
+    if (!all.length) return;
+    document.getElementById("metrics-none").hidden = shown > 0;
+    Report.cards.layout(document.getElementById("curves"));
+  }
+
+  function searched(box, chart) {
+    const keys = [...chart.querySelectorAll("path.line")].map((path) => path.dataset.key);
+    return [box.dataset.group, chart.querySelector("h4").textContent, ...keys].join("\n").toLowerCase();
+  }
+
+  Report.state.listen((changed) => changed.has("metric") && filter());
+
+  return {merged, section, hasPoints, groups, filter};
 })();
 
 // The mean of up to `window` values around each place, as many before it as after; gaps stay gaps.

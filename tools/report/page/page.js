@@ -24,10 +24,10 @@
     const list = [
       {id: "headline", title: "", data: runs.map((one) => [one.name, one.done, one.headline]),
         make: () => Report.headline.section(runs)},
-      {id: "findings", title: "Findings", data: runs.map((one) => [one.name, one.findings]),
+      {id: "findings", title: "Findings", data: runs.map((one) => [one.name, one.findings, one.samples.kept]),
         make: () => Report.findings.section(runs)},
       {id: "curves", title: "Curves", data: runs.map((one) => [one.name, one.curves]),
-        make: () => Report.curves.section(runs)},
+        make: () => Report.curves.section(runs), after: () => Report.state.get("metric") && Report.curves.filter()},
       {id: "speed", title: "Speed", data: runs.map((one) => [one.name, one.speed]),
         make: () => Report.speed.section(runs)},
       {id: "timeline", title: "Timeline", hint: of, data: [place, run.timeline],

@@ -86,20 +86,28 @@ Report.findings = (() => {
   const {el} = Report;
   const WORDS = {bad: "problem", warn: "warning", info: "note"};
 
-  function one(finding, run, several) {
+  // Where it began: in the charts, and in the rollouts where that step has some.
+  function places({step}, run, place) {
+    if (step === null) return null;
+    const kept = run.samples.rows.some((row) => row.step === step && row.split === "train");
+    return el("span", {}, "from ", Report.jump("curves", {mark: step}, `step ${step}`),
+      kept && [" (", Report.jump("rollouts", {mark: step, step, run: place || null}, "rollouts"), ")"]);
+  }
+
+  function one(finding, run, place, several) {
     return el("li", {class: `finding card ${finding.severity}`, "data-severity": finding.severity},
       el("header", {},
         el("span", {class: `pill ${finding.severity}`}, WORDS[finding.severity]),
         el("h3", {}, finding.title),
         several && el("span", {class: "pill"}, run.name),
-        finding.step !== null && el("span", {}, "from ",
-          Report.jump("curves", {mark: finding.step}, `step ${finding.step}`))),
+        places(finding, run, place)),
       el("p", {}, finding.text),
       finding.try && el("p", {class: "try"}, el("strong", {}, "Try: "), finding.try));
   }
 
   function section(runs) {
-    const items = runs.flatMap((run) => run.findings.map((finding) => one(finding, run, runs.length > 1)));
+    const items = runs.flatMap((run, place) =>
+      run.findings.map((finding) => one(finding, run, place, runs.length > 1)));
     if (!items.length) return [Report.empty("No problem was found in what the run recorded.")];
     return [el("ul", {class: "findings"}, items)];
   }

@@ -64,9 +64,17 @@ Report.speed = (() => {
     };
   }
 
+  // One run: cards. Several: a table with a column for each.
   function facts(runs) {
-    return runs.filter((run) => run.speed.facts.length).map((run) => el("div", {class: "said-of-run"},
-      runs.length > 1 && el("h3", {}, run.name), Report.facts(run.speed.facts)));
+    const told = runs.filter((run) => run.speed.facts.length);
+    if (!told.length) return null;
+    if (runs.length === 1) return Report.facts(told[0].speed.facts);
+    const all = told.flatMap((run) => run.speed.facts);
+    const notes = new Map(all.map(({label, note}) => [label, note]));
+    const rows = [...notes].map(([label, note]) => [[label, note && el("span", {class: "muted"}, `, ${note}`)],
+      ...runs.map((run) => (run.speed.facts.find((fact) => fact.label === label) || {value: "\u2013"}).value)]);
+    return Report.table(["Speed", ...runs.map((run) => run.name)], rows, {keep: "speed-facts",
+      classes: ["", ...runs.map(() => "number")]});
   }
 
   function section(runs) {
@@ -74,9 +82,9 @@ Report.speed = (() => {
     const curves = Report.curves.merged(runs, (run) => run.speed.curves)
       .filter(Report.curves.hasPoints);
     const said = facts(runs);
-    if (!stacks.length && !curves.length && !said.length)
+    if (!stacks.length && !curves.length && !said)
       return [Report.empty("No step was timed yet, so nothing can be said about speed.")];
-    return [...said, ...stacks.map(Report.cards.card), curves.length && Report.curves.groups(curves)]
+    return [said, ...stacks.map(Report.cards.card), curves.length && Report.curves.groups(curves)]
       .filter(Boolean);
   }
 

@@ -99,8 +99,10 @@
   Report.footer = (main, data) => {
     const old = main.querySelector(":scope > footer");
     if (old) old.remove();
-    main.append(el("footer", {}, `Made ${data.made} by tools/report.py from the run directory alone. ` +
-      "This file holds its data; it reads nothing from a network."));
+    main.append(el("footer", {}, data.live
+      ? `Read ${data.made} from the run directory by tools/watch.py, which serves this page.`
+      : `Made ${data.made} by tools/report.py from the run directory alone. ` +
+        "This file holds its data; it reads nothing from a network."));
   };
 
   // On paper everything is open, and charts are drawn for the width of a sheet.
