@@ -79,8 +79,8 @@ Report.comparison = (() => {
   function difference(found) {
     if (!found) return null;
     return el("p", {class: "card first-difference"}, el("strong", {}, "First difference: "),
-      Report.jump("curves", {mark: found.step}, `step ${found.step}`), ", ",
-      el("code", {}, found.metric), ". ", found.text);
+      Report.jump("curves", {mark: found.step}, `step ${found.step}`),
+      found.metric && [", ", el("code", {}, found.metric)], ". ", found.text);
   }
 
   function differing(table) {
