@@ -36,6 +36,9 @@ COVERED = {
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny engine=vllm":
         "tests/engine/test_vllm_recipe.py::test_the_command_trains_strictly_and_ends_well",
     # what others watch more closely
+    "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny steps=5 profile.steps=[3]":
+        "tests/distributed/test_timeline_runs.py::"
+        "test_a_profile_has_all_phases_and_the_operators_forward_and_backward",
     "torchrun --nproc-per-node=2 --max-restarts=2 recipes/grpo.py conf=qwen3_tiny "
     "checkpoint.every=10": f"{RESUME}::test_torchrun_restarts_it_by_itself",
     "torchrun --nproc-per-node=2 recipes/evaluate.py conf=qwen3_tiny "

@@ -31,34 +31,35 @@ class Measured:
     """What all ranks R measured in the E phases since the last time, in the order in which they
     were run; a phase that was run several times is listed as often.
 
-    times_RE2: begin and end by the clock [unix seconds]; meetings: of each phase, () where ranks do
+    times_RE: (begin, end) by the clock [unix seconds]; meetings: of each phase, () where ranks do
     not wait for each other, or it is not known; gauges: other numbers, one of each rank.
     """
 
     names: Sequence[str]
     meetings: Sequence[Meeting]
-    times_RE2: torch.Tensor  # float64
+    times_RE: Sequence[Sequence[tuple[float, float]]]
     gauges: Mapping[str, Sequence[float]]
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, the slowest rank's."""
-        taken_RE = self.times_RE2[..., 1] - self.times_RE2[..., 0]
-        return {
-            name: float(taken_RE[:, [other == name for other in self.names]].sum(1).max())
-            for name in dict.fromkeys(self.names)
-        }
+        longest = dict.fromkeys(self.names, 0.0)
+        for times_E in self.times_RE:
+            taken = dict.fromkeys(self.names, 0.0)
+            for name, (begin, end) in zip(self.names, times_E, strict=True):
+                taken[name] += end - begin
+            longest = {name: max(longest[name], seconds) for name, seconds in taken.items()}
+        return longest
 
-    def waits(self) -> torch.Tensor:
-        """float64 [R, E]: seconds that a rank waited in a phase until the last rank that it needed
-        there was ready; 0 where it needed none, or it is not known."""
-        begins_RE, ends_RE = self.times_RE2.unbind(2)
-        waits_RE = torch.zeros_like(begins_RE)
+    def waits(self) -> list[list[float]]:
+        """Seconds, of R ranks and E phases, that a rank waited in a phase until the last rank that
+        it needed there was ready; 0 where it needed none, or it is not known."""
+        waits_RE = [[0.0] * len(self.names) for _ in self.times_RE]
         for event, meeting in enumerate(self.meetings):
             for waiting, awaited in meeting:
-                ready = begins_RE[list(awaited), event].max()
-                mine = list(waiting)
-                left = torch.minimum(ready, ends_RE[mine, event]) - begins_RE[mine, event]
-                waits_RE[mine, event] = left.clamp(min=0)
+                ready = max(self.times_RE[rank][event][0] for rank in awaited)
+                for rank in waiting:
+                    begin, end = self.times_RE[rank][event]
+                    waits_RE[rank][event] = max(min(ready, end) - begin, 0.0)
         return waits_RE
 
 
@@ -108,13 +109,12 @@ class Phases:
         names = sorted(gauges)
         times = [self._origin + moment for event in events for moment in event[2:]]
         mine = torch.tensor([*times, *(gauges[name] for name in names)], dtype=torch.float64)
-        table_R = torch.stack(_of_all_ranks(mine, group))
-        gauges_R = table_R[:, len(times) :]
+        table_R = [row.tolist() for row in _of_all_ranks(mine, group)]
         return Measured(
             [event[0] for event in events],
             [event[1] for event in events],
-            table_R[:, : len(times)].view(len(table_R), len(events), 2),
-            {name: gauges_R[:, i].tolist() for i, name in enumerate(names)},
+            [[(row[2 * e], row[2 * e + 1]) for e in range(len(events))] for row in table_R],
+            {name: [row[len(times) + i] for row in table_R] for i, name in enumerate(names)},
         )
 
     def _now(self, host: bool) -> float:

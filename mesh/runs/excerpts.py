@@ -7,17 +7,18 @@ are escaped, and Markdown gets all of it as one code block.
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
 
-TEXTS = ("prompt", "response")
-COLUMNS = (
+FACTS = (
     *("step", "split", "set", "chosen", "prompt_id", "sample_id", "reward", "advantage", "length"),
-    *("finish_reason", *TEXTS),
+    "finish_reason",
 )
+COLUMNS = (*FACTS, "prompt", "response")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 MOST_CHARACTERS = 2000  # of a text
 MOST_ROWS = 8  # of a table
 MOST_TABLES = 100  # of a run, and one more for its first step
@@ -71,7 +72,7 @@ def _fixed(rows: Sequence[Row]) -> list[Row]:
 def _excerpt(row: Row) -> dict[str, Any]:
     texts = {"prompt": row.get("prompt_text") or row.get("prompt", ""), "response": _said(row)}
     return {name: row.get(name) for name in COLUMNS} | {
-        name: cut(printable(str(text))) for name, text in texts.items()
+        name: printable(cut(str(text))) for name, text in texts.items()
     }
 
 
@@ -95,12 +96,7 @@ def cut(text: str, most: int = MOST_CHARACTERS) -> str:
 def printable(text: str) -> str:
     """`text` with backslash escapes for control characters, other than newlines and tabs, and for
     lone surrogates, which UTF-8 has no bytes for."""
-    return "".join(
-        repr(char)[1:-1]
-        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
-        else char
-        for char in text
-    )
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -108,13 +104,11 @@ def as_markdown(rows: Sequence[Row]) -> str:
     end the block, and nothing in one is read as a heading, a link, an image or HTML."""
     lines = []
     for row in rows:
-        facts = [
-            f"{name} {row[name]}" for name in COLUMNS if name not in TEXTS and _known(row[name])
-        ]
+        facts = [f"{name} {_fact(row[name])}" for name in FACTS if row[name] not in (None, "")]
         lines += ["  ".join(facts), "", "PROMPT", *row["prompt"].split("\n")]
         lines += ["", "RESPONSE", *row["response"].split("\n"), "", "=" * 80, ""]
     return "\n".join("    " + line for line in lines[:-3])
 
 
-def _known(value: Any) -> bool:
-    return value is not None and value != ""
+def _fact(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -49,7 +49,7 @@ def sync_metrics(measured: Measured) -> dict[str, float]:
     if SYNC_GB not in measured.gauges:
         return {}
     moved, event = measured.gauges[SYNC_GB][0], measured.names.index("sync")
-    waits_R = measured.waits()[:, event].tolist()
+    waits_R = [waits_E[event] for waits_E in measured.waits()]
     taken = zip(measured.gauges[SYNC_SECONDS], waits_R, strict=True)
     longest = max(seconds - waited for seconds, waited in taken)
     rate = {"sync/gb_per_second": moved / longest} if moved and longest > 0 else {}

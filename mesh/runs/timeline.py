@@ -24,18 +24,23 @@ def record_of(step: int, measured: Measured, layout: Layout) -> dict[str, Any]:
     """A line: {"step", "began", "ranks": [{"rank", "role", "events": [[name, begin, end, wait]]}]}.
     began: when the first rank began its first phase [unix seconds], from which all times count.
     """
-    began = float(measured.times_RE2.min())
-    times_RE2, waits_RE = (measured.times_RE2 - began).tolist(), measured.waits().tolist()
+    began = min(times_E[0][0] for times_E in measured.times_RE)
+    of_ranks = zip(measured.times_RE, measured.waits(), strict=True)
     ranks = [
         {
             "rank": rank,
             "role": role_of(rank, layout),
             "events": [
-                [name, *(round(t, DIGITS) for t in (*times, wait))]
-                for name, times, wait in zip(measured.names, *of_rank, strict=True)
+                [
+                    name,
+                    round(begin - began, DIGITS),
+                    round(end - began, DIGITS),
+                    round(wait, DIGITS),
+                ]
+                for name, (begin, end), wait in zip(measured.names, *of_rank, strict=True)
             ],
         }
-        for rank, of_rank in enumerate(zip(times_RE2, waits_RE, strict=True))
+        for rank, of_rank in enumerate(of_ranks)
     ]
     return {"step": step, "began": round(began, DIGITS), "ranks": ranks}
 
