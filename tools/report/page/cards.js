@@ -208,7 +208,7 @@ Report.cards = (() => {
 
   let width = 0;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return;
+    if (!Report.charts || window.innerWidth === width) return; // the page may still be loading
     width = window.innerWidth;
     layout();
   });
