@@ -22,6 +22,7 @@ from tools.report.machine_findings import ALL
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
 from tools.report.samples import BUDGET, samples_of
+from tools.report.scrubbing import scrubbed
 from tools.report.settings import config_of, environment_of
 from tools.report.timeline import timeline_of, timeline_steps
 
@@ -40,7 +41,7 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
         "runs": shown,
         "comparison": comparison_of(runs, points, shown) if len(runs) > 1 else None,
     }
-    data = hidden(data, runs, options.hide)
+    data = hidden(scrubbed(data), runs, options.hide)
     if options.title:
         data["runs"][0]["headline"]["title"] = options.title
     return data
