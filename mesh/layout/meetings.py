@@ -40,5 +40,5 @@ def meetings_of(layout: Layout) -> Meetings:
 
 
 def _each(groups: Sequence[Sequence[int]]) -> Meeting:
-    """The ranks of a group wait for each other; one that is alone waits for nobody."""
-    return [(group, group) for group in groups if len(group) > 1]
+    """The ranks of a group wait for each other."""
+    return [(group, group) for group in groups]

@@ -31,6 +31,7 @@ TRACE = [
     event("launch", 6 * SECOND, 0.5 * SECOND, "cuda_runtime"),
     event("backward", 7 * SECOND, 2 * SECOND, tid=2),  # by another thread
     event("kernel a", 3 * SECOND, 4 * SECOND, "kernel", tid=70),
+    event("copy", 3.5 * SECOND, 0.5 * SECOND, "gpu_memcpy", tid=71),
     event("kernel b", 5 * SECOND, 4 * SECOND, "kernel", tid=71),  # on another stream
     event("add", 11 * SECOND, 1 * SECOND),
     event("sync", 12 * SECOND, 2 * SECOND, "user_annotation"),
@@ -54,7 +55,7 @@ def test_what_took_the_time_of_each_phase():
         "linear": (2.5, 1), "mm": (3.0, 1), "launch": (0.5, 1), "backward": (2.0, 1),
         OWN: (5.0, 2),
     }  # fmt: skip
-    assert train.gpu == {"kernel a": (4.0, 1), "kernel b": (4.0, 1)}
+    assert train.gpu == {"kernel a": (4.0, 1), "kernel b": (4.0, 1), "copy": (0.5, 1)}
     assert found["sync"].cpu == {OWN: (2.0, 1)} and found[BETWEEN].cpu == {"add": (1.0, 1)}
 
 
@@ -70,7 +71,7 @@ def test_the_table_names_the_longest_operations_and_adds_up_the_others():
     assert lines[7].split(maxsplit=3)[3] == OWN
     assert lines[8].split() == ["0.0140", "0.1%", "1", "op", "13"]
     assert lines[-1].split() == ["0.0150", "0.1%", "5", "5", "others"]  # 1 to 5 ms
-    assert "train, GPU: 8.0000 s" in table_of("", phase_times(TRACE, PHASES))
+    assert "train, GPU: 8.5000 s" in table_of("", phase_times(TRACE, PHASES))
 
 
 def test_a_profiled_step_leaves_a_trace_and_a_table_and_no_other_step_does(process, tmp_path):

@@ -105,7 +105,7 @@ def test_peaks_of_gpus_by_the_names_that_torch_gives_them():
         "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA B200": 2250e12,
     }  # fmt: skip
     assert {name: peak_of(name) for name in peaks} == peaks
-    for unknown in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H20", "Tesla T4", "NVIDIA A10"):
+    for unknown in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H20", "NVIDIA RTX A1000"):
         assert math.isnan(peak_of(unknown))
 
 
