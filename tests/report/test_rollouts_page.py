@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hostile_runs import rows_of
 
 Row = dict[str, Any]
 COUNT = "document.getElementById('rollouts-count').textContent"
@@ -51,7 +52,7 @@ FILTERS: list[tuple[dict[str, str], Callable[[Row], bool]]] = [
     ({"max": "0.5"}, lambda row: row["reward"] <= 0.5),
     ({"kept": "best"}, lambda row: row["chosen"] == "best"),
     ({"kept": "best", "min": "1"}, lambda row: row["chosen"] == "best" and row["reward"] >= 1),
-    ({"q": "AB"}, lambda row: "ab" in text_of(row)),
+    ({"q": "EA"}, lambda row: "ea" in text_of(row)),
     ({"q": "nowhere"}, lambda row: False),
     ({"split": "eval"}, lambda row: row["split"] == "eval"),
     ({"step": "3", "finish": "stop", "q": "a"},
@@ -60,13 +61,13 @@ FILTERS: list[tuple[dict[str, str], Callable[[Row], bool]]] = [
 
 
 def text_of(row: Row) -> str:
-    turns = [turn["text"] for turn in row.get("turns", [])]
+    turns = [turn["text"] for turn in row.get("turns") or []]
     return "\n".join([row["prompt"], row["response"], *turns, str(row.get("answer", ""))]).lower()
 
 
 @pytest.mark.parametrize(("filters", "keeps"), FILTERS, ids=lambda value: str(value)[:40])
 def test_filters_find_the_rollouts_of_the_samples(browser, report, made, filters, keeps):
-    rows = made["diverged"].samples
+    rows = rows_of(made["diverged"].path)
     wanted = [row for row in rows if keeps(row)]
     assert (len(wanted) < len(rows)) and (bool(wanted) == (filters != {"q": "nowhere"}))
     browser.open(report(made["diverged"].path), "#rollouts")
@@ -101,7 +102,7 @@ LEVELS: dict[str, Callable[[Row], list[bool]]] = {  # which sampled tokens have 
 @pytest.mark.parametrize("colour", LEVELS)
 def test_tokens_are_coloured_by_the_numbers_of_the_samples(browser, report, made, colour):
     """One span per token; a colour where the number says so, and more of them than one shade."""
-    row = some_row(made["tiny"].samples, lambda row: row["advantage"] and row["length"] > 3)
+    row = some_row(rows_of(made["tiny"].path), lambda row: row["advantage"] and row["length"] > 3)
     browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}")
     browser.driver.find_element("css selector", f"[data-colour={colour}]").click()
     tokens = browser.value(TOKENS, row["sample_id"])
@@ -123,7 +124,7 @@ def test_tokens_are_coloured_by_the_numbers_of_the_samples(browser, report, made
 
 
 def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, made):
-    rows = made["tiny"].samples
+    rows = rows_of(made["tiny"].path)
     row = some_row(rows, lambda row: row["chosen"] == "best")
     group = [one for one in rows if group_of(one) == group_of(row)]
     browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}&colour=none")
@@ -140,7 +141,7 @@ def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, mad
 
 
 def test_conversations_are_turns_with_the_replies_of_tools(browser, report, made):
-    row = some_row(made["calculator"].samples, lambda row: len(row.get("turns", [])) > 2)
+    row = some_row(rows_of(made["calculator"].path), lambda row: len(row.get("turns", [])) > 2)
     browser.open(report(made["calculator"].path), f"#rollouts?group={group_of(row)}&colour=none")
     turns = browser.value(
         """[...document.querySelectorAll(
@@ -159,7 +160,7 @@ def test_steps_show_their_best_and_worst_group(browser, report, made):
     cells = browser.value("""[...document.querySelectorAll(".ro-step-line[data-step]")].map(
         (line) => [Number(line.dataset.step), ...["best", "worst"].map(
             (kind) => line.querySelector(`[data-kind=${kind}]`).dataset.group)])""")
-    rows = [row for row in made["tiny"].samples if row["split"] == "train"]
+    rows = [row for row in rows_of(made["tiny"].path) if row["split"] == "train"]
     for step, *shown in cells:
         for kind, group in zip(("best", "worst"), shown, strict=True):
             chosen = {group_of(r) for r in rows if r["step"] == step and r["chosen"] == kind}
@@ -168,7 +169,7 @@ def test_steps_show_their_best_and_worst_group(browser, report, made):
 
 
 def test_an_evaluation_question_is_shown_through_time(browser, report, made):
-    rows = [row for row in made["tiny"].samples if row["split"] == "eval"]
+    rows = [row for row in rows_of(made["tiny"].path) if row["split"] == "eval"]
     times = Counter(row["prompt_id"] for row in rows if row["sample_id"] == -1)
     evaluated = [line["step"] for line in made["tiny"].metrics if "eval/accuracy" in line]
     prompt, count = times.most_common(1)[0]
@@ -198,7 +199,7 @@ def test_groups_are_walked_with_j_and_k_and_tokens_with_arrows(browser, report, 
     tokens = browser.driver.find_element("css selector", "#rollouts-detail .ro-tokens")
     browser.script("arguments[0].focus()", tokens)
     browser.press(Keys.HOME, Keys.ARROW_RIGHT)
-    rows = [row for row in made["tiny"].samples if group_of(row) == order[1]]
+    rows = [row for row in rows_of(made["tiny"].path) if group_of(row) == order[1]]
     first = min(rows, key=lambda row: row["sample_id"])
     tip = browser.value("document.getElementById('rollout-token').innerText")
     assert f"2 of {len(first['token_texts'])}" in tip

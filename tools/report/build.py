@@ -35,6 +35,8 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
     runs = [read_run(path) for path in run_dirs]
     points = [points_of(run) for run in runs]
     shown = [run_data(run, held, len(runs)) for run, held in zip(runs, points, strict=True)]
+    for run, name in zip(shown, distinct([run.path for run in runs]), strict=True):
+        run["name"] = name
     data: Data = {
         "version": VERSION,
         "made": time.strftime("%Y-%m-%d %H:%M"),
@@ -45,6 +47,16 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
     if options.title:
         data["runs"][0]["headline"]["title"] = options.title
     return data
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """The names of directories; with a number where one has the name of an earlier one."""
+    names: list[str] = []
+    for path in paths:
+        name = path.resolve().name
+        same = sum(earlier.resolve().name == name for earlier in paths[: len(names)])
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
 
 
 def run_data(run: Run, points: Points, runs: int) -> Data:

@@ -218,14 +218,18 @@ def slow_rank(evidence: Evidence) -> Iterator[Finding]:
             return
 
 
+DOES = {"generate": ("generator", "both"), "train": ("trainer", "both")}
+
+
 def busy(steps: Sequence[TimelineStep]) -> Mapping[str, dict[int, float]]:
-    """Seconds of work by phase and rank, without what the rank waited."""
+    """Seconds of work by phase and rank, without what the rank waited; of the ranks whose role
+    has work in the phase, which all ranks pass through."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for step in steps:
         for rank in step.ranks:
             for name, begin, end, wait in rank.events:
                 work = end - begin - wait
-                if name in ("generate", "train"):
+                if rank.role in DOES.get(name, ()):
                     found[name][rank.rank] = found[name].get(rank.rank, 0.0) + work
     return {name: {r: v for r, v in ranks.items() if v > 0} for name, ranks in found.items()}
 
