@@ -393,7 +393,7 @@ def test_where_it_cannot_listen(run_dir):
             ValueError, match=f"port={port}: another program.* or port=0 for a free"
         ):
             server_of(options(run_dir, port))
-    with pytest.raises(ValueError, match=r"host=192\.0\.2\.1: no address of this machine"):
+    with pytest.raises(ValueError, match=r"host=192\.0\.2\.1: not an address of this machine"):
         server_of(options(run_dir, 0, "192.0.2.1"))
 
 

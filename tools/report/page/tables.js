@@ -64,7 +64,7 @@ Report.configuration = (() => {
         el("table", {id: "settings-table"},
           el("thead", {}, el("tr", {}, heads.map((text) => el("th", {scope: "col"}, text)))),
           el("tbody", {}, run.config.map(row)))),
-      el("p", {class: "empty", id: "settings-none", hidden: true}, "No key fits this search.")];
+      el("p", {class: "empty", id: "settings-none", hidden: true}, "No key matches this search.")];
   }
 
   Report.state.listen((changed) => {
