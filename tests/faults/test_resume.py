@@ -23,6 +23,7 @@ from launching import REPOSITORY, Run, launch, runs
 
 from mesh.checkpoint.logs import LOGS
 from mesh.runs.compare import compare_runs, untimed
+from mesh.runs.lines import read_lines
 
 pytestmark = pytest.mark.timeout(900)  # of a slow machine; each launch has a limit of its own
 WORDS = [
@@ -95,7 +96,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, uninterrup
     assert (compared.steps, compared.samples) == (steps + 1, steps * 8 * 4)
     assert len({line["digest/weights"] for line in uninterrupted.metrics[1:]}) == steps
     for run in (resumed, uninterrupted):
-        timeline = lines_of(run.path / "timeline.jsonl")
+        timeline = read_lines(run.path / "timeline.jsonl")
         assert [line["step"] for line in timeline] == list(range(steps + 1))
     assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in uninterrupted.metrics[2:])
     assert (resumed.path / "model" / "model.safetensors").is_file()
