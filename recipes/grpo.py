@@ -44,7 +44,7 @@ from mesh.program.assembly import (
 from mesh.program.averaged import averaged_weights
 from mesh.program.encoding import dated
 from mesh.program.groups import groups_of, joined, remember
-from mesh.program.records import Trained, step_record, together
+from mesh.program.records import scored, step_record, together
 from mesh.program.shared import inputs_of
 from mesh.program.timings import Timings, note_sync
 from mesh.program.warnings import start_warnings
@@ -108,27 +108,26 @@ def main(argv: list[str]) -> None:
             sync(program)
             if not resume:
                 with phases("eval"):
-                    metrics = held_out(program, process, results_file(conf, run_dir, 0))
-                logger.log(0, metrics | timings(0, metrics))
-                stopping.see(0, metrics)
+                    record = held_out(program, process, results_file(conf, run_dir, 0))
+                measured = timings(0, record.metrics)
+                logger.log(0, record.metrics | measured, together(process, 0, record.samples))
+                stopping.see(0, record.metrics)
                 with phases("checkpoint"):
-                    checkpoints.consider(0, metrics, save)
+                    checkpoints.consider(0, record.metrics, save)
             steps = range(first, conf.steps)
             for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 if stopping.reason and not checkpoints.unlogged:
                     break
                 record = checkpoints.to_log() or train_step(program, process, phases, step, inspect)
                 checkpoints.trained(step + 1, record)
-                metrics = dict(record.metrics)
                 if is_due(step + 1, conf.eval.every, conf.steps):
                     with phases("eval"):
-                        results = results_file(conf, run_dir, step + 1)
-                        metrics |= held_out(program, process, results)
+                        record += held_out(program, process, results_file(conf, run_dir, step + 1))
                 trim(step + 1)
-                measured = timings(step + 1, metrics)
+                metrics = record.metrics | timings(step + 1, record.metrics)
                 with phases("log", host=True):
                     samples = together(process, step, record.samples)
-                    logger.log(step + 1, metrics | measured, samples, record.histograms)
+                    logger.log(step + 1, metrics, samples, record.histograms)
                 stopping.see(step + 1, metrics)
                 stop = process.should_stop()
                 with phases("checkpoint"):
@@ -173,7 +172,7 @@ def train_step(
             seen = ScoredWave(step, groups.prompts, groups.generated, wave, share, drawn_by)
             inspect(program, process, seen)
         made.append(groups)
-        trained.append(Trained(share.rollouts, old_A))
+        trained.append(scored(share.rollouts, old_A))
         tokens, sequences = tokens + first.tokens, sequences + first.sequences
     with phases("exchange", plan.meetings.flush, host=True):
         program.exchange.flush()
@@ -214,15 +213,16 @@ def later_updates(
     return updates
 
 
-def held_out(program: Program, process: Process, results: Path | None = None) -> Metrics:
-    """The metrics of every evaluation set, on prompts that training never draws; every prompt's
-    results go to the file `results`, if there is one. By the averaged weights of a run that has
-    them."""
+def held_out(program: Program, process: Process, results: Path | None = None) -> StepRecord:
+    """The metrics of every evaluation set, on prompts that training never draws, and the answers
+    that are kept; every prompt's results go to the file `results`, if there is one. By the averaged
+    weights of a run that has them."""
     with averaged_weights(program):
         found = evaluations(program, process, rows=results is not None)
     if results is not None:
         write_results(results, found, process)
-    return {name: value for one in found.values() for name, value in one.metrics.items()}
+    metrics = {name: value for one in found.values() for name, value in one.metrics.items()}
+    return StepRecord(metrics, [sample for one in found.values() for sample in one.samples])
 
 
 def evaluations(program: Program, process: Process, rows: bool = False) -> dict[str, Evaluation]:

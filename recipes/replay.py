@@ -66,14 +66,13 @@ def run_again(program: Program, process: Process, steps: range, evaluates: bool)
     sync(program)
     for step in steps:
         record = train_step(program, process, phases, step, inspect)
-    metrics = record.metrics
     if evaluates:
-        metrics |= held_out(program, process)
+        record += held_out(program, process)
     rows = [
         row_of(plan.tokenizer, plan.step.log_tokens, one)
         for one in together(process, step, record.samples)
     ]
-    return as_logged(process.from_rank0(metrics), process.from_rank0(rows))
+    return as_logged(process.from_rank0(record.metrics), process.from_rank0(rows))
 
 
 def only_reading(conf: Conf) -> Conf:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from mesh.program.assembly import (
 from mesh.program.encoding import dated
 from mesh.program.plan import Plan, optimizer_settings
 from mesh.program.prompt_checks import training_problems
+from mesh.program.records import together
 from mesh.program.text_warnings import prompt_warnings
 from mesh.program.timings import Timings
 from mesh.recipes.grpo import held_out
@@ -57,10 +59,12 @@ from mesh.rl.cutting import assign
 from mesh.rl.losses import CROSS_ENTROPY
 from mesh.rl.objective import Objective
 from mesh.rl.packing import leaves
+from mesh.rl.samples import StepRecord
 from mesh.rl.step import passes_of
 from mesh.runs.directory import create_run_dir
 from mesh.runs.metrics import MetricsLogger
 from mesh.runs.profiles import profile_problems, profiled
+from mesh.runs.sample_rows import row_of
 from mesh.tasks import Draw, data_set, numbered
 from mesh.tasks.epochs import batch_of, steps_per_epoch
 from mesh.tasks.prompts import PromptSource, digest_of, step_prompts, usable
@@ -134,21 +138,26 @@ def main(argv: list[str]) -> None:
         phases = Phases(process.device)
         words = asdict(conf)
         timings = Timings(program, process, phases, run_dir if conf.log.timeline else None)
-        with MetricsLogger(run_dir, conf.log, process.rank, conf.steps, words) as logger:
+        rows = partial(row_of, plan.tokenizer, conf.log.tokens)
+        with MetricsLogger(
+            run_dir, conf.log, process.rank, conf.steps, words, row_of=rows
+        ) as logger:
             process.listen()
             sync(program)
-            logger.log(0, held_out(program, process))
+            record = held_out(program, process)
+            logger.log(0, record.metrics, together(process, 0, record.samples))
             steps = range(conf.steps)
             for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
                 with phases("train", plan.meetings.passes):
-                    metrics = drawn | train_step(program, prompts)
-                metrics |= timings(step + 1, metrics)
+                    record = StepRecord(drawn | train_step(program, prompts))
+                measured = timings(step + 1, record.metrics)
                 if step + 1 == conf.steps:
                     sync(program)
-                    metrics |= held_out(program, process)
+                    record += held_out(program, process)
                 trim(step + 1)
-                logger.log(step + 1, metrics)
+                samples = together(process, step, record.samples)
+                logger.log(step + 1, record.metrics | measured, samples)
                 if process.should_stop():
                     break
             output = conf.sft.output

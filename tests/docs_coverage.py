@@ -58,6 +58,8 @@ COVERED = {
         f"{OPTIMIZER}::test_patience_ends_the_run_with_a_model_and_a_checkpoint",
     "python tools/compare_runs.py A B":
         "tests/unit/test_compare.py::test_the_command_says_equal_different_or_unreadable",
+    "python tools/report.py RUN_DIR OTHER_RUN output=both.html":
+        "tests/unit/test_report_comparison.py::test_the_command_writes_a_page_of_several_runs",
     "python tools/compare_evaluations.py A B":
         "tests/unit/test_compare_evaluations.py::test_the_command_says_what_differs",
     "python tools/chaos.py conf=qwen3_tiny rounds=50":

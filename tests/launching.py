@@ -69,7 +69,12 @@ class Run:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Of the training steps."""
-        return [row for row in read_samples(self.path) if row["split"] == "train"]
+        return [row for row in self.kept if row["split"] == "train"]
+
+    @cached_property
+    def kept(self) -> list[dict[str, Any]]:
+        """Those of evaluations too."""
+        return read_samples(self.path)
 
     def answers(self, step: int) -> dict[tuple[int, int], tuple[str, float]]:
         """(response, reward) by (prompt_id, sample_id) of what was written down of a step."""

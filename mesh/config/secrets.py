@@ -17,7 +17,7 @@ NOT_SHOWN = "(not shown)"
 # NAME=VALUE, NAME: VALUE, --NAME VALUE; a value may be quoted
 NAMED = re.compile(
     rf"([\w.-]*(?:{'|'.join(SECRETS)})[\"']?\s*[=:]\s*|--?[\w-]*(?:{'|'.join(SECRETS)})\s+)"
-    r"(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
+    r"(?!\(not shown\))(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
     re.IGNORECASE,
 )
 FORMS = re.compile(
@@ -26,8 +26,8 @@ FORMS = re.compile(
     r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"  # GitHub, GitLab
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{35}"  # AWS, Google
     r"|\bxox[abeprs]-[\w-]{10,}|\bwandb_v\d_\w{20,}"  # Slack, W&B
-    r"|(?<=://)[^/\s@]+(?=@)"  # user and password in a URL
 )
+IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # user and password
 
 
 def is_secret(name: str) -> bool:
@@ -37,7 +37,11 @@ def is_secret(name: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """A command line, or another text, with `(not shown)` in place of secrets."""
-    return FORMS.sub(NOT_SHOWN, NAMED.sub(rf"\1{NOT_SHOWN}", text))
+    return _formed(NAMED.sub(rf"\1{NOT_SHOWN}", text))
+
+
+def _formed(text: str) -> str:
+    return IN_URL.sub("***", FORMS.sub(NOT_SHOWN, text))
 
 
 def shareable(value: Any, name: str = "") -> Any:
@@ -48,4 +52,4 @@ def shareable(value: Any, name: str = "") -> Any:
         return NOT_SHOWN
     if isinstance(value, list | tuple):
         return [shareable(item) for item in value]
-    return FORMS.sub(NOT_SHOWN, value) if isinstance(value, str) else value
+    return _formed(value) if isinstance(value, str) else value

@@ -17,6 +17,7 @@ from mesh.program.limits import limit_problems
 from mesh.program.plan import prompt_source, task_spec
 from mesh.program.prompt_checks import prompt_problems
 from mesh.program.shared import of_user_code, refuse_differences
+from mesh.rl.samples import fixed_prompts
 from mesh.roles.evaluation import Draws, EvaluationSet
 from mesh.tasks import Task, TaskSpec, draw_held_out, task_notes
 from mesh.tasks.calls import TaskSource
@@ -112,9 +113,9 @@ def evaluation_set(
         StopStrings(ends, tokenizer) if ends else None,
     )  # fmt: skip
     source = TaskSource(task, task_spec(own), scoring_of(own))
-    return EvaluationSet(
-        source, tuple(prompts), own.eval.num_samples, ks_of(own), own.eval.greedy, draws
-    )
+    num = own.eval.num_samples
+    kept = fixed_prompts(len(prompts), num, own.log.samples, own.seed)
+    return EvaluationSet(source, tuple(prompts), num, ks_of(own), own.eval.greedy, draws, kept)
 
 
 def set_notes(sets: Mapping[str, EvaluationSet], own: Task) -> list[str]:

@@ -30,6 +30,7 @@ from mesh.program.loss import run_objective
 from mesh.program.teacher import frozen_models
 from mesh.rl.losses import Loss
 from mesh.rl.objective import Objective
+from mesh.rl.samples import fixed_prompts
 from mesh.rl.step import StepSettings
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.generator import GeneratorSettings
@@ -240,7 +241,12 @@ def evaluation_sets(
     if not held_out:
         return {}
     keys = conf.eval
-    return {"": EvaluationSet(source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy)}
+    return {
+        "": EvaluationSet(
+            source, tuple(held_out), keys.num_samples, ks_of(conf), keys.greedy,
+            kept=fixed_prompts(len(held_out), keys.num_samples, conf.log.samples, conf.seed),
+        )
+    }  # fmt: skip
 
 
 def difficulty_bounds(conf: Conf) -> Bounds | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,33 @@ from mesh.program.assembly import Program
 from mesh.program.groups import Groups
 from mesh.rl.samples import Record, StepRecord, chosen_groups, place_of, record_of
 from mesh.rl.step import Advantages, StepSettings
+from mesh.roles.trainer import Trainer
 from mesh.types import Rollout, RolloutKey
 
 Numbers = dict[str, list[float]]
+TRAINER = "trainer_logprobs"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """This rank's rollouts of a wave that enter the loss, in the order in which they are packed,
-    and the trainer's scores of their loss tokens under the weights that drew them."""
+    """Rollouts that enter the loss, in the order in which they are packed, and numbers of their
+    loss tokens, one after the other, by name."""
 
     rollouts: Sequence[Rollout]
-    scores: TokenScores
+    columns: Mapping[str, torch.Tensor]
+
+
+def scored(rollouts: Sequence[Rollout], scores: TokenScores) -> Trained:
+    """This rank's rollouts of a wave with the trainer's scores under the weights that drew them."""
+    columns = {TRAINER: scores.logprobs_A, "entropies": scores.entropy_A}
+    return Trained(rollouts, columns)
+
+
+def credits_of(trainer: Trainer) -> list[Trained]:
+    """The advantages of tokens that were trained on since this was last asked, where they have
+    advantages of their own."""
+    found, trainer.credits = trainer.credits, []
+    return [Trained(rollouts, {"token_advantages": x_A}) for rollouts, x_A in found]
 
 
 def step_record(
@@ -37,6 +52,7 @@ def step_record(
     trained: Sequence[Trained],
 ) -> StepRecord:
     """The record of a step. groups: of all its waves."""
+    trained = [*trained, *credits_of(program.trainer)]
     outlines = groups.drawn.outlines
     histograms = {
         "reward": [one.reward for one in outlines],
@@ -59,7 +75,7 @@ def samples_of(
     advantages, and what is not trained on has no numbers of the trainer."""
     size, seed, left_out = keys.group_size, keys.seed, groups.left_out
     why = chosen_groups(groups.drawn.outlines, size, keys.log_samples, seed, step)
-    numbers = dict(numbers_of(trained, why)) if keys.log_tokens else {}
+    numbers = numbers_of(trained, why) if keys.log_tokens else {}
     prompts = {p.prompt_id: p for p in groups.prompts if p.prompt_id in why}
     return [
         {
@@ -77,22 +93,24 @@ def samples_of(
 
 def numbers_of(
     trained: Sequence[Trained], prompt_ids: Mapping[int, str]
-) -> Iterator[tuple[RolloutKey, Numbers]]:
-    """By rollout of these prompts, what the trainer knows of its loss tokens: the differences of
-    its logprobs from the generator's, and the entropies of its distributions."""
+) -> dict[RolloutKey, Numbers]:
+    """By rollout of these prompts, what is known of its loss tokens."""
+    found: dict[RolloutKey, Numbers] = {}
     for one in trained:
         lengths = [r.length for r in one.rollouts]
-        columns = (column.cpu().split(lengths) for column in one.scores)
-        for r, logprobs_A, entropy_A in zip(one.rollouts, *columns, strict=True):
-            if r.prompt_id in prompt_ids:
-                differences_A = logprobs_A - torch.tensor(r.logprobs, dtype=logprobs_A.dtype)
-                yield (
-                    r.key,
-                    {
-                        "logprob_diffs": differences_A.tolist(),
-                        "entropies": entropy_A.tolist(),
-                    },
-                )
+        for name, column_A in one.columns.items():
+            for r, mine_A in zip(one.rollouts, column_A.cpu().split(lengths), strict=True):
+                if r.prompt_id in prompt_ids:
+                    found.setdefault(r.key, {}).update(column_of(name, mine_A, r))
+    return found
+
+
+def column_of(name: str, values_A: torch.Tensor, rollout: Rollout) -> Numbers:
+    """A column of a record. Of the trainer's logprobs, their differences from the generator's."""
+    if name != TRAINER:
+        return {name: values_A.tolist()}
+    generator_A = torch.tensor(rollout.logprobs, dtype=values_A.dtype)
+    return {"logprob_diffs": (values_A - generator_A).tolist()}
 
 
 def together(process: Process, step: int, mine: Sequence[Record]) -> list[Record]:

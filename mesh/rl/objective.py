@@ -76,9 +76,19 @@ class Objective:
             needs.add("step_statistics")
         return frozenset(needs)
 
+    @property
+    def credits_tokens(self) -> bool:
+        """True if tokens have advantages of their own, and not those of their rollouts."""
+        return self.loss.credit is not None or (
+            self.teacher_coef > 0 and self.teacher_kl == "sampled"
+        )
+
     def __call__(self, tokens: LossTokens) -> Terms:
         """Loss of every token; the gradient goes through `tokens.logprobs_T`."""
-        tokens = self.credited(tokens)
+        return self.terms(self.credited(tokens))
+
+    def terms(self, tokens: LossTokens) -> Terms:
+        """Loss of every token that has been credited."""
         loss_T, clipped_T = self.loss.surrogate(tokens, **self.settings)
         check_shapes(loss_T, clipped_T, tokens)
         measured: dict[str, Tensor] = {}

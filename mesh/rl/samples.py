@@ -30,7 +30,7 @@ Columns = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step leaves behind to be logged.
+    """What a step, or an evaluation, leaves behind to be logged.
 
     samples: this rank's rollouts of those that are kept; histograms: values of all rollouts of the
     step, by name, on the trainer's ranks.
@@ -39,6 +39,14 @@ class StepRecord:
     metrics: dict[str, Any]
     samples: list[Record] = field(default_factory=list)
     histograms: dict[str, list[float]] = field(default_factory=dict)
+
+    def __add__(self, other: StepRecord) -> StepRecord:
+        """A step with its evaluation."""
+        return StepRecord(
+            self.metrics | other.metrics,
+            self.samples + other.samples,
+            self.histograms | other.histograms,
+        )
 
 
 def chosen_groups(
@@ -66,19 +74,21 @@ def chosen_groups(
     return dict(list(found.items())[: max(1, most // group_size)])
 
 
-def place_of(record: Record, step: int) -> tuple[int, ...]:
+def place_of(record: Record, step: int) -> tuple[int, str, int, int, int]:
     """The place of a record among those of its step: the best group, the worst one, and random ones
-    in an order of chance, as what comes last may be left out of the file."""
-    why, prompt_id = record["chosen"], record["prompt_id"]
-    chance = hashed(step, prompt_id) if why == RANDOM else 0
-    return (BEST, WORST, RANDOM, ALL).index(why), chance, prompt_id, record["sample_id"]
+    in an order of chance, as what comes last may be left out of the file; then evaluation sets by
+    name."""
+    order = (BEST, WORST, RANDOM, ALL, FIXED).index(record["chosen"])
+    prompt_id, sample_id = record["prompt_id"], record["sample_id"]
+    chance = hashed(step, prompt_id) if record["chosen"] == RANDOM else 0
+    return order, record["set"], chance, prompt_id, sample_id
 
 
-def fixed_prompts(num_prompts: int, num_samples: int, most: int, seed: int) -> set[int]:
+def fixed_prompts(num_prompts: int, num_samples: int, most: int, seed: int) -> frozenset[int]:
     """The held-out prompts whose answers are kept at every evaluation of a set: `most` samples in
     whole groups, at least one prompt; -1: all, 0: none."""
     order = sorted(range(num_prompts), key=lambda index: hashed(seed, "eval", index))
-    return set(order if most < 0 else order[: max(1, most // num_samples) if most else 0])
+    return frozenset(order if most < 0 else order[: max(1, most // num_samples) if most else 0])
 
 
 def hashed(*counter: int | str) -> int:

@@ -7,13 +7,14 @@ an evaluation come one after the other, under the weights of one sync.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from mesh.lifecycle.running import running
 from mesh.rl.estimators import mean_of
+from mesh.rl.samples import FIXED, Record, record_of
 from mesh.roles.answers import GREEDY, Answer, Values, answer_of, gathered, means, values_of, voted
 from mesh.roles.generator import EVAL_STEP, Generator, failed_scores
 from mesh.tasks import Task, numbered
@@ -40,7 +41,8 @@ class Draws:
 @dataclass(frozen=True)
 class EvaluationSet:
     """Held-out prompts of a task, drawn once. ks: the k of pass@k and majority@k, of `num_samples`
-    of each; greedy: each is answered greedily, too; draws: None: as the rollouts of a step.
+    of each; greedy: each is answered greedily, too; draws: None: as the rollouts of a step; kept:
+    places of the prompts whose answers are among the run's samples.
     """
 
     source: TaskSource
@@ -49,6 +51,7 @@ class EvaluationSet:
     ks: tuple[int, ...]
     greedy: bool = True
     draws: Draws | None = None
+    kept: frozenset[int] = frozenset()
 
     @property
     def asked(self) -> list[int]:
@@ -65,20 +68,22 @@ class EvaluationSet:
         sampling = replace(sampling, max_new_tokens=draws.max_new_tokens, stops=draws.stops)
         if greedy:
             return sampling
-        # nobody reads the logprobs of an evaluation
+        # no loss reads the logprobs of an evaluation
         sampling = replace(sampling, temperature=draws.temperature, truncated_logprobs=False)
         return replace(sampling, top_k=draws.top_k, top_p=draws.top_p)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation of a set found, the same on every rank but for the rows. values: by
-    metric, those of each problem; rows: the results of this replica's prompts, if asked for.
+    """What an evaluation of a set found, the same on every rank but for the rows and samples.
+    values: by metric, those of each problem; rows: the results of this replica's prompts, if asked
+    for; samples: its answers that are kept.
     """
 
     metrics: dict[str, float]
     values: Values
     rows: list[dict[str, Any]]
+    samples: list[Record] = field(default_factory=list)
 
 
 def evaluate(
@@ -106,7 +111,7 @@ def evaluate(
     values = values_of(problems, held_out.ks)
     metrics = means(values, prefix) | failed_scores(scorer, f"{prefix}/failed", cpu_group)
     results = rows_of(held_out, generator.tokenizer, name, found, problems, values) if rows else []
-    return Evaluation(metrics, values, results)
+    return Evaluation(metrics, values, results, samples_of(held_out, name, found, problems))
 
 
 def prefix_of(name: str) -> str:
@@ -130,6 +135,24 @@ def answers(
         for rollout in generator.rollout(scorer, prompts, 1, sampling):
             found[rollout.prompt_id, GREEDY] = replace(rollout, sample_id=GREEDY)
     return found if generator.speaks else {}
+
+
+def samples_of(
+    held_out: EvaluationSet,
+    name: str,
+    found: Mapping[RolloutKey, Rollout],
+    problems: Sequence[Sequence[Answer]],
+) -> list[Record]:
+    """The answers of this replica to the prompts that are kept."""
+    prompts = numbered(held_out.prompts)
+    return [
+        {"split": "eval", "set": name, "chosen": FIXED}
+        | record_of(prompts[place], found[place, answer.sample_id])
+        | {"correct": answer.correct}
+        for place in sorted(held_out.kept)
+        for answer in problems[place]
+        if (place, answer.sample_id) in found
+    ]
 
 
 LISTS = {name: name for name in ("correct", "parts", "turns")}

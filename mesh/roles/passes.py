@@ -25,10 +25,14 @@ from mesh.rl.statistics import token_stats
 from mesh.rl.step import Pass
 from mesh.roles.nonfinite import Trained
 from mesh.roles.sums import StepSums
-from mesh.types import Distribution
+from mesh.types import Distribution, Rollout
 
 SCORED: frozenset[Need] = frozenset({"reference_logprobs", "teacher_logprobs"})
 """Needs for which passes are scored first."""
+
+
+Credit = tuple[Sequence[Rollout], torch.Tensor]
+"""Rollouts, and the advantages of their loss tokens one after the other."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,9 @@ def backward(
     at: Distribution,
     sums: StepSums,
     teacher: Policy | None = None,
-) -> TokenScores:
-    """Add a pass to the model's gradients and to the step's sums; its scores, detached.
+) -> tuple[TokenScores, torch.Tensor]:
+    """Add a pass to the model's gradients and to the step's sums; its scores, detached, and the
+    advantages of its tokens.
 
     batch: `leaves`, packed, on the device. teacher: where the objective needs the KL to it.
     """
@@ -171,8 +176,8 @@ def backward(
     )
     logprobs_A, entropy_A = scores.logprobs_A, scores.entropy_A
     logprobs_A.retain_grad()
-    tokens = loss_tokens(scores, batch, known, objective.needs)
-    loss_A, clipped_A, measured = objective(tokens)
+    tokens = objective.credited(loss_tokens(scores, batch, known, objective.needs))
+    loss_A, clipped_A, measured = objective.terms(tokens)
     loss = loss_sum(loss_A, batch.weights_A)
     loss.backward()
     old_A = tokens.old_logprobs_T
@@ -185,7 +190,16 @@ def backward(
             loss_A.detach(), gradient_of(logprobs_A),
         ),
     )  # fmt: skip
-    return TokenScores(logprobs_A.detach(), entropy_A.detach())
+    return TokenScores(logprobs_A.detach(), entropy_A.detach()), tokens.advantages_T
+
+
+def joined_scores(
+    found: Sequence[tuple[TokenScores, torch.Tensor]], nothing: torch.Tensor
+) -> tuple[TokenScores, torch.Tensor]:
+    """Scores and advantages of passes, in order, as those of one."""
+    scores, advantages = zip((TokenScores(nothing, nothing), nothing), *found, strict=True)
+    logprobs, entropies = zip(*scores, strict=True)
+    return TokenScores(torch.cat(logprobs), torch.cat(entropies)), torch.cat(advantages)
 
 
 def gradient_of(logprobs_A: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,15 @@ from mesh.roles.gradients import gradient_norm, summed_gradients
 from mesh.roles.models import build_model, own_blocks
 from mesh.roles.nonfinite import announce, findings, gathered, merged
 from mesh.roles.optimizer import EMBEDDINGS, Optimizer, state_kinds
-from mesh.roles.passes import SCORED, PassScores, backward, forward, score_pass
+from mesh.roles.passes import (
+    SCORED,
+    Credit,
+    PassScores,
+    backward,
+    forward,
+    joined_scores,
+    score_pass,
+)
 from mesh.roles.sums import StepSums, largest
 from mesh.roles.trainer_settings import REFERENCE, TEACHER, TrainerSettings
 from mesh.types import Distribution
@@ -57,12 +65,11 @@ class Trainer:
         self.master_names = self.weight_names - ({"lm_head.weight"} if shape.tied else set())
         self.dp, self.tp = meshes.layout.trainer.dp, meshes.layout.trainer.tp
         self.dp_rank = dp_rank(self.mesh)
-        # the tp ranks of a replica have the same rollouts: the first one speaks for them
-        self.speaks = meshes.on_trainer and self.mesh.get_local_rank("tp") == 0
+        self.speaks = meshes.on_trainer and self.mesh.get_local_rank("tp") == 0  # of its tp ranks
         self.cpu_group, self.run_dir = meshes.trainer_cpu_group, run_dir
-        self.steps = 0
-        self.without_signal = 0  # of them those whose gradients were all exactly 0
+        self.steps = self.without_signal = 0  # all, and those whose gradients were exactly 0
         self.silent = False  # the last one is such a step, so far
+        self.credits: list[Credit] = []  # of tokens with advantages of their own
         self.flops = 0.0  # this rank's part of those of all passes since it was last set to 0
         self.measured = ["entropy", *(MEASURED[name] for name in settings.frozen)]
         self.sums = StepSums(device, self.measured)
@@ -199,12 +206,13 @@ class Trainer:
         ]  # fmt: skip
         self._reshard()
         rollouts = [r for one in passes for leaf in one for r in leaf.rollouts]
-        tokens = sum(r.length for r in rollouts)
-        self.sums.expect(tokens)
+        self.sums.expect(tokens := sum(r.length for r in rollouts))
         lengths = [r.num_tokens for r in rollouts]
         self.flops += train_flops(self.settings.shape, lengths, tokens) / self.tp
-        logprobs, entropies = zip(TokenScores(nothing, nothing), *found, strict=True)
-        return TokenScores(torch.cat(logprobs), torch.cat(entropies))
+        joined, advantages_A = joined_scores(found, nothing)
+        if objective.credits_tokens:
+            self.credits.append((rollouts, advantages_A))
+        return joined
 
     @torch.no_grad()
     def update(self, normaliser: float, tokens: int, number: int = 0) -> dict[str, float]:

@@ -131,8 +131,10 @@ class MetricsLogger:
         self._closed = True
         self._progress.close()
         self._metrics_file.close()
-        self._samples.close(for_samples)
-        self._trackers.close(seconds)
+        try:
+            self._samples.close(for_samples)
+        finally:
+            self._trackers.close(seconds)
 
     def _summary(self) -> str:
         pace = self._pace

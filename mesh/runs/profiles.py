@@ -51,7 +51,9 @@ def profiled(
             _write(profiler, run_dir / FOLDER, name)
         process.gather(None)  # nobody begins the next step before it is written
         leave_out()
-        process.say(f"profile {run_dir / FOLDER / name}.json.gz, in short {name}.txt beside it")
+        process.say(
+            f"profile {run_dir / FOLDER / name}.json.gz, and a table, {name}.txt, beside it"
+        )
 
 
 def _profiler(device: torch.device) -> profile:

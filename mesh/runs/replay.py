@@ -12,7 +12,7 @@ from typing import Any
 from mesh.config.keys import problem
 from mesh.runs.compare import NOTHING, different, untimed
 from mesh.runs.lines import line_of, read_lines
-from mesh.runs.samples import group_of, read_samples
+from mesh.runs.samples import group_of, read_samples, without_nulls
 
 Record = dict[str, Any]
 LAYOUT = (
@@ -51,7 +51,7 @@ def logged_step(run_dir: Path, step: int) -> LoggedStep:
 def as_logged(metrics: Record, samples: Sequence[Record]) -> LoggedStep:
     """Convert a step just taken to what its logs would contain."""
     back = [json.loads(line_of(record)) for record in (metrics, *samples)]
-    return LoggedStep(untimed(back[0]), [_made(sample) for sample in back[1:]])
+    return LoggedStep(untimed(back[0]), [_made(without_nulls(sample)) for sample in back[1:]])
 
 
 def _made(sample: Record) -> Record:
@@ -79,7 +79,9 @@ class ReplayComparison:
         replayed = {_id(sample): sample for sample in self.again.samples}
         for sample in self.logged.samples:
             twin = replayed.get(_id(sample), {})
-            yield sample, twin, different(sample, twin)
+            old = "prompt_text" not in sample  # its lines had fewer fields, in another form
+            sides = [_only(FIELDS, one) if old else one for one in (sample, twin)]
+            yield sample, twin, different(*sides)
 
     @property
     def wrong_samples(self) -> int:
@@ -116,6 +118,10 @@ class ReplayComparison:
             return f"equal to the bit: {len(metrics)} metrics, {len(samples)} samples"
         names = ", ".join(self.wrong_metrics) or "no metric"
         return f"DIFFERENT: {names}; {self.wrong_samples} of {len(samples)} samples"
+
+
+def _only(fields: Sequence[str], sample: Record) -> Record:
+    return {key: sample[key] for key in fields if key in sample}
 
 
 def _id(sample: Record) -> tuple[Any, ...]:

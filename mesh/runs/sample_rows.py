@@ -15,24 +15,31 @@ from mesh.types import Rollout, Turn
 
 EXACT = ("logprobs", "logprob_diffs", "token_advantages")
 TOKENS = ("prompt_tokens", "tokens", "token_texts", *EXACT, "entropies")
-"""The fields that `log.tokens=false` leaves out."""
+"""Fields that are null with `log.tokens=false`."""
+
+FIELDS = (
+    *("split", "set", "chosen", "prompt_id", "sample_id", "prompt", "messages", "prompt_text"),
+    *("response", "turns", "answer", "reward", "parts", "correct", "advantage", "finish_reason"),
+    *("left_out", "task_prompt_id", "length", *TOKENS),
+)
+"""The fields of a line beside its step, all of them in every line; null: it has none. With lines of
+different fields `datasets` could not load the file."""
 
 
 def row_of(tokenizer: Tokenizer, with_tokens: bool, record: Record) -> Record:
     """The line of a record. Numbers of float32 have as many digits as tell them from others."""
     if "response" in record:
         return record  # of a step that an older version has trained and not logged
-    row = {name: value for name, value in record.items() if name not in (*TOKENS, "turns")}
-    row["prompt_text"] = tokenizer.decode(record["prompt_tokens"])
-    row |= said(tokenizer, record)
-    if not with_tokens:
-        return row
-    row |= {name: record[name] for name in ("prompt_tokens", "tokens")}
-    row["token_texts"] = token_texts(tokenizer.decode, record["tokens"])
-    row |= {name: shortest(record[name]) for name in EXACT if name in record}
-    if "entropies" in record:
-        row["entropies"] = [round(x, 4) for x in record["entropies"]]
-    return row
+    known = record | {"prompt_text": tokenizer.decode(record["prompt_tokens"])}
+    known |= {"turns": None, **said(tokenizer, record)}
+    if with_tokens:
+        known["token_texts"] = token_texts(tokenizer.decode, record["tokens"])
+        known |= {name: shortest(record[name]) for name in EXACT if name in record}
+        if "entropies" in record:
+            known["entropies"] = [round(x, 4) for x in record["entropies"]]
+    else:
+        known |= dict.fromkeys(TOKENS)
+    return {name: known.get(name) for name in FIELDS}
 
 
 def said(tokenizer: Tokenizer, record: Record) -> dict[str, Any]:

@@ -149,16 +149,23 @@ def pace(samples_mb: float, steps: int) -> Callable[[int], float]:
 
 
 def read_samples(run_dir: Path, killed: bool = False) -> list[Row]:
-    """The samples of a run, of one from before they were compressed too.
+    """The samples of a run, of one from before they were compressed too; a field that is null is
+    left out.
 
     killed: ignore a last member, or line, that was not written to its end. Raises ValueError naming
     the file that cannot be read.
     """
     path, old = run_dir / SAMPLES, run_dir / OLD_SAMPLES
     before = read_lines(old, killed) if old.exists() else []
-    if before and not path.exists():
-        return before
-    return before + lines_in(b"".join(members(path, killed)), path)
+    rows = [{"split": "train", "set": ""} | row for row in before]
+    if path.exists() or not before:
+        rows += lines_in(b"".join(members(path, killed)), path)
+    return [without_nulls(row) for row in rows]
+
+
+def without_nulls(row: Mapping[str, Any]) -> Row:
+    """A row without the fields that it has no value of."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def members(path: Path, killed: bool = False) -> Iterator[bytes]:

@@ -146,6 +146,7 @@ class Trackio:
                 self._run: Any = trackio.init(
                     project=project, name=self._place.name, config=dict(config), resume="allow",
                     embed=False, auto_log_cpu=False, auto_log_gpu=False,
+                    private=True,  # a Space that it makes would be public: rollouts are in it
                 )  # fmt: skip
         except (ValueError, LocalTokenNotFoundError) as error:
             remedy = "do as it says, or leave it unset"

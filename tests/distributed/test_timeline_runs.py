@@ -117,4 +117,7 @@ def test_a_profile_has_all_phases_and_the_operators_forward_and_backward(made, n
         times, text = phase_times(trace["traceEvents"], PHASES), (folder / f"{one}.txt").read_text()
         assert times["train"].cpu.keys() >= {"aten::mm", "SiluBackward0"}
         assert text == table_of(text.splitlines()[0], times) and one in text.splitlines()[0]
-        assert f"profile {folder / one}.json.gz, in short {one}.txt beside it" in made[name].output
+        assert (
+            f"profile {folder / one}.json.gz, and a table, {one}.txt, beside it"
+            in made[name].output
+        )

@@ -24,6 +24,8 @@ from launching import REPOSITORY, Run, launch, runs
 from mesh.checkpoint.logs import LOGS
 from mesh.runs.compare import compare_runs, untimed
 from mesh.runs.lines import read_lines
+from mesh.runs.samples import SAMPLES, member_of
+from mesh.runs.timeline import TIMELINE
 
 pytestmark = pytest.mark.timeout(900)  # of a slow machine; each launch has a limit of its own
 WORDS = [
@@ -93,7 +95,8 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, uninterrup
     steps = resumed.metrics[-1]["step"]
     compared = compare_runs(resumed.path, uninterrupted.path)
     assert compared.first is None
-    assert (compared.steps, compared.samples) == (steps + 1, steps * 8 * 4)
+    assert (compared.steps, compared.samples) == (steps + 1, len(resumed.kept))
+    assert len(resumed.samples) == steps * 8 * 4 < len(resumed.kept)
     assert len({line["digest/weights"] for line in uninterrupted.metrics[1:]}) == steps
     for run in (resumed, uninterrupted):
         timeline = read_lines(run.path / "timeline.jsonl")
@@ -147,10 +150,11 @@ def replayed(resumed, tmp_path_factory) -> dict[str, list[str]]:
 
 
 def change(path: Path, steps: int) -> None:
-    for file, number, key in (("metrics.jsonl", -1, "grad_norm"), ("samples.jsonl", -2, "reward")):
-        lines = [json.loads(line) for line in lines_of(path / file)]
-        lines[number][key] += 1e-9
-        (path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines, samples = read_lines(path / "metrics.jsonl"), Run(path, "").kept
+    lines[-1]["grad_norm"] += 1e-9
+    samples[-2]["reward"] += 1e-9
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / SAMPLES).write_bytes(member_of(samples))
     (checkpoint_before(path, steps) / "rank-1.safetensors").write_bytes(b"")
 
 
@@ -171,7 +175,9 @@ def test_a_step_that_is_run_again_is_the_one_that_was_logged(resumed, replayed):
     origin = f"step {steps} of {resumed.path}, run again from checkpoints/{before}"
     assert origin in lines
     logged = untimed(resumed.metrics[-1])
-    assert lines[-1] == f"equal to the bit: {len(logged) - 1} metrics, 32 samples"
+    kept = sum(sample["step"] == steps for sample in resumed.kept)
+    assert kept == 32 + 8 * 2, "of training, and answers to the held-out prompts"
+    assert lines[-1] == f"equal to the bit: {len(logged) - 1} metrics, {kept} samples"
     rows = {line.split()[0]: line.split() for line in lines if line.endswith(" equal")}
     assert rows["eval/accuracy"][1] == rows["eval/accuracy"][2] == str(logged["eval/accuracy"])
     assert rows["digest/weights"][2] == f'"{logged["digest/weights"]}"'
@@ -186,7 +192,7 @@ def test_a_replay_names_what_was_logged_otherwise(resumed, replayed):
     lines = replayed["changed"]
     damaged = rf"skipping .*/{checkpoint_before(resumed.path, resumed.metrics[-1]['step']).name}: "
     assert any(re.match(damaged + "rank-1.safetensors has 0 bytes", line) for line in lines)
-    assert lines[-1] == "DIFFERENT: grad_norm; 1 of 32 samples"
+    assert lines[-1] == "DIFFERENT: grad_norm; 1 of 48 samples"
     (row,) = [line for line in lines if line.startswith("grad_norm")]
     assert row.split()[1] != row.split()[2] == str(resumed.metrics[-1]["grad_norm"])
     assert len([line for line in lines if line.endswith("differs: reward")]) == 1
@@ -208,7 +214,7 @@ def test_continues_on_four_ranks_with_tensor_parallelism_then_split_until_ctrl_c
     assert logged[: steps + 1] == before
     index = json.loads((path / "checkpoints" / f"step-{last}" / "index.json").read_text())
     assert index["content"]["digests"]["weights"] == json.loads(logged[-1])["digest/weights"]
-    assert index["content"]["files"].keys() == {"rank-0.safetensors", *LOGS}
+    assert index["content"]["files"].keys() == {"rank-0.safetensors", *LOGS, TIMELINE}
     assert f"to continue after step {last}: resume={path}" in out
 
 

@@ -205,7 +205,8 @@ def test_what_cannot_be_replayed_is_refused_before_anything_is_built(words, tmp_
 
 def test_a_replay_names_what_differs():
     sample = {"prompt_id": 1, "sample_id": 0, "prompt": "ab>", "response": "ba", "answer": "ba",
-              "reward": 1.0, "advantage": 0.5, "finish_reason": "stop"}  # fmt: skip
+              "prompt_text": "ab>", "reward": 1.0, "advantage": 0.5,
+              "finish_reason": "stop"}  # fmt: skip
     others = [sample | {"sample_id": i, "reward": float(i)} for i in (1, 2, 3)]
     again = as_logged(
         {"loss": 0.5, "kl": float("nan"), "seconds/x": 1.0, "gpu_gb/x": 2.0}, [sample, *others]

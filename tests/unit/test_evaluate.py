@@ -147,7 +147,7 @@ def evaluated(process: Process, capsys, *words: str) -> tuple[str, dict[str, flo
     sync(program)
     capsys.readouterr()
     grpo.held_out(program, process)
-    metrics = grpo.held_out(program, process)
+    metrics = grpo.held_out(program, process).metrics
     return capsys.readouterr().out, metrics
 
 

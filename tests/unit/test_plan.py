@@ -22,6 +22,7 @@ from mesh.program.warnings import start_warnings
 from mesh.recipes.grpo import held_out
 from mesh.recipes.validate import uneven_plan
 from mesh.rl.loading import load_loss
+from mesh.rl.samples import fixed_prompts
 from mesh.roles.evaluation import EvaluationSet
 from mesh.roles.optimizer import OptimizerSettings
 from mesh.roles.trainer_settings import Start
@@ -102,7 +103,7 @@ def test_every_part_has_the_keys_that_it_uses():
         "generator.max_new_tokens=6", "clip_high=0.3", "kl_coef=0.1", "eval.num_prompts=5",
         "eval.num_samples=2", "sync.bucket_mb=3", "timeout_seconds=60", "check=strict",
         "batch_invariant=true", "invariant.chunks=2", "task_args.max_length=4", "overlong=skip",
-        "truncated=mask", "truncated_reward=-2",
+        "truncated=mask", "truncated_reward=-2", "log.samples=6",
     ]  # fmt: skip
     plan, shape = planned(*words, world_size=4), replace(TINY, textless=((98, 128),))
     assert (plan.layout.trainer.shape, plan.layout.generator.size) == ((1, 1, 2), 2)
@@ -128,7 +129,9 @@ def test_every_part_has_the_keys_that_it_uses():
         ScoringSettings(0, 60.0, "stop"),
     )
     held_out = tuple(plan.task.eval_prompts(5))
-    assert plan.evaluations == {"": EvaluationSet(plan.training, held_out, 2, (1, 2))}
+    kept = fixed_prompts(num_prompts=5, num_samples=2, most=6, seed=7)
+    assert len(kept) == 3
+    assert plan.evaluations == {"": EvaluationSet(plan.training, held_out, 2, (1, 2), kept=kept)}
     assert (plan.prompts.task, plan.prompts.overlong) == (plan.task, "skip")
     assert (plan.prompts.max_length, plan.prompts.max_new_tokens) == (30, 6)
 
@@ -214,7 +217,7 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
     assert program.evaluation_scorers["same"] is program.scorer
     assert program.evaluation_scorers["right"] is not program.scorer
     sync(program)
-    metrics = held_out(program, process)
+    metrics = held_out(program, process).metrics
     rest = ["accuracy_greedy", "reward", "response_length/mean", "response/truncated"]
     own_names = ["accuracy", "pass@1", "pass@2", "majority@2", *rest]
     assert list(metrics) == [
@@ -228,7 +231,7 @@ def test_evaluation_sets_are_measured_by_name(process: Process):
     assert metrics["eval/same/accuracy_greedy"] == metrics["eval/accuracy_greedy"] < 1.0
     alone = assemble(plan, process)
     sync(alone)
-    assert held_out(alone, process) == {
+    assert held_out(alone, process).metrics == {
         name: metrics[name] for name in list(metrics)[: len(own_names)]
     }
 

@@ -12,7 +12,7 @@ from tools.report.build import report_data
 from tools.report.html import embedded, page
 from tools.report.reading import read_run
 from tools.report.rollouts import index_of
-from tools.report.samples import BEGINNING, END, numbers, samples_of
+from tools.report.samples import LONGEST, numbers, samples_of
 
 LARGEST = 5_000_000
 
@@ -70,11 +70,22 @@ def test_long_texts_keep_their_ends_and_lose_their_tokens(tmp_path):
            "token_texts": ["a"] * 9, "logprobs": [-1.0] * 9}  # fmt: skip
     (run_dir / "samples.jsonl.gz").write_bytes(member([row]))
     (shown,) = samples_of(read_run(run_dir))["rows"]
-    assert shown["cut"] == 2 * (100_000 - BEGINNING - END) and "token_texts" not in shown
+    assert shown["cut"] == 2 * (100_000 - LONGEST) and "token_texts" not in shown
     assert len(shown["response"]) < 17_000 and "84,000 characters left out" in shown["response"]
     assert shown["response"].startswith("aaa") and shown["response"].endswith("zzz")
     assert shown["turns"] == [{"text": shown["response"], "sampled": True, "num_tokens": 9}]
     assert json.loads(shown["messages"][0]["content"]) == [{"type": "text", "text": "part"}]
+
+
+def test_a_group_of_many_long_responses_is_whole_with_shorter_texts(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=1, prompts=0)
+    rows = [{"step": 1, "split": "train", "set": "", "chosen": "best", "prompt_id": 0,
+             "sample_id": sample, "prompt": "p", "response": "r" * 15_000, "reward": 0.5}
+            for sample in range(256)]  # fmt: skip
+    (run_dir / "samples.jsonl.gz").write_bytes(member(rows))
+    found = samples_of(read_run(run_dir), budget=400_000)
+    assert found["kept"] == 256 and len(embedded(found["rows"])) < 240_000
+    assert all(len(row["response"]) < 700 for row in found["rows"])
 
 
 def test_fields_of_another_type_are_left_out(tmp_path):

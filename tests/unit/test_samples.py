@@ -10,6 +10,7 @@ import json
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from test_step import CENTRED, GROUPS, STEP, rollout, wave_of
 from mesh.config.sections import LogConf
 from mesh.model.logprobs import TokenScores
 from mesh.program.groups import Groups
-from mesh.program.records import Trained, samples_of
+from mesh.program.records import samples_of, scored
 from mesh.rl.cutting import owner
 from mesh.rl.samples import chosen_groups, fixed_prompts, place_of
 from mesh.rl.step import StepSettings, advantages_of
 from mesh.runs.lines import line_of
 from mesh.runs.metrics import MetricsLogger
-from mesh.runs.sample_rows import row_of, shortest
+from mesh.runs.sample_rows import FIELDS, row_of, shortest
 from mesh.runs.samples import SAMPLES, SampleFile, member_of, members, pace, read_samples
 from mesh.tasks import numbered
 from mesh.text.pieces import token_texts
@@ -97,7 +98,7 @@ def kept(keys: StepSettings, rank: int = 0, num_ranks: int = 1, **fields: Any) -
     mine = [r for r in wave.rollouts if r.prompt_id != 5]
     lengths = [len(r.tokens) for r in mine]
     scores = TokenScores(torch.full((sum(lengths),), -1.25), torch.arange(sum(lengths)) / 8)
-    return samples_of(keys, 7, groups, advantages_of(wave, CENTRED, 2), [Trained(mine, scores)])
+    return samples_of(keys, 7, groups, advantages_of(wave, CENTRED, 2), [scored(mine, scores)])
 
 
 def test_records_have_the_numbers_of_their_own_tokens():
@@ -142,8 +143,10 @@ def test_a_row_has_the_texts_of_its_tokens():
     assert row["prompt_text"] == "cat>" and row["response"] == "ta"
     assert row["token_texts"] == ["t", "a", "<eos>"] and row["entropies"] == [0.1235, 1.0, 2.0]
     assert row["logprobs"] == [-0.1] * 3
+    assert row["reward"] is row["turns"] is row["token_advantages"] is None
     bare = row_of(tokenizer, False, record)
-    assert bare.keys() == row.keys() - {
+    assert list(bare) == list(row) == list(FIELDS)
+    assert {name for name in FIELDS if bare[name] != row[name]} == {
         "prompt_tokens", "tokens", "token_texts", "logprobs", "logprob_diffs", "entropies",
     }  # fmt: skip
     turns = [[2, True], [1, False], [2, True]]
@@ -295,7 +298,8 @@ def test_a_torn_member_is_ignored_where_a_run_was_killed(tmp_path):
     with pytest.raises(ValueError, match="samples.jsonl.gz: No such file"):
         read_samples(tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "of an old run"}\n{"st')
-    assert read_samples(tmp_path, killed=True) == [{"step": 1, "prompt": "of an old run"}]
+    old = {"step": 1, "split": "train", "set": "", "prompt": "of an old run"}
+    assert read_samples(tmp_path, killed=True) == [old]
     path.write_bytes(whole[2])
     (tmp_path / "samples.jsonl").write_text('{"step": 1}\n')
     assert [row["step"] for row in read_samples(tmp_path)] == [1, 2], "an old run, resumed"
@@ -319,23 +323,30 @@ def test_hostile_text_comes_back_but_for_half_a_character(tmp_path):
 
 
 def test_datasets_loads_the_file(tmp_path):
+    """Rows of training and evaluation, with turns, messages and what not every row has."""
     datasets = pytest.importorskip("datasets")
-    plain = {"split": "train", "prompt_id": 0, "reward": 1.0, "token_texts": ["a"], "turns": None}
-    talk = plain | {"prompt_id": 1, "turns": [{"text": "é", "sampled": True, "num_tokens": 1}],
-                    "messages": [{"role": "user", "content": "\x00"}], "split": "eval"}  # fmt: skip
-    with MetricsLogger(tmp_path, QUIET, 0, 1) as metrics:
-        metrics.log(0, {}, [{k: v for k, v in plain.items() if v is not None}])
-        metrics.log(1, {}, [talk])
+    tokenizer = load_tokenizer(CHARACTERS)
+    plain = {"split": "train", "set": "", "chosen": "best", "prompt_id": 0, "sample_id": 0}
+    plain |= {"prompt": "a", "answer": "", "finish_reason": "length", "prompt_tokens": [5]}
+    plain |= {"tokens": [6, 7], "logprobs": [-1.0, -2.0], "length": 2, "reward": 0.5}
+    talk = plain | {"split": "eval", "turns": [[1, True], [1, False]], "correct": True}
+    talk |= {"messages": [{"role": "user", "content": "\x00\ud800é"}], "parts": {"brief": 0.5}}
+    trained = plain | {"entropies": [0.5, 0.25], "logprob_diffs": [0.0, 0.0], "advantage": 1.0}
+    with MetricsLogger(tmp_path, QUIET, 0, 1, row_of=partial(row_of, tokenizer, True)) as metrics:
+        metrics.log(0, {}, [plain, talk])
+        metrics.log(1, {}, [trained])
     found = datasets.load_dataset(
         "json", data_files=str(tmp_path / SAMPLES), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert len(found) == 2 and found[1]["turns"] == talk["turns"]
-    assert found[1]["messages"] == talk["messages"] and found[0]["token_texts"] == ["a"]
+    assert found["step"][:] == [0, 0, 1] and found["entropies"][2] == [0.5, 0.25]
+    assert found[1]["messages"] == [{"role": "user", "content": "\x00\ufffdé"}]
+    assert [turn["num_tokens"] for turn in found[1]["turns"]] == [1, 1]
+    assert found[0]["token_texts"] == list(tokenizer.decode([6, 7]))
 
 
 def test_what_comes_last_of_a_step_is_chance():
     records = [
-        {"chosen": why, "prompt_id": p, "sample_id": i}
+        {"chosen": why, "set": "", "prompt_id": p, "sample_id": i}
         for p, why in enumerate(["random", "worst", "random", "best", "random"])
         for i in range(2)
     ]

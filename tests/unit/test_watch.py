@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY
 
+from tools.report.options import Options
 from tools.watch import server as serving
 from tools.watch.feed import Feed, is_locked, nothing, state
 from tools.watch.main import say, server_of
@@ -252,12 +253,12 @@ def test_the_run_is_read_no_more_often_than_asked_for(run_dir):
 
 
 def test_a_run_that_takes_long_to_read_is_read_less_often(run_dir, monkeypatch):
-    clock = Clock()
-    feed = Feed([run_dir], 1.0, now=clock)
+    clock, busy = Clock(), Clock()
+    feed = Feed([run_dir], 1.0, now=clock, busy=busy)
     read = feed._data
 
     def slowly(locked):
-        clock.now += 2.0
+        busy.now += 2.0
         return read(locked)
 
     monkeypatch.setattr(feed, "_data", slowly)
@@ -310,6 +311,13 @@ def test_before_there_is_a_run(tmp_path):
             "waiting": [f"{tmp_path / 'run'} does not exist yet."],
         }
     }
+
+
+def test_names_and_paths_are_hidden_where_asked(run_dir):
+    (run_dir / "environment.json").write_text('{"ranks": [{"rank": 0, "host": "gpu-7"}]}')
+    shown, hidden = (Feed([run_dir], 5.0, Options(hide=hide)) for hide in ((), ("hosts",)))
+    assert b"gpu-7" in shown.latest().body
+    assert b"gpu-7" not in hidden.latest().body
 
 
 def test_slow_clients_hold_nobody_up_and_are_cut_off(run_dir, monkeypatch):
@@ -385,7 +393,7 @@ def test_where_it_cannot_listen(run_dir):
             ValueError, match=f"port={port}: another program.* or port=0 for a free"
         ):
             server_of(options(run_dir, port))
-    with pytest.raises(ValueError, match=r"host=192\.0\.2\.1: no address of this machine"):
+    with pytest.raises(ValueError, match=r"host=192\.0\.2\.1: not an address of this machine"):
         server_of(options(run_dir, 0, "192.0.2.1"))
 
 

@@ -22,6 +22,7 @@ from tools.report.machine_findings import ALL
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
 from tools.report.samples import BUDGET, samples_of
+from tools.report.scrubbing import scrubbed
 from tools.report.settings import config_of, environment_of
 from tools.report.timeline import timeline_of, timeline_steps
 
@@ -34,16 +35,28 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
     runs = [read_run(path) for path in run_dirs]
     points = [points_of(run) for run in runs]
     shown = [run_data(run, held, len(runs)) for run, held in zip(runs, points, strict=True)]
+    for run, name in zip(shown, distinct([run.path for run in runs]), strict=True):
+        run["name"] = name
     data: Data = {
         "version": VERSION,
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "runs": shown,
         "comparison": comparison_of(runs, points, shown) if len(runs) > 1 else None,
     }
-    data = hidden(data, runs, options.hide)
+    data = hidden(scrubbed(data), runs, options.hide)
     if options.title:
         data["runs"][0]["headline"]["title"] = options.title
     return data
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """The names of directories; with a number where one has the name of an earlier one."""
+    names: list[str] = []
+    for path in paths:
+        name = path.resolve().name
+        same = sum(earlier.resolve().name == name for earlier in paths[: len(names)])
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
 
 
 def run_data(run: Run, points: Points, runs: int) -> Data:

@@ -18,6 +18,7 @@ ABSENT = "(none)"
 IGNORED = ("run_dir", "resume")
 MACHINE = ("Commit", "Python", "CUDA", "CPU", "CPU cores", "Ranks", "Packages", "Variables")
 RATES = "tokens_per_second/"
+LEFT_OUT = "times, rates and memory are not compared"
 
 
 def comparison_of(runs: Sequence[Run], points: Sequence[Points], shown: Sequence[Data]) -> Data:
@@ -119,7 +120,7 @@ def first_difference(runs: Sequence[Run]) -> Data | None:
     if one.key == "line":
         both = (runs[0], other) if len(runs[0].metrics) < len(other.metrics) else (other, runs[0])
         ended, longer = (f"run {runs.index(run) + 1}" for run in both)
-        text = f"step {step:.0f} is in {longer} alone; {ended} ends before"
+        text = f"{ended} ends before step {step:.0f}, which {longer} has"
         return {"step": int(step), "metric": "", "values": [], "text": f"{text}."}
     values = [value_at(run, int(step), one.key) for run in runs]
     text = f"{one.key} of step {step:.0f} is the first that differs"
@@ -143,7 +144,8 @@ def sentence(runs: Sequence[Run], first: Data | None) -> str:
     """The comparison in one sentence."""
     if first is None:
         count = min(len(run.metrics) for run in runs)
-        return f"All {len(runs)} runs have equal metrics, to the bit, in all {count:,} lines."
+        which = "Both runs" if len(runs) == 2 else f"All {len(runs)} runs"
+        return f"{which} have equal metrics, to the bit, in all {count:,} lines; {LEFT_OUT}."
     if first["metric"]:
-        return f"The metrics are equal to the bit before step {first['step']}: {first['text']}"
+        return f"The metrics are equal to the bit before step {first['step']}; {first['text']}"
     return f"The metrics are equal to the bit as far as the shorter run goes: {first['text']}"

@@ -33,7 +33,7 @@ def exactness_of(run: Run, points: Points) -> list[Row]:
     rows = {rung: unknown(run, switched, validation) for rung in PROMISES}
     for rung, result in results(validation).items():
         if rung in rows and switched:
-            rows[rung] = validated(result, validation or {}, where)
+            rows[rung] = validated(result, validation or {}, where + of_commit(run, validation))
     own = measured(run, points, switched)
     if own is not None and (own[0] == "no" or rows["L2"][0] != "no"):
         also = rows["L2"][1] if rows["L2"][0] == "yes" and own[0] == "yes" else ""
@@ -64,6 +64,13 @@ def validated(result: str, validation: Line, where: str) -> tuple[str, str]:
     when = environment_of(validation).get("started", "at an unknown time")
     how = f"recipes/validate.py, {when}, {where}: {result}"
     return ("no" if result == "FAIL" else "yes"), how + "."
+
+
+def of_commit(run: Run, validation: Line | None) -> str:
+    """What to say of a validation that another commit of the code has passed."""
+    own = run.environments[-1].get("git") if run.environments else None
+    other = environment_of(validation or {}).get("git")
+    return " (of another commit)" if own and other and own != other else ""
 
 
 def validation_of(run: Run) -> tuple[Line | None, str]:

@@ -151,7 +151,7 @@ def truncation(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             WARN, "Responses are truncated", span[0],
             f"From step {span[0]} to {span[1]} more than {TRUNCATED:.0%} of the responses were cut "
-            f"before the model ended them, at most {most:.0%}; they are scored unfinished.",
+            f"before the model ended them, up to {most:.0%}; they are scored as they are.",
             "Raise generator.max_new_tokens, or ask for shorter responses; truncated=mask leaves "
             "them out of the loss.",
         )  # fmt: skip
@@ -171,12 +171,12 @@ def entropy(evidence: Evidence) -> Iterator[Finding]:
     if span := measured.smooth().streak(lambda value: value < limit, COLLAPSED_STEPS):
         yield Finding(
             BAD, "Entropy collapsed", span[0],
-            f"The entropy fell from {first:.3g} to {measured.last():.3g} nats: the model gives "
-            f"nearly the same response every time, from step {span[0]} on, and groups of equal "
-            "rewards teach nothing.",
+            f"The entropy fell from {first:.3g} to {measured.last():.3g} nats: from step {span[0]} "
+            "on the model gives nearly the same response every time, and a group whose rewards are "
+            "equal teaches nothing.",
             "Lower trainer.lr; a larger clip_high (0.28) leaves room for rare tokens; "
             "entropy_coef=0.001 adds an entropy bonus; kl_coef=0.01 holds the policy near its "
-            "start; a higher generator.temperature.",
+            "start; a higher generator.temperature keeps responses apart.",
         )  # fmt: skip
 
 
@@ -200,11 +200,12 @@ def length(evidence: Evidence) -> Iterator[Finding]:
         return
     yield Finding(
         BAD if cut > CUT else WARN, "Responses grow without gain", span[0],
-        f"The mean length went from {first:.0f} to {measured.last():.0f} tokens, at twice the "
-        f"first steps' from step {span[0]} on, while the reward went from {reward.first():.3f} to "
-        f"{reward.last():.3f}; {cut:.0%} of the responses are cut.",
-        "length_penalty=1 with length_penalty_tokens; loss=dr_grpo or aggregation=constant, which "
-        "do not favour long wrong responses; truncated_reward=0.",
+        f"The mean length went from {first:.0f} to {measured.last():.0f} tokens, and is at least "
+        f"twice that of the first steps from step {span[0]} on, while the reward went from "
+        f"{reward.first():.3f} to {reward.last():.3f}; {cut:.0%} of the responses are cut.",
+        "length_penalty=1 with length_penalty_tokens takes reward from long responses; "
+        "loss=dr_grpo or aggregation=constant do not favour long wrong ones; truncated_reward=0 "
+        "gives cut ones nothing.",
     )  # fmt: skip
 
 
@@ -228,11 +229,11 @@ def dead_groups(evidence: Evidence) -> Iterator[Finding]:
     level = f"; the mean reward was {statistics.fmean(inside):.3f}." if inside else "."
     yield Finding(
         severity, "Most groups are equal", span[0],
-        f"From step {span[0]} to {span[1]} at least {EQUAL:.0%} of the groups had equal rewards, "
-        f"which teach nothing{level}",
+        f"From step {span[0]} to {span[1]} in at least {EQUAL:.0%} of the groups all rewards were "
+        f"equal, and such groups teach nothing{level}",
         "refill_rounds=2 draws other prompts in their place; difficulty.min and difficulty.max "
-        "leave out what is always or never answered; a larger group_size; a higher "
-        "generator.temperature.",
+        "leave out prompts that are always or never solved; a larger group_size or a higher "
+        "generator.temperature makes rewards differ more often.",
     )  # fmt: skip
 
 
@@ -243,10 +244,10 @@ def constant_rewards(evidence: Evidence) -> Iterator[Finding]:
         return
     yield Finding(
         BAD, "Rewards never vary", spread.steps[0],
-        f"All rollouts of a step have one reward, {reward.values[-1]:.3g} at the end, in all "
-        f"{len(spread.steps):,} steps: there is nothing to learn from.",
-        "Read the rollouts below: is the score right, and can a response get another one? Then "
-        "easier prompts, a part of the score that is within reach, or a warm start by "
+        f"In each of the {len(spread.steps):,} steps all rollouts had the same reward, "
+        f"{reward.values[-1]:.3g} in the last one: there is nothing to learn from.",
+        "Read the rollouts below: is the score right, and can a response get another one? If so, "
+        "use easier prompts, a part of the score that is within reach, or a warm start by "
         "recipes/sft.py.",
     )  # fmt: skip
 
@@ -270,11 +271,11 @@ def falling_reward(evidence: Evidence) -> Iterator[Finding]:
         return
     yield Finding(
         BAD if drop > usual else WARN, "The reward fell", step,
-        f"The mean reward of {window} steps was {peak:.3f} up to step {step} and is "
+        f"The mean reward of {window} steps was highest, {peak:.3f}, up to step {step}, and is "
         f"{means.values[-1]:.3f} at the end.",
-        "Lower trainer.lr, or let it decay (trainer.decay=cosine); kl_coef=0.01; with "
-        "checkpoint.best=true RUN_DIR/best has the model of the best evaluation; stop.after ends "
-        "such a run.",
+        "Lower trainer.lr, or let it decay (trainer.decay=cosine); kl_coef=0.01 holds the policy "
+        "near its start; with checkpoint.best=true RUN_DIR/best has the model of the best "
+        "evaluation; stop.after ends a run that no longer improves.",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def mismatch(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             BAD if most > LARGE_MISMATCH else WARN, "Trainer and generator disagree", span[0],
             f"Their logprobs of a token differ by more than {MISMATCH} nats on average from step "
-            f"{span[0]} on, up to {most:.3g}; rounding alone gives far less.",
+            f"{span[0]} on, up to {most:.3g}; rounding alone usually gives less.",
             "batch_invariant=true makes them equal to the bit; importance=tis corrects for the "
             "difference; sync.verify=every compares the weights after every sync.",
         )  # fmt: skip
@@ -38,8 +38,8 @@ def inexact(evidence: Evidence) -> Iterator[Finding]:
     if steps:
         yield Finding(
             BAD, "Not exact, though batch_invariant is on", steps[0],
-            f"logprob_diff/max is above 0 in {len(steps):,} of {len(largest.steps):,} steps, at "
-            f"most {max(largest.values):.3g}.",
+            f"logprob_diff/max is above 0 in {len(steps):,} of {len(largest.steps):,} steps, up to "
+            f"{max(largest.values):.3g}.",
             "check=strict ends the run at the first such token and names the module; "
             "recipes/validate.py compares this machine rung by rung.",
         )  # fmt: skip
@@ -89,7 +89,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
         names = ", ".join(sorted(found)[:6]) + (" and others" if len(found) > 6 else "")
         yield Finding(
             BAD if {"loss", "grad_norm"} & found.keys() else WARN, "Numbers that are not finite",
-            step, f"From step {step} on NaN or infinity was logged: {names}.",
+            step, f"NaN or infinity was logged for {names}, at step {step} for the first time.",
             "Lower trainer.lr or trainer.clip_norm; look at what the score returns; "
             "on_nonfinite=stop names the sequences.",
         )  # fmt: skip
@@ -109,13 +109,14 @@ def gradient_spikes(evidence: Evidence) -> Iterator[Finding]:
             seen.append(value)
     if spikes:
         most = max(value for _, value in spikes)
-        times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
+        times = "In 1 step" if len(spikes) == 1 else f"In {len(spikes)} steps"
         yield Finding(
             WARN if len(spikes) >= MANY else INFO, "Gradient spikes", spikes[0][0],
-            f"The gradient norm was more than {SPIKE:.0f} times that of the steps before {times}, "
-            f"at most {most:.3g}; clip_norm={evidence.key('trainer.clip_norm')} bounds the update.",
-            "A larger num_prompts or group_size, a lower trainer.lr, trainer.clip_norm=0.2; read "
-            "the rollouts of such a step.",
+            f"{times} the gradient norm was more than {SPIKE:.0f} times the median of the steps "
+            f"before, up to {most:.3g}; it is clipped to "
+            f"trainer.clip_norm={evidence.key('trainer.clip_norm')}.",
+            "Read the rollouts of such a step; a larger num_prompts or group_size, a lower "
+            "trainer.lr or trainer.clip_norm=0.2 make an update depend less on a few of them.",
         )  # fmt: skip
 
 
@@ -135,10 +136,9 @@ def worse_evaluation(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(
                 WARN, "The evaluation got worse", step,
                 f"{name} was {best:.3f} at step {step} and is {known.values[-1]:.3f} at step "
-                f"{known.steps[-1]}, more than chance explains.",
-                "RUN_DIR/best keeps the model of the best evaluation (checkpoint.every, "
-                "checkpoint.best=true); stop.after=3 ends a run that no longer improves; a lower "
-                "trainer.lr.",
+                f"{known.steps[-1]}, a fall beyond the uncertainty of the two (±{margin:.3f}).",
+                "checkpoint.best=true keeps the model of the best evaluation in RUN_DIR/best; "
+                "stop.after=3 ends a run that no longer improves; a lower trainer.lr may help.",
             )  # fmt: skip
             return
 
@@ -160,7 +160,7 @@ def no_evaluation(evidence: Evidence) -> Iterator[Finding]:
             INFO, "No evaluation", None,
             "Nothing was measured on held-out prompts: the training reward alone cannot tell "
             "learning from exploiting the score.",
-            "eval.every=10 with eval.num_prompts=256.",
+            "eval.every=10 with eval.num_prompts=256 evaluates as the run goes.",
         )  # fmt: skip
 
 
@@ -173,9 +173,9 @@ def resumed(evidence: Evidence) -> Iterator[Finding]:
     if starts > 1:
         yield Finding(
             INFO, "The run was resumed", pause_of(evidence),
-            f"The run was started {starts} times; the logs go on from the checkpoint that a start "
-            "resumed from, without gap or duplicate.",
-            "Nothing needs to be done; the environment below lists every start.",
+            f"The run was started {starts} times. Each start continues the logs of the checkpoint "
+            "that it resumed, without gap or duplicate; the environment below lists all starts.",
+            "",
         )  # fmt: skip
 
 
@@ -209,23 +209,27 @@ def slow_rank(evidence: Evidence) -> Iterator[Finding]:
         if most > SLOW * others and most - others > OF_STEP * total:
             yield Finding(
                 WARN, f"Rank {slowest} is slow", steps[0].step,
-                f"In the phase {name} it works {most / len(steps):.3g} s a step, the other ranks "
-                f"{others / len(steps):.3g} s, so they wait for it.",
-                "Compare its machine with the others' in the environment: clocks, other "
-                "processes, OMP_NUM_THREADS; profile.steps=[3] shows what takes the time; long "
-                "responses even out with a larger num_prompts.",
+                f"In the phase {name} it works {most / len(steps):.3g} s a step, the median of the "
+                f"others is {others / len(steps):.3g} s, so they wait for it.",
+                "Compare its machine with the others: clocks, other processes, OMP_NUM_THREADS; "
+                "profile.steps=[3] shows what takes the time; with a larger num_prompts long "
+                "responses even out between ranks.",
             )  # fmt: skip
             return
 
 
+DOES = {"generate": ("generator", "both"), "train": ("trainer", "both")}
+
+
 def busy(steps: Sequence[TimelineStep]) -> Mapping[str, dict[int, float]]:
-    """Seconds of work by phase and rank, without what the rank waited."""
+    """Seconds of work by phase and rank, without what the rank waited; of the ranks whose role
+    has work in the phase, which all ranks pass through."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for step in steps:
         for rank in step.ranks:
             for name, begin, end, wait in rank.events:
                 work = end - begin - wait
-                if name in ("generate", "train"):
+                if rank.role in DOES.get(name, ()):
                     found[name][rank.rank] = found[name].get(rank.rank, 0.0) + work
     return {name: {r: v for r, v in ranks.items() if v > 0} for name, ranks in found.items()}
 
@@ -252,7 +256,9 @@ def waiting(evidence: Evidence) -> Iterator[Finding]:
         if share > WAITS:
             yield Finding(
                 WARN if share > WAITS_LONG else INFO, f"The {role} waits for the {other}",
-                steps[0].step, f"{share:.0%} of the time of the {role}'s ranks are waits.", remedy,
+                steps[0].step,
+                f"The {role}'s ranks spend {share:.0%} of their time waiting for other ranks.",
+                remedy,
             )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from tools.report.thinning import number, rounded, spread
 BUDGET = 3_000_000  # characters of JSON, of all runs of a page
 OF_TEXTS = 0.6  # of what is left: the share for texts, before tokens get the rest
 WORTH_IT = 0.05  # of the budget: less than this is not filled up
-BEGINNING, END = 10_000, 6_000  # characters of a text that are kept
+LONGEST, SHORTEST = 16_000, 200  # characters of a text that are kept
+MOST_GROUP = 160_000  # characters of a group, whose texts are cut shorter where it has more
+MOST_TOO_LARGE = 20  # groups that are too large still, after which no more is tried
 TYPICAL = "random"
 MOST_KNOWN = 20_000  # groups that are remembered as they are shown
 SMALL, LARGE = 1e-18, 100.0  # numbers between are rounded together
@@ -93,14 +95,18 @@ def filled(path: Path, version: int, order: Sequence[Group], budget: int) -> lis
 
     In turns: texts of as many groups as fit into a share of what is left, then tokens of those.
     """
-    waiting = shown_groups(path, version, order)
+    waiting: Iterator[Shown] = shown_groups(path, version, order)
     kept: list[list[Line]] = []
-    left, ended = budget, False
-    while not ended and left > budget * WORTH_IT:
+    left, ended, too_large = budget, False, 0
+    while not ended and too_large < MOST_TOO_LARGE and left > budget * WORTH_IT:
         of_texts, taken, ended = left * OF_TEXTS, list[Shown](), True
         for group in waiting:
             if group.cost > of_texts:
-                ended = not taken  # one that no turn has room for is left out
+                ended = False
+                if taken:  # the next turn may have room for it
+                    waiting = chain([group], waiting)
+                else:  # one that alone is too large is left out
+                    too_large += 1
                 break
             of_texts, left = of_texts - group.cost, left - group.cost
             taken.append(group)
@@ -136,7 +142,9 @@ _shown: dict[tuple[int, tuple[int, str, str, int, int], int], Shown] = {}
 
 
 def shown_group(read: Sequence[Line]) -> Shown:
-    rows = [*cleaned(read)]
+    rows = [*cleaned(read, LONGEST)]
+    if (cost := size_of(rows)) > MOST_GROUP:
+        rows = [*cleaned(read, max(LONGEST * MOST_GROUP // cost // 2, SHORTEST))]
     columns = [columns_of(row) if "cut" not in s else {} for row, s in zip(read, rows, strict=True)]
     return Shown(rows, size_of(rows), columns, [size_of(column) for column in columns])
 
@@ -160,19 +168,19 @@ def size_of(value: Any) -> int:
     return len(text.encode("utf-8", "surrogatepass")) + 5 * escaped
 
 
-def cleaned(rows: Sequence[Line]) -> Iterator[Line]:
-    """Rows with the fields that are shown, each of the right type."""
+def cleaned(rows: Sequence[Line], most: int) -> Iterator[Line]:
+    """Rows with the fields that are shown, each of the right type, texts of `most` characters."""
     for row in rows:
         shown: Line = {"split": "train", "set": "", "prompt": "", "response": ""}
         shown |= {key: plain(row[key]) for key in PLAIN if plain(row.get(key)) is not None}
         cut = 0
         for key in TEXTS:
             if isinstance(row.get(key), str):
-                shown[key], more = shortened(row[key])
+                shown[key], more = shortened(row[key], most)
                 cut += more
         for key, fields in (("messages", ("role", "content")), ("turns", TURN)):
             if isinstance(row.get(key), list):
-                shown[key], more = parts_of(row[key], fields)
+                shown[key], more = parts_of(row[key], fields, most)
                 cut += more
         if isinstance(row.get("parts"), dict):
             shown["parts"] = {str(k): plain(v) for k, v in row["parts"].items()}
@@ -184,10 +192,10 @@ def cleaned(rows: Sequence[Line]) -> Iterator[Line]:
 TURN = ("text", "sampled", "num_tokens")
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, most: int = LONGEST) -> Any:
     """A scalar as it is shown; None for what is none."""
     if isinstance(value, str):
-        return shortened(value)[0]
+        return shortened(value, most)[0]
     if isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 1 << 53:
@@ -196,22 +204,24 @@ def plain(value: Any) -> Any:
     return None if found is None else rounded(found)
 
 
-def shortened(text: str) -> tuple[str, int]:
+def shortened(text: str, most: int) -> tuple[str, int]:
     """A text of bearable length, and how many characters were left out of its middle."""
-    more = len(text) - BEGINNING - END
+    beginning = most * 5 // 8
+    more = len(text) - most
     if more <= 0:
         return text, 0
-    return f"{text[:BEGINNING]}\n[{more:,} characters left out]\n{text[-END:]}", more
+    end = text[beginning + more :]
+    return f"{text[:beginning]}\n[{more:,} characters left out]\n{end}", more
 
 
-def parts_of(listed: Sequence[Any], fields: Sequence[str]) -> tuple[list[Line], int]:
+def parts_of(listed: Sequence[Any], fields: Sequence[str], most: int) -> tuple[list[Line], int]:
     """Turns or messages with their known fields, and how many characters were left out."""
     found, cut = [], 0
     for part in listed:
         if isinstance(part, Mapping):
             texts = {k: as_text(part[k]) for k in fields if k in part}
-            cut += sum(shortened(v)[1] for v in texts.values() if isinstance(v, str))
-            found.append({key: plain(value) for key, value in texts.items()})
+            cut += sum(shortened(v, most)[1] for v in texts.values() if isinstance(v, str))
+            found.append({key: plain(value, most) for key, value in texts.items()})
     return found, cut
 
 

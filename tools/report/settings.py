@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from mesh.config.keys import SECRETS, ConfKey, conf_keys, shown
+from mesh.config.keys import ConfKey, conf_keys, shown
 from mesh.config.loading import typed
+from mesh.config.secrets import shareable
 from tools.report.reading import Run
 
 OLDER = "This version of mesh has no such key."
 MOST = 4000  # characters of a value that are shown
-NOT_SHOWN = "(not shown)"
 
 
 def config_of(run: Run) -> list[dict[str, Any]]:
@@ -62,20 +61,17 @@ def same_number(value: Any, default: float) -> bool:
 
 
 def text(value: Any) -> str:
-    """A value as a user would type it; secrets in it are not shown."""
+    """A value as a user would type it."""
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{name}: {value_of(name, held)}" for name, held in value.items()) + "}"
-        )
+        return "{" + ", ".join(f"{name}: {text(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(text(item) for item in value) + "]"
     return shown(value)
 
 
 def value_of(name: str, value: Any) -> str:
-    """The value of a key as text of bearable length, unless its name says that it is a secret."""
-    secret = str(name).rpartition(".")[2].lower().endswith(SECRETS)
-    return NOT_SHOWN if secret and value not in (None, "null") else clipped(text(value))
+    """The value of a key as text of bearable length, without secrets."""
+    return clipped(text(value if value == "null" else shareable(value, str(name))))
 
 
 def below(name: str, keys: dict[str, ConfKey]) -> str:
@@ -120,8 +116,7 @@ def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Labels and values of one environment, as far as they have the right type."""
     for name, label in LABELS.items():
         if isinstance(environment.get(name), str | int | float):
-            value = str(environment[name])
-            yield label, without_secrets(value) if name == "command" else value
+            yield label, str(environment[name])
     for name, label in (("packages", "Packages"), ("variables", "Variables")):
         if isinstance(held := environment.get(name), dict) and held:
             sign = " " if name == "packages" else "="
@@ -131,17 +126,3 @@ def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(rank, dict):
             named = [str(rank[name]) for name in ("host", "device") if name in rank]
             yield f"Rank {rank.get('rank', '?')}", ", ".join(named)
-
-
-def without_secrets(command: str) -> str:
-    """A command line whose words `...key=VALUE`, `...token=VALUE` and so on have no value."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # quotes that do not end: no word can be told from the next
-        return NOT_SHOWN if any(f"{name}=" in command.lower() for name in SECRETS) else command
-    pairs = [(word, *word.partition("=")[:2]) for word in words]
-    secret = [bool(sign) and name.lower().endswith(SECRETS) for _, name, sign in pairs]
-    if not any(secret):
-        return command
-    hidden = [f"{n}={NOT_SHOWN}" if no else w for (w, n, _), no in zip(pairs, secret, strict=True)]
-    return shlex.join(hidden)

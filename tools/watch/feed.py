@@ -44,7 +44,8 @@ class Snapshot:
 
 
 class Feed:
-    """Owns the newest snapshot of some runs. `now`: the clock [s]."""
+    """Owns the newest snapshot of some runs. `now`: the clock; `busy`: that of the time for which
+    this thread has had a core [s]."""
 
     def __init__(
         self,
@@ -52,9 +53,11 @@ class Feed:
         every: float,
         options: Options = Options(),  # noqa: B008
         now: Callable[[], float] = time.monotonic,
+        busy: Callable[[], float] = time.thread_time,
     ):
         self.readings = 0
-        self._run_dirs, self._every, self._options, self._now = run_dirs, every, options, now
+        self._run_dirs, self._every, self._options = run_dirs, every, options
+        self._now, self._busy = now, busy
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
         self._seen: Any = None
@@ -72,14 +75,14 @@ class Feed:
         return self._snapshot
 
     def _read(self) -> None:
-        began = self._now()
+        began = self._busy()
         seen = [(signature(path), is_locked(path)) for path in self._run_dirs]
         if seen != self._seen or self._snapshot is None:
             self._snapshot = Snapshot(embedded(self._data([locked for _, locked in seen])).encode())
             self._seen = seen
             self.readings += 1
-        ended = self._now()
-        self._due = ended + max(self._every, (ended - began) * (1 - SHARE) / SHARE)
+        taken = self._busy() - began
+        self._due = self._now() + max(self._every, taken * (1 - SHARE) / SHARE)
 
     def _data(self, locked: Sequence[bool | None]) -> dict[str, Any]:
         """As tools/report has it, and `live`: what is known of each run beside it."""

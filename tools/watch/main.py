@@ -73,7 +73,7 @@ def server_of(options: WatchOptions) -> Server:
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             remedy = "name an address of this machine, or leave it out"
-            wrong = problem("host", options.host, "no address of this machine", remedy)
+            wrong = problem("host", options.host, "not an address of this machine", remedy)
             raise ValueError(wrong) from error
         taken = error.errno == errno.EADDRINUSE
         wrong = "another program listens there" if taken else str(error.strerror)

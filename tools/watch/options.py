@@ -73,9 +73,9 @@ def problems(keys: dict[str, str], address: str) -> list[str]:
     return [
         ""
         if known_port
-        else problem("port", port, "no port", "use 1 to 65535, or 0 for a free one"),
-        "" if seconds(every) else problem("every", every, "no time", "use seconds, 1 or more"),
-        "" if address else problem("host", host, "no address of a machine", remedy),
+        else problem("port", port, "not a port", "use 1 to 65535, or 0 for a free one"),
+        "" if seconds(every) else problem("every", every, "not a time", "use seconds, 1 or more"),
+        "" if address else problem("host", host, "not an address of this machine", remedy),
         problem("host", host, "every address of this machine at once", remedy)
         if address and ipaddress.ip_address(address).is_unspecified
         else "",

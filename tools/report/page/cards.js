@@ -32,7 +32,7 @@ Report.cards = (() => {
   // The label of a chart's only line, where it says more than the title: the name of a reward's part.
   function only({series: [{key, label}], title}) {
     const told = !key.endsWith("/" + label) || title.toLowerCase().includes(label.toLowerCase());
-    return told ? null : el("span", {class: "muted only"}, label);
+    return told ? null : el("p", {class: "note only"}, label);
   }
 
   function heading(chart, buttons) {
@@ -41,7 +41,7 @@ Report.cards = (() => {
     return el("figcaption", {},
       el("h4", {title: spec.help || null}, spec.title,
         spec.unit && !spec.percent && el("span", {class: "unit"}, " " + spec.unit)),
-      one && [only(spec), chart.readings[0]],
+      one && chart.readings[0],
       el("span", {class: "controls"}, buttons));
   }
 
@@ -66,7 +66,7 @@ Report.cards = (() => {
     chart.figure = el("figure", {class: "chart card", "data-chart": spec.id},
       heading(chart, buttonsOf(chart)),
       spec.help && el("p", {class: "about"}, spec.help),
-      spec.series.length > 1 && legend(chart),
+      spec.series.length > 1 ? legend(chart) : only(spec),
       spec.note && el("p", {class: "note"}, spec.note),
       chart.svg, valuesOf(chart));
     Report.charts.live.add(chart);
@@ -208,7 +208,7 @@ Report.cards = (() => {
 
   let width = 0;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return;
+    if (!Report.charts || window.innerWidth === width) return; // the page may still be loading
     width = window.innerWidth;
     layout();
   });

@@ -109,14 +109,15 @@ Report.charts = (() => {
       ? "M" + point(p, step, series.low[k]) + "L" + point(p, step, series.high[k]) : "").join("");
   }
 
-  // Dots where points are few, and always where a point has no neighbour.
-  function dotPath(p, series, values, room) {
-    const few = room / Math.max(1, series.steps.length) > 10;
+  // Dots where points are ten pixels apart, and always where a point has no neighbour.
+  function dotPath(p, {steps, values}) {
+    const last = steps.length - 1;
+    const few = p.x(steps[last]) - p.x(steps[0]) > 10 * last;
     let path = "";
-    for (let k = 0; k < values.length; k++) {
+    for (let k = 0; k <= last; k++) {
       if (!finite(values[k])) continue;
       const alone = !finite(values[k - 1]) && !finite(values[k + 1]);
-      if (few || alone) path += "M" + point(p, series.steps[k], values[k]) + "h0";
+      if (few || alone) path += "M" + point(p, steps[k], values[k]) + "h0";
     }
     return path;
   }
@@ -139,7 +140,7 @@ Report.charts = (() => {
       series.low && svg("path", {class: "band", d: bandPath(p, series)}),
       series.low && series.steps.length < 40 && svg("path", {class: "whiskers", d: whiskers(p, series)}),
       line(series.values, "line", about),
-      svg("path", {class: "dots", d: dotPath(p, series, series.values, p.right)}),
+      svg("path", {class: "dots", d: dotPath(p, series)}),
       mean && line(mean, "mean", {}));
   }
 

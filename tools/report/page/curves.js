@@ -83,7 +83,7 @@ Report.curves = (() => {
     const charts = merged(runs, (run) => run.curves).filter(hasPoints);
     if (!charts.length) return [Report.empty("No metrics were recorded yet, so there are no curves.")];
     return [toolbar(runs), groups(charts),
-      el("p", {class: "empty", id: "metrics-none", hidden: true}, "No metric fits this search.")];
+      el("p", {class: "empty", id: "metrics-none", hidden: true}, "No metric matches this search.")];
   }
 
   // The charts whose title, group or a metric has the text that the reader searches for.

@@ -7,7 +7,7 @@
     running: "live",
     ended: "the run has ended",
     stopped: "the run was stopped: no process writes to it",
-    unknown: "whether the run goes on is not known",
+    unknown: "it is not known whether the run goes on",
   };
   let every = 0;
   let tag = null;

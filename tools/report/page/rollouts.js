@@ -30,7 +30,7 @@
       this.state = state;
       this.parts = Report.rolloutFrame.frame(state, {
         move: (by) => this.move(by),
-        change: (changes) => this.filter(changes),
+        change: (changes) => state.set(changes),
       });
       this.run = null;
       this.model = null;
@@ -43,7 +43,11 @@
 
     listen() {
       const own = [...LOOKS, ...LISTS, ...Report.rolloutFilters.KEYS];
-      this.state.listen((changed) => own.some((key) => changed.has(key)) && this.render());
+      this.state.listen((changed) => {
+        if (!this.model || !own.some((key) => changed.has(key))) return;
+        this.render();
+        this.leave(changed);
+      });
       document.addEventListener("scroll", () => this.parts.tip.moved(), {passive: true, capture: true});
       document.addEventListener("click", ({target}) => {
         if (target instanceof Element && !target.closest(".ro-t, .ro-jump")) this.parts.tip.close();
@@ -129,11 +133,12 @@
       if (detail.getBoundingClientRect().top > window.innerHeight * 0.75) detail.parentNode.scrollIntoView();
     }
 
-    // Takes over filters; a chosen group that does not pass them makes room for the first that does.
-    filter(changes) {
-      this.state.set(changes);
+    // A chosen entry that does not pass new filters makes room for the first that does.
+    leave(changed) {
+      const filtered = Report.rolloutFilters.KEYS.some((key) => changed.has(key));
       const id = this.state.get(this.name);
-      if (id && this.placeOf(id) < 0) this.state.set({[this.name]: ""});
+      if (filtered && id && !changed.has(this.name) && this.placeOf(id) < 0)
+        this.state.set({[this.name]: ""});
     }
 
     // ---- going through the list

@@ -148,7 +148,7 @@ Report.rolloutTokens = (() => {
   function listen(node, row, tip) {
     node.addEventListener("mouseover", (event) => tokenAt(event) && tip.show(tokenAt(event), row));
     node.addEventListener("mouseleave", () => tip.leave());
-    node.addEventListener("click", (event) => tokenAt(event) && tip.pin(tokenAt(event), row));
+    node.addEventListener("click", (event) => tokenAt(event) && tip.toggle(tokenAt(event), row));
     node.addEventListener("blur", () => tip.close());
     node.addEventListener(
       "focus",
@@ -249,20 +249,20 @@ Report.rolloutTokens = (() => {
       place(box, token);
     }
 
+    function pin(token, row) {
+      if (!token) return;
+      write(token, row);
+      pinned = true;
+    }
+
     return {
       box,
       close,
+      pin,
       show: (token, row) => !pinned && write(token, row),
       leave: () => !pinned && close(),
       moved: () => (pinned ? place(box, on) : close()),
-      pin(token, row) {
-        if (!token) return;
-        const again = pinned && on === token;
-        close();
-        if (again) return;
-        write(token, row);
-        pinned = true;
-      },
+      toggle: (token, row) => (pinned && on === token ? close() : pin(token, row)),
     };
   }
 

@@ -64,7 +64,7 @@ Report.configuration = (() => {
         el("table", {id: "settings-table"},
           el("thead", {}, el("tr", {}, heads.map((text) => el("th", {scope: "col"}, text)))),
           el("tbody", {}, run.config.map(row)))),
-      el("p", {class: "empty", id: "settings-none", hidden: true}, "No key fits this search.")];
+      el("p", {class: "empty", id: "settings-none", hidden: true}, "No key matches this search.")];
   }
 
   Report.state.listen((changed) => {
@@ -76,11 +76,13 @@ Report.configuration = (() => {
 Report.comparison = (() => {
   const {el} = Report;
 
-  function difference(found) {
+  // The step, the metric and its value in each run; the sentence about it stands above.
+  function difference(found, names) {
     if (!found) return null;
+    const values = found.values.map((value, k) => `${shown(value)} (${names[k]})`).join(", ");
     return el("p", {class: "card first-difference"}, el("strong", {}, "First difference: "),
-      Report.jump("curves", {mark: found.step}, `step ${found.step}`), ", ",
-      el("code", {}, found.metric), ". ", found.text);
+      Report.jump("curves", {mark: found.step}, `step ${found.step}`),
+      found.metric && [", ", el("code", {}, found.metric), ": ", values]);
   }
 
   function differing(table) {
@@ -91,7 +93,7 @@ Report.comparison = (() => {
     return table;
   }
 
-  const shown = (value) => typeof value === "number" ? Report.number(value, 6)
+  const shown = (value) => typeof value === "number" ? Report.number(value, 8)
     : value === null || value === undefined ? "\u2013" : String(value);
 
   function section(comparison, runs) {
@@ -100,7 +102,7 @@ Report.comparison = (() => {
     const results = comparison.results.map((row) => [row.label, ...row.values.map(shown)]);
     const config = comparison.config.map((row) => [row.key, ...row.values.map(shown)]);
     return [comparison.text && el("p", {class: "said"}, comparison.text),
-      difference(comparison.first_difference),
+      difference(comparison.first_difference, names),
       el("h3", {}, "Results"),
       results.length ? differing(Report.table(["Result", ...names], results, {classes: ["", ...classes.slice(1)], keep: "results"}))
         : Report.empty("The runs have no result in common that could be compared."),

@@ -101,7 +101,7 @@
     if (old) old.remove();
     main.append(el("footer", {}, data.live
       ? `Read ${data.made} from the run directory by tools/watch.py, which serves this page.`
-      : `Made ${data.made} by tools/report.py from the run directory alone. ` +
+      : `Made ${data.made} by tools/report.py from the files of the run. ` +
         "This file holds its data; it reads nothing from a network."));
   };
 
