@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The live page in Chromium: it draws itself again as a run goes on, and keeps the view."""
-=======
-"""The live page in Chromium: it draws itself again as a run goes on; the reader's view stays."""
->>>>>>> data
 
 from __future__ import annotations
 
