@@ -56,6 +56,8 @@ COVERED = {
         f"{OPTIMIZER}::test_the_average_changes_evaluations_and_nothing_else",
     "torchrun --nproc-per-node=2 recipes/grpo.py conf=qwen3_tiny stop.above=0.3 stop.after=5":
         f"{OPTIMIZER}::test_patience_ends_the_run_with_a_model_and_a_checkpoint",
+    "python tools/watch.py RUN_DIR":
+        "tests/unit/test_watch.py::test_the_command_begins_before_the_run_and_ends_well",
     "python tools/compare_runs.py A B":
         "tests/unit/test_compare.py::test_the_command_says_equal_different_or_unreadable",
     "python tools/report.py RUN_DIR OTHER_RUN output=both.html":

@@ -22,7 +22,7 @@ from mesh.runs.lines import line_of, lines_in, read_lines
 SAMPLES, OLD_SAMPLES = "samples.jsonl.gz", "samples.jsonl"
 """The file of a run, and of runs from before it was compressed."""
 
-WAITING = 64  # steps and marks that the thread may be behind
+WAITING = 200  # steps and marks, of which a step has two, that the thread may be behind
 CHUNK_BYTES = 1 << 16
 COMPRESSION = 6  # zlib's default: the last percent takes twice the time
 Row = dict[str, Any]

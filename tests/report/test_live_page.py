@@ -1,93 +1,74 @@
-"""The live page in Chromium: it draws itself again as the run goes, and says what it knows."""
+"""The live page in Chromium: it draws itself again as a run goes on; the view of its reader stays."""
 
 from __future__ import annotations
 
-import fcntl
-import threading
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from report_runs import make_run, metrics_line, write_lines
+from launching import REPOSITORY
 
-from tools.watch import feed
-from tools.watch.main import server_of
-from tools.watch.options import WatchOptions
-from tools.watch.server import Server
-
-SAYS = "document.querySelector('#live').textContent"
-STATE = "document.querySelector('#live').dataset.state"
-POINTS = 'document.querySelector(`path.line[data-key="reward/mean"]`)?.dataset.points'
-SECTIONS = "document.querySelectorAll('main > section').length"
+POINTS = "Number(document.querySelector('[data-chart=reward] path.line')?.dataset.points)"
 
 
 @contextmanager
-def watched(*run_dirs: Path) -> Iterator[Server]:
-    with server_of(WatchOptions(run_dirs, 0, 1.0, "127.0.0.1", "127.0.0.1", ())) as server:
-        server.feed._every = 0.2  # the page asks as often as the data tells it to
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def watched(*words: Path | str) -> Iterator[str]:
+    """The address at which tools/watch.py serves a run; it ends with Ctrl-C's signal."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "watch.py"), *map(str, words), "port=0"]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert watch.stdout is not None
+        found = re.search(r"http://\S+/", watch.stdout.readline())
+        assert found
+        yield found[0]
+    finally:
+        watch.terminate()
+        assert watch.wait(20) == 0
 
 
-def grow(run_dir: Path, steps: int) -> None:
-    """Write the metrics of so many steps of 100."""
-    write_lines(run_dir / "metrics.jsonl", [metrics_line(step, 100) for step in range(steps + 1)])
+def first_lines(path: Path, count: int) -> str:
+    return "".join(path.read_text().splitlines(keepends=True)[:count])
 
 
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
-    """A run of 100 steps that has taken 5."""
-    path = make_run(tmp_path / "run", steps=100, prompts=1)
-    grow(path, 5)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch) -> None:
-    """The run is read at every request."""
-    monkeypatch.setattr(feed, "SHARE", 1.0)
-
-
-def test_it_is_drawn_again_and_keeps_what_the_reader_chose(browser, run_dir):
-    with watched(run_dir) as server, open(run_dir / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        browser.open(server.url, "#curves?theme=dark&mark=3")
-        browser.wait_for(f"{STATE} === 'running'")
-        assert browser.value(SAYS).startswith("live · updated ")
-        assert browser.value(POINTS) == "5"
-        grow(run_dir, 8)
-        browser.wait_for(f"{POINTS} === '8'")
-        assert browser.value("location.hash") == "#curves?theme=dark&mark=3"
-        assert browser.value("document.documentElement.dataset.theme") == "dark"
-        assert browser.errors() == []  # a violation of the policy would be one
-        assert set(browser.requests()) == {f"{server.url}data.json"}
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        browser.wait_for(f"{STATE} === 'stopped'")
-        assert "no process writes to it" in browser.value(SAYS)
-        grow(run_dir, 100)
-        browser.wait_for(f"{STATE} === 'ended'")
-        assert browser.value(SAYS).startswith("the run has ended · updated ")
-
-
-def test_it_waits_for_the_run_and_says_when_the_server_has_gone(browser, tmp_path):
-    run_dir = tmp_path / "run"
-    with watched(run_dir) as server:
-        browser.open(server.url)
-        browser.wait_for(f"{SAYS}.includes('does not exist yet')")
-        assert browser.value("document.querySelector('#report').textContent").startswith("There is")
-        make_run(run_dir, steps=4)
-        browser.wait_for(f"{SECTIONS} === 8")
+def test_the_page_follows_a_run_and_keeps_the_readers_view(browser, made, tmp_path):
+    whole, run = made["tiny"].path, tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "environment.json"):
+        shutil.copy(whole / name, run)
+    (run / "metrics.jsonl").write_text(first_lines(whole / "metrics.jsonl", 6))
+    with watched(run, "every=1") as url:
+        browser.open(url)
+        browser.wait_for(f"{POINTS} === 5")
+        assert (
+            browser.value("document.querySelector('#headline [data-done]').dataset.done") == "false"
+        )
+        browser.script("window.sameDocument = true; location.hash = '#curves?zoom=reward&mark=3'")
+        browser.driver.find_element("css selector", "[data-chart=entropy] summary").click()
+        (run / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+        shutil.copy(whole / "samples.jsonl.gz", run)
+        browser.wait_for(f"{POINTS} === 12")
+        browser.wait_for("document.getElementById('rollouts-count')?.textContent.length > 5")
+        assert browser.value("window.sameDocument"), "it was not loaded again"
+        assert browser.value("location.hash") == "#curves?zoom=reward&mark=3"
+        large = "document.querySelector('[data-chart=reward]').classList.contains('large')"
+        assert browser.value(large)
+        assert browser.value("document.querySelector('[data-chart=entropy] details').open")
         assert browser.errors() == []
-    browser.wait_for(f"{STATE} === 'gone'")
-    assert browser.value(SAYS).startswith("the server does not answer: it has ended")
-    assert browser.value(SECTIONS) == 8
+        asked = set(browser.requests())
+        assert asked and all(address.startswith(f"{url}data.json") for address in asked)
 
 
-def test_a_file_is_not_live(browser, report, run_dir):
-    browser.open(report(run_dir))
-    assert browser.value("document.querySelector('#live')") is None
-    assert browser.requests() == []
+def test_a_page_is_open_before_its_run_begins(browser, made, tmp_path):
+    run = tmp_path / "run"
+    with watched(run, "every=1") as url:
+        browser.open(url)
+        browser.wait_for(
+            "document.getElementById('report').innerText.includes('does not exist yet')"
+        )
+        shutil.copytree(made["tiny"].path, run)
+        browser.wait_for(f"{POINTS} === 12")
+        assert browser.errors() == []

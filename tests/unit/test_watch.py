@@ -378,7 +378,7 @@ def test_options():
         *("prot=1", "port=70000", "every=0", "host=0.0.0.0", "hide=users")
     ]
     assert "did you mean port?" in lines[0]
-    assert refused("a", "host=no.such.invalid")[0].startswith("host=no.such.invalid: no address")
+    assert refused("a", "host=no.such.invalid")[0].startswith("host=no.such.invalid: not an addr")
     assert refused("a", "host=::")[0].startswith("host=::: every address")
 
 

@@ -40,7 +40,7 @@ def exactness_of(run: Run, points: Points) -> list[Row]:
         rows["L2"] = own[0], "; ".join(filter(None, [own[1], also]))
     rows["L4"] = "off", "Not promised: another layout sums gradients in another order."
     rows["L5"] = resumed(run)
-    if str(run.settings.get("engine", "native")) == "native":
+    if run.settings and str(run.settings.get("engine", "native")) == "native":
         rows["L6"] = "off", "The run used the native engine."
     return [
         {"rung": rung, "promise": PROMISES[rung], "holds": holds, "how": how}

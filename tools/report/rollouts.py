@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from mesh.runs.samples import without_nulls
 from tools.report.lines import Block, Damage, Line, blocks, parsed
 from tools.report.thinning import number
 
@@ -147,4 +148,5 @@ class Reader:
             block = next(blocks(self._path, Damage(self._path.name), group.place), None)
             self._place, self._lines = group.place, block.lines if block else []
         here = [self._lines[i] for i in group.lines if i < len(self._lines)]
-        return [row for line in here if (row := parsed(line)) is not None]
+        found = (parsed(line) for line in here)
+        return [without_nulls(row) for row in found if row is not None]

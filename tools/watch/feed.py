@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,17 @@ GZIP_LEVEL = 3
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data of one moment as JSON."""
+    """The data of one moment as JSON. The tag is a weak one: the compressed form has it, too."""
 
     body: bytes
+    compressed: bytes
+    etag: str
 
-    @cached_property
-    def etag(self) -> str:
-        """Weak: the same for the compressed form."""
-        return f'W/"{hashlib.sha256(self.body).hexdigest()[:32]}"'
-
-    @cached_property
-    def compressed(self) -> bytes:
-        return gzip.compress(self.body, GZIP_LEVEL, mtime=0)
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Snapshot:
+        body = embedded(data).encode()
+        tag = f'W/"{hashlib.sha256(body).hexdigest()[:32]}"'
+        return cls(body, gzip.compress(body, GZIP_LEVEL, mtime=0), tag)
 
 
 class Feed:
@@ -78,7 +76,7 @@ class Feed:
         began = self._busy()
         seen = [(signature(path), is_locked(path)) for path in self._run_dirs]
         if seen != self._seen or self._snapshot is None:
-            self._snapshot = Snapshot(embedded(self._data([locked for _, locked in seen])).encode())
+            self._snapshot = Snapshot.of(self._data([locked for _, locked in seen]))
             self._seen = seen
             self.readings += 1
         taken = self._busy() - began
