@@ -55,8 +55,8 @@ FILTERS: list[tuple[dict[str, str], Callable[[Row], bool]]] = [
     ({"q": "EA"}, lambda row: "ea" in text_of(row)),
     ({"q": "nowhere"}, lambda row: False),
     ({"split": "eval"}, lambda row: row["split"] == "eval"),
-    ({"step": "3", "finish": "stop", "q": "a"},
-     lambda row: row["step"] == 3 and row["finish_reason"] == "stop" and "a" in text_of(row)),
+    ({"step": "8", "finish": "stop", "q": "a"},
+     lambda row: row["step"] == 8 and row["finish_reason"] == "stop" and "a" in text_of(row)),
 ]  # fmt: skip
 
 
