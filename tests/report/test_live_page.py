@@ -1,4 +1,4 @@
-"""The live page in Chromium: it draws itself again as a run goes on; the reader's view stays."""
+"""The live page in Chromium: it draws itself again as a run goes on, and keeps the view."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_page_follows_a_run_and_keeps_the_readers_view(browser, made, tmp_pa
             browser.value("document.querySelector('#headline [data-done]').dataset.done") == "false"
         )
         browser.script("window.sameDocument = true; location.hash = '#curves?zoom=reward&mark=3'")
-        browser.driver.find_element("css selector", "[data-chart=entropy] summary").click()
+        browser.script("document.querySelector('[data-chart=entropy] summary').click()")
         (run / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
         shutil.copy(whole / "samples.jsonl.gz", run)
         browser.wait_for(f"{POINTS} === 12")
@@ -67,7 +67,7 @@ def test_a_page_is_open_before_its_run_begins(browser, made, tmp_path):
     with watched(run, "every=1") as url:
         browser.open(url)
         browser.wait_for(
-            "document.getElementById('report').innerText.includes('does not exist yet')"
+            "document.getElementById('live')?.textContent.includes('does not exist yet')"
         )
         shutil.copytree(made["tiny"].path, run)
         browser.wait_for(f"{POINTS} === 12")

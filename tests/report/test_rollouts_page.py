@@ -65,7 +65,7 @@ def text_of(row: Row) -> str:
     return "\n".join([row["prompt"], row["response"], *turns, str(row.get("answer", ""))]).lower()
 
 
-@pytest.mark.parametrize(("filters", "keeps"), FILTERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("filters", "keeps"), FILTERS, ids=[str(given) for given, _ in FILTERS])
 def test_filters_find_the_rollouts_of_the_samples(browser, report, made, filters, keeps):
     rows = rows_of(made["diverged"].path)
     wanted = [row for row in rows if keeps(row)]

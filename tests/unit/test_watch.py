@@ -414,14 +414,20 @@ def test_another_address_is_warned_of_and_a_tunnel_is_shown(run_dir, capsys):
 def test_the_command_begins_before_the_run_and_ends_well(tmp_path, number):
     run_dir = tmp_path / "run"
     command = [sys.executable, str(REPOSITORY / "tools/watch.py"), str(run_dir), "port=0"]
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert program.stdout is not None
-    port = int(re.search(r":(\d+)/ ", program.stdout.readline())[1])
-    assert program.stdout.readline().startswith(f"{run_dir} holds no run yet; the page fills")
-    assert os.getpriority(os.PRIO_PROCESS, program.pid) == 19
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as idle:
-        idle.sendall(b"GET")  # a client that is connected keeps nothing from ending
-        program.send_signal(number)
-        out, err = program.communicate(timeout=20)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        try:
+            assert program.stdout is not None
+            port = int(re.search(r":(\d+)/ ", program.stdout.readline())[1])
+            said = program.stdout.readline()
+            assert said.startswith(f"{run_dir} holds no run yet; the page fills")
+            assert os.getpriority(os.PRIO_PROCESS, program.pid) == 19
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as idle:
+                idle.sendall(b"GET")  # a client that is connected keeps nothing from ending
+                program.send_signal(number)
+                out, err = program.communicate(timeout=20)
+        finally:
+            program.kill()
     assert (program.returncode, err) == (0, "")
     assert out.splitlines()[-1] == "ended"

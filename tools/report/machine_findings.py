@@ -124,23 +124,24 @@ WORSE = 0.05  # where no interval is known
 
 
 def worse_evaluation(evidence: Evidence) -> Iterator[Finding]:
-    """The last evaluation is below the best one by more than both intervals allow."""
-    for name in ("eval/accuracy", "eval/reward"):
+    """The last evaluation is below the best one by more than both intervals allow. A reward, which
+    has no interval, is looked at where there is no accuracy."""
+    names = [n for n in ("eval/accuracy", "eval/reward") if len(evidence[n].steps) >= 3]
+    for name in names[:1]:
         known = evidence[name]
-        if len(known.steps) < 3:
-            continue
         best = max(known.values)
         step = known.steps[known.values.index(best)]
         margin = margin_of(evidence, name, step, known)
         if best - known.values[-1] > margin:
+            beyond = f"a fall beyond the uncertainty of the two (±{margin:.3f})"
+            said = beyond if evidence.intervals.get(name) else "of which no interval is known"
             yield Finding(
                 WARN, "The evaluation got worse", step,
                 f"{name} was {best:.3f} at step {step} and is {known.values[-1]:.3f} at step "
-                f"{known.steps[-1]}, a fall beyond the uncertainty of the two (±{margin:.3f}).",
+                f"{known.steps[-1]}, {said}.",
                 "checkpoint.best=true keeps the model of the best evaluation in RUN_DIR/best; "
                 "stop.after=3 ends a run that no longer improves; a lower trainer.lr may help.",
             )  # fmt: skip
-            return
 
 
 def margin_of(evidence: Evidence, name: str, step: int, known: Signal) -> float:
