@@ -1,4 +1,4 @@
-"""The live page in Chromium: it draws itself again as a run goes on; the view of its reader stays."""
+"""The live page in Chromium: it draws itself again as a run goes on; the view stays."""
 
 from __future__ import annotations
 
