@@ -177,7 +177,7 @@ def test_thirty_steps_teach(on_two):
     print(f"held-out accuracy {before:.3f} -> {after:.3f}")
     assert 0.1 < before < 0.35
     assert after > max(0.38, before + 0.1)
-    assert len(made.samples) == 30 * 4
+    assert len(made.samples) == 30 * 32, "four groups of eight"
 
 
 @pytest.mark.parametrize(("conf", "launched"), [("qwen3", "alone"), ("qwen3_split", "on_two")])

@@ -99,7 +99,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(resumed, uninterrup
     assert len(resumed.samples) == steps * 8 * 4 < len(resumed.kept)
     assert len({line["digest/weights"] for line in uninterrupted.metrics[1:]}) == steps
     for run in (resumed, uninterrupted):
-        timeline = lines_of(run.path / "timeline.jsonl")
+        timeline = read_lines(run.path / "timeline.jsonl")
         assert [line["step"] for line in timeline] == list(range(steps + 1))
     assert all(line["logprob_diff/max"] == 0 < line["kl"] for line in uninterrupted.metrics[2:])
     assert (resumed.path / "model" / "model.safetensors").is_file()

@@ -368,7 +368,7 @@ def test_every_key_has_a_meaning_and_its_default():
     assert sections == [
         "invariant", "mesh", "model", "teacher", "prompt", "difficulty", "trainer", "generator",
         "conversation", "reward", "vllm", "sync", "eval", "stop", "generate", "sft", "validate",
-        "checkpoint", "export", "log",
+        "checkpoint", "export", "log", "profile",
     ]  # fmt: skip
 
 

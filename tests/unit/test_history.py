@@ -129,6 +129,7 @@ def test_a_log_of_later_steps_alone_goes(process, tmp_path, name):
     run.log(name)
     logs = Small(process, run.path, resume=True).logs()
     assert logs.keys() == {"metrics.jsonl", "samples.jsonl.gz"}
+    assert not (run.path / name).exists()
 
 
 def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):

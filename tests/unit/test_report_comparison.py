@@ -35,7 +35,10 @@ def test_runs_of_equal_metrics_are_said_to_be_equal(runs):
     change(runs[1], 5, seconds__train=9.0, host_gb=7.0)
     found = report_data(runs)["comparison"]
     assert found["first_difference"] is None
-    assert found["text"] == "All 2 runs have equal metrics, to the bit, in all 21 lines."
+    assert found["text"] == (
+        "Both runs have equal metrics, to the bit, in all 21 lines; times, rates and memory are "
+        "not compared."
+    )
     assert found["config"] == [{"key": "trainer.lr", "values": ["1.0e-06", "0.0002"]}]
     results = {row["label"]: row["values"] for row in found["results"]}
     assert results["steps"] == ["20", "20"]

@@ -130,7 +130,7 @@ def test_silence_after_success_is_no_problem(tmp_path):
 def test_gradient_spikes_are_counted(tmp_path):
     found = found_in(tmp_path, lambda s: {"grad_norm": 50.0} if s in (50, 51, 90) else {})
     one = found["Gradient spikes"]
-    assert (one["severity"], one["step"]) == ("warn", 50) and "3 times" in one["text"]
+    assert (one["severity"], one["step"]) == ("warn", 50) and "In 3 steps" in one["text"]
     assert found_in(tmp_path, lambda s: {"grad_norm": 4.0} if s == 50 else {}) == {}
 
 
