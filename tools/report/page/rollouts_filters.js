@@ -140,6 +140,11 @@ Report.rolloutFilters = (() => {
         clearTimeout(waiting);
         waiting = setTimeout(() => change({[key]: event.target.value}), type === "search" ? 150 : 250);
       },
+      // Whoever goes on to the next filter is not waited for: drawing it would take back what is typed.
+      onchange: (event) => {
+        clearTimeout(waiting);
+        change({[key]: event.target.value});
+      },
     });
   }
 
