@@ -15,8 +15,9 @@ from mesh.config.keys import SECRETS
 NOT_SHOWN = "(not shown)"
 
 # NAME=VALUE, NAME: VALUE, --NAME VALUE; a value may be quoted
+_NAME = rf"[\w-]*(?:{'|'.join(SECRETS)})"
 NAMED = re.compile(
-    rf"([\w.-]*(?:{'|'.join(SECRETS)})[\"']?\s*[=:]\s*|--?[\w-]*(?:{'|'.join(SECRETS)})\s+)"
+    rf"([\w.-]*{_NAME}[\"']?\s*[=:]\s*|(?<![\w-])--?{_NAME}\s+)"
     r"(?!\(not shown\))(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
     re.IGNORECASE,
 )

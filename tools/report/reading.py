@@ -112,7 +112,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     else:
         if isinstance(content, dict):
             return {str(s.name): s.value for s in flatten("", content, "")}
-        run.missing.append("config.yaml holds no `key: value` lines.")
+        run.missing.append("config.yaml holds no keys with values.")
     return {}
 
 
