@@ -1,7 +1,7 @@
 """Secrets that stand where none belongs: in the value of a key, or in a command line.
 
 What leaves the machine goes through here: the configuration that a tracker gets, a report that is
-given away. A secret is known by the name that it is given to, or by the form of its service. Others
+shared. A secret is known by the name that it is given to, or by the form of its service. Others
 are not found, so a secret is best kept in the environment, of which nothing is recorded.
 """
 

@@ -26,6 +26,13 @@ def missing_of(run_dir):
     return report_data([run_dir])["runs"][0]["missing"]
 
 
+def test_samples_of_an_older_version_beside_the_file_are_named(run_dir):
+    (run_dir / "samples.jsonl").write_text('{"step": 1}\n')
+    assert missing_of(run_dir) == [
+        "The rollouts of samples.jsonl, of an older version, are not shown."
+    ]
+
+
 def test_nothing_is_missing_from_a_whole_run(run_dir):
     assert missing_of(run_dir) == []
 

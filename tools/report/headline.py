@@ -17,7 +17,7 @@ from tools.report.timeline import TimelineStep
 
 Fact = dict[str, str]
 RESULTS = ("eval/accuracy", "eval/reward")
-PHASE = "seconds/"
+PHASE, WALL_TIME = "seconds/", "Wall time"
 
 
 def headline_of(
@@ -156,7 +156,7 @@ def time_facts(run: Run, points: Points, timeline: Sequence[TimelineStep]) -> li
         note += ", at most: the sum of their phases"
     if len(run.environments) > 1:
         note += f", {len(run.environments)} starts"
-    return [fact("Wall time", duration(total), note)]
+    return [fact(WALL_TIME, duration(total), note)]
 
 
 def token_facts(points: Points) -> list[Fact]:

@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from mesh.config.loading import flatten
 from mesh.config.text import load_yaml
+from mesh.runs.samples import OLD_SAMPLES, SAMPLES
 from tools.report.lines import Damage, Line, records
 from tools.report.thinning import evenly
 
@@ -92,9 +93,11 @@ def in_order(lines: list[Line], run: Run) -> list[Line]:
 
 def samples_file(run: Run) -> Path | None:
     """The file of rollouts; runs of older versions have it uncompressed."""
-    for name in ("samples.jsonl.gz", "samples.jsonl"):
-        if (run.path / name).is_file():
-            return run.path / name
+    found = [run.path / name for name in (SAMPLES, OLD_SAMPLES) if (run.path / name).is_file()]
+    if len(found) == 2:
+        run.missing.append(f"The rollouts of {OLD_SAMPLES}, of an older version, are not shown.")
+    if found:
+        return found[0]
     run.missing.append("There is no samples.jsonl.gz: no rollout can be shown (log.samples=0).")
     return None
 
