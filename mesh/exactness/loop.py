@@ -81,7 +81,7 @@ def take_step(walk: Walk, program: Program, step: int, seek: bool) -> SeenStep:
     """One step of the recipe, compared before its update."""
     seen = SeenStep(seek and walk.seek)
     phases = Phases(walk.process.device)
-    seen.metrics, _ = walk.take_step(program, walk.process, phases, step, seen.see)
+    seen.metrics = walk.take_step(program, walk.process, phases, step, seen.see).metrics
     return seen
 
 

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
 
 from mesh.config.schema import Conf
 from mesh.engine.base import Continuation, Engine
@@ -19,6 +18,7 @@ from mesh.lifecycle.process import Process
 from mesh.lifecycle.timers import Phases
 from mesh.program.assembly import Program
 from mesh.program.plan import Plan
+from mesh.rl.samples import StepRecord
 from mesh.rl.step import ScoredWave
 from mesh.roles.generator import Generator
 from mesh.tasks import Draw
@@ -32,7 +32,7 @@ REPLIES = 2  # in a sequence of the batch, where the task has conversations
 MORE = 96  # tokens of such a sequence after its first turn
 
 Inspect = Callable[[Program, Process, ScoredWave], None]
-TakeStep = Callable[[Program, Process, Phases, int, Inspect], tuple[dict[str, Any], Any]]
+TakeStep = Callable[[Program, Process, Phases, int, Inspect], StepRecord]
 """`train_step` of recipes/grpo.py, which is handed down by whoever walks."""
 
 
