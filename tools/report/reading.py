@@ -105,6 +105,8 @@ def samples_file(run: Run) -> Path | None:
 def settings_of(run: Run) -> dict[str, Any]:
     """The keys of config.yaml, whether this version knows them or not."""
     path = run.path / "config.yaml"
+    if is_link(run, path):
+        return {}
     try:
         content, _ = load_yaml(path.read_text())
     except FileNotFoundError:
@@ -117,6 +119,14 @@ def settings_of(run: Run) -> dict[str, Any]:
             return {str(s.name): s.value for s in flatten("", content, "")}
         run.missing.append("config.yaml holds no keys with values.")
     return {}
+
+
+def is_link(run: Run, path: Path) -> bool:
+    """True for a link, which may lead to a file that is not the run's: its text would be shown."""
+    if not path.is_symlink():
+        return False
+    run.missing.append(f"{path.relative_to(run.path)} is a link, which is not followed.")
+    return True
 
 
 def environments_of(run: Run) -> list[Line]:
@@ -151,6 +161,8 @@ def json_of(run: Run, path: Path) -> Line | None:
 def profiles_of(run: Run) -> Iterator[tuple[str, str]]:
     """Names and tables of RUN_DIR/profiles."""
     for path in evenly(sorted((run.path / "profiles").glob("step-*.txt")), MOST_PROFILES):
+        if is_link(run, path):
+            continue
         try:
             yield path.stem, path.read_text(errors="replace")[:MOST_PROFILE]
         except OSError as error:
