@@ -120,6 +120,17 @@ def test_l2_is_known_from_the_runs_own_tokens():
     assert row(Run(Path("nowhere")), "L1") == ("unknown", "The configuration cannot be read.")
 
 
+def test_l2_is_not_known_from_steps_that_compared_no_token():
+    def trained(*tokens):
+        lines = [{"step": s, "logprob_diff/max": 0.0, "tokens/trained": n}
+                 for s, n in enumerate(tokens, 1)]  # fmt: skip
+        return Run(Path("nowhere"), metrics=lines, settings=EXACT)
+
+    assert row(trained(0, 0), "L2")[0] == "unknown"
+    holds, how = row(trained(0, 7, 0), "L2")
+    assert (holds, how[-52:]) == ("yes", "exactly 0 in the one step that trained on any token.")
+
+
 def test_other_rungs_are_known_from_a_validation_of_the_same_machine(tmp_path):
     run_dir = make_run(tmp_path / "run", steps=3, prompts=0, words=("batch_invariant=true",))
     assert row(read_run(run_dir), "L0")[0] == "unknown"

@@ -115,6 +115,14 @@ def test_exact_runs_must_be_exact(tmp_path):
     assert (one["severity"], one["step"]) == ("bad", 7) and "2 of 151 steps" in one["text"]
 
 
+def test_steps_that_train_on_nothing_are_no_collapse(tmp_path):
+    """Their entropy is 0, as is their number of tokens."""
+    nothing = {"entropy": 0.0, "tokens/trained": 0, "logprob_diff/mean": 0.0}
+    assert found_in(tmp_path, lambda s: nothing if 60 <= s < 90 else {}) == {}
+    found = found_in(tmp_path, lambda s: {"entropy": 0.0, "tokens/trained": 9} if s >= 60 else {})
+    assert found.keys() == {"Entropy collapsed"}
+
+
 def test_silence_after_success_is_no_problem(tmp_path):
     def solved(step):
         if step < FROM:

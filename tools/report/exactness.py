@@ -11,6 +11,7 @@ from typing import Any
 
 from tools.report.curves import Points
 from tools.report.reading import Line, Run
+from tools.report.signals import of_trained
 
 PROMISES = {
     "L0": "the same command twice gives the same tokens, losses and weights",
@@ -123,15 +124,19 @@ def results(validation: Line | None) -> dict[str, str]:
 
 def measured(run: Run, points: Points, switched: bool) -> tuple[str, str] | None:
     """L2, of the run's own tokens: the largest difference of every step's logprobs."""
-    steps, values = points.get("logprob_diff/max", ([], []))
+    steps, values = of_trained(points, "logprob_diff/max")["logprob_diff/max"]
     known = [(value, step) for step, value in zip(steps, values, strict=True) if value is not None]
     if not known:
         return None
     strict = str(run.settings.get("check", "null")) == "strict"
     checked = "; check=strict compared every token before the update" if strict else ""
+    fewer = len(steps) < len(points["logprob_diff/max"][0])
+    with_tokens = " that trained on any token" if fewer else ""
     first = next((step for value, step in known if value > 0), None)
     if first is None and len(known) == len(values):
-        return "yes", f"logprob_diff/max is exactly 0 in all {len(known):,} steps{checked}."
+        which = "the one step" if len(known) == 1 else f"all {len(known):,} steps"
+        where = f"in {which}{with_tokens}{checked}"
+        return "yes", f"logprob_diff/max is exactly 0 {where}."
     if first is None:
         return "no", f"logprob_diff/max is not finite in {len(values) - len(known):,} steps."
     largest = max(known)

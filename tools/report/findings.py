@@ -24,7 +24,7 @@ from mesh.runs.warnings import (
 from tools.report.curves import Points
 from tools.report.intervals import Intervals
 from tools.report.reading import Run
-from tools.report.signals import Signal, signal
+from tools.report.signals import Signal, of_trained, signal
 from tools.report.timeline import TimelineStep
 
 BAD, WARN, INFO = "bad", "warn", "info"
@@ -163,7 +163,7 @@ COLLAPSED, OF_FIRST, COLLAPSED_STEPS = 0.05, 0.2, 5
 def entropy(evidence: Evidence) -> Iterator[Finding]:
     """Running median below 0.05 nats and a fifth of the first steps', in a run whose answers are
     not nearly all right."""
-    measured = evidence["entropy"]
+    measured = signal(of_trained(evidence.points, "entropy"), "entropy")
     if len(measured.steps) < 2 * COLLAPSED_STEPS or evidence.solved:
         return
     first = measured.first()

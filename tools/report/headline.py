@@ -160,10 +160,10 @@ def time_facts(run: Run, points: Points, timeline: Sequence[TimelineStep]) -> li
 
 
 def token_facts(points: Points) -> list[Fact]:
-    """Tokens of all steps."""
+    """Tokens of all training steps."""
     labels = {"tokens/generated": "Tokens generated", "tokens/trained": "Tokens trained on"}
     return [
-        fact(label, f"{round(sum(values_of(points, name))):,}", "all logged steps")
+        fact(label, f"{round(sum(values_of(points, name))):,}", "without evaluations")
         for name, label in labels.items()
         if name in points
     ]

@@ -64,6 +64,15 @@ class Signal:
         return statistics.pstdev(moves) / 2**0.5 if len(moves) > 1 else 0.0
 
 
+def of_trained(points: Points, name: str) -> Points:
+    """The points of a metric over the tokens that enter the loss, in the steps that have some: in
+    others its value, 0, says nothing."""
+    steps, values = points.get(name, ([], []))
+    trained = dict(zip(*points.get("tokens/trained", ([], [])), strict=True))
+    kept = [i for i, step in enumerate(steps) if trained.get(step) != 0]
+    return {name: ([steps[i] for i in kept], [values[i] for i in kept])}
+
+
 def signal(points: Points, name: str) -> Signal:
     """The finite values of a metric; empty where it was not logged."""
     steps, values = points.get(name, ((), ()))
