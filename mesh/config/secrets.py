@@ -1,7 +1,7 @@
 """Secrets that stand where none belongs: in the value of a key, or in a command line.
 
 What leaves the machine goes through here: the configuration that a tracker gets, a report that is
-given away. A secret is known by the name that it is given to, or by the form of its service. Others
+shared. A secret is known by the name that it is given to, or by the form of its service. Others
 are not found, so a secret is best kept in the environment, of which nothing is recorded.
 """
 
@@ -15,8 +15,9 @@ from mesh.config.keys import SECRETS
 NOT_SHOWN = "(not shown)"
 
 # NAME=VALUE, NAME: VALUE, --NAME VALUE; a value may be quoted
+_NAME = rf"[\w-]*(?:{'|'.join(SECRETS)})"
 NAMED = re.compile(
-    rf"([\w.-]*(?:{'|'.join(SECRETS)})[\"']?\s*[=:]\s*|--?[\w-]*(?:{'|'.join(SECRETS)})\s+)"
+    rf"([\w.-]*{_NAME}[\"']?\s*[=:]\s*|(?<![\w-])--?{_NAME}\s+)"
     r"(?!\(not shown\))(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
     re.IGNORECASE,
 )

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from mesh.config.keys import Refusal, problem
+from mesh.config.loading import flatten
 from mesh.config.run_format import RUN_FORMAT
+from mesh.config.text import load_yaml
 from mesh.lifecycle.files import MARKS
 from mesh.lifecycle.process import Process
 
@@ -31,6 +33,8 @@ VARIABLES = """
     OMP_NUM_THREADS MKL_NUM_THREADS MKL_CBWR CUDA_VISIBLE_DEVICES CUBLAS_WORKSPACE_CONFIG
     NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE PYTORCH_CUDA_ALLOC_CONF PYTHONHASHSEED
 """
+
+PLACES = ("run_dir", "resume")
 
 
 def default_run_dir(conf_name: str) -> Path:
@@ -51,9 +55,9 @@ def create_run_dir(
 
     Collective. `run_dir` None takes the default name by rank 0's clock. From here on the last
     message of a run that ends early names the directory. `resume`: it exists, its config.yaml is
-    kept, and this start's environment goes to `environment-2.json` and so on. Raises Refusal on
-    every rank where the directory already holds a run, cannot be made, or is another run's that has
-    not ended (`mesh/lifecycle/run_lock.py`).
+    kept, and this start's environment goes to `environment-2.json` and so on, with the keys that
+    this start has `changed`. Raises Refusal on every rank where the directory already holds a run,
+    cannot be made, or is another run's that has not ended (`mesh/lifecycle/run_lock.py`).
     """
     ranks: list[dict[str, Any]] = [{} for _ in range(process.world_size)]
     dist.all_gather_object(ranks, describe_rank(process), group=process.cpu_group)
@@ -67,6 +71,7 @@ def create_run_dir(
         process.say(process.lock.warning)
     if process.rank == 0:
         environment = {"format": RUN_FORMAT} | describe_environment() | {"ranks": ranks}
+        environment["changed"] = changes((path / "config.yaml").read_text(), config_text)
         with open(_new_environment(path), "x") as file:
             file.write(json.dumps(environment, indent=2) + "\n")
         process.guard.remember("run_dir", str(path))
@@ -97,6 +102,20 @@ def _make(process: Process, path: Path, config_text: str) -> str:
         wrong = f"cannot be made ({error.strerror}: {error.filename})"
         return problem("run_dir", path, wrong, remedy)
     return ""
+
+
+def changes(before: str, now: str) -> dict[str, Any]:
+    """The keys whose values differ between two configurations in YAML, with the new values; where
+    the run is, and keys that an older version did not have, are left out."""
+    old, new = (
+        {setting.name: setting.value for setting in flatten("", load_yaml(text)[0] or {}, "")}
+        for text in (before, now)
+    )
+    return {
+        name: value
+        for name, value in new.items()
+        if name not in PLACES and name in old and old[name] != value
+    }
 
 
 def describe_rank(process: Process) -> dict[str, Any]:

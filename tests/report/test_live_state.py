@@ -87,6 +87,20 @@ def test_it_waits_for_the_run_and_says_when_the_server_has_gone(browser, tmp_pat
     assert browser.value(SECTIONS) == 8
 
 
+def test_an_error_of_the_page_is_not_laid_on_the_server(browser, run_dir):
+    """Most errors of scripts are TypeErrors, as that of a server that does not answer."""
+    with watched(run_dir) as server:
+        browser.open(server.url)
+        browser.wait_for(f"{POINTS} === '5'")
+        browser.script("window.draw = Report.draw; Report.draw = () => null.runs")
+        grow(run_dir, 8)
+        browser.wait_for(f"{SAYS}.startsWith('the new data cannot be drawn')")
+        assert any("TypeError" in error for error in browser.errors())
+        browser.script("Report.draw = window.draw")
+        browser.wait_for(f"{POINTS} === '8'")
+        assert browser.value(STATE) == "stopped"
+
+
 def test_a_file_is_not_live(browser, report, run_dir):
     browser.open(report(run_dir))
     assert browser.value("document.querySelector('#live')") is None

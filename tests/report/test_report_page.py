@@ -140,3 +140,11 @@ def test_two_runs_are_drawn_over_each_other(browser, report, made):
     rows = browser.value("""[...document.querySelectorAll("#comparison table")].at(-1).innerText""")
     assert "trainer.lr" in rows and "0.003" in rows
     is_sound(browser)
+
+
+def test_smoothing_is_over_steps_where_a_curve_has_fewer_points(browser, report, made):
+    browser.open(report(made["tiny"].path))
+    mean = "Report.runningMean([1, 2, 3, 10, 20, 30], [3, 6, 9, 12, 15, 18], 5)"
+    assert browser.value(mean) == [3, 6, 6, 12, 15, 18]
+    mean = "Report.runningMean([1, 2, 3, 4, 5], [3, null, 9, 12, 15], 5)"
+    assert browser.value(mean) == [3, None, 9.75, 12, 15]

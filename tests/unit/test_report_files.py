@@ -26,6 +26,26 @@ def missing_of(run_dir):
     return report_data([run_dir])["runs"][0]["missing"]
 
 
+def test_links_to_files_that_are_not_the_runs_are_not_followed(run_dir, tmp_path):
+    (tmp_path / "other").write_text("private: 1\n")
+    (run_dir / "profiles").mkdir()
+    for name in ("config.yaml", "profiles/step-1-rank-0.txt"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(tmp_path / "other")
+    assert missing_of(run_dir) == [
+        "config.yaml is a link, which is not followed.",
+        "profiles/step-1-rank-0.txt is a link, which is not followed.",
+    ]
+    assert "private" not in str(report_data([run_dir]))
+
+
+def test_samples_of_an_older_version_beside_the_file_are_named(run_dir):
+    (run_dir / "samples.jsonl").write_text('{"step": 1}\n')
+    assert missing_of(run_dir) == [
+        "The rollouts of samples.jsonl, of an older version, are not shown."
+    ]
+
+
 def test_nothing_is_missing_from_a_whole_run(run_dir):
     assert missing_of(run_dir) == []
 

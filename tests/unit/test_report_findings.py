@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesh.runs.warnings import KINDS
-from tools.report import findings, machine_findings
+from tools.report import findings, machine_findings, rank_findings
 from tools.report.curves import points_of
 from tools.report.findings import WARNED, Evidence, findings_of
 from tools.report.machine_findings import ALL
@@ -164,6 +164,34 @@ def test_a_slow_rank_and_who_waits_for_whom_are_found(tmp_path):
     assert "75%" in found["The trainer waits for the generator"]["text"]
 
 
+def test_a_rank_that_becomes_slow_is_found_where_it_does(tmp_path):
+    """For the first two thirds of the run it is as fast as the others; one slow step is none."""
+
+    def step(number):
+        late = 3.0 if number > 100 or number == 50 else 1.0
+        ranks = (rank(0, "both", ("train", 0.0, 1.0, 0.0), ("sync", 1.0, late, 0.0)),
+                 rank(1, "both", ("train", 0.0, late, 0.0)))  # fmt: skip
+        return TimelineStep(number, ranks)
+
+    found = found_in(tmp_path, timeline=[step(number) for number in range(151)])
+    assert found.keys() == {"Rank 1 is slow"}
+    assert 100 < found["Rank 1 is slow"]["step"] <= 105
+    assert "works 3 s a step in the phase train" in found["Rank 1 is slow"]["text"]
+    assert found_in(tmp_path, timeline=[step(number) for number in range(101)]) == {}
+
+
+def test_a_wait_that_begins_late_is_found_where_it_does(tmp_path):
+    def step(number):
+        wait = 0.8 if number > 100 else 0.0
+        ranks = (rank(0, "trainer", ("exchange", 0.0, 1.0, wait)),
+                 rank(1, "generator", ("generate", 0.0, 1.0, 0.0)))  # fmt: skip
+        return TimelineStep(number, ranks)
+
+    found = found_in(tmp_path, timeline=[step(number) for number in range(151)])
+    one = found["The trainer waits for the generator"]
+    assert 100 < one["step"] <= 105 and "spend 80%" in one["text"]
+
+
 def test_starts_and_missing_evaluations_are_said(tmp_path):
     found = found_in(tmp_path, lambda s: {"eval/accuracy": "gone"}, starts=3)
     assert found.keys() == {"The run was resumed", "No evaluation"}
@@ -176,7 +204,7 @@ def test_every_warning_of_a_run_is_a_finding():
 
 
 def test_the_documentation_lists_every_finding():
-    sources = [Path(findings.__file__), Path(machine_findings.__file__)]
+    sources = [Path(one.__file__) for one in (findings, machine_findings, rank_findings)]
     text = "".join(path.read_text() for path in sources)
     titles = set(re.findall(r"(?:BAD|WARN|INFO)(?: if [^,]+ else \w+)?,\s+\"([A-Z][^\"]+)\"", text))
     titles |= {title for _, title, _ in WARNED.values()} | set(CASES)

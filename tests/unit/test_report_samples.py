@@ -12,7 +12,7 @@ from tools.report.build import report_data
 from tools.report.html import embedded, page
 from tools.report.reading import read_run
 from tools.report.rollouts import index_of
-from tools.report.samples import LONGEST, numbers, samples_of
+from tools.report.samples import LONGEST, Known, Shown, numbers, samples_of
 
 LARGEST = 5_000_000
 
@@ -134,3 +134,18 @@ def test_a_page_of_a_thousand_steps_with_long_responses_is_under_5_mb(tmp_path):
             file.write(member([row | {"step": step} for row in rows]))
     text = page(report_data([run_dir, run_dir]))
     assert 2_000_000 < len(text.encode()) < LARGEST
+
+
+def test_what_is_remembered_of_a_live_run_is_bounded():
+    """The group that was asked for longest ago is forgotten first; one too large is not kept."""
+    known, keys = Known(100), [(1, (step, "train", "", 0, 0), 9) for step in range(4)]
+    groups = [Shown([], cost, [{}], [10]) for cost in (30, 30, 30, 200)]
+    for key, group in zip(keys[:2], groups[:2], strict=True):
+        known.put(key, group)
+    known.put(keys[0], groups[0])
+    known.put(keys[2], groups[2])
+    assert [known.get(key) for key in keys[:3]] == [groups[0], None, groups[2]]
+    known.put(keys[3], groups[3])
+    assert [known.get(key) for key in keys] == [None] * 4
+    known.put(keys[1], groups[1])
+    assert known.get(keys[1]) is groups[1]

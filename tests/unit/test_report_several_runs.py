@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.report_runs import make_run
 from tools.report.build import distinct, report_data
-from tools.report.machine_findings import busy
+from tools.report.rank_findings import busy
 from tools.report.timeline import RankStep, TimelineStep
 
 

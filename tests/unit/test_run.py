@@ -47,6 +47,18 @@ def test_writes_config_and_environment(process: Process, tmp_path, monkeypatch):
     assert process.guard.run_dir == str(path)
 
 
+def test_a_later_start_says_which_keys_it_has_changed(process: Process, tmp_path):
+    first = "steps: 1000\nlr: 1\nlog:\n  samples: 8\nresume: null\n"
+    path = create_run_dir(process, tmp_path / "run", "tiny", first)
+    process.lock.release()
+    later = f"steps: 10\nlr: 1\nlog:\n  samples: 4\nresume: {path}\nnew: 1\n"
+    assert create_run_dir(process, path, "tiny", later, resume=True) == path
+    assert (path / "config.yaml").read_text() == first
+    names = ("environment.json", "environment-2.json")
+    found = [json.loads((path / name).read_text())["changed"] for name in names]
+    assert found == [{}, {"steps": "10", "log.samples": "4"}]
+
+
 def test_follows_the_umask(process: Process, tmp_path):
     old = os.umask(0o027)
     try:

@@ -46,6 +46,7 @@ def test_a_secret_is_known_by_its_name(text, shown):
     [
         f"torchrun --nproc-per-node=2 recipes/grpo.py conf=a model.path=/a/snapshots/{HEX}",
         "log.tokens=true generator.max_new_tokens=4 trainer.microbatch_tokens=64",
+        "the per-token loss of a one-token answer, and a low-key start",
         "model.tokenizer=/a/b prompt.key_names=[a] run_dir=runs/a@b url=https://host:80/a@b",
     ],
 )

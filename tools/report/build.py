@@ -63,7 +63,7 @@ def run_data(run: Run, points: Points, runs: int) -> Data:
     """What the page shows of one run of several."""
     intervals = intervals_of(run, points)
     steps = timeline_steps(run)
-    headline = headline_of(run, points, intervals)
+    headline = headline_of(run, points, intervals, steps)
     return {
         "name": run.path.resolve().name,
         "done": is_done(run),

@@ -9,7 +9,7 @@ from typing import Any
 
 from mesh.runs.compare import FieldDifference, line_differences
 from tools.report.curves import Points
-from tools.report.headline import duration, show, values_of
+from tools.report.headline import WALL_TIME, show, values_of
 from tools.report.intervals import Intervals, intervals_of
 from tools.report.reading import Run
 
@@ -26,7 +26,7 @@ def comparison_of(runs: Sequence[Run], points: Sequence[Points], shown: Sequence
     first = first_difference(runs)
     return {
         "config": config_rows(shown),
-        "results": result_rows(runs, points),
+        "results": result_rows(runs, points, shown),
         "first_difference": first,
         "text": sentence(runs, first),
     }
@@ -66,7 +66,7 @@ def joined(tables: Sequence[dict[str, str]]) -> list[str]:
     return [*dict.fromkeys(key for table in tables for key in table)]
 
 
-def result_rows(runs: Sequence[Run], points: Sequence[Points]) -> list[Data]:
+def result_rows(runs: Sequence[Run], points: Sequence[Points], shown: Sequence[Data]) -> list[Data]:
     """Steps, the last value of every evaluation metric with its interval, the last rewards, time
     and rates, as far as one of the runs has them."""
     intervals = [intervals_of(run, held) for run, held in zip(runs, points, strict=True)]
@@ -75,7 +75,7 @@ def result_rows(runs: Sequence[Run], points: Sequence[Points]) -> list[Data]:
     rows = [("steps", [f"{run.steps:,}" for run in runs])]
     rows += [(name, [last_of(held, name, ends) for held, ends in both]) for name in names]
     rows += [("reward/mean, last 10 steps", [mean_of(held, "reward/mean", 10) for held in points])]
-    rows += [("time", [duration(sum(seconds(held))) for held in points])]
+    rows += [("wall time", [fact_of(data, WALL_TIME) for data in shown])]
     for name in sorted({n for held in points for n in held if n.startswith(RATES)}):
         rows.append((name, [median_of(held, name) for held in points]))
     return [{"label": label, "values": values} for label, values in rows]
@@ -102,9 +102,10 @@ def median_of(points: Points, name: str) -> str:
     return f"{known[len(known) // 2]:,.0f}" if known else ABSENT
 
 
-def seconds(points: Points) -> list[float]:
-    """Of all phases and steps."""
-    return [v for name in points if name.startswith("seconds/") for v in values_of(points, name)]
+def fact_of(data: Data, label: str) -> str:
+    """A fact of a run's headline."""
+    facts = data["headline"]["facts"]
+    return next((str(fact["value"]) for fact in facts if fact["label"] == label), ABSENT)
 
 
 def first_difference(runs: Sequence[Run]) -> Data | None:

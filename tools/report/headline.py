@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -11,13 +13,16 @@ from tools.report.curves import Points
 from tools.report.intervals import Intervals
 from tools.report.reading import Run
 from tools.report.settings import text, value_of
+from tools.report.timeline import TimelineStep
 
 Fact = dict[str, str]
 RESULTS = ("eval/accuracy", "eval/reward")
-PHASE = "seconds/"
+PHASE, WALL_TIME = "seconds/", "Wall time"
 
 
-def headline_of(run: Run, points: Points, intervals: Intervals) -> dict[str, Any]:
+def headline_of(
+    run: Run, points: Points, intervals: Intervals, timeline: Sequence[TimelineStep]
+) -> dict[str, Any]:
     """Title, sentence and facts; `exactness` is added by the caller."""
     name, first, last = result(points)
     facts = [
@@ -25,8 +30,8 @@ def headline_of(run: Run, points: Points, intervals: Intervals) -> dict[str, Any
         fact("Model", model(run), text(run.settings.get("model.path", ""))),
         fact("Algorithm", text(run.settings.get("loss", "unknown")), batch(run)),
         *result_facts(points, intervals),
-        fact("Steps", steps(run), "done" if is_done(run) else "not finished"),
-        *time_facts(run, points),
+        fact("Steps", steps(run), ending(run)),
+        *time_facts(run, points, timeline),
         *token_facts(points),
         *digest_facts(run),
     ]
@@ -52,12 +57,24 @@ def is_done(run: Run) -> bool:
 
 
 def wanted(run: Run) -> int | None:
-    """The steps that were asked for: by the last start, which may have raised them, or the
-    configuration."""
-    command = str(run.environments[-1].get("command", "")) if run.environments else ""
-    given = re.findall(r"(?<!\S)steps=(\d{1,12})(?!\S)", command)
-    value = [str(run.settings.get("steps", "")), *given][-1]
-    return int(value) if value.isdigit() else None
+    """The steps that were asked for: by the last start, which may have changed them, or the
+    configuration, which is the first start's. What a start has changed is not known of runs of
+    older versions, except by its command line."""
+    last = run.environments[-1] if run.environments else {}
+    value = str(run.settings.get("steps", ""))
+    if isinstance(changed := last.get("changed"), dict):
+        value = str(changed.get("steps", value))
+    elif given := re.findall(r"(?<!\S)steps=(\d{1,12})(?!\S)", str(last.get("command", ""))):
+        value = given[-1]
+    return int(value) if re.fullmatch(r"[0-9]{1,12}", value) else None
+
+
+def ending(run: Run) -> str:
+    """How far the run came: a run that was asked to end, or that stop.after ended, has its final
+    model before it has made its steps."""
+    if run.steps >= (wanted(run) or math.inf):
+        return "done"
+    return "ended early, final model saved" if is_done(run) else "not finished"
 
 
 def steps(run: Run) -> str:
@@ -122,16 +139,24 @@ def result_facts(points: Points, intervals: Intervals) -> list[Fact]:
     return found
 
 
-def time_facts(run: Run, points: Points) -> list[Fact]:
-    """Wall time: of the phases that were logged, which is what the metrics have."""
-    total = sum(sum(values_of(points, name)) for name in points if name.startswith(PHASE))
+def time_facts(run: Run, points: Points, timeline: Sequence[TimelineStep]) -> list[Fact]:
+    """Wall time of the logged steps. A step takes from its first begin to its last end on any rank;
+    without a timeline, the sum of its phases, which counts phases twice that ranks run at once."""
+    seconds: dict[int, float] = defaultdict(float)
+    for name in points:
+        if name.startswith(PHASE):
+            for step, value in zip(*points[name], strict=True):
+                seconds[step] += value or 0.0
+    known = {step.step: step.seconds for step in timeline}
+    total = sum((dict(seconds) | known).values())
     if not total:
         return []
-    each = total / max(run.steps, 1)
-    note = f"sum of all phases, {each:.2f} s a step"
+    note = f"all logged steps, {total / max(run.steps, 1):.2f} s a step"
+    if not seconds.keys() <= known.keys():
+        note += ", at most: the sum of their phases"
     if len(run.environments) > 1:
         note += f", {len(run.environments)} starts"
-    return [fact("Time", duration(total), note)]
+    return [fact(WALL_TIME, duration(total), note)]
 
 
 def token_facts(points: Points) -> list[Fact]:

@@ -1,4 +1,4 @@
-"""Leaving out what a page that is given away should not tell: machines, paths and users.
+"""Leaving out what a page that is shared should not tell: machines, paths and users.
 
 `hosts`: host names of the ranks and of this machine, addresses and URLs. `paths`: the run's
 directory, the working directory, the home directory and its user, and every file or directory that

@@ -1,14 +1,13 @@
-"""Findings about exactness, failures, machines, evaluations and waits."""
+"""Findings about exactness, failures, evaluations and starts; and the list of all findings."""
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from tools.report.findings import BAD, INFO, LEARNING, WARN, Evidence, Find, Finding
+from tools.report.rank_findings import slow_rank, waiting
 from tools.report.signals import Signal
-from tools.report.timeline import TimelineStep
 
 MISMATCH, LARGE_MISMATCH, MISMATCH_STEPS = 0.02, 0.1, 5
 
@@ -192,75 +191,6 @@ def pause_of(evidence: Evidence) -> int | None:
         return None
     longest, step = max(gaps)
     return step if longest > PAUSE * statistics.median(gap for gap, _ in gaps) else None
-
-
-SLOW, OF_STEP = 1.25, 0.05
-
-
-def slow_rank(evidence: Evidence) -> Iterator[Finding]:
-    """A rank that works a quarter longer in a phase than the median of the ranks that run it, by
-    more than a twentieth of the step, waits left out."""
-    steps = evidence.timeline[1:] or evidence.timeline
-    total = sum(step.seconds for step in steps)
-    for name, ranks in busy(steps).items():
-        if len(ranks) < 2 or not total:
-            continue
-        slowest, most = max(ranks.items(), key=lambda item: item[1])
-        others = statistics.median(v for rank, v in ranks.items() if rank != slowest)
-        if most > SLOW * others and most - others > OF_STEP * total:
-            yield Finding(
-                WARN, f"Rank {slowest} is slow", steps[0].step,
-                f"In the phase {name} it works {most / len(steps):.3g} s a step, the median of the "
-                f"others is {others / len(steps):.3g} s, so they wait for it.",
-                "Compare its machine with the others: clocks, other processes, OMP_NUM_THREADS; "
-                "profile.steps=[3] shows what takes the time; with a larger num_prompts long "
-                "responses even out between ranks.",
-            )  # fmt: skip
-            return
-
-
-DOES = {"generate": ("generator", "both"), "train": ("trainer", "both")}
-
-
-def busy(steps: Sequence[TimelineStep]) -> Mapping[str, dict[int, float]]:
-    """Seconds of work by phase and rank, without what the rank waited; of the ranks whose role
-    has work in the phase, which all ranks pass through."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for step in steps:
-        for rank in step.ranks:
-            for name, begin, end, wait in rank.events:
-                work = end - begin - wait
-                if rank.role in DOES.get(name, ()):
-                    found[name][rank.rank] = found[name].get(rank.rank, 0.0) + work
-    return {name: {r: v for r, v in ranks.items() if v > 0} for name, ranks in found.items()}
-
-
-WAITS, WAITS_LONG = 0.3, 0.6
-
-
-def waiting(evidence: Evidence) -> Iterator[Finding]:
-    """A role of a split run that waits for the other more than 30% of the time."""
-    steps = evidence.timeline[1:] or evidence.timeline
-    seconds: dict[str, float] = defaultdict(float)
-    waits: dict[str, float] = defaultdict(float)
-    for step in steps:
-        for rank in step.ranks:
-            seconds[rank.role] += step.seconds
-            waits[rank.role] += sum(event[3] for event in rank.events)
-    for role, other, remedy in (
-        ("trainer", "generator", "Give the generator more ranks (trainer.dp_shard smaller), or "
-         "waves=2, with which the trainer works on one part while the next is generated."),
-        ("generator", "trainer", "Give the trainer more ranks, a larger "
-         "trainer.microbatch_tokens, or mesh.mode=colocated, where both use all ranks."),
-    ):  # fmt: skip
-        share = waits[role] / seconds[role] if seconds[role] else 0.0
-        if share > WAITS:
-            yield Finding(
-                WARN if share > WAITS_LONG else INFO, f"The {role} waits for the {other}",
-                steps[0].step,
-                f"The {role}'s ranks spend {share:.0%} of their time waiting for other ranks.",
-                remedy,
-            )  # fmt: skip
 
 
 ALL: tuple[Find, ...] = (

@@ -7,7 +7,7 @@ The file needs no network and no other file: RUN_DIR/report.html unless `output`
 run that is going on, was killed or lost files is shown as far as it can be read, and the page says
 what is missing. `title`: heading of the page in place of the first run's name. `hide=hosts,paths`,
 or one of both, leaves out names of machines, and paths and names of users, so that the file can be
-given away. `picture`: write the learning curve as an SVG in place of the page; with `output`, too.
+shared. `picture`: write the learning curve as an SVG in place of the page; with `output`, too.
 Exit status 2 where a directory holds no run, an option is wrong or the file cannot be
 written.
 """

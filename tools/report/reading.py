@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from mesh.config.loading import flatten
 from mesh.config.text import load_yaml
+from mesh.runs.samples import OLD_SAMPLES, SAMPLES
 from tools.report.lines import Damage, Line, records
 from tools.report.thinning import evenly
 
@@ -92,9 +93,11 @@ def in_order(lines: list[Line], run: Run) -> list[Line]:
 
 def samples_file(run: Run) -> Path | None:
     """The file of rollouts; runs of older versions have it uncompressed."""
-    for name in ("samples.jsonl.gz", "samples.jsonl"):
-        if (run.path / name).is_file():
-            return run.path / name
+    found = [run.path / name for name in (SAMPLES, OLD_SAMPLES) if (run.path / name).is_file()]
+    if len(found) == 2:
+        run.missing.append(f"The rollouts of {OLD_SAMPLES}, of an older version, are not shown.")
+    if found:
+        return found[0]
     run.missing.append("There is no samples.jsonl.gz: no rollout can be shown (log.samples=0).")
     return None
 
@@ -102,6 +105,8 @@ def samples_file(run: Run) -> Path | None:
 def settings_of(run: Run) -> dict[str, Any]:
     """The keys of config.yaml, whether this version knows them or not."""
     path = run.path / "config.yaml"
+    if is_link(run, path):
+        return {}
     try:
         content, _ = load_yaml(path.read_text())
     except FileNotFoundError:
@@ -112,8 +117,16 @@ def settings_of(run: Run) -> dict[str, Any]:
     else:
         if isinstance(content, dict):
             return {str(s.name): s.value for s in flatten("", content, "")}
-        run.missing.append("config.yaml holds no `key: value` lines.")
+        run.missing.append("config.yaml holds no keys with values.")
     return {}
+
+
+def is_link(run: Run, path: Path) -> bool:
+    """True for a link, which may lead to a file that is not the run's: its text would be shown."""
+    if not path.is_symlink():
+        return False
+    run.missing.append(f"{path.relative_to(run.path)} is a link, which is not followed.")
+    return True
 
 
 def environments_of(run: Run) -> list[Line]:
@@ -148,6 +161,8 @@ def json_of(run: Run, path: Path) -> Line | None:
 def profiles_of(run: Run) -> Iterator[tuple[str, str]]:
     """Names and tables of RUN_DIR/profiles."""
     for path in evenly(sorted((run.path / "profiles").glob("step-*.txt")), MOST_PROFILES):
+        if is_link(run, path):
+            continue
         try:
             yield path.stem, path.read_text(errors="replace")[:MOST_PROFILE]
         except OSError as error:

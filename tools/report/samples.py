@@ -29,7 +29,7 @@ LONGEST, SHORTEST = 16_000, 200  # characters of a text that are kept
 MOST_GROUP = 160_000  # characters of a group, whose texts are cut shorter where it has more
 MOST_TOO_LARGE = 20  # groups that are too large still, after which no more is tried
 TYPICAL = "random"
-MOST_KNOWN = 20_000  # groups that are remembered as they are shown
+MOST_KNOWN = 16 * BUDGET  # characters of groups that are remembered, about 0.3 GB
 SMALL, LARGE = 1e-18, 100.0  # numbers between are rounded together
 NUMBERS = ("logprobs", "logprob_diffs", "entropies", "token_advantages")
 COLUMNS = ("token_texts", *NUMBERS)
@@ -125,20 +125,47 @@ class Shown:
     columns: list[Line]
     costs: list[int]
 
+    @property
+    def size(self) -> int:
+        """Characters, tokens among them."""
+        return self.cost + sum(self.costs)
+
 
 def shown_groups(path: Path, version: int, order: Sequence[Group]) -> Iterator[Shown]:
     """The groups, each read when it is asked for, or known from before."""
     reader = Reader(path)
     for group in order:
         key = (version, group.name, group.size)
-        if key not in _shown:
-            if len(_shown) >= MOST_KNOWN:
-                _shown.clear()
-            _shown[key] = shown_group(reader.rows(group))
-        yield _shown[key]
+        shown = _known.get(key) or shown_group(reader.rows(group))
+        _known.put(key, shown)
+        yield shown
 
 
-_shown: dict[tuple[int, tuple[int, str, str, int, int], int], Shown] = {}
+Key = tuple[int, tuple[int, str, str, int, int], int]
+
+
+class Known:
+    """Groups from before, of `most` characters: those asked for longest ago are forgotten. A live
+    page asks for most of them again, and for others as the run goes on."""
+
+    def __init__(self, most: int):
+        self._most, self._size = most, 0
+        self._groups: dict[Key, Shown] = {}
+
+    def get(self, key: Key) -> Shown | None:
+        return self._groups.get(key)
+
+    def put(self, key: Key, group: Shown) -> None:
+        """Remember a group as the one that was asked for last."""
+        if self._groups.pop(key, None) is None:
+            self._size += group.size
+        self._groups[key] = group
+        while self._size > self._most:
+            oldest = next(iter(self._groups))
+            self._size -= self._groups.pop(oldest).size
+
+
+_known = Known(MOST_KNOWN)
 
 
 def shown_group(read: Sequence[Line]) -> Shown:

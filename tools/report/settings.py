@@ -121,6 +121,9 @@ def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(held := environment.get(name), dict) and held:
             sign = " " if name == "packages" else "="
             yield label, ", ".join(f"{key}{sign}{value}" for key, value in held.items())
+    if isinstance(changed := environment.get("changed"), dict) and changed:
+        listed = (f"{key}={value_of(key, value)}" for key, value in changed.items())
+        yield "Changed keys", ", ".join(listed)
     ranks = environment.get("ranks")
     for rank in ranks if isinstance(ranks, list) else []:
         if isinstance(rank, dict):

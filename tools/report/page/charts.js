@@ -125,7 +125,7 @@ Report.charts = (() => {
   function smoothed(series) {
     const window = Number(Report.state.get("smooth", "0"));
     if (!(window > 1) || series.values.length < Math.max(50, 3 * window)) return null;
-    return Report.runningMean(series.values, window);
+    return Report.runningMean(series.steps, series.values, window);
   }
 
   function drawSeries(p, series) {

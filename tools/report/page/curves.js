@@ -114,10 +114,14 @@ Report.curves = (() => {
   return {merged, section, hasPoints, groups, filter};
 })();
 
-// The mean of up to `window` values around each place, as many before it as after; gaps stay gaps.
-Report.runningMean = (values, window) => values.map((value, k) => {
+// The mean of the values in the `window` steps around each place, as many steps before it as after; gaps
+// stay gaps. A thinned curve has fewer points than steps.
+Report.runningMean = (steps, values, window) => values.map((value, k) => {
   if (!Report.charts.finite(value)) return null;
-  const side = Math.min(Math.floor(window / 2), k, values.length - 1 - k);
-  const kept = values.slice(k - side, k + side + 1).filter(Report.charts.finite);
+  const side = Math.min(Math.floor(window / 2), steps[k] - steps[0], steps[steps.length - 1] - steps[k]);
+  let [first, last] = [k, k];
+  while (first > 0 && steps[k] - steps[first - 1] <= side) first--;
+  while (last < steps.length - 1 && steps[last + 1] - steps[k] <= side) last++;
+  const kept = values.slice(first, last + 1).filter(Report.charts.finite);
   return kept.reduce((sum, one) => sum + one, 0) / kept.length;
 });

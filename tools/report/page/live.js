@@ -34,12 +34,27 @@
     return [state, states.length > 1 && state === "ended" ? "the runs have ended" : STATES[state]];
   }
 
-  async function take(answer) {
-    const data = await answer.json();
-    tag = answer.headers.get("ETag");
+  // null where nothing, or not all of it, arrived.
+  async function answered() {
+    try {
+      const answer = await fetch("data.json", {headers: tag ? {"If-None-Match": tag} : {}});
+      return {answer, data: answer.status === 200 ? await answer.json() : null};
+    } catch (error) {
+      return null;
+    }
+  }
+
+  function take({answer, data}) {
     every = data.live.every;
+    try {
+      Report.draw(data);
+    } catch (error) {
+      reportError(error);
+      show("gone", "the new data cannot be drawn");
+      return;
+    }
+    tag = answer.headers.get("ETag");
     updated = clock();
-    Report.draw(data);
     live = data.live;
     show(...stateOf(live));
   }
@@ -47,15 +62,11 @@
   async function ask() {
     if (asking) return;
     asking = true;
-    try {
-      const answer = await fetch("data.json", {headers: tag ? {"If-None-Match": tag} : {}});
-      if (answer.status === 200) await take(answer);
-      else if (answer.status === 304) show(...stateOf(live));
-      else show("gone", `the server answered ${answer.status}`);
-    } catch (error) {
-      if (!(error instanceof TypeError)) reportError(error);
-      show("gone", "the server does not answer: it has ended, or the tunnel to it");
-    }
+    const found = await answered();
+    if (!found) show("gone", "the server does not answer: it has ended, or the tunnel is closed");
+    else if (found.data) take(found);
+    else if (found.answer.status === 304) show(...stateOf(live));
+    else show("gone", `the server answered ${found.answer.status}`);
     asking = false;
     clearTimeout(timer);
     if (!document.hidden) timer = setTimeout(ask, every * 1000);

@@ -1,5 +1,6 @@
 // The rollout browser: Report.rollouts(element, RUN, Report.state), again with new data as often as a live
-// page wants. The chosen group, the filters and the scroll position stay.
+// page wants. The chosen group, the filters and the scroll position stay. rollout_*.js: what there is to
+// know of rollouts, and their texts; rollouts_*.js: the parts of the browser.
 "use strict";
 
 (() => {

@@ -58,7 +58,7 @@ Report.speed = (() => {
     return {
       id: several ? `phases-${place}` : "phases", stacked: true, range: Report.stacks.range(steps), unit: "s", percent: false,
       title: several ? `Seconds of each phase, ${run.name}` : "Seconds of each phase",
-      help: "The time of a step on the slowest rank, phase on phase.",
+      help: "Each phase on its slowest rank, stacked. Where ranks run phases at once, a step is shorter than the sum.",
       series: names.map((name) => ({key: `seconds/${name}`, label: name, run: place, steps,
         values: seconds[name], tone: Report.phaseTone(name), dash: 0})),
     };

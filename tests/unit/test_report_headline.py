@@ -1,0 +1,55 @@
+"""The headline of a report: the steps that were asked for, and the time that they took."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from report_runs import ENVIRONMENT, make_run
+
+from tools.report.build import report_data
+
+
+def headline_of(run_dir):
+    return report_data([run_dir])["runs"][0]["headline"]
+
+
+def facts_of(run_dir):
+    return {fact["label"]: fact for fact in headline_of(run_dir)["facts"]}
+
+
+@pytest.mark.parametrize(
+    ("later", "shown", "note"),
+    [
+        ({"changed": {"steps": "3"}}, "3", "done"),
+        ({"changed": {}, "command": "python a.py steps=3"}, "3 of 1,000", "not finished"),
+        ({"command": "python a.py steps=3"}, "3", "done"),  # an older version's
+        ({"changed": "damaged"}, "3 of 1,000", "not finished"),
+    ],
+)
+def test_a_resumed_run_has_the_steps_of_its_last_start(tmp_path, later, shown, note):
+    run_dir = make_run(tmp_path / "run", steps=3, words=("steps=1000",))
+    (run_dir / "model").rmdir()
+    (run_dir / "environment-2.json").write_text(json.dumps(ENVIRONMENT | later))
+    fact = facts_of(run_dir)["Steps"]
+    assert (fact["value"], fact["note"]) == (shown, note)
+    assert headline_of(run_dir)["sentence"].endswith(f", {shown} steps.")
+
+
+def test_a_run_that_was_asked_to_end_did_not_make_its_steps(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=3, words=("steps=1000",))
+    fact = facts_of(run_dir)["Steps"]
+    assert (fact["value"], fact["note"]) == ("3 of 1,000", "ended early, final model saved")
+
+
+def test_phases_that_ranks_run_at_once_count_once(tmp_path):
+    """The trainer of these steps waits in `exchange` while the generator generates: 0.73 s each.
+    Step 0 is not in the timeline, and its evaluation takes 0.5 s."""
+    run_dir = make_run(tmp_path / "run", steps=9)
+    fact = facts_of(run_dir)["Wall time"]
+    assert fact["value"] == "7.1 s"
+    assert fact["note"] == "all logged steps, 0.79 s a step, at most: the sum of their phases"
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[1:]))
+    fact = facts_of(run_dir)["Wall time"]
+    assert (fact["value"], fact["note"]) == ("6.6 s", "all logged steps, 0.73 s a step")
