@@ -10,7 +10,7 @@ from tools.report.findings import INFO, WARN, Evidence, Finding
 from tools.report.signals import Signal
 from tools.report.timeline import TimelineStep
 
-SLOW, OF_STEP, SLOW_STEPS = 1.25, 0.05, 5
+SLOW, OF_STEP, SLOW_STEPS = 1.25, 0.05, 10
 
 
 def slow_rank(evidence: Evidence) -> Iterator[Finding]:
