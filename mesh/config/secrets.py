@@ -15,9 +15,10 @@ from mesh.config.keys import SECRETS
 NOT_SHOWN = "(not shown)"
 
 # NAME=VALUE, NAME: VALUE, --NAME VALUE; a value may be quoted
-_NAME = rf"[\w-]*(?:{'|'.join(SECRETS)})"
+# A name is tried from its beginning alone, so that a long word costs its length, not its square
+_NAME = rf"(?:{'|'.join(SECRETS)})"
 NAMED = re.compile(
-    rf"([\w.-]*{_NAME}[\"']?\s*[=:]\s*|(?<![\w-])--?{_NAME}\s+)"
+    rf"((?<![\w.-])[\w.-]*{_NAME}[\"']?\s*[=:]\s*|(?<![\w-])--?[\w-]*{_NAME}\s+)"
     r"(?!\(not shown\))(\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']+)",
     re.IGNORECASE,
 )

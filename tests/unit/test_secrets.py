@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.config.secrets import is_secret, shareable, without_secrets
+from mesh.config.secrets import NOT_SHOWN, is_secret, shareable, without_secrets
 
 HEX = "0123456789abcdef" * 2 + "01234567"  # as W&B's older keys, and as a commit
 TOKENS = [
@@ -62,3 +62,10 @@ def test_a_configuration_without_its_secrets():
         "a": ["b", 1.5],
     }
     assert is_secret("task_args.API_KEY") and not is_secret("model.tokenizer")
+
+
+def test_a_long_word_costs_its_length():
+    """A square of it would take minutes."""
+    text = "a" * 100_000
+    assert without_secrets(text) == text and without_secrets(f"--{text} x") == f"--{text} x"
+    assert without_secrets(f"{text}_token=abc") == f"{text}_token={NOT_SHOWN}"
