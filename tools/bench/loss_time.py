@@ -28,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from mesh.config.changes import changed
 from mesh.config.keys import attempt, refuse
 from mesh.config.schema import Conf
@@ -56,18 +54,14 @@ from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import Outline, Rollout, Wave
 from tools.bench.losses import REWARDED
-from tools.bench.report import hardware, print_row
+from tools.bench.report import hardware, print_row, spread
+from tools.bench.sizes import sized
 from tools.bench.timing import in_turn
 from tools.bench.vocabulary import with_tokenizer
 
 BASE, AGAIN = "grpo", "grpo again"
 WITHIN = 0.03
 STEP = 0
-TINY = ["conf=qwen3_tiny"]
-ON_GPU = [
-    *("conf=qwen3", "model.init=random", "generator.max_sequences=512", "num_prompts=64"),
-    *("group_size=8", "generator.max_new_tokens=256"),
-]
 
 
 @dataclass(frozen=True)
@@ -112,19 +106,11 @@ def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     if options["optimizer"] not in ("true", "false") or not all(map(is_count, counts)):
         raise SystemExit(__doc__)
     given = [word for word in argv if word.partition("=")[0] not in options]
-    return options, with_defaults(given)
+    return options, sized(given, "trainer.lr=1e-12")
 
 
 def is_count(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
-
-
-def with_defaults(words: Sequence[str]) -> list[str]:
-    """The keys of a size that suits the machine, but for those that are given."""
-    given = {word.partition("=")[0] for word in words}
-    size = [] if "conf" in given else ON_GPU if torch.cuda.is_available() else TINY
-    default = [*size, "trainer.lr=1e-12"]
-    return [*(word for word in default if word.partition("=")[0] not in given), *words]
 
 
 def bench(conf: Conf, process: Process, options: Mapping[str, str]) -> int:
@@ -157,7 +143,7 @@ def objectives_of(conf: Conf, losses: Sequence[str]) -> dict[str, Objective]:
     wrong: list[str] = []
     if conf.waves != 1:
         wrong.append(f"waves={conf.waves}: steps of several waves are not timed; leave it out")
-    found = {}
+    found: dict[str, Objective] = {}
     for name in dict.fromkeys([BASE, *losses]):
         other = changed(conf, {"loss": name})
         loss = attempt(wrong, read_loss, other)
@@ -246,10 +232,6 @@ def cells(row: Timed) -> list[str]:
         f"{median(row.seconds) + row.rest:.3f}",
         spread(row.ratios(row.rest)),
     ]
-
-
-def spread(ratios: Sequence[float]) -> str:
-    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def time_optimizers(program: Program, objective: Objective, wave: Wave, rounds: int) -> None:

@@ -25,6 +25,7 @@ from mesh.program.assembly import Program, assemble, check, sync
 from mesh.types import Request, Sampling
 from tools.bench.measured_run import MeasuredRun, run_recipe
 from tools.bench.report import hardware, print_row
+from tools.bench.sizes import ON_GPU
 from tools.bench.vocabulary import with_tokenizer
 
 START_BELOW = 0.35
@@ -161,9 +162,8 @@ def tokens_per_second(program: Program) -> float:
 
 def bench_gpu(words: list[str], runs: Path) -> None:
     """Qwen3-0.6B from random weights on one GPU; figures without targets."""
-    sizes = ["steps=10", "generator.max_sequences=512", "num_prompts=64", "group_size=8"]
-    given = ["conf=qwen3", "model.init=random", "generator.max_new_tokens=256", *sizes, *words]
-    run = run_recipe("grpo", 1, with_tokenizer(given, runs / "tokenizer"), runs / "gpu")
+    given = with_tokenizer([*ON_GPU, "steps=10", *words], runs / "tokenizer")
+    run = run_recipe("grpo", 1, given, runs / "gpu")
     phases = ("generate", "exchange", "train", "sync")
     steps = [m for m in run.metrics if "seconds/train" in m]
     each = median(sum(m[f"seconds/{phase}"] for phase in phases) for m in steps)

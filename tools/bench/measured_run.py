@@ -7,7 +7,11 @@ import resource
 import subprocess
 import sys
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ class MeasuredRun:
     cpu_seconds: all ranks together; far below ranks x wall if the machine was busy.
     peak_rss: bytes by rank, the kernel's high-water mark, shared libraries included.
     peak_gpu: bytes in use by everything on the first GPU, minus those in use before.
+    growth: sizes that metrics.jsonl was seen to have [bytes], and when it had been written [s].
+    seconds: of the wall clock between two lines of it, by the place of the later one.
     """
 
     run_dir: Path
@@ -33,7 +39,9 @@ class MeasuredRun:
     cpu_seconds: float = 0.0
     peak_rss: dict[int, int] = field(default_factory=dict)
     peak_gpu: int = 0
+    growth: list[tuple[int, float]] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> MeasuredRun:
@@ -65,7 +73,24 @@ def run_recipe(recipe: str, processes: int, words: list[str], run_dir: Path) -> 
         raise SystemExit(f"{last}\n\n{failed}\nits whole output: {log}")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     measured.metrics = [json.loads(line) for line in lines]
+    measured.seconds = seconds_by_line(measured.growth, lines)
     return measured
+
+
+def seconds_by_line(growth: Sequence[tuple[int, float]], lines: Sequence[str]) -> dict[int, float]:
+    """Wall seconds from the line before to each line of a log that was seen to grow, by its place;
+    lines that came between two looks share theirs. Of the first line nothing is known.
+    """
+    ends = list(accumulate(len(line.encode()) + 1 for line in lines))
+    found: dict[int, float] = {}
+    known, since = 0, 0.0
+    for size, when in growth:
+        whole = bisect_right(ends, size)
+        if known and whole > known:
+            found |= dict.fromkeys(range(known, whole), (when - since) / (whole - known))
+        if whole > known:
+            known, since = whole, when
+    return found
 
 
 def observe(launcher: int, measured: MeasuredRun, gpu_before: int) -> None:
@@ -78,6 +103,9 @@ def observe(launcher: int, measured: MeasuredRun, gpu_before: int) -> None:
         if rank is not None:
             measured.peak_rss[rank] = max(measured.peak_rss.get(rank, 0), peak)
     measured.peak_gpu = max(measured.peak_gpu, gpu_bytes() - gpu_before)
+    with suppress(FileNotFoundError):
+        log = (measured.run_dir / "metrics.jsonl").stat()
+        measured.growth.append((log.st_size, log.st_mtime_ns / 1e9))
 
 
 def children_cpu_seconds() -> float:
