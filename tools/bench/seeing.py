@@ -7,9 +7,10 @@ Runs of recipes/grpo.py take turns: `on` with the samples, tokens and timeline t
 default, `off` without them (log.samples=0 log.timeline=false), and `watch`, which is `on` beside
 `tools/watch.py` and a reader that asks for new data every so many seconds, as a browser does. Their
 keys are those of `conf=qwen3_tiny`, 30 steps on 2 ranks; on a GPU `conf=qwen3 model.init=random`,
-10 steps on 1 rank; other arguments go to the recipe. A step is the wall time from its line of
-metrics.jsonl to that of the step before. The first two do not count, nor those with an evaluation.
-Then the bytes that a run has written a step, by file.
+10 steps on 1 rank; other arguments go to the recipe. A step's seconds are those between its line of
+metrics.jsonl and the line before, by the clock and of CPU time, which other processes do not
+lengthen. The first two do not count, nor those with an evaluation. Then the bytes that a run has
+written a step, by file.
 
 `page`: steps of a synthetic run, with 32 rollouts a step of about `tokens` tokens (a list, as
 40,4000), whose report is built; 0: none.
@@ -25,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -38,7 +39,7 @@ from tools.bench.watching import Watched, watching
 
 WAYS = {"on": [], "off": ["log.samples=0", "log.timeline=false"], "watch": []}
 WARM_UP = 2  # steps that do not count
-LEFT_OUT = ("model", "checkpoints", "best")  # what a run writes anyway, and seldom
+ONCE = ("model", "config.yaml", "environment.json", "lock")  # written at the start or the end
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,22 @@ class Seen:
         """Places of the lines whose steps count."""
         metrics = self.run.metrics
         return [
-            i for i in self.run.seconds
+            i for i in self.run.lines
             if metrics[i]["step"] > WARM_UP and "seconds/eval" not in metrics[i]
         ]  # fmt: skip
 
     @property
     def step_seconds(self) -> float:
-        return median(self.run.seconds[i] for i in self.steps)
+        """Of the clock: the mean of the middle half of the steps. The kernel may date a file to 4
+        ms only, which a median would keep."""
+        taken = sorted(self.run.lines[i][0] for i in self.steps)
+        quarter = len(taken) // 4
+        return mean(taken[quarter : len(taken) - quarter])
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of a step on all ranks: a mean, as the ends of single steps are not known well."""
+        return mean(self.run.lines[i][1] for i in self.steps)
 
     @property
     def log_seconds(self) -> float:
@@ -81,6 +91,8 @@ def main(argv: list[str]) -> int:
                 see(way, words, int(options["ranks"]), float(options["every"]), run_dir)
             )
     report_steps(seen)
+    if "watch" in seen:
+        report_watchers(seen["watch"])
     report_bytes(seen)
     if int(options["page"]):
         report_pages(int(options["page"]), options["tokens"].split(","), output)
@@ -113,30 +125,43 @@ def see(way: str, words: Sequence[str], ranks: int, every: float, run_dir: Path)
 
 
 def report_steps(seen: Mapping[str, Sequence[Seen]]) -> None:
-    """Print a row for each way: medians over its runs, and ratios to the runs of the same turn."""
+    """Print a row for each way: medians over its runs, and ratios to the runs of the same turn, of
+    the wall time of a step and of its CPU time."""
     bases = [way for way in ("off", "on") if way in seen]
-    print_row("way", "step s", "seconds/log ms", "CPU s a run", *(f"to `{b}`" for b in bases))
-    print_row(*["---"] * (4 + len(bases)))
+    heads = [f"{time} to `{base}`" for base in bases for time in ("s", "CPU s")]
+    print_row("way", "step s", "CPU s of all ranks", "seconds/log ms", *heads)
+    print_row(*["---"] * (4 + len(heads)))
     for way, runs in seen.items():
-        print_row(
-            f"`{way}`",
-            f"{median(one.step_seconds for one in runs):.4f}",
-            f"{1e3 * median(one.log_seconds for one in runs):.2f}",
-            f"{median(one.run.cpu_seconds for one in runs):.1f}",
-            *(spread(ratios(runs, seen[base])) for base in bases),
-        )
-    for one in seen.get("watch", ()):
+        wall, cpu = times_of(runs)
+        log = median(one.log_seconds for one in runs)
+        numbers = [f"{median(wall):.4f}", f"{median(cpu):.4f}", f"{1e3 * log:.2f}"]
+        pairs = [
+            pair for base in bases for pair in zip((wall, cpu), times_of(seen[base]), strict=True)
+        ]
+        print_row(f"`{way}`", *numbers, *(spread(ratios(*pair)) for pair in pairs))
+
+
+def times_of(runs: Sequence[Seen]) -> tuple[list[float], list[float]]:
+    """Seconds of a step in each run: by the clock, and of CPU time."""
+    return [one.step_seconds for one in runs], [one.cpu_seconds for one in runs]
+
+
+def ratios(own: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Times to those of another way, turn by turn."""
+    return [a / b for a, b in zip(own, base, strict=True)]
+
+
+def report_watchers(runs: Sequence[Seen]) -> None:
+    """Print what the server of the live page took."""
+    print("\n`tools/watch.py` beside a run\n")
+    print_row("answers with new data", "kB each, as sent", "CPU s", "of a core")
+    print_row(*["---"] * 4)
+    for one in runs:
         assert one.watched is not None, "it is watched"
-        share = one.watched.cpu_seconds / one.run.wall_seconds
-        print(f"\nthe watcher: {one.watched.answers} answers with new data, of "
-              f"{one.watched.sent / max(one.watched.answers, 1) / 1e3:.0f} kB, "
-              f"{one.watched.cpu_seconds:.1f} s CPU, {share:.1%} of a core", end="")  # fmt: skip
-    print()
-
-
-def ratios(runs: Sequence[Seen], base: Sequence[Seen]) -> list[float]:
-    """Step times to those of the other way, turn by turn."""
-    return [a.step_seconds / b.step_seconds for a, b in zip(runs, base, strict=True)]
+        answers, cpu = one.watched.answers, one.watched.cpu_seconds
+        size = one.watched.sent / max(answers, 1) / 1e3
+        share = cpu / one.run.wall_seconds
+        print_row(str(answers), f"{size:.0f}", f"{cpu:.2f}", f"{share:.1%}")
 
 
 def report_bytes(seen: Mapping[str, Sequence[Seen]]) -> None:
@@ -157,7 +182,7 @@ def sizes(run_dir: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for path in run_dir.rglob("*"):
         name = path.relative_to(run_dir).parts[0]
-        if path.is_file() and name not in LEFT_OUT:
+        if path.is_file() and name not in ONCE:
             found[name] = found.get(name, 0) + path.stat().st_size
     return found
 
