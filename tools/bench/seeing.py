@@ -53,10 +53,13 @@ class Seen:
     def steps(self) -> list[int]:
         """Places of the lines whose steps count."""
         metrics = self.run.metrics
-        return [
+        found = [
             i for i in self.run.lines
             if metrics[i]["step"] > WARM_UP and "seconds/eval" not in metrics[i]
         ]  # fmt: skip
+        if not found:
+            raise SystemExit(f"{self.run.run_dir}: no step counts; set steps={WARM_UP + 3} or more")
+        return found
 
     @property
     def step_seconds(self) -> float:
