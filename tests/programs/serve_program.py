@@ -10,6 +10,7 @@ prompt's continuation, drawn and greedy; and the logprobs of the drawn ones scor
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ def main(directory: str, tp: str, asked: str, answers: str) -> None:
     texts = [prompt + tokens for prompt, (tokens, _) in zip(prompts, found["drawn"], strict=True)]
     found["again"] = [prompt_logprobs(x)[-20:] for x in llm.generate(given(texts), whole)]
     Path(answers).write_text(json.dumps(found))
+    end(llm)
+
+
+def end(llm: Any) -> None:
+    """End the engine and this process. vLLM leaves both to the interpreter's exit: its finalizer
+    ends the engine there, at which its daemon thread MPClientEngineMonitor begins to clean up too,
+    while the interpreter goes away under it. On two GPUs that aborted a process that had answered
+    everything ("terminate called without an active exception"). So the engine is shut down before,
+    for which LLM has no method of its own, and nothing is left to the interpreter's exit.
+    """
+    llm.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def given(sequences: list[list[int]]) -> list[Any]:
