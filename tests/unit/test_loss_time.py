@@ -19,9 +19,10 @@ from mesh.rl.updates import step_metrics
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import Outline, Wave
-from tools.bench.loss_time import STEP, Timed, bench, half_right, objectives_of, read_words, train
+from tools.bench.loss_rows import Timed, Times, heads
+from tools.bench.loss_time import STEP, bench, half_right, objectives_of, read_words, train
 from tools.bench.losses import REWARDED
-from tools.bench.timing import in_turn
+from tools.bench.timing import in_turn, of_kernels
 
 SMALL = ("num_prompts=8", "group_size=4", "model.max_length=24")
 
@@ -79,11 +80,29 @@ def test_every_second_rollout_is_right():
 
 def test_ratios_are_of_the_same_round():
     """A whole step shares what is no training: 3% of it are more of the training."""
-    row = Timed("gspo", 1, [1.2, 2.0, 3.3], [1.0, 2.0, 3.0], rest=8.0)
-    assert row.ratios() == pytest.approx([1.2, 1.0, 1.1])
-    assert row.ratios(8.0) == pytest.approx([9.2 / 9, 1.0, 11.3 / 11])
-    assert not row.missed and replace(row, rest=0.0).missed
-    assert replace(row, seconds=[0.9, 1.8, 2.7], rest=1.0).missed  # faster is not the same, either
+    times = Times([1.2, 2.0, 3.3], [1.0, 2.0, 3.0], rest=8.0)
+    assert times.ratios() == pytest.approx([1.2, 1.0, 1.1])
+    assert times.ratios(8.0) == pytest.approx([9.2 / 9, 1.0, 11.3 / 11])
+    row, other = Timed("gspo", 1, times), replace(times, rest=0.0)
+    assert not row.missed and replace(row, clock=other).missed
+    faster = replace(times, own=[0.9, 1.8, 2.7], rest=1.0)
+    assert replace(row, clock=faster).missed  # is not the same, either
+
+
+def test_kernels_are_judged_where_they_are_timed():
+    jitter, steady = Times([1.2], [1.0], rest=0.0), Times([0.51], [0.5], rest=0.2)
+    row = Timed("gspo", 4, jitter, steady)
+    assert not row.missed and replace(row, kernels=None).missed
+    assert Timed("gspo", 4, steady, jitter).missed
+    assert row.cells()[:3] == ["`gspo`", "4", "1.200"] and row.cells()[-4] == "0.510"
+    assert row.cells()[-2:] == ["0.710", "1.014 (1.014 to 1.014)"]
+    assert len(row.cells()) == len(heads(True)) == len(heads(False)) + 4
+
+
+def test_neither_copies_nor_ranges_are_kernels():
+    cats = ["kernel", "gpu_memcpy", "gpu_user_annotation", "kernel", "cuda_runtime"]
+    events = [{"cat": cat, "dur": 10.0**i} for i, cat in enumerate(cats)]
+    assert of_kernels([{"ph": "M"}, *events]) == pytest.approx(1001e-6)
 
 
 def test_functions_take_turns_after_one_that_warms_up():

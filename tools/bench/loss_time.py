@@ -9,12 +9,16 @@ too. Every second rollout is then called right, so that a random model has somet
 each round every loss trains once on these rollouts, `updates` times (a list, as `updates=1,4`):
 `grpo` first, and once more at the end (`grpo again`), which shows the noise. A learning rate of
 1e-12, unless one is given, leaves the weights as they are: all losses do the same work. Seconds are
-the GPU's, without one CPU time of this process. A whole step adds what `grpo` and all others share:
-generate, exchange, sync and digest, measured once.
+the GPU's, from the first kernel's start to the last one's end; without a GPU, CPU time of this
+process. A whole step adds what `grpo` and all others share: generate, exchange, sync and digest,
+measured once.
 
-`optimizer=true` also times AdamW's update alone, on the same gradients, with `trainer.fused` true
-and false. Exit status 1 where a whole step is not within 3% of grpo's. Left out: waves, several
-ranks, losses that need a teacher.
+On a GPU, `rounds` further rounds are profiled, and the durations of their kernels added up. A small
+model's training waits for the host, whose time jitters by more than a loss costs; that of kernels
+does not. Exit status 1 where a whole step is not within 3% of grpo's: in time of kernels on a GPU,
+in CPU time without. What a loss takes of the host alone is then seen in the seconds of training
+only, and not judged. `optimizer=true` also times AdamW's update alone, on the same gradients, with
+`trainer.fused` true and false. Left out: waves, several ranks, losses that need a teacher.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,37 +57,15 @@ from mesh.roles.optimizer import Optimizer
 from mesh.tasks import Draw
 from mesh.tasks.prompts import step_prompts
 from mesh.types import Outline, Rollout, Wave
+from tools.bench.loss_rows import WITHIN, Timed, Times, heads
 from tools.bench.losses import REWARDED
 from tools.bench.report import hardware, print_row, spread
 from tools.bench.sizes import sized
-from tools.bench.timing import in_turn
+from tools.bench.timing import in_turn, kernel_seconds
 from tools.bench.vocabulary import with_tokenizer
 
 BASE, AGAIN = "grpo", "grpo again"
-WITHIN = 0.03
 STEP = 0
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A loss's seconds of training by round, and those of grpo in the same rounds; rest: what a
-    whole step takes beside."""
-
-    loss: str
-    updates: int
-    seconds: Sequence[float]
-    base: Sequence[float]
-    rest: float
-
-    def ratios(self, rest: float = 0.0) -> list[float]:
-        """To grpo, round by round; rest: seconds that both take as well."""
-        pairs = zip(self.seconds, self.base, strict=True)
-        return [(own + rest) / (base + rest) for own, base in pairs]
-
-    @property
-    def missed(self) -> bool:
-        """True if a whole step does not take as long as with grpo."""
-        return abs(median(self.ratios(self.rest)) - 1) > WITHIN
 
 
 def main(argv: list[str]) -> int:
@@ -119,19 +101,20 @@ def bench(conf: Conf, process: Process, options: Mapping[str, str]) -> int:
     plan = check(conf, process, held_out=False)
     objectives = objectives_of(conf, options["losses"].split(","))
     program = assemble(plan, process)
-    wave, rest = generated(program, process)
+    wave, rest, kernel_rest = generated(program, process)
     counts = f"{len(wave.outlines)} rollouts, {sum(o.length for o in wave.outlines):,} loss tokens"
     print(f"{counts}; the rest of a step: {rest:.3f} s\n", flush=True)
-    print_row("loss", "updates", "train s", "to grpo", "whole step s", "to grpo")
-    print_row(*["---"] * 6)
-    made = [
-        row for n in updates for row in time_losses(program, objectives, wave, n, rounds, rest)
-    ]  # fmt: skip
+    names = heads(kernels=kernel_rest is not None)
+    print_row(*names)
+    print_row(*["---"] * len(names))
+    made = []
+    for n in updates:
+        made += time_losses(program, objectives, wave, n, rounds, rest, kernel_rest)
     if options["optimizer"] == "true":
         time_optimizers(program, objectives[BASE], wave, rounds)
     missed = [row for row in made if row.missed]
-    names = ", ".join(f"{row.loss} (updates={row.updates})" for row in missed)
-    print(f"\nnot within {WITHIN:.0%} of {BASE}: {names or 'none'}")
+    found = ", ".join(f"{row.loss} (updates={row.updates})" for row in missed)
+    print(f"\nnot within {WITHIN:.0%} of {BASE}: {found or 'none'}")
     if AGAIN in [row.loss for row in missed]:
         print(f"{BASE} is not within {WITHIN:.0%} of itself: this machine is too busy to tell")
     return int(bool(missed))
@@ -152,20 +135,29 @@ def objectives_of(conf: Conf, losses: Sequence[str]) -> dict[str, Objective]:
     return found
 
 
-def generated(program: Program, process: Process) -> tuple[Wave, float]:
-    """A step's rollouts, of which every second one is right, and the seconds of all that is not
-    training; the first of two, which warms up, does not count."""
+def generated(program: Program, process: Process) -> tuple[Wave, float, float | None]:
+    """A step's rollouts, of which every second one is right; the seconds of all that is not
+    training; on a GPU those of its kernels. The first of two, which warms up, does not count."""
     phases = Phases(process.device)
     draw = Draw(STEP, program.plan.step.num_prompts)
     prompts, _ = step_prompts(program.plan.prompts, process, draw, program.pass_rates)
-    sync(program)
-    for _ in range(2):
-        phases.seconds()
+
+    def once() -> Wave:
         wave = groups_of(program, process, phases, STEP, prompts).wave
         with phases("sync"):
             sync(program)
             weights_digest(program)
-    return half_right(wave), sum(phases.seconds().values())
+        return wave
+
+    sync(program)
+    once()
+    phases.seconds()
+    wave, seconds = once(), sum(phases.seconds().values())
+    return half_right(wave), seconds, kernel_seconds(once) if on_gpu(process) else None
+
+
+def on_gpu(process: Process) -> bool:
+    return process.device.type == "cuda"
 
 
 def half_right(wave: Wave) -> Wave:
@@ -187,16 +179,26 @@ def time_losses(
     updates: int,
     rounds: int,
     rest: float,
+    kernel_rest: float | None,
 ) -> list[Timed]:
-    """Time all losses in turn, and print their rows."""
+    """Time all losses in turn, and print their rows. rest, kernel_rest: of a step, beside training;
+    kernel_rest None: kernels are not timed."""
     names = {**objectives, AGAIN: objectives[BASE]}
     ways = [partial(train, program, objective, wave, updates) for objective in names.values()]
     base, *_ = times = in_turn(*ways, repeats=rounds)
     rows = [
-        Timed(name, updates, taken, base, rest) for name, taken in zip(names, times, strict=True)
+        Timed(name, updates, Times(taken, base, rest))
+        for name, taken in zip(names, times, strict=True)
     ]
+    if kernel_rest is not None:
+        turns = [[kernel_seconds(way) for way in ways] for _ in range(rounds)]
+        kernels = list(zip(*turns, strict=True))
+        rows = [
+            replace(row, kernels=Times(taken, kernels[0], kernel_rest))
+            for row, taken in zip(rows, kernels, strict=True)
+        ]
     for row in rows:
-        print_row(*cells(row))
+        print_row(*row.cells())
     return rows
 
 
@@ -220,18 +222,6 @@ def train(
         made.append(trainer.update(normaliser, part.tokens, number))
         assert made[-1]["grad_norm"] > 0, "without a gradient the optimizer is not called"
     return made
-
-
-def cells(row: Timed) -> list[str]:
-    """A loss's row of the table."""
-    return [
-        f"`{row.loss}`",
-        str(row.updates),
-        f"{median(row.seconds):.3f}",
-        spread(row.ratios()),
-        f"{median(row.seconds) + row.rest:.3f}",
-        spread(row.ratios(row.rest)),
-    ]
 
 
 def time_optimizers(program: Program, objective: Objective, wave: Wave, rounds: int) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from mesh.invariant.switch import batch_invariant, current, use_fallback, use_ordinary_softmax
 from mesh.model.products import self_test_of
@@ -63,6 +68,27 @@ def stopwatch(taken: list[float]) -> Iterator[None]:
         began = time.process_time()
         yield
         taken.append(time.process_time() - began)
+
+
+def kernel_seconds(function: Callable[[], object]) -> float:
+    """Seconds that the kernels of one call take on the GPU, added up. The host's jitter is not in
+    it: between two kernels the GPU waits for the host, which no kernel's duration shows.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            function()
+            torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(trace))
+        found = of_kernels(json.loads(trace.read_text())["traceEvents"])
+    assert found > 0, "a function without a kernel on the GPU is not to be timed by kernels"
+    return found
+
+
+def of_kernels(events: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds of the kernels among a trace's events, whose durations are microseconds; neither
+    copies nor the ranges of phases count."""
+    return sum(event["dur"] for event in events if event.get("cat") == "kernel") / 1e6
 
 
 class Switch:
