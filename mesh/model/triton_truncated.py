@@ -30,7 +30,7 @@ def _keys(logit, SHIFT: tl.constexpr):
     """Integers in the order of the logits, equal where they are equal; bf16 needs the upper half of
     the bits."""
     bits = tl.where(logit == 0, 0.0, logit).to(tl.uint32, bitcast=True)
-    ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return (ordered >> SHIFT).to(tl.int64)
 
 
