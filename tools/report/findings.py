@@ -171,9 +171,9 @@ def entropy(evidence: Evidence) -> Iterator[Finding]:
     if span := measured.smooth().streak(lambda value: value < limit, COLLAPSED_STEPS):
         yield Finding(
             BAD, "Entropy collapsed", span[0],
-            f"The entropy fell from {first:.3g} to {measured.last():.3g} nats: from step {span[0]} "
-            "on the model gives nearly the same response every time, and a group whose rewards are "
-            "equal teaches nothing.",
+            f"The entropy fell from {measured.values[0]:.3g} nats at step {measured.steps[0]} to "
+            f"{measured.last():.3g}: from step {span[0]} on the model gives nearly the same "
+            "response every time, and a group whose rewards are equal teaches nothing.",
             "Lower trainer.lr; a larger clip_high (0.28) leaves room for rare tokens; "
             "entropy_coef=0.001 adds an entropy bonus; kl_coef=0.01 holds the policy near its "
             "start; a higher generator.temperature keeps responses apart.",

@@ -132,7 +132,7 @@ Report.timeline = (() => {
     shown.root.querySelector("#timeline-next").disabled = place === timeline.steps.length - 1;
     const mark = Report.charts.numberIn("mark");
     shown.root.querySelector("#timeline-where").textContent =
-      `step ${step.step}, recorded ${place + 1} of ${timeline.steps.length}` +
+      `step ${step.step} (${place + 1} of ${timeline.steps.length} recorded)` +
       (mark !== null && mark !== step.step ? `; nearest to step ${mark}` : "");
   }
 
