@@ -30,6 +30,8 @@ def speed_facts(points: Points) -> list[Fact]:
             values = points[match[0]][1]
             if known := sorted(value for value in values[1:] or values if value is not None):
                 value = scale * (known[-1] if largest else known[len(known) // 2])
+                if not value and unit == "GB":
+                    continue  # nothing is moved where the roles share the weights
                 note = "largest" if largest else "median of the steps"
                 found.append(fact(label.format(what(match)), with_unit(value, unit), note))
     return found

@@ -142,9 +142,9 @@ Report.charts = (() => {
   }
 
   // A piece of a line, for a legend.
-  const stroke = ({tone, dash}) => svg("svg", {class: "stroke", width: 20, height: 4, "aria-hidden": "true",
-    style: `--tone: ${tone}`, "data-dash": dash % DASHES.length},
-  svg("path", {d: "M0 2H20", ...dashes({dash})}));
+  const stroke = ({tone, dash}) => svg("svg", {class: "stroke", width: dash ? 30 : 18, height: 4,
+    "aria-hidden": "true", style: `--tone: ${tone}`, "data-dash": dash % DASHES.length},
+  svg("path", {d: `M0 2H${dash ? 30 : 18}`, ...dashes({dash})}));
 
   // The series whose intervals are drawn: those of equal lines once, and in a small chart with many,
   // which would hide each other, those of the first key.
@@ -166,7 +166,7 @@ Report.charts = (() => {
       interval && svg("path", {class: "band", d: bandPath(p, series)}),
       interval && svg("path", {class: "whiskers", d: whiskers(p, series)}),
       line(series.values, "line", about),
-      svg("path", {class: "dots", d: dotPath(p, series)}),
+      !(series.twin && series.twin[0]) && svg("path", {class: "dots", d: dotPath(p, series)}),
       mean && line(mean, "mean", {}));
   }
 

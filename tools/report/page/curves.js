@@ -89,8 +89,7 @@ Report.curves = (() => {
       el("label", {class: "controls"}, "Metric", el("input", {type: "search", id: "metrics-search",
         "data-keep": "metrics-search", value: Report.state.get("metric"),
         oninput: (event) => Report.state.set({metric: event.target.value})})),
-      el("span", {class: "muted controls by-mouse"}, "Click marks a step, dragging chooses a range."),
-      el("span", {class: "muted controls by-touch"}, "Tap marks a step."));
+      el("span", {class: "muted controls"}, "A click or a tap marks a step, dragging with the mouse chooses a range."));
   }
 
   function section(runs) {

@@ -47,7 +47,8 @@ Report.timeline = (() => {
     const least = ranks.reduce((best, one) => (one.share < best.share ? one : best));
     const spread = Math.max(...ranks.map((one) => one.share)) - least.share;
     const slow = spread > 0.05
-      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)}): it is the bottleneck.` : "";
+      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)})` +
+        (least.share < 0.1 ? ": it is the bottleneck." : ".") : "";
     return `${takes}: ${inWords(roles, "step")}.${slow}`;
   }
 
