@@ -92,6 +92,14 @@ def test_a_collapse_is_told_from_the_value_at_which_the_curve_begins(tmp_path):
     assert "from 1.3 nats at step 0 to 0.01:" in found["Entropy collapsed"]["text"]
 
 
+def test_a_reward_that_fell_before_the_signal_was_lost_is_what_to_look_at(tmp_path):
+    lost = {"grad_norm": 0.0, "equal_groups": 1.0}
+    fell = found_in(tmp_path, lambda s: lost | {"reward/mean": 0.0} if s > 1 else {})
+    assert fell["Steps without signal"]["try"].startswith("The mean reward fell from 0.3")
+    rose = found_in(tmp_path, lambda s: lost | {"reward/mean": 0.5} if s > 1 else {})
+    assert rose["Steps without signal"]["try"].startswith("Use prompts")
+
+
 def test_rewards_that_never_vary_are_said_once(tmp_path):
     change = {"reward/std": 0.0, "reward/mean": 0.0, "equal_groups": 1.0, "eval/accuracy": "gone"}
     found = found_in(tmp_path, lambda step: change if step else {"eval/accuracy": "gone"})

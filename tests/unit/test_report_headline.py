@@ -58,11 +58,11 @@ def test_what_a_later_start_changed_stands_beside_what_the_first_had(tmp_path):
 def test_speed_is_told_in_the_order_of_a_step_and_in_units_that_fit(tmp_path):
     facts = report_data([make_run(tmp_path / "run", steps=12)])["runs"][0]["speed"]["facts"]
     assert [(fact["label"], fact["value"]) for fact in facts] == [
-        ("Seconds of generate", "0.3 s"),
-        ("Seconds of exchange", "10 ms"),
-        ("Seconds of train", "0.4 s"),
-        ("Seconds of sync", "20 ms"),
-        ("Seconds of eval", "0.5 s"),
+        ("Time of generate", "0.3 s"),
+        ("Time of exchange", "10 ms"),
+        ("Time of train", "0.4 s"),
+        ("Time of sync", "20 ms"),
+        ("Time of eval", "0.5 s"),
         ("Throughput of generate", "8,500 tokens/s"),
         ("Throughput of train", "6,400 tokens/s"),
         ("Size of a sync", "2 MB"),

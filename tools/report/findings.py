@@ -130,7 +130,19 @@ def as_finding(
     elif severity == BAD and count < len(lines) / 10:
         severity = WARN
     begun = lines[due - kind.steps + 1]["step"]
-    return Finding(severity, title, begun, said, f"{capital('; '.join(parts[clauses:]))}.")
+    remedy = f"{capital('; '.join(parts[clauses:]))}."
+    if kind.holds is without_signal:
+        remedy = fallen_before(evidence["reward/mean"], begun) + remedy
+    return Finding(severity, title, begun, said, remedy)
+
+
+def fallen_before(reward: Signal, step: int) -> str:
+    """What comes first where rewards fell before they became equal: prompts are not the cause."""
+    highest, now = reward.before(step), reward.at(step)
+    if highest is None or now is None or highest <= now:
+        return ""
+    fell = f"The mean reward fell from {highest:.3g} to {now:.3g} first"
+    return f"{fell}: lower trainer.lr; kl_coef=0.01 holds the policy near its start. "
 
 
 def capital(text: str) -> str:

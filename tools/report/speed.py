@@ -9,7 +9,7 @@ from tools.report.headline import Fact, fact
 
 # pattern of a metric, label, unit, scale, and if the largest value is told in place of the median
 SPEED = (
-    (r"seconds/(.+)", "Seconds of {}", "s", 1.0, False),
+    (r"seconds/(.+)", "Time of {}", "s", 1.0, False),
     (r"tokens_per_second/(.+)", "Throughput of {}", "tokens/s", 1.0, False),
     (r"mfu/(.+)", "MFU of {}", "%", 100.0, False),
     (r"sync/gb", "Size of a sync", "GB", 1.0, False),

@@ -108,7 +108,8 @@ Report.findings = (() => {
   function section(runs) {
     const items = runs.flatMap((run, place) =>
       run.findings.map((finding) => one(finding, run, place, runs.length > 1)));
-    if (!items.length) return [Report.empty("No problem was found in what the run recorded.")];
+    const what = runs.some((run) => run.missing.length) ? "could be read of the run" : "the run recorded";
+    if (!items.length) return [Report.empty(`No problem was found in what ${what}.`)];
     return [el("ul", {class: "findings"}, items)];
   }
 
