@@ -4,6 +4,7 @@ under others, legends of another dash, rungs and tables that a phone showed badl
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ import pytest
 from mesh.runs.samples import read_samples
 
 BROKEN_WORDS = (Path(__file__).parent / "looks.js").read_text()
+BROKEN_LABELS = """
+const nodes = [...document.querySelectorAll(arguments[0])];
+const lines = (node) => {
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
+};
+const broken = nodes.filter((node) => lines(node) > 1).map((node) => node.innerText);
+return {looked: nodes.length, broken};
+"""
 COMPARED = ("tiny", "collapsed", "diverged")
 TOP = "document.querySelector('{}').getBoundingClientRect().top"
 
@@ -168,3 +179,22 @@ def test_a_resumed_run_shows_the_steps_of_its_last_start(browser, report, made):
 def test_numbers_have_one_minus_sign(browser, report, made):
     browser.open(report(made["tiny"].path))
     assert browser.value("Report.number(-1.04e-8)") == "\u22121.04e\u22128"
+
+
+def test_a_damaged_run_is_not_said_to_be_without_problems(browser, report, made, tmp_path):
+    damaged = tmp_path / "run"
+    shutil.copytree(made["tiny"].path, damaged)
+    (damaged / "timeline.jsonl").write_text("{")
+    browser.open(report(damaged))
+    said = browser.value("document.querySelector('#findings .body').innerText")
+    assert said == "No problem was found in what could be read of the run."
+
+
+def test_labels_and_units_stay_on_one_line(browser, compared, report, made):
+    """A label of the environment on a wide screen, a number with its unit on any."""
+    browser.open(report(made["resumed"].path))
+    labels = browser.script(BROKEN_LABELS, "#environment th")
+    assert labels["looked"] > 15 and labels["broken"] == []
+    browser.open(compared, width=400)
+    numbers = browser.script(BROKEN_LABELS, "#speed td.number")
+    assert numbers["looked"] > 20 and numbers["broken"] == []
