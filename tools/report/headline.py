@@ -199,31 +199,3 @@ def duration(seconds: float) -> str:
 
 def fact(label: str, value: str, note: str = "") -> Fact:
     return {"label": label, "value": value, "note": note}
-
-
-def speed_facts(points: Points) -> list[Fact]:
-    """Medians of seconds, rates and MFU over the steps but the first, and the most memory."""
-    found = []
-    for name, (_, values) in sorted(points.items()):
-        known = sorted(value for value in values[1:] or values if value is not None)
-        for pattern, label, unit, scale, largest in SPEED:
-            if known and (match := re.fullmatch(pattern, name)):
-                value = scale * (known[-1] if largest else known[len(known) // 2])
-                shown = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-                what = match[1] if match.groups() else ""
-                note = "largest" if largest else "median of the steps"
-                found.append(fact(label.format(what), f"{shown} {unit}", note))
-                break
-    return found
-
-
-SPEED = (
-    ("seconds/sync", "Sync", "ms", 1e3, False),
-    ("seconds/(.+)", "Phase {}", "s", 1.0, False),
-    ("tokens_per_second/(.+)", "Rate of {}", "tokens/s", 1.0, False),
-    ("mfu/(.+)", "MFU of {}", "%", 100.0, False),
-    ("sync/gb_per_second", "Sync rate", "GB/s", 1.0, False),
-    ("sync/gb", "Size of a sync", "GB", 1.0, False),
-    ("gpu_gb/(.+)", "GPU memory after {}", "GB", 1.0, True),
-    ("host_gb", "Host memory", "GB", 1.0, True),
-)  # fmt: skip
