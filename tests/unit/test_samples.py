@@ -29,7 +29,8 @@ from mesh.rl.step import StepSettings, advantages_of
 from mesh.runs.lines import line_of
 from mesh.runs.metrics import MetricsLogger
 from mesh.runs.sample_rows import FIELDS, row_of, shortest
-from mesh.runs.samples import SAMPLES, SampleFile, member_of, members, pace, read_samples
+from mesh.runs.samples import SAMPLES, SampleFile, member_of, members, read_samples
+from mesh.runs.thinning import Thinning
 from mesh.tasks import numbered
 from mesh.text.pieces import token_texts
 from mesh.text.tokenizer import CHARACTERS, load_tokenizer
@@ -229,7 +230,7 @@ def test_a_mark_is_the_size_behind_what_came_before(tmp_path):
         go.wait(10)
         return row
 
-    file = SampleFile(tmp_path / SAMPLES, slow, pace(1, 1))
+    file = SampleFile(tmp_path / SAMPLES, slow, Thinning(1e6, 1))
     empty = file.mark()
     file.put(1, [{"prompt_id": 0}])
     first = file.mark()
@@ -247,7 +248,7 @@ def test_what_cannot_be_written_ends_the_run_at_the_next_call(tmp_path):
     def torn(row):
         raise KeyError("prompt")
 
-    file = SampleFile(tmp_path / SAMPLES, torn, pace(1, 1))
+    file = SampleFile(tmp_path / SAMPLES, torn, Thinning(1e6, 1))
     file.put(1, [{"prompt_id": 0}])
     with pytest.raises(RuntimeError, match="step 1 cannot be written .KeyError"):
         file.mark().size()
@@ -259,28 +260,10 @@ def test_what_cannot_be_written_ends_the_run_at_the_next_call(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_named():
-    file = SampleFile(Path("/dev/full"), dict, pace(1, 1))
+    file = SampleFile(Path("/dev/full"), dict, Thinning(1e6, 1))
     file.put(1, [{"prompt_id": 0}])
     with pytest.raises(RuntimeError, match="/dev/full: cannot be written .No space left"):
         file.close()
-
-
-def test_the_bound_holds_at_every_step_for_whole_groups(tmp_path, capsys):
-    rng, steps, most = random.Random(0), 40, 0.02
-    conf = replace(QUIET, samples_mb=most)
-    allowed = pace(most, steps)
-    with MetricsLogger(tmp_path, conf, 0, steps) as metrics:
-        for step in range(1, steps + 1):
-            noise = [[rng.getrandbits(64) for _ in range(20)] for _ in range(8)]
-            group = [{"prompt_id": i // 4, "sample_id": i % 4, "x": x} for i, x in enumerate(noise)]
-            metrics.log(step, {}, group)
-            assert metrics._samples.mark().size() <= allowed(step) <= most * 1e6
-    size = (tmp_path / SAMPLES).stat().st_size
-    assert most * 0.9e6 < size <= most * 1e6
-    found = rows(tmp_path)
-    groups = {(row["step"], row["prompt_id"]) for row in found}
-    assert len(found) == 4 * len(groups) < 8 * steps and max(row["step"] for row in found) > 36
-    assert capsys.readouterr().out.count("warning: samples.jsonl.gz grows faster than log.sam") == 1
 
 
 def test_a_torn_member_is_ignored_where_a_run_was_killed(tmp_path):
