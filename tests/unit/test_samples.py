@@ -11,6 +11,7 @@ import random
 import threading
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -328,18 +329,24 @@ def test_datasets_loads_the_file(tmp_path):
 
 
 def test_what_comes_last_of_a_step_is_chance():
-    records = [
-        {"chosen": why, "set": "", "prompt_id": p, "sample_id": i}
-        for p, why in enumerate(["random", "worst", "random", "best", "random"])
-        for i in range(2)
-    ]
-    orders = set()
-    for step in range(40):
-        found = sorted(records, key=lambda record, step=step: place_of(record, step))
-        assert [one["sample_id"] for one in found] == [0, 1] * 5
-        assert [one["prompt_id"] for one in found[:4:2]] == [3, 1]
-        orders.add(tuple(one["prompt_id"] for one in found[4::2]))
-    assert len(orders) == 6
+    """By the seed and the step, and in the order in which the groups were chosen."""
+    rewards = outlines((0.5, 0.5), (0.0, 0.0), (0.6, 0.4), (1.0, 1.0), (0.4, 0.6))
+    found = {}
+    for seed, step in product(range(8), range(8)):
+        why = chosen_groups(rewards, 2, 10, seed, step)
+        records = [
+            {"chosen": why[p], "set": "", "prompt_id": p, "sample_id": i}
+            for p in range(5)
+            for i in range(2)
+        ]
+        ordered = sorted(records, key=lambda record, at=(seed, step): place_of(record, *at))
+        assert [(one["prompt_id"], one["sample_id"]) for one in ordered] == list(
+            product(why, range(2))
+        )
+        assert list(why)[:2] == [3, 1]
+        found[seed, step] = tuple(why)[2:]
+    assert len({found[0, step] for step in range(8)}) > 2
+    assert len({found[seed, 0] for seed in range(8)}) > 2
     all_kept = [one | {"chosen": "all"} for one in records]
     backward = list(reversed(all_kept))
-    assert sorted(backward, key=lambda record: place_of(record, 3)) == all_kept
+    assert sorted(backward, key=lambda record: place_of(record, 0, 3)) == all_kept

@@ -134,3 +134,11 @@ def test_of_a_large_step_the_first_groups_are_kept():
     assert Thinning(1000, 100).choose(1, 60, [(train, 30)]) == [True]
     assert Thinning(1000, 10).choose(10, 0, [(train, 680)]) == [True], "saved up to the last step"
     assert Thinning(1000, 10).choose(10, 0, [(train, 682)]) == [False]
+
+
+def test_sets_share_what_is_for_evaluations():
+    """A quarter of a tenth of 1000 bytes, at the start; each of ten sets asks for half of that."""
+    groups = [(("eval", str(number)), 5) for number in range(10) for _ in range(3)]
+    assert not any(Thinning(1000, 100).choose(0, 0, groups)), "2.5 bytes each"
+    assert Thinning(1000, 100).choose(0, 0, groups[:15]) == [True, False, False] * 5
+    assert Thinning(1000, 100).choose(0, 0, groups[:3]) == [True] * 3
