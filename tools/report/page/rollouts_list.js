@@ -3,8 +3,8 @@
 "use strict";
 
 Report.rolloutList = (() => {
-  const R = Report.rolloutRows;
-  const T = Report.rolloutText;
+  const R = Report.groups;
+  const T = Report.printable;
   const BARS = 32;
 
   const score = (value) => (R.isNumber(value) ? Report.number(value, 3) : "\u2013");
