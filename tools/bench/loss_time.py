@@ -56,7 +56,7 @@ from mesh.types import Outline, Rollout, Wave
 from tools.bench.losses import REWARDED
 from tools.bench.report import hardware, print_row, spread
 from tools.bench.sizes import sized
-from tools.bench.timing import in_turn
+from tools.bench.timing import in_turn, stopwatch
 from tools.bench.vocabulary import with_tokenizer
 
 BASE, AGAIN = "grpo", "grpo again"
@@ -116,6 +116,7 @@ def is_count(text: str) -> bool:
 def bench(conf: Conf, process: Process, options: Mapping[str, str]) -> int:
     """Print the tables; the exit status."""
     rounds, updates = int(options["rounds"]), [int(n) for n in options["updates"].split(",")]
+    assert process.world_size == 1, "one rank: its launcher, if there is any, starts one process"
     plan = check(conf, process, held_out=False)
     objectives = objectives_of(conf, options["losses"].split(","))
     program = assemble(plan, process)
@@ -154,18 +155,17 @@ def objectives_of(conf: Conf, losses: Sequence[str]) -> dict[str, Objective]:
 
 def generated(program: Program, process: Process) -> tuple[Wave, float]:
     """A step's rollouts, of which every second one is right, and the seconds of all that is not
-    training; the first of two, which warms up, does not count."""
-    phases = Phases(process.device)
-    draw = Draw(STEP, program.plan.step.num_prompts)
+    training: of the second of two times, as the first one warms up."""
+    draw, phases = Draw(STEP, program.plan.step.num_prompts), Phases(process.device)
     prompts, _ = step_prompts(program.plan.prompts, process, draw, program.pass_rates)
     sync(program)
+    taken: list[float] = []
     for _ in range(2):
-        phases.seconds()
-        wave = groups_of(program, process, phases, STEP, prompts).wave
-        with phases("sync"):
+        with stopwatch(taken):
+            wave = groups_of(program, process, phases, STEP, prompts).wave
             sync(program)
             weights_digest(program)
-    return half_right(wave), sum(phases.seconds().values())
+    return half_right(wave), taken[-1]
 
 
 def half_right(wave: Wave) -> Wave:
