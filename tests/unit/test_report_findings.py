@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from mesh.runs.warnings import KINDS
-from tools.report import findings, machine_findings, rank_findings
+from tools.report import findings, rank_findings, run_findings
 from tools.report.curves import points_of
 from tools.report.findings import WARNED, Evidence, findings_of
-from tools.report.machine_findings import ALL
 from tools.report.rank_findings import TAKE_TURNS
 from tools.report.reading import Run
+from tools.report.run_findings import ALL
 from tools.report.signals import Signal
 from tools.report.timeline import RankStep, TimelineStep
 
@@ -240,7 +240,7 @@ def test_every_warning_of_a_run_is_a_finding():
 
 
 def test_the_documentation_lists_every_finding():
-    sources = [Path(one.__file__) for one in (findings, machine_findings, rank_findings)]
+    sources = [Path(one.__file__) for one in (findings, run_findings, rank_findings)]
     text = "".join(path.read_text() for path in sources)
     titles = set(re.findall(r"(?:BAD|WARN|INFO)(?: if [^,]+ else \w+)?,\s+\"([A-Z][^\"]+)\"", text))
     titles |= {title for _, title, _ in WARNED.values()} | set(CASES)

@@ -88,3 +88,15 @@ def test_phases_that_ranks_run_at_once_count_once(tmp_path):
     (run_dir / "metrics.jsonl").write_text("".join(lines[1:]))
     fact = facts_of(run_dir)["Wall time"]
     assert (fact["value"], fact["note"]) == ("6.6 s", "all logged steps, 0.73 s a step")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (("model.path=null", "model.flavor=0.6B"), "random weights"),
+        (("model.path=/m/Smol",), "/m/Smol"),
+        (("model.path=/m/Smol", "model.init=random"), "random weights, shape of /m/Smol"),
+    ],
+)
+def test_the_model_says_where_its_weights_came_from(tmp_path, words, note):
+    assert facts_of(make_run(tmp_path / "run", steps=3, words=words))["Model"]["note"] == note

@@ -20,6 +20,7 @@ from mesh.config.sections import LogConf
 from mesh.runs import feeds as feeds_module
 from mesh.runs import metrics as metrics_module
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.samples import read_samples
 
 BOTH, BOARD = LogConf(wandb="mine"), LogConf()
 OURS = LogConf(tensorboard=False, wandb="mine")
@@ -83,6 +84,21 @@ def test_an_outage_is_a_warning_and_a_number_in_the_last_line(
     last = out.splitlines()[-1]
     assert f"  W&B failed {times} time{plural} ({first})  run {tmp_path}" in last
     assert len(service.logged) == (3 if where in ("log", "finish") else 0)
+
+
+def test_samples_that_cannot_be_drawn_cost_the_tracker_its_table(tmp_path, monkeypatch, capsys):
+    """The samples file has them, the tracker has the numbers, and the run goes on."""
+    service = offered(monkeypatch, Service())
+    row = {"split": "train", "set": "", "prompt_id": 0, "sample_id": 0, "reward": None}
+    with MetricsLogger(tmp_path, OURS, rank=0, steps=2) as logger:
+        for step in (1, 2):
+            logger.log(step, {"loss": 1.0}, [row], {"reward": [1.0]})
+            logger.mark().size(10)
+    assert [found["step"] for found in read_samples(tmp_path)] == [1, 2]
+    assert service.logged == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]
+    out, err = capsys.readouterr()
+    assert err.count("W&B failed (TypeError: ") == 1 == len(err.splitlines())
+    assert "W&B failed 2 times (" in out.splitlines()[-1]
 
 
 def test_one_that_works_gets_every_step_and_nothing_is_said(tmp_path, monkeypatch, capsys):

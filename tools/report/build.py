@@ -19,9 +19,9 @@ from tools.report.findings import Evidence, findings_of
 from tools.report.headline import headline_of, is_done
 from tools.report.hiding import hidden
 from tools.report.intervals import intervals_of
-from tools.report.machine_findings import ALL
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
+from tools.report.run_findings import ALL
 from tools.report.samples import BUDGET, samples_of
 from tools.report.scrubbing import scrubbed
 from tools.report.settings import config_of, environment_of

@@ -27,7 +27,7 @@ def headline_of(
     name, first, last = result(points)
     facts = [
         fact("Task", text(run.settings.get("task", "unknown")), arguments(run, "task_args")),
-        fact("Model", model(run), text(run.settings.get("model.path", ""))),
+        fact("Model", model(run), weights(run)),
         fact("Algorithm", text(run.settings.get("loss", "unknown")), batch(run)),
         *result_facts(points, intervals),
         fact("Steps", steps(run), ending(run)),
@@ -90,6 +90,15 @@ def model(run: Run) -> str:
         return PurePath(path.removeprefix("package:")).name
     flavor = text(run.settings.get("model.flavor", "unknown"))
     return f"Qwen3 {flavor}" if flavor != "unknown" else "an unknown model"
+
+
+def weights(run: Run) -> str:
+    """Where the first weights came from."""
+    path = text(run.settings.get("model.path", ""))
+    if path == "null":
+        return "random weights"
+    drawn = run.settings.get("model.init") == "random"
+    return f"random weights, shape of {path}" if drawn else path
 
 
 def arguments(run: Run, prefix: str) -> str:

@@ -18,6 +18,7 @@ SPEED = (
     (r"host_gb", "Host memory", "GB", 1.0, True),
 )
 SMALLER = {"s": "ms", "GB": "MB", "GB/s": "MB/s"}
+RATES = tuple(unit for unit in (*(row[2] for row in SPEED), *SMALLER.values()) if "/" in unit)
 LEAST = 0.1  # of a unit: less is told in the smaller one
 
 

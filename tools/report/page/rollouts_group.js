@@ -2,9 +2,9 @@
 "use strict";
 
 Report.rolloutGroup = (() => {
-  const R = Report.rolloutRows;
-  const T = Report.rolloutText;
-  const V = Report.rolloutValues;
+  const R = Report.groups;
+  const T = Report.printable;
+  const V = Report.levels;
   const el = Report.el;
   const FIRST = 8; // answers that are shown before the others are asked for
   const WHY = {

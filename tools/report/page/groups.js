@@ -1,7 +1,7 @@
 // Rollouts as groups and questions: pure functions of the rows of a run.
 "use strict";
 
-Report.rolloutRows = (() => {
+Report.groups = (() => {
   const CUT = {
     length: "cut at the most new tokens",
     context: "cut: the context is full",
