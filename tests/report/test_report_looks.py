@@ -140,6 +140,24 @@ def test_the_names_of_results_stay_when_a_wide_table_moves(browser, compared):
     assert places[0] == 80 and places[1] == places[2]
 
 
+def test_a_tap_keeps_the_values_of_a_step(browser, report, made):
+    """A finger that has left the chart points at nothing any more."""
+    browser.open(report(made["tiny"].path), width=400)
+    reading = "document.querySelector('[data-chart=reward] .reading').textContent"
+    last, third = (made["tiny"].metrics[step]["reward/mean"] for step in (-1, 3))
+    assert float(browser.value(reading)) == pytest.approx(last, rel=1e-3)
+    browser.script("""
+        const svg = document.querySelector("[data-chart=reward] svg");
+        const box = svg.getBoundingClientRect();
+        const dots = svg.querySelector("path.dots").getAttribute("d").split("M").slice(1);
+        const x = box.left + Number(dots[2].split(" ")[0]) * box.width / svg.viewBox.baseVal.width;
+        const where = {clientX: x, clientY: box.top + 20, pointerType: "touch", bubbles: true};
+        for (const name of ["pointerdown", "pointerup", "pointerleave"])
+            svg.dispatchEvent(new PointerEvent(name, where));""")
+    assert browser.value("location.hash").endswith("mark=3")
+    browser.wait_for(f"Math.abs(Number({reading}) - {third}) < 1e-3")
+
+
 def test_the_timeline_names_the_roles_of_ranks_on_a_phone(browser, report, made):
     browser.open(report(made["split"].path), width=400)
     labels = browser.value(

@@ -256,16 +256,17 @@ Report.charts = (() => {
     drawReadings(chart);
   }
 
-  // The value of each series at the step in focus; the last one otherwise.
+  // The value of each series at the step in focus, else at the marked one; the last one otherwise.
   function drawReadings(chart) {
     const p = chart.plan;
     const far = 0.02 * (p.range[1] - p.range[0]);
+    const step = focus === null ? numberIn("mark") : focus;
     chart.readings.forEach((reading, k) => {
       const series = chart.spec.series[k];
-      const found = at(series, focus === null ? Infinity : focus);
-      const apart = found && focus !== null && Math.abs(found.step - focus) > far;
+      const found = at(series, step === null ? Infinity : step);
+      const apart = found && step !== null && Math.abs(found.step - step) > far;
       let text = found ? format(chart.spec, found.value) : "no values";
-      if (found && focus !== null && series.low && finite(series.low[found.place]))
+      if (found && step !== null && series.low && finite(series.low[found.place]))
         text += ` (${format(chart.spec, series.low[found.place])} to ${format(chart.spec, series.high[found.place])})`;
       reading.textContent = text + (apart ? ` at ${found.step}` : "");
     });
