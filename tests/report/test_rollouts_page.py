@@ -54,7 +54,6 @@ FILTERS: list[tuple[dict[str, str], Callable[[Row], bool]]] = [
     ({"kept": "best"}, lambda row: row["chosen"] == "best"),
     ({"kept": "best", "min": "1"}, lambda row: row["chosen"] == "best" and row["reward"] >= 1),
     ({"q": "EA"}, lambda row: "ea" in text_of(row)),
-    ({"q": "AE"}, lambda row: "ae" in text_of(row)),  # in answers, where prompts have none
     ({"q": "nowhere"}, lambda row: False),
     ({"split": "eval"}, lambda row: row["split"] == "eval"),
     ({"step": "8", "finish": "stop", "q": "a"},
@@ -87,6 +86,15 @@ def test_filters_find_the_rollouts_of_the_samples(browser, report, made, filters
     browser.driver.find_element("id", "rollouts-clear").click()
     counted(browser, len(rows), len(set(map(group_of, rows))), len(rows))
     assert browser.errors() == []
+
+
+def test_the_text_filter_looks_into_solutions(browser, report, made):
+    rows = rows_of(made["diverged"].path)
+    said = {row["answer"]: row["prompt"] + row["response"] for row in rows}
+    text = next(answer for answer in said if answer not in said[answer] and len(answer) > 2)
+    wanted = [row for row in rows if text in text_of(row)]
+    browser.open(report(made["diverged"].path), f"#rollouts?q={text}")
+    counted(browser, len(wanted), len(set(map(group_of, wanted))), len(rows))
 
 
 def some_row(rows: list[Row], keeps: Callable[[Row], bool]) -> Row:
