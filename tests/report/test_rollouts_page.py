@@ -193,7 +193,7 @@ def test_tokens_of_a_reply_have_no_number(browser, report, made):
 
 def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, made):
     rows = rows_of(made["tiny"].path)
-    row = some_row(rows, lambda row: row["chosen"] == "best")
+    row = some_row(rows, lambda row: row["chosen"] == "worst" and row["reward"] > 0)
     group = [one for one in rows if group_of(one) == group_of(row)]
     browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}&colour=none")
     assert len(group) == 8
@@ -210,6 +210,12 @@ def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, mad
         f"[...{DETAIL}.querySelectorAll('[data-sample]')].map((n) => n.dataset.sample)"
     )
     assert list(map(int, order)) == list(range(8))
+    strip = f"""document.querySelector(
+        '#rollouts-list [data-group="{group_of(row)}"] .ro-strip').getAttribute('aria-label')"""
+    rewards = browser.value(strip).removeprefix("rewards ").split(", ")
+    in_order = [one["reward"] for one in sorted(group, key=lambda one: one["sample_id"])]
+    assert list(map(float, rewards)) == pytest.approx(in_order, abs=1e-3)
+    assert in_order != in_order[::-1], "and the other way round it would be another list"
 
 
 SORTS: dict[str, Callable[[list[Row]], float]] = {
