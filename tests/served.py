@@ -42,6 +42,8 @@ def entry_points(place: Path) -> Path:
 def environment(place: Path) -> dict[str, str]:
     """A user's, without what our own engine tells vLLM."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    machine = "VLLM_USE_FLASHINFER_SAMPLER"  # of a machine that has no flashinfer, not of ours
+    kept |= {machine: os.environ[machine]} if machine in os.environ else {}
     return kept | {
         "PYTHONPATH": os.pathsep.join(
             [

@@ -33,6 +33,12 @@ def peak_rss(pid: int) -> int:
     return 0
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of all threads of a process so far [s], without that of its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def states_of(pid: int) -> dict[int, str]:
     """States of a process's threads by thread id, as in proc(5); the main thread has the id `pid`.
     Empty if the process is gone."""

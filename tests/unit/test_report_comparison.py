@@ -58,6 +58,11 @@ def test_the_first_difference_is_that_of_compare_runs(runs):
         "text": f"{expected.key} of step 4 is the first that differs.",
     }  # fmt: skip
     assert "equal to the bit before step 4" in found["text"]
+    change(runs[1], 0, eval__accuracy=0.5)
+    assert report_data(runs)["comparison"]["text"] == (
+        "The metrics differ from their first line on: eval/accuracy of step 0 is the first that "
+        "differs."
+    )
 
 
 def test_of_three_runs_the_earliest_difference_counts(runs, tmp_path):
@@ -118,6 +123,9 @@ def test_l2_is_known_from_the_runs_own_tokens():
     assert row(with_differences(0.0, 1e-7, batch_invariant="false"), "L2")[0] == "off"
     assert row(with_differences(), "L2")[0] == "unknown"
     assert row(Run(Path("nowhere")), "L1") == ("unknown", "The configuration cannot be read.")
+    run = with_differences(1e-7)
+    run.settings.clear()
+    assert row(run, "L2")[0] == "unknown" and "was on is not known" in row(run, "L2")[1]
 
 
 def test_l2_is_not_known_from_steps_that_compared_no_token():

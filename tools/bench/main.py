@@ -21,12 +21,12 @@ import torch
 
 from mesh.config.loading import load_conf
 from mesh.lifecycle.process import start
-from mesh.model.families import shape_of_flavor
 from mesh.program.assembly import Program, assemble, check, sync
 from mesh.types import Request, Sampling
 from tools.bench.measured_run import MeasuredRun, run_recipe
 from tools.bench.report import hardware, print_row
-from tools.bench.vocabulary import write_tokenizer
+from tools.bench.sizes import ON_GPU
+from tools.bench.vocabulary import with_tokenizer
 
 START_BELOW = 0.35
 END_AT_LEAST = 0.85
@@ -162,12 +162,7 @@ def tokens_per_second(program: Program) -> float:
 
 def bench_gpu(words: list[str], runs: Path) -> None:
     """Qwen3-0.6B from random weights on one GPU; figures without targets."""
-    sizes = ["steps=10", "generator.max_sequences=512", "num_prompts=64", "group_size=8"]
-    given = ["conf=qwen3", "model.init=random", "generator.max_new_tokens=256", *sizes, *words]
-    model = load_conf(given)[1].model
-    if model.path is None and model.tokenizer is None:
-        write_tokenizer(runs / "tokenizer", shape_of_flavor(model.flavor).vocab_size)
-        given.append(f"model.tokenizer={runs / 'tokenizer'}")
+    given = with_tokenizer([*ON_GPU, "steps=10", *words], runs / "tokenizer")
     run = run_recipe("grpo", 1, given, runs / "gpu")
     phases = ("generate", "exchange", "train", "sync")
     steps = [m for m in run.metrics if "seconds/train" in m]

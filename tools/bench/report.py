@@ -1,8 +1,10 @@
-"""Lines of a benchmark's report: the machine, and rows of a Markdown table."""
+"""Lines of a benchmark's report: the machine, rows of a Markdown table, ratios."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from statistics import median
 
 import torch
 
@@ -21,3 +23,8 @@ def hardware() -> str:
 def print_row(*cells: str) -> None:
     """A row of a Markdown table, as it goes into LOG.md."""
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median of paired ratios, and the smallest and largest one."""
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"

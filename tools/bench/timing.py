@@ -32,6 +32,11 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def paired(*functions: Callable[[], object], repeats: int) -> list[float]:
     """Median seconds of each function over `repeats` turns, after a warm-up turn."""
+    return [median(taken) for taken in in_turn(*functions, repeats=repeats)]
+
+
+def in_turn(*functions: Callable[[], object], repeats: int) -> list[list[float]]:
+    """Seconds of each function in each of `repeats` turns, after a warm-up turn."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
@@ -39,7 +44,7 @@ def paired(*functions: Callable[[], object], repeats: int) -> list[float]:
         for taken, function in zip(times, functions, strict=True):
             with stopwatch(taken):
                 function()
-    return [median(taken) for taken in times]
+    return times
 
 
 @contextmanager

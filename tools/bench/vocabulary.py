@@ -7,8 +7,11 @@ the response within some hundred tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from mesh.model.families import shape_of_flavor
+from mesh.program.assembly import read_command
 from mesh.text.tokenizer import make_character_tokenizer
 
 KNOWN, ROWS = 151_669, 151_936  # tokens of Qwen3's tokenizer, and rows of its models
@@ -28,3 +31,13 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     others = range(len(vocabulary), known_ids(vocab_size))
     tokenizer["model"]["vocab"] |= {f"<{token_id}>": token_id for token_id in others}
     path.write_text(json.dumps(tokenizer))
+
+
+def with_tokenizer(words: Sequence[str], directory: Path) -> list[str]:
+    """A recipe's arguments; where they name neither a model nor a tokenizer, with one that is
+    written to `directory`. Ones that cannot be read end the process."""
+    model = read_command(list(words))[1].model
+    if model.path is not None or model.tokenizer is not None:
+        return list(words)
+    write_tokenizer(directory, shape_of_flavor(model.flavor).vocab_size)
+    return [*words, f"model.tokenizer={directory}"]

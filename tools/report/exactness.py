@@ -142,6 +142,8 @@ def measured(run: Run, points: Points, switched: bool) -> tuple[str, str] | None
         return "no", f"logprob_diff/max is not finite in {len(values) - len(known):,} steps."
     largest = max(known)
     how = f"logprob_diff/max is above 0 from step {first} on, at most {largest[0]:.1e}"
+    if "batch_invariant" not in run.settings:
+        return "unknown", f"{how} (step {largest[1]}); whether batch_invariant was on is not known."
     return ("no" if switched else "off"), f"{how} (step {largest[1]})."
 
 

@@ -20,10 +20,11 @@ Report.rolloutList = (() => {
     const bars = shown.map((row) => {
       const share = shareOf(row.reward, range);
       const kind = R.isTruncated(row) ? "cut" : row.correct === true ? "right" : "";
-      return Report.el("i", {class: kind || null, style: `--share:${share.toFixed(3)}`});
+      const greedy = row.sample_id < 0 && rows.length > 1 ? "greedy" : "";
+      return Report.el("i", {class: [kind, greedy].filter(Boolean).join(" ") || null, style: `--share:${share.toFixed(3)}`});
     });
     const words =
-      `rewards ${shown.map((row) => score(row.reward)).join(", ")}` +
+      `rewards ${shown.map((row) => (row.sample_id < 0 ? "greedy " : "") + score(row.reward)).join(", ")}` +
       (rows.length > BARS ? ` and ${rows.length - BARS} more` : "");
     return Report.el("span", {class: "ro-strip", role: "img", "aria-label": words, title: words}, bars);
   }
