@@ -215,6 +215,7 @@ def test_the_file_is_a_function_of_its_content(tmp_path):
                 metrics.log(step, {}, [row for group in groups for row in group])
     a, b = ((tmp_path / name / SAMPLES).read_bytes() for name in "ab")
     assert a == b
+    assert a[4:8] == bytes(4), "no time"
     expected = [{"step": step} | row for step in (1, 2) for group in groups for row in group]
     assert rows(tmp_path / "a") == expected
     assert len(list(members(tmp_path / "a" / SAMPLES))) == 6, "a member for each group"
@@ -278,6 +279,8 @@ def test_a_torn_member_is_ignored_where_a_run_was_killed(tmp_path):
     path.write_bytes(whole[0] + b"no member" + whole[1])
     with pytest.raises(ValueError, match="samples.jsonl.gz: is damaged"):
         read_samples(tmp_path, killed=True)
+    path.write_bytes(member_of([{"step": 1, "turns": None, "reward": 0.0}]))
+    assert read_samples(tmp_path) == [{"step": 1, "reward": 0.0}], "what is null is absent"
     path.unlink()
     with pytest.raises(ValueError, match="samples.jsonl.gz: No such file"):
         read_samples(tmp_path)

@@ -120,6 +120,20 @@ def test_one_that_hangs_holds_up_nothing(tmp_path, monkeypatch, capsys, where):
     assert "W&B failed 1 time (" in out
 
 
+def test_one_that_is_far_behind_misses_steps_and_holds_up_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feeds_module, "WAITING", 2)
+    monkeypatch.setattr(metrics_module, "FINISH_SECONDS", 0.2)
+    service = offered(monkeypatch, Service(hangs="log"))
+    run = threading.Thread(target=logged, args=(tmp_path, OURS, 9), daemon=True)
+    run.start()
+    run.join(20)
+    held_up = run.is_alive()
+    service.release.set()
+    run.join()
+    assert not held_up
+    assert "W&B failed (RuntimeError: it is 2 steps behind)" in capsys.readouterr().err
+
+
 def test_one_whose_start_hangs_holds_up_the_run_for_a_bounded_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feeds_module, "START_SECONDS", 0.2)
     monkeypatch.setattr(metrics_module, "FINISH_SECONDS", 0.2)

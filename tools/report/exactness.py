@@ -40,7 +40,8 @@ def exactness_of(run: Run, points: Points) -> list[Row]:
         also = rows["L2"][1] if rows["L2"][0] == "yes" and own[0] == "yes" else ""
         rows["L2"] = own[0], "; ".join(filter(None, [own[1], also]))
     rows["L4"] = "off", "Not promised: another layout sums gradients in another order."
-    rows["L5"] = resumed(run)
+    if switched:
+        rows["L5"] = resumed(run)
     if run.settings and str(run.settings.get("engine", "native")) == "native":
         rows["L6"] = "off", "The run used the native engine."
     return [
