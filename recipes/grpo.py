@@ -110,7 +110,9 @@ def main(argv: list[str]) -> None:
                 with phases("eval"):
                     record = held_out(program, process, results_file(conf, run_dir, 0))
                 measured = timings(0, record.metrics)
-                logger.log(0, record.metrics | measured, together(process, 0, record.samples))
+                logger.log(
+                    0, record.metrics | measured, together(process, conf.seed, 0, record.samples)
+                )
                 stopping.see(0, record.metrics)
                 with phases("checkpoint"):
                     checkpoints.consider(0, record.metrics, save)
@@ -126,7 +128,7 @@ def main(argv: list[str]) -> None:
                 trim(step + 1)
                 metrics = record.metrics | timings(step + 1, record.metrics)
                 with phases("log", host=True):
-                    samples = together(process, step, record.samples)
+                    samples = together(process, conf.seed, step, record.samples)
                     logger.log(step + 1, metrics, samples, record.histograms)
                 stopping.see(step + 1, metrics)
                 stop = process.should_stop()

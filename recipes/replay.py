@@ -70,7 +70,7 @@ def run_again(program: Program, process: Process, steps: range, evaluates: bool)
         record += held_out(program, process)
     rows = [
         row_of(plan.tokenizer, plan.step.log_tokens, one)
-        for one in together(process, step, record.samples)
+        for one in together(process, plan.step.seed, step, record.samples)
     ]
     return as_logged(process.from_rank0(record.metrics), process.from_rank0(rows))
 

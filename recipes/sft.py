@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
             process.listen()
             sync(program)
             record = held_out(program, process)
-            logger.log(0, record.metrics, together(process, 0, record.samples))
+            logger.log(0, record.metrics, together(process, conf.seed, 0, record.samples))
             steps = range(conf.steps)
             for step in profiled(steps, conf.profile, run_dir, process, logger.leave_out):
                 prompts, drawn = prompts_of(conf, plan.prompts, process, examples, step)
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
                     sync(program)
                     record += held_out(program, process)
                 trim(step + 1)
-                samples = together(process, step, record.samples)
+                samples = together(process, conf.seed, step, record.samples)
                 logger.log(step + 1, record.metrics | measured, samples)
                 if process.should_stop():
                     break

@@ -6,8 +6,8 @@ the index records where each block is, with the length and SHA-256 of every file
 rank of any other mesh reads the intersection of its blocks with the stored ones, by the same plan
 that reshards weights (`mesh/layout/reshard.py`).
 
-Files are always created (an existing file or link is an error), under the user's umask, and are on
-disk before their checksum counts.
+Files are always created (an existing file or link is an error), but for the copy of the logs, under
+the user's umask, and are on disk before their checksum counts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mesh.lifecycle.files import sync_path
 from mesh.lifecycle.heartbeat import heartbeat
 from mesh.model.safetensors_files import header_of, is_file_name
 
-FORMAT = 4  # of the index and the files; raise it with every incompatible change
-READABLE = (3, FORMAT)  # 3 neither names the best model's metric nor holds unlogged steps
+FORMAT = 5  # of the index and the files; raise it with every incompatible change
+READABLE = (3, 4, FORMAT)  # with a copy of the logs in each; 3 without the best model's metric
 INDEX = "index.json"
 READ_BYTES = 1 << 22
 DTYPES = {
@@ -183,13 +183,15 @@ def entry_of(stored: Mapping[str, Any]) -> Entry:
     return Entry(stored["bytes"], stored["sha256"], blocks)
 
 
-def file_problem(path: Path, entry: Entry) -> str | None:
+def file_problem(path: Path, entry: Entry, whole: bool = True) -> str | None:
     """Damage of a file that an index names: missing, a link, truncated, other bytes. None: it is
-    intact. Raises OSError if it cannot be read."""
+    intact. Not whole: more may follow. Raises OSError if it cannot be read."""
     digest, length = hashlib.sha256(), 0
     try:
         with open(path, "rb", opener=no_link) as file:
-            while piece := file.read(READ_BYTES):
+            while piece := file.read(
+                READ_BYTES if whole else min(READ_BYTES, entry.bytes - length)
+            ):
                 digest.update(piece)
                 heartbeat()
                 length += len(piece)

@@ -6,7 +6,7 @@ rank writes into `checkpoints/step-N.partial` while training continues. Once all
 directory with that name is complete, even after a power loss. A checkpoint holds what the next step
 needs and cannot recompute: fp32 weights and AdamW's moments. Prompts and random numbers are
 functions of (seed, step); frozen models are read again from their directories, and only their
-digest is stored. It also holds the run's logs (`logs.py`) and its best evaluation (`best.py`).
+digest is stored. A copy of the run's logs (`logs.py`) and its best model (`best.py`) are elsewhere.
 
 The run directory must be visible to all ranks.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mesh.checkpoint.best import BestModel, Save, best_steps_in
-from mesh.checkpoint.files import Entry, Index, file_problem, write_index
+from mesh.checkpoint.files import Entry, Index, write_index
 from mesh.checkpoint.folder import (
     OLD,
     PARTIAL,
@@ -33,7 +33,7 @@ from mesh.checkpoint.folder import (
     remove,
     steps_in,
 )
-from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs
+from mesh.checkpoint.logs import KEPT_LOGS, copy_jobs, log_sizes, restore_logs, stored_problem
 from mesh.checkpoint.pass_rates import rates_job, read_rates
 from mesh.checkpoint.rescue import Rescue, first_held
 from mesh.checkpoint.same_run import (
@@ -198,7 +198,7 @@ class Checkpointer:
         tensors = host_copies(self.trainer, own)
         jobs = rates_job(folder, self.pass_rates.kept if self.process.rank == 0 else None)
         sizes = log_sizes(self.run_dir, self.samples())
-        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, folder, self.logs, sizes(None))))
+        self._on_rank0(lambda: jobs.update(copy_jobs(self.run_dir, self.logs, sizes(None))))
         if tensors:  # none off the trainer, or if others write the replicas
             file = folder / f"rank-{self.process.rank}.safetensors"
             jobs[file] = partial(write_blocks, tensors, own)
@@ -264,7 +264,7 @@ class Checkpointer:
         if index is None:
             return None, [wrong]
         names = sorted(index.files)[self.process.rank :: self.process.world_size]
-        found = [file_problem(path / name, index.files[name]) for name in names]
+        found = [stored_problem(path, name, index.files[name], self.run_dir) for name in names]
         problems = [line for part in self.process.gather(found) for line in part if line]
         return (None, problems) if problems else (index, [])
 

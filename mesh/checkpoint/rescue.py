@@ -168,7 +168,7 @@ class Rescue:
         """Make the directory, and add what copies the logs; the reason if that fails."""
         try:
             sizes = rest.logs(HOLD_SECONDS)
-            jobs |= copy_jobs(self.keeper.run_dir, folder, self.keeper.logs, sizes)
+            jobs |= copy_jobs(self.keeper.run_dir, self.keeper.logs, sizes)
             jobs |= rates_job(folder, rest.rates)
             prepare(folder.parent)
             folder.mkdir()

@@ -215,7 +215,10 @@ class LogConf:
         ge=-1,
     )
     samples_mb: float = key(
-        100, "most bytes of samples.jsonl.gz [1e6]; groups beyond its pace are left out", gt=0
+        100,
+        "most bytes of samples.jsonl.gz [1e6]; a run that would need more keeps the rollouts of "
+        "some steps only, at even distances to its end",
+        gt=0,
     )
     tokens: bool = key(True, "samples.jsonl.gz has token ids, texts, logprobs and entropies too")
     timeline: bool = key(

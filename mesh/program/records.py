@@ -113,8 +113,8 @@ def column_of(name: str, values_A: torch.Tensor, rollout: Rollout) -> Numbers:
     return {"logprob_diffs": (values_A - generator_A).tolist()}
 
 
-def together(process: Process, step: int, mine: Sequence[Record]) -> list[Record]:
+def together(process: Process, seed: int, step: int, mine: Sequence[Record]) -> list[Record]:
     """All ranks' records of a step, on rank 0, in the order in which they are kept; none elsewhere.
     Collective."""
     found = [record for share in process.to_rank0(list(mine)) for record in share]
-    return sorted(found, key=lambda record: place_of(record, step))
+    return sorted(found, key=lambda record: place_of(record, seed, step))

@@ -74,13 +74,13 @@ def chosen_groups(
     return dict(list(found.items())[: max(1, most // group_size)])
 
 
-def place_of(record: Record, step: int) -> tuple[int, str, int, int, int]:
+def place_of(record: Record, seed: int, step: int) -> tuple[int, str, int, int, int]:
     """The place of a record among those of its step: the best group, the worst one, and random ones
-    in an order of chance, as what comes last may be left out of the file; then evaluation sets by
-    name."""
+    in the order in which they were drawn, as what comes last may be left out of the file; then
+    evaluation sets by name."""
     order = (BEST, WORST, RANDOM, ALL, FIXED).index(record["chosen"])
     prompt_id, sample_id = record["prompt_id"], record["sample_id"]
-    chance = hashed(step, prompt_id) if record["chosen"] == RANDOM else 0
+    chance = hashed(seed, step, prompt_id) if record["chosen"] == RANDOM else 0
     return order, record["set"], chance, prompt_id, sample_id
 
 

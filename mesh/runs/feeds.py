@@ -11,6 +11,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,11 @@ class Trackers:
         self._feeds = [Feed(name, make) for name, make in makers.items()]
 
     def log(self, step: int, entry: Entry) -> None:
-        """Tell all trackers of a step, once, a few of its samples among it; returns at once."""
-        if not self._feeds:
-            return
-        due = entry.samples and table_is_due(step, self._steps)
-        samples = excerpts(entry.samples) if due else ()
-        values = {
-            name: [value for value in values if math.isfinite(value)]
-            for name, values in entry.histograms.items()
-        }
-        histograms = {name: finite for name, finite in values.items() if finite}
+        """Tell all trackers of a step, once; returns at once."""
+        if not table_is_due(step, self._steps):
+            entry = replace(entry, samples=())
         for feed in self._feeds:
-            feed.log(step, Entry(entry.scalars, histograms, samples))
+            feed.log(step, entry)
 
     def close(self, seconds: float) -> None:
         """Have each finish, but wait no longer than this for it."""
@@ -116,8 +110,12 @@ class Feed:
         if tracker is None:
             return
         while (item := self._queue.get()) is not None:
+            step, entry = item
+            told = Entry(entry.scalars)
             with self._outage():
-                tracker.log(*item)
+                told = drawn(entry)
+            with self._outage():
+                tracker.log(step, told)
         with self._outage():
             tracker.close()
 
@@ -146,3 +144,13 @@ class Feed:
             lines = str(error).strip().splitlines() or [""]
             self.first = f"{type(error).__name__}: {lines[0]}"
             say(f"{self.name} failed ({self.first}); the run goes on, and metrics.jsonl has it all")
+
+
+def drawn(entry: Entry) -> Entry:
+    """What a tracker shows of an entry: a few of its samples, and histograms of finite values."""
+    values = {
+        name: [value for value in values if math.isfinite(value)]
+        for name, values in entry.histograms.items()
+    }
+    histograms = {name: finite for name, finite in values.items() if finite}
+    return Entry(entry.scalars, histograms, excerpts(entry.samples))

@@ -21,7 +21,8 @@ from mesh.runs.feeds import Trackers
 from mesh.runs.lines import line_of, plain
 from mesh.runs.live import open_progress
 from mesh.runs.progress import Metrics, Pace, clock
-from mesh.runs.samples import SAMPLES, Mark, Row, SampleFile, pace
+from mesh.runs.samples import SAMPLES, Mark, Row, SampleFile
+from mesh.runs.thinning import Thinning
 from mesh.runs.trackers import Entry
 from mesh.runs.warnings import StepWarnings
 
@@ -59,7 +60,8 @@ class MetricsLogger:
             self._last = last_logged(run_dir / "metrics.jsonl")
         self._trackers = Trackers(run_dir, conf, steps, config or {}, first)
         self._metrics_file = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115
-        self._samples = SampleFile(run_dir / SAMPLES, row_of, pace(conf.samples_mb, steps))
+        thinning = Thinning(conf.samples_mb * 1e6, steps)
+        self._samples = SampleFile(run_dir / SAMPLES, row_of, thinning)
         self._pace = Pace(steps, step=first)
         self._progress = open_progress(self._pace, run_dir, conf.progress)
 
@@ -91,7 +93,7 @@ class MetricsLogger:
         warnings = self._warnings.see(step, metrics)
         if self._samples.left_out and not self._told:
             self._told = True
-            warnings = [*warnings, beyond_pace(step, self._conf.samples_mb)]
+            warnings = [*warnings, thinned(step, self._conf.samples_mb)]
         for text in warnings:
             print(text, flush=True)
 
@@ -162,11 +164,11 @@ def _of_eval(metrics: Metrics) -> Metrics:
     return {key: value for key, value in metrics.items() if key.startswith("eval/")}
 
 
-def beyond_pace(step: int, most: float) -> str:
+def thinned(step: int, most: float) -> str:
     """The warning that samples are left out."""
     return (
-        f"warning: {SAMPLES} grows faster than log.samples_mb={most:g} allows, up to step {step}, "
-        "so some groups are left out of it; raise it, or lower log.samples"
+        f"warning: {SAMPLES} grows faster than log.samples_mb={most:g} allows, so from step {step} "
+        "on it has the rollouts of some steps only; raise it, or lower log.samples"
     )
 
 

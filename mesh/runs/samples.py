@@ -9,15 +9,18 @@ many steps behind; a checkpoint, for what came before it.
 from __future__ import annotations
 
 import gzip
+import json
 import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from contextlib import contextmanager
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mesh.runs.lines import line_of, lines_in, read_lines
+from mesh.runs.thinning import TRAIN, Kind, Thinning
 
 SAMPLES, OLD_SAMPLES = "samples.jsonl.gz", "samples.jsonl"
 """The file of a run, and of runs from before it was compressed."""
@@ -65,11 +68,11 @@ class SampleFile:
         self,
         path: Path,
         row_of: Callable[[Row], Row],
-        most_bytes: Callable[[int], float],
+        thinning: Thinning,
     ) -> None:
-        """row_of: makes the line of a record; most_bytes: bound of the file after a step."""
+        """row_of: makes the line of a record; thinning: says what the file keeps."""
         self.path, self.left_out = path, 0
-        self._row_of, self._most_bytes = row_of, most_bytes
+        self._row_of, self._thinning = row_of, thinning
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115
         self._size, self._error = self._file.tell(), ""
         self._queue: queue.Queue[Step | Mark | None] = queue.Queue(WAITING)
@@ -102,33 +105,53 @@ class SampleFile:
             raise RuntimeError(self._error)
 
     def _run(self) -> None:
+        with self._failing("cannot be read"):
+            self._recall()
         while (what := self._queue.get()) is not None:
             if isinstance(what, Mark):
                 what.reach(self._size, self._error)
             elif not self._error:
-                self._try(*what)
+                step, records, seen = what
+                with self._failing(f"step {step} cannot be written"):
+                    seen(self._write(step, records))
         self._file.close()
 
-    def _try(self, step: int, records: Sequence[Row], seen: Seen) -> None:
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Keep an error, as a thread has nobody to raise it to."""
         try:
-            seen(self._write(step, records))
+            yield
         except OSError as error:
             self._error = f"{self.path}: cannot be written ({error.strerror})"
-        except Exception as error:  # a thread has nobody to raise it to
-            self._error = f"{self.path}: step {step} cannot be written ({error!r})"
+        except Exception as error:
+            self._error = f"{self.path}: {what} ({error!r})"
+
+    def _recall(self) -> None:
+        """Tell what was kept before a resumed run."""
+        for content in members(self.path) if self._size else ():
+            row = json.loads(content[: content.index(b"\n")])
+            self._thinning.kept(kind_of(row), row["step"])
 
     def _write(self, step: int, records: Sequence[Row]) -> list[Row]:
         rows = [{"step": step} | self._row_of(record) for record in records]
-        for _, group in groupby(rows, key=group_of):
-            data = member_of(list(group))
-            if self._size + len(data) > self._most_bytes(step):
-                self.left_out += 1
-                continue
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:]) or 0
-            self._size += len(data)
+        groups = [list(group) for _, group in groupby(rows, key=group_of)]
+        made = [member_of(group) for group in groups]
+        sizes = [(kind_of(group[0]), len(data)) for group, data in zip(groups, made, strict=True)]
+        chosen = self._thinning.choose(step, self._size, sizes)
+        self._append(b"".join(compress(made, chosen)))
+        self.left_out += chosen.count(False)
         return rows
+
+    def _append(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):
+            written += self._file.write(data[written:]) or 0
+        self._size += len(data)
+
+
+def kind_of(row: Mapping[str, Any]) -> Kind:
+    """What a row is of: training, or an evaluation set."""
+    return row.get("split") or TRAIN, row.get("set") or ""
 
 
 def group_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -140,12 +163,6 @@ def member_of(rows: Sequence[Row]) -> bytes:
     """The rows as a gzip member, the same bytes whenever it is made."""
     text = "".join(f"{line_of(row)}\n" for row in rows)
     return gzip.compress(text.encode(), COMPRESSION, mtime=0)
-
-
-def pace(samples_mb: float, steps: int) -> Callable[[int], float]:
-    """The most bytes that the file may have after a step, so that the end of the run has its share:
-    a tenth of `samples_mb` [1e6 bytes] at the start, and more with every step."""
-    return lambda step: samples_mb * 1e6 * (0.1 + 0.9 * min(step / max(steps, 1), 1.0))
 
 
 def read_samples(run_dir: Path, killed: bool = False) -> list[Row]:

@@ -27,7 +27,7 @@ WORDS = [
 
 def steps_saved(path: Path) -> list[str]:
     folder = path / "checkpoints"
-    return sorted(item.name for item in folder.iterdir()) if folder.exists() else []
+    return sorted(item.name for item in folder.glob("step-*")) if folder.exists() else []
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_grpo_ends_after_the_step_with_its_model(tmp_path):
     assert_stopped_and_saved(run_dir, out)
     last = len(lines_of(run_dir / "metrics.jsonl")) - 1
     assert f"to continue after step {last}: resume={run_dir}" in out
-    assert [item.name for item in (run_dir / "checkpoints").iterdir()] == [f"step-{last}"]
+    assert [item.name for item in (run_dir / "checkpoints").glob("step-*")] == [f"step-{last}"]
     assert err.count("stopping at the end of this step; Ctrl-C again ends at once") == 1
 
 

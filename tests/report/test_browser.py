@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 PAGE = """<!doctype html><meta name="viewport" content="width=device-width"><title>t</title>
@@ -46,3 +51,16 @@ def test_a_phone_and_dark_mode_are_emulated(browser, page):
         assert browser.value(background) == color
     browser.open(page(WIDE), width=400)
     assert browser.value("document.scrollingElement.scrollWidth") >= 700
+
+
+def test_a_machine_without_chromium_says_what_was_not_tested(tmp_path):
+    """Also with -q, in the last lines: nobody takes a skipped page for one that works."""
+    test = "test_a_phone_and_dark_mode_are_emulated"
+    made = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test}"],
+        env=os.environ | {"PATH": str(tmp_path)}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = "report page: not tested in a browser: needs Debian's chromium and chromium-driver"
+    assert made.returncode == 0 and "1 skipped" in made.stdout
+    assert [line for line in made.stdout.splitlines() if line.startswith(said)], made.stdout

@@ -46,6 +46,7 @@ def test_the_page_follows_a_run_and_keeps_the_readers_view(browser, made, tmp_pa
         assert (
             browser.value("document.querySelector('#headline [data-done]').dataset.done") == "false"
         )
+        assert "samples.jsonl" in browser.value("document.getElementById('missing').textContent")
         browser.script("window.sameDocument = true; location.hash = '#curves?zoom=reward&mark=3'")
         browser.script("document.querySelector('[data-chart=entropy] summary').click()")
         (run / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
@@ -53,6 +54,8 @@ def test_the_page_follows_a_run_and_keeps_the_readers_view(browser, made, tmp_pa
         browser.wait_for(f"{POINTS} === 12")
         browser.wait_for("document.getElementById('rollouts-count')?.textContent.length > 5")
         assert browser.value("window.sameDocument"), "it was not loaded again"
+        notices = "[...document.querySelectorAll('[id=missing]')].map((one) => one.textContent)"
+        assert not any("samples.jsonl" in notice for notice in browser.value(notices))
         assert browser.value("location.hash") == "#curves?zoom=reward&mark=3"
         large = "document.querySelector('[data-chart=reward]').classList.contains('large')"
         assert browser.value(large)

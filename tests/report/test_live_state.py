@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,44 @@ def test_an_error_of_the_page_is_not_laid_on_the_server(browser, run_dir):
         browser.script("Report.draw = window.draw")
         browser.wait_for(f"{POINTS} === '8'")
         assert browser.value(STATE) == "stopped"
+
+
+def asks(browser, times: int) -> None:
+    """Wait until the page has asked so many times."""
+    until = time.monotonic() + 20
+    while times > 0:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+        times -= len(browser.requests())
+
+
+def test_what_has_not_changed_is_not_drawn_again(browser, run_dir):
+    with watched(run_dir) as server:
+        browser.open(server.url)
+        browser.wait_for(f"{POINTS} === '5'")
+        browser.script("""window.drawn = 0; const draw = Report.draw;
+            Report.draw = (data) => { window.drawn++; draw(data); }""")
+        browser.requests()
+        asks(browser, 4)
+        assert browser.value("window.drawn") == 0
+        grow(run_dir, 8)
+        browser.wait_for(f"{POINTS} === '8'")
+        assert browser.value("window.drawn") == 1
+
+
+def test_a_page_that_nobody_sees_asks_for_nothing(browser, run_dir):
+    with watched(run_dir) as server:
+        browser.open(server.url)
+        browser.wait_for(f"{POINTS} === '5'")
+        browser.script("""window.away = true;
+            Object.defineProperty(document, "hidden", {get: () => window.away})""")
+        time.sleep(1)  # what was asked is answered, and was to be asked again after 0.2 s
+        browser.requests()
+        grow(run_dir, 8)
+        time.sleep(1)
+        assert browser.requests() == [] and browser.value(POINTS) == "5"
+        browser.script("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+        browser.wait_for(f"{POINTS} === '8'")
 
 
 def test_a_file_is_not_live(browser, report, run_dir):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hostile_runs import rows_of
 
+from tools.report.thinning import rounded
+
 Row = dict[str, Any]
 COUNT = "document.getElementById('rollouts-count').textContent"
 LISTED = "[...document.querySelectorAll('#rollouts-list [data-group]')].map((b) => b.dataset.group)"
@@ -18,7 +20,6 @@ DETAIL = "document.getElementById('rollouts-detail')"
 TOKENS = """[...document.querySelectorAll(
     `#rollouts-detail [data-sample="${arguments[0]}"] .ro-turns .ro-t`)].map((token) => [
     token.textContent, token.className, getComputedStyle(token).backgroundColor])"""
-UNLIKELY = 0.99  # probability of a token that is coloured for it
 
 
 def group_of(row: Row) -> str:
@@ -87,45 +88,112 @@ def test_filters_find_the_rollouts_of_the_samples(browser, report, made, filters
     assert browser.errors() == []
 
 
+def test_the_text_filter_looks_into_solutions(browser, report, made):
+    rows = rows_of(made["diverged"].path)
+    said = {row["answer"]: row["prompt"] + row["response"] for row in rows}
+    text = next(answer for answer in said if answer not in said[answer] and len(answer) > 2)
+    wanted = [row for row in rows if text in text_of(row)]
+    browser.open(report(made["diverged"].path), f"#rollouts?q={text}")
+    counted(browser, len(wanted), len(set(map(group_of, wanted))), len(rows))
+
+
 def some_row(rows: list[Row], keeps: Callable[[Row], bool]) -> Row:
     return next(row for row in rows if row["split"] == "train" and keeps(row))
 
 
-LEVELS: dict[str, Callable[[Row], list[bool]]] = {  # which sampled tokens have a colour
-    "logprob": lambda row: [math.exp(value) < UNLIKELY for value in row["logprobs"]],
-    "advantage": lambda row: [row["advantage"] != 0] * len(row["logprobs"]),
-    "difference": lambda row: [value != 0 for value in row["logprob_diffs"]],
-    "entropy": lambda row: [value > 0 for value in row["entropies"]],
+PROBABILITIES = (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01, 0.001)
+SIZES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)
+VALUES: dict[str, Callable[[Row], list[float]]] = {  # of the sampled tokens
+    "logprob": lambda row: row["logprobs"],
+    "advantage": lambda row: [row["advantage"]] * len(row["logprobs"]),
+    "difference": lambda row: row["logprob_diffs"],
+    "entropy": lambda row: row["entropies"],
 }
 
 
-@pytest.mark.parametrize("colour", LEVELS)
+def shown_values(row: Row, colour: str) -> list[float]:
+    """As the page has them: in three digits."""
+    return [float(rounded(value)) for value in VALUES[colour](row)]
+
+
+def end_of_scale(rows: list[Row], colour: str) -> float:
+    """What 99% of the run's tokens are below; each answer has one advantage."""
+    found = sorted(
+        abs(value)
+        for row in rows
+        if row["split"] == "train"
+        for value in shown_values(row, colour)[: 1 if colour == "advantage" else None]
+    )
+    return float(f"{found[min(len(found) - 1, math.floor(0.99 * len(found)))]:.2g}")
+
+
+def level_of(value: float, colour: str, end: float) -> int:
+    if colour == "logprob":
+        return sum(math.exp(value) < bound for bound in PROBABILITIES)
+    if colour == "difference":
+        return 1 + sum(abs(value) >= bound for bound in SIZES) if value else 0
+    return min(8, math.ceil(8 * abs(value) / end - 1e-9))
+
+
+@pytest.mark.parametrize("colour", VALUES)
 def test_tokens_are_coloured_by_the_numbers_of_the_samples(browser, report, made, colour):
-    """One span per token; a colour where the number says so, and more of them than one shade."""
-    row = some_row(rows_of(made["tiny"].path), lambda row: row["advantage"] and row["length"] > 3)
-    browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}")
+    """One span per token, at its level of a scale that the run has once."""
+    rows = rows_of(made["tiny"].path)
+    end = end_of_scale(rows, colour)
+    kept = [row for row in rows if row["split"] == "train" and row["advantage"]]
+    row = max(
+        kept, key=lambda row: len({level_of(x, colour, end) for x in shown_values(row, colour)})
+    )
+    browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}&answer=all")
     browser.driver.find_element("css selector", f"[data-colour={colour}]").click()
     tokens = browser.value(TOKENS, row["sample_id"])
     assert len(tokens) == len(row["token_texts"]) == len(row["logprobs"])
-    wanted = LEVELS[colour](row)
-    levels = [re.search(r"\bl(\d)", name) for _, name, _ in tokens]
-    assert [found is not None for found in levels] == wanted and any(wanted)
-    plain = {ground for (*_, ground), level in zip(tokens, levels, strict=True) if not level}
-    shades = {ground for (*_, ground), level in zip(tokens, levels, strict=True) if level}
-    assert not plain & shades
-    assert len(shades) == len({name for _, name, _ in tokens if re.search(r"\bl\d", name)})
+    values = shown_values(row, colour)
+    wanted = [level_of(value, colour, end) for value in values]
+    found = [re.search(r"\bl(\d)", name) for _, name, _ in tokens]
+    assert [int(one[1]) if one else 0 for one in found] == wanted and any(wanted)
+    assert len(set(wanted)) > 2 or colour in ("advantage", "difference")
+    assert len({ground for *_, ground in tokens}) == len({name for _, name, _ in tokens})
+    above = [bool(one) and value > 0 for one, value in zip(found, values, strict=True)]
     if colour in ("advantage", "difference"):
-        values = (
-            row["logprob_diffs"] if colour == "difference" else [row["advantage"]] * len(tokens)
-        )
-        assert ["above" in name for _, name, _ in tokens] == [value > 0 for value in values]
+        assert ["above" in name for _, name, _ in tokens] == above
     legend = browser.value("document.querySelector('.ro-legend').dataset.measure")
     assert legend == colour
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_level_has_a_shade_of_its_own(browser, report, made, theme):
+    browser.open(report(made["tiny"].path), "#rollouts", theme=theme)
+    shades = browser.script("""
+        const box = document.querySelector("#rollouts-detail .ro-turns");
+        const shadeOf = (name) => {
+            const token = document.createElement("span");
+            token.className = name;
+            box.append(token);
+            return getComputedStyle(token).backgroundColor;
+        };
+        return ["", " above"].flatMap((end) => [1, 2, 3, 4, 5, 6, 7, 8].map(
+            (level) => shadeOf(`ro-t l${level}${end}`))).concat(shadeOf("ro-t"))""")
+    assert len(set(shades)) == 17
+
+
+def test_tokens_of_a_reply_have_no_number(browser, report, made):
+    """Those that the model sampled before and after it have their own."""
+    row = some_row(rows_of(made["calculator"].path), lambda row: len(row.get("turns") or []) > 2)
+    browser.open(report(made["calculator"].path), f"#rollouts?group={group_of(row)}&colour=logprob")
+    tokens = browser.value(TOKENS, row["sample_id"])
+    sampled = [t["sampled"] for t in row["turns"] for _ in range(t["num_tokens"])]
+    assert len(tokens) == len(sampled) and not all(sampled) and sampled[-1]
+    numbers = iter(shown_values(row, "logprob"))
+    wanted = [level_of(next(numbers), "logprob", 0) if own else 0 for own in sampled]
+    found = [re.search(r"\bl(\d)", name) for _, name, _ in tokens]
+    assert [int(one[1]) if one else 0 for one in found] == wanted
+    assert ["ro-given" in name for _, name, _ in tokens] == [not own for own in sampled]
+
+
 def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, made):
     rows = rows_of(made["tiny"].path)
-    row = some_row(rows, lambda row: row["chosen"] == "best")
+    row = some_row(rows, lambda row: row["chosen"] == "worst" and row["reward"] > 0)
     group = [one for one in rows if group_of(one) == group_of(row)]
     browser.open(report(made["tiny"].path), f"#rollouts?group={group_of(row)}&colour=none")
     assert len(group) == 8
@@ -138,6 +206,39 @@ def test_a_group_is_shown_whole_with_rewards_and_advantages(browser, report, mad
         assert float(shown) == one["reward"]
         assert f"{abs(one['advantage']):.3g}" in browser.value(f"{answer}.textContent")
     assert row["prompt"] in browser.value(f"{DETAIL}.querySelector('.ro-prompt').textContent")
+    order = browser.value(
+        f"[...{DETAIL}.querySelectorAll('[data-sample]')].map((n) => n.dataset.sample)"
+    )
+    assert list(map(int, order)) == list(range(8))
+    strip = f"""document.querySelector(
+        '#rollouts-list [data-group="{group_of(row)}"] .ro-strip').getAttribute('aria-label')"""
+    rewards = browser.value(strip).removeprefix("rewards ").split(", ")
+    in_order = [one["reward"] for one in sorted(group, key=lambda one: one["sample_id"])]
+    assert list(map(float, rewards)) == pytest.approx(in_order, abs=1e-3)
+    assert in_order != in_order[::-1], "and the other way round it would be another list"
+
+
+SORTS: dict[str, Callable[[list[Row]], float]] = {
+    "step": lambda group: group[0]["step"],
+    "-step": lambda group: -group[0]["step"],
+    "reward": lambda group: math.fsum(row["reward"] for row in group) / len(group),
+    "-reward": lambda group: -math.fsum(row["reward"] for row in group) / len(group),
+    "length": lambda group: -math.fsum(row["length"] for row in group) / len(group),
+}
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_groups_are_sorted(browser, report, made, sort):
+    rows = [row for row in rows_of(made["tiny"].path) if row["split"] == "train"]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    browser.open(report(made["tiny"].path), f"#rollouts?split=train&sort={sort}")
+    counted(browser, len(rows), len(groups), len(rows_of(made["tiny"].path)))
+    keys = [SORTS[sort](groups[name]) for name in browser.value(LISTED)]
+    assert len(set(keys)) > 4 and keys == pytest.approx(
+        sorted(map(SORTS[sort], groups.values()))[: len(keys)]
+    )
 
 
 def test_conversations_are_turns_with_the_replies_of_tools(browser, report, made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,13 +133,78 @@ def test_a_log_of_later_steps_alone_goes(process, tmp_path, name):
     assert not (run.path / name).exists()
 
 
-def test_a_copy_that_is_damaged_is_passed_over(process, tmp_path, capsys):
+def test_checkpoints_share_one_copy_of_the_logs_that_grows(process, tmp_path):
+    run = Small(process, tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=3")
+    copy = run.path / "checkpoints" / "logs"
+    sizes = []
+    for _ in range(3):
+        run.take(1, odd="nonfinite.jsonl")
+        assert {file.name: file.read_bytes() for file in copy.iterdir()} == run.logs()
+        sizes.append(sum(map(len, run.logs().values())))
+    with open(copy / "metrics.jsonl", "r+b") as file:
+        file.write(b"?")  # a byte that is there is not written again
+    run.take(1)
+    assert (copy / "metrics.jsonl").read_bytes() == b"?" + run.logs()["metrics.jsonl"][1:]
+    held = (run.path / "checkpoints").glob("step-*/*")
+    assert {file.name for file in held} == {"index.json", RANK_0}, "none of its own"
+
+
+def both(path: Path, damage: Callable[[Path], object]) -> None:
+    for folder in (path, path / "checkpoints" / "logs"):
+        damage(folder / "metrics.jsonl")
+
+
+COPIES: dict[str, Callable[[Path], object]] = {
+    "gone": lambda path: shutil.rmtree(path / "checkpoints" / "logs"),
+    "cut": lambda path: cut(path / "checkpoints" / "logs" / "metrics.jsonl"),
+    "bit": lambda path: flip(path / "checkpoints" / "logs" / "metrics.jsonl", 10),
+}
+
+
+@pytest.mark.parametrize("loss", COPIES)
+def test_where_the_copy_is_damaged_the_runs_own_file_serves(process, tmp_path, loss):
     run = Small(process, tmp_path / "run", "checkpoint.every=2")
     run.take(4)
-    flip(run.path / "checkpoints" / "step-4" / "samples.jsonl.gz", 3)
-    again = Small(process, run.path, resume=True)
+    logged = run.logs()
+    run.log("metrics.jsonl")
+    COPIES[loss](run.path)
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert again.step == 4 and again.logs() == logged
+    again.take(2)
+    copy = run.path / "checkpoints" / "logs"
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == again.logs()
+    last = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert last.step == 6 and last.logs() == again.logs()
+
+
+def test_of_logs_that_are_damaged_twice_an_older_checkpoint_has_the_beginning(
+    process, tmp_path, capsys
+):
+    words = ("checkpoint.every=1", "checkpoint.keep=4")
+    run = Small(process, tmp_path / "run", *words)
+    run.take(4)
+    both(run.path, lambda path: flip(path, path.stat().st_size * 5 // 8))
+    again = Small(process, run.path, *words, resume=True)
     assert again.step == 2 and again.logs()["metrics.jsonl"].count(b"\n") == 2
-    assert "the checksum of samples.jsonl.gz is wrong" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("the checksum of metrics.jsonl is wrong") == 2
+    again.take(1)
+    copy = run.path / "checkpoints" / "logs"
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == again.logs()
+
+
+def test_a_checkpoint_with_logs_of_its_own_is_read(process, tmp_path):
+    """Format 4."""
+    run = Small(process, tmp_path / "run", "checkpoint.every=2")
+    run.take(2)
+    logged = run.logs()
+    (run.path / "checkpoints" / "logs").rename(tmp_path / "logs")
+    for file in (tmp_path / "logs").iterdir():
+        shutil.copy(file, run.path / "checkpoints" / "step-2")
+        (run.path / file.name).unlink()
+    again = Small(process, run.path, "checkpoint.every=2", resume=True)
+    assert again.step == 2 and again.logs() == logged
+    again.take(2)
+    assert Small(process, run.path, resume=True).logs() == again.logs()
 
 
 DAMAGED = "the first {} bytes of {} have changed since logged; resuming restores the file"

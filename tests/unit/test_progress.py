@@ -6,17 +6,21 @@ import io
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from terminal import Terminal
 
 from mesh.lifecycle.running import running, running_phase
 from mesh.lifecycle.terminal import leave_terminal, take_terminal
+from mesh.runs import live
 from mesh.runs.curve import ASCII_BARS, MOST_BLOCKS, Curve, resampled, sparkline
 from mesh.runs.live import LiveProgress, open_progress, shortened
 from mesh.runs.progress import Pace, PlainProgress
+from mesh.runs.screen import Screen
 
 RUN_DIR = Path("runs/qwen3_tiny-20260101-000000")
 METRICS = {
@@ -230,6 +234,32 @@ def test_a_low_terminal_shows_the_first_rows(tty):
     stream = tty(height=4)
     rows = shown(stream)
     assert [row.split()[0] for row in rows[-4:-1]] == ["step", "reward", "length"]
+
+
+def test_a_row_that_is_wider_than_the_terminal_is_cut(tty):
+    stream = tty(width=30)
+    screen = Screen(console(stream))
+    for _ in range(2):
+        screen.draw([Text("0123456789" * 5), Text("narrow")])
+    assert stream.terminal.rows == ["0123456789" * 3, "narrow", ""]
+
+
+def test_a_terminal_that_is_gone_ends_the_drawing_alone(tty, monkeypatch):
+    failures: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    monkeypatch.setattr(live, "REFRESH_SECONDS", 0.01)
+    stream = tty()
+    write = stream.write
+    progress = LiveProgress(fake_pace(), RUN_DIR, console(stream))
+
+    def gone(text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stream, "write", gone)
+    progress._thread.join(10)
+    assert not progress._thread.is_alive() and failures == []
+    monkeypatch.setattr(stream, "write", write)
+    progress.close()
 
 
 def test_a_terminal_without_unicode(tty):

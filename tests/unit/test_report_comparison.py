@@ -11,7 +11,7 @@ from report_runs import ENVIRONMENT, make_run
 from mesh.runs.compare import compare_runs
 from tools.report.build import report_data
 from tools.report.curves import points_of
-from tools.report.exactness import exactness_of
+from tools.report.exactness import PROMISES, exactness_of
 from tools.report.main import main
 from tools.report.reading import Run, read_run
 
@@ -58,6 +58,11 @@ def test_the_first_difference_is_that_of_compare_runs(runs):
         "text": f"{expected.key} of step 4 is the first that differs.",
     }  # fmt: skip
     assert "equal to the bit before step 4" in found["text"]
+    change(runs[1], 0, eval__accuracy=0.5)
+    assert report_data(runs)["comparison"]["text"] == (
+        "The metrics differ from their first line on: eval/accuracy of step 0 is the first that "
+        "differs."
+    )
 
 
 def test_of_three_runs_the_earliest_difference_counts(runs, tmp_path):
@@ -118,6 +123,9 @@ def test_l2_is_known_from_the_runs_own_tokens():
     assert row(with_differences(0.0, 1e-7, batch_invariant="false"), "L2")[0] == "off"
     assert row(with_differences(), "L2")[0] == "unknown"
     assert row(Run(Path("nowhere")), "L1") == ("unknown", "The configuration cannot be read.")
+    run = with_differences(1e-7)
+    run.settings.clear()
+    assert row(run, "L2")[0] == "unknown" and "was on is not known" in row(run, "L2")[1]
 
 
 def test_l2_is_not_known_from_steps_that_compared_no_token():
@@ -148,4 +156,4 @@ def test_other_rungs_are_known_from_a_validation_of_the_same_machine(tmp_path):
     (run_dir / "validation.json").write_text(json.dumps(VALIDATION))
     assert row(read_run(run_dir), "L0")[0] == "yes"
     ordinary = make_run(tmp_path / "ordinary", steps=3, prompts=0)
-    assert row(read_run(ordinary), "L0")[0] == "off"
+    assert {row(read_run(ordinary), rung)[0] for rung in PROMISES} == {"off"}

@@ -150,9 +150,12 @@ def test_a_directory_that_is_no_run_is_refused_in_words(tmp_path, capsys):
     for path, words in ((tmp_path, "holds no run"), (tmp_path / "gone", "is not a directory")):
         assert main([str(path)]) == 2
         assert words in capsys.readouterr().err
-    assert main([]) == 2
-    assert main([str(tmp_path), "hide=names"]) == 2
-    assert "names is not hosts or paths" in capsys.readouterr().err
+    assert main([]) == 2 and "python tools/report.py" in capsys.readouterr().err
+    assert main([str(tmp_path), "hide=names,paths", "ouput=x.html"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "ouput=x.html: unknown key; did you mean output? the keys are output, title, hide, picture",
+        "hide=names,paths: names cannot be hidden; use hosts or paths",
+    ]
 
 
 def test_a_run_of_an_older_version_with_unknown_keys_is_shown(run_dir):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from mesh.runs.warnings import KINDS
-from tools.report import findings, machine_findings, rank_findings
+from tools.report import findings, rank_findings, run_findings
 from tools.report.curves import points_of
 from tools.report.findings import WARNED, Evidence, findings_of
-from tools.report.machine_findings import ALL
+from tools.report.rank_findings import TAKE_TURNS
 from tools.report.reading import Run
+from tools.report.run_findings import ALL
 from tools.report.signals import Signal
 from tools.report.timeline import RankStep, TimelineStep
 
@@ -81,6 +82,22 @@ def test_a_finding_names_the_step_where_it_began_and_what_to_try(tmp_path, title
     assert one["severity"] in ("bad", "warn", "info") and one["text"] and one["try"]
     others = found.keys() - {title, "Most groups are equal", "Responses grow without gain"}
     assert not others, others
+
+
+def test_a_collapse_is_told_from_the_value_at_which_the_curve_begins(tmp_path):
+    collapse = CASES["Entropy collapsed"]
+    found = found_in(
+        tmp_path, lambda s: ({"entropy": 0.3 if s > 1 else 1.3}) | (collapse(s) if s > 9 else {})
+    )
+    assert "from 1.3 nats at step 0 to 0.01:" in found["Entropy collapsed"]["text"]
+
+
+def test_a_reward_that_fell_before_the_signal_was_lost_is_what_to_look_at(tmp_path):
+    lost = {"grad_norm": 0.0, "equal_groups": 1.0}
+    fell = found_in(tmp_path, lambda s: lost | {"reward/mean": 0.0} if s > 1 else {})
+    assert fell["Steps without signal"]["try"].startswith("The mean reward fell from 0.3")
+    rose = found_in(tmp_path, lambda s: lost | {"reward/mean": 0.5} if s > 1 else {})
+    assert rose["Steps without signal"]["try"].startswith("Use prompts")
 
 
 def test_rewards_that_never_vary_are_said_once(tmp_path):
@@ -172,6 +189,17 @@ def test_a_slow_rank_and_who_waits_for_whom_are_found(tmp_path):
     assert "75%" in found["The trainer waits for the generator"]["text"]
 
 
+def test_roles_that_wait_for_each_other_are_not_told_to_take_ranks_from_each_other(tmp_path):
+    split = [
+        TimelineStep(s, (
+            rank(0, "trainer", ("exchange", 0.0, 2.0, 2.0), ("train", 2.0, 4.0, 0.0)),
+            rank(1, "generator", ("generate", 0.0, 2.0, 0.0), ("sync", 2.0, 4.0, 2.0))))
+        for s in range(1, 11)
+    ]  # fmt: skip
+    found = found_in(tmp_path, timeline=split)
+    assert len(found) == 2 and {one["try"] for one in found.values()} == {TAKE_TURNS}
+
+
 def test_a_rank_that_becomes_slow_is_found_where_it_does(tmp_path):
     """For the first two thirds of the run it is as fast as the others; one slow step is none."""
 
@@ -212,7 +240,7 @@ def test_every_warning_of_a_run_is_a_finding():
 
 
 def test_the_documentation_lists_every_finding():
-    sources = [Path(one.__file__) for one in (findings, machine_findings, rank_findings)]
+    sources = [Path(one.__file__) for one in (findings, run_findings, rank_findings)]
     text = "".join(path.read_text() for path in sources)
     titles = set(re.findall(r"(?:BAD|WARN|INFO)(?: if [^,]+ else \w+)?,\s+\"([A-Z][^\"]+)\"", text))
     titles |= {title for _, title, _ in WARNED.values()} | set(CASES)

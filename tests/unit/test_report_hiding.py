@@ -106,6 +106,13 @@ def test_relative_directories_of_one_name_are_left_out_of_values(tmp_path, monke
     assert str(tmp_path) not in page({"runs": [data]})
 
 
+def test_units_of_rates_are_no_paths(run_dir):
+    data = report_data([run_dir], Options(hide=("hosts", "paths")))["runs"][0]
+    values = [fact["value"] for fact in data["speed"]["facts"]]
+    assert any(value.endswith(" tokens/s") for value in values), values
+    assert not any("[path]" in value for value in values), values
+
+
 @pytest.mark.parametrize("hide", [(), ("hosts", "paths")])
 def test_secrets_are_never_shown(run_dir, hide):
     with open(run_dir / "config.yaml", "a") as file:

@@ -49,8 +49,7 @@ def test_the_last_completed_step_is_saved_with_the_logs_of_then(process, tmp_pat
         file.write("a line of step 4\n")
     assert rescued(keeper) == f"resume={path} continues after step 3"
     assert names_in(path) == ["step-3"]
-    folder = path / "checkpoints" / "step-3"
-    assert (folder / "metrics.jsonl").read_text() == "1\n2\n3\n"
+    assert (path / "checkpoints" / "logs" / "metrics.jsonl").read_text() == "1\n2\n3\n"
     step, other = loaded(process, path, keeper.conf)
     assert (step, other.steps, other.updates) == (3, 3, 3)
     mine, theirs = bits_of(trainer), bits_of(other)

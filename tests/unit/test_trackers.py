@@ -20,6 +20,7 @@ from mesh.config.sections import LogConf
 from mesh.runs import feeds as feeds_module
 from mesh.runs import metrics as metrics_module
 from mesh.runs.metrics import MetricsLogger
+from mesh.runs.samples import read_samples
 
 BOTH, BOARD = LogConf(wandb="mine"), LogConf()
 OURS = LogConf(tensorboard=False, wandb="mine")
@@ -85,6 +86,21 @@ def test_an_outage_is_a_warning_and_a_number_in_the_last_line(
     assert len(service.logged) == (3 if where in ("log", "finish") else 0)
 
 
+def test_samples_that_cannot_be_drawn_cost_the_tracker_its_table(tmp_path, monkeypatch, capsys):
+    """The samples file has them, the tracker has the numbers, and the run goes on."""
+    service = offered(monkeypatch, Service())
+    row = {"split": "train", "set": "", "prompt_id": 0, "sample_id": 0, "reward": None}
+    with MetricsLogger(tmp_path, OURS, rank=0, steps=2) as logger:
+        for step in (1, 2):
+            logger.log(step, {"loss": 1.0}, [row], {"reward": [1.0]})
+            logger.mark().size(10)
+    assert [found["step"] for found in read_samples(tmp_path)] == [1, 2]
+    assert service.logged == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]
+    out, err = capsys.readouterr()
+    assert err.count("W&B failed (TypeError: ") == 1 == len(err.splitlines())
+    assert "W&B failed 2 times (" in out.splitlines()[-1]
+
+
 def test_one_that_works_gets_every_step_and_nothing_is_said(tmp_path, monkeypatch, capsys):
     service = offered(monkeypatch, Service())
     assert logged(tmp_path, BOTH) == [1, 2, 3]
@@ -102,6 +118,20 @@ def test_one_that_hangs_holds_up_nothing(tmp_path, monkeypatch, capsys, where):
     out, err = capsys.readouterr()
     assert err.count("W&B failed (RuntimeError: it did not finish within 0.2 s)") == 1
     assert "W&B failed 1 time (" in out
+
+
+def test_one_that_is_far_behind_misses_steps_and_holds_up_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feeds_module, "WAITING", 2)
+    monkeypatch.setattr(metrics_module, "FINISH_SECONDS", 0.2)
+    service = offered(monkeypatch, Service(hangs="log"))
+    run = threading.Thread(target=logged, args=(tmp_path, OURS, 9), daemon=True)
+    run.start()
+    run.join(20)
+    held_up = run.is_alive()
+    service.release.set()
+    run.join()
+    assert not held_up
+    assert "W&B failed (RuntimeError: it is 2 steps behind)" in capsys.readouterr().err
 
 
 def test_one_whose_start_hangs_holds_up_the_run_for_a_bounded_time(tmp_path, monkeypatch, capsys):

@@ -61,7 +61,7 @@ from tools.bench.loss_rows import WITHIN, Timed, Times, heads
 from tools.bench.losses import REWARDED
 from tools.bench.report import hardware, print_row, spread
 from tools.bench.sizes import sized
-from tools.bench.timing import in_turn, kernel_seconds
+from tools.bench.timing import in_turn, kernel_seconds, stopwatch
 from tools.bench.vocabulary import with_tokenizer
 
 BASE, AGAIN = "grpo", "grpo again"
@@ -98,6 +98,7 @@ def is_count(text: str) -> bool:
 def bench(conf: Conf, process: Process, options: Mapping[str, str]) -> int:
     """Print the tables; the exit status."""
     rounds, updates = int(options["rounds"]), [int(n) for n in options["updates"].split(",")]
+    assert process.world_size == 1, "one rank: its launcher, if there is any, starts one process"
     plan = check(conf, process, held_out=False)
     objectives = objectives_of(conf, options["losses"].split(","))
     program = assemble(plan, process)
@@ -137,27 +138,24 @@ def objectives_of(conf: Conf, losses: Sequence[str]) -> dict[str, Objective]:
 
 def generated(program: Program, process: Process) -> tuple[Wave, float, float | None]:
     """A step's rollouts, of which every second one is right; the seconds of all that is not
-    training; on a GPU those of its kernels. The first of two, which warms up, does not count."""
-    phases = Phases(process.device)
-    draw = Draw(STEP, program.plan.step.num_prompts)
+    training, of the second of two times, as the first one warms up; on a GPU those of its kernels.
+    """
+    draw, phases = Draw(STEP, program.plan.step.num_prompts), Phases(process.device)
     prompts, _ = step_prompts(program.plan.prompts, process, draw, program.pass_rates)
 
     def once() -> Wave:
         wave = groups_of(program, process, phases, STEP, prompts).wave
-        with phases("sync"):
-            sync(program)
-            weights_digest(program)
+        sync(program)
+        weights_digest(program)
         return wave
 
     sync(program)
-    once()
-    phases.seconds()
-    wave, seconds = once(), sum(phases.seconds().values())
-    return half_right(wave), seconds, kernel_seconds(once) if on_gpu(process) else None
-
-
-def on_gpu(process: Process) -> bool:
-    return process.device.type == "cuda"
+    taken: list[float] = []
+    for _ in range(2):
+        with stopwatch(taken):
+            wave = once()
+    on_gpu = process.device.type == "cuda"
+    return half_right(wave), taken[-1], kernel_seconds(once) if on_gpu else None
 
 
 def half_right(wave: Wave) -> Wave:

@@ -3,14 +3,19 @@
     python -m tools.bench.seeing [pairs=3] [ways=on,off,watch] [ranks=1|2] [every=5]
         [page=1000] [tokens=40] [output=DIR] [key=value ...]
 
-Runs of recipes/grpo.py take turns: `on` with the samples, tokens and timeline that are written by
-default, `off` without them (log.samples=0 log.timeline=false), and `watch`, which is `on` beside
-`tools/watch.py` and a reader that asks for new data every so many seconds, as a browser does. Their
-keys are those of `conf=qwen3_tiny`, 30 steps on 2 ranks; on a GPU `conf=qwen3 model.init=random`,
+Runs of recipes/grpo.py take turns:
+
+    on     with the samples, tokens and timeline that are written by default
+    off    without them: log.samples=0 log.timeline=false
+    watch  as `on`, beside `tools/watch.py` and a reader that asks for new data every so many
+           seconds, as a browser does
+    all    with all rollouts, log.samples=-1; if it is asked for
+
+They are runs of `conf=qwen3_tiny`, 30 steps on 2 ranks; on a GPU of `conf=qwen3 model.init=random`,
 10 steps on 1 rank; other arguments go to the recipe. A step's seconds are those between its line of
-metrics.jsonl and the line before, by the clock and of CPU time, which other processes do not
-lengthen. The first two do not count, nor those with an evaluation. Then the bytes that a run has
-written a step, by file.
+metrics.jsonl and the line before, by the clock and of CPU time of all ranks, which other work on
+the machine lengthens less. The first two do not count, nor those with an evaluation. Then the bytes
+that a run has written a step, by file.
 
 `page`: steps of a synthetic run, with 32 rollouts a step of about `tokens` tokens (a list, as
 40,4000), whose report is built; 0: none.
@@ -37,7 +42,13 @@ from tools.bench.sizes import sized
 from tools.bench.vocabulary import with_tokenizer
 from tools.bench.watching import Watched, watching
 
-WAYS = {"on": [], "off": ["log.samples=0", "log.timeline=false"], "watch": []}
+DEFAULT = ("on", "off", "watch")
+WAYS = {
+    "on": [],
+    "off": ["log.samples=0", "log.timeline=false"],
+    "watch": [],
+    "all": ["log.samples=-1"],
+}
 WARM_UP = 2  # steps that do not count
 ONCE = ("model", "config.yaml", "environment.json", "lock")  # written at the start or the end
 
@@ -106,7 +117,7 @@ def read_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our own options, and the recipe's arguments."""
     gpu = torch.cuda.is_available()
     options = {
-        "pairs": "3", "ways": ",".join(WAYS), "ranks": "1" if gpu else "2", "every": "5",
+        "pairs": "3", "ways": ",".join(DEFAULT), "ranks": "1" if gpu else "2", "every": "5",
         "page": "1000", "tokens": "40", "output": "",
     }  # fmt: skip
     options |= dict(word.split("=", 1) for word in argv if word.partition("=")[0] in options)

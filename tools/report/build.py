@@ -7,6 +7,7 @@ rounded to six digits; what is dense is thinned (thinning.py).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from tools.report.comparison import comparison_of
 from tools.report.curves import Points, curves_of, phases_of, points_of, speed_curves
 from tools.report.exactness import exactness_of
 from tools.report.findings import Evidence, findings_of
-from tools.report.headline import headline_of, is_done, speed_facts
+from tools.report.headline import headline_of, is_done
 from tools.report.hiding import hidden
 from tools.report.intervals import intervals_of
-from tools.report.machine_findings import ALL
 from tools.report.options import Options
 from tools.report.reading import Run, read_run
+from tools.report.run_findings import ALL
 from tools.report.samples import BUDGET, samples_of
 from tools.report.scrubbing import scrubbed
 from tools.report.settings import config_of, environment_of
+from tools.report.speed import speed_facts
 from tools.report.timeline import timeline_of, timeline_steps
 
 VERSION = 1
@@ -50,11 +52,14 @@ def report_data(run_dirs: Sequence[Path], options: Options = Options()) -> Data:
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
-    """The names of directories; with a number where one has the name of an earlier one."""
+    """The names of directories, with their parent's where several have one name; with a number
+    where an earlier one has the same all the same."""
+    full = [path.resolve() for path in paths]
+    once = Counter(path.name for path in full)
+    wanted = [path.name if once[path.name] == 1 else "/".join(path.parts[-2:]) for path in full]
     names: list[str] = []
-    for path in paths:
-        name = path.resolve().name
-        same = sum(earlier.resolve().name == name for earlier in paths[: len(names)])
+    for name in wanted:
+        same = wanted[: len(names)].count(name)
         names.append(f"{name} ({same + 1})" if same else name)
     return names
 

@@ -36,7 +36,7 @@ CHARTS = (
           (("reward/mean", "mean"),)),
     Chart(REWARD, "reward-std", "Spread of the reward",
           "Standard deviation over all rollouts of the step; 0: nothing to learn from.",
-          (("reward/std", "deviation"),)),
+          (("reward/std", "standard deviation"),)),
     Chart(REWARD, "reward-correct", "Correct responses",
           "Share of the responses that the score calls correct.",
           (("reward/correct", "correct"),), percent=True),
@@ -67,7 +67,7 @@ CHARTS = (
     Chart(POLICY, "kl", "KL", "KL to the frozen starting model (kl_coef), or to the teacher.",
           (("kl", "to the starting model"), (r"(.+/kl|kl/.+)", "")), "nats"),
     Chart(POLICY, "clip", "Clip fraction", "Share of the tokens whose ratio was clipped.",
-          (("clip_fraction", "clipped"),), percent=True),
+          (("clip_fraction", "clip fraction"),), percent=True),
     Chart(POLICY, "ratio", "Importance ratio",
           "Trainer's probability of a token divided by the one it was drawn with.",
           (("ratio/mean", "mean"), ("ratio/max", "largest"))),
@@ -86,8 +86,10 @@ CHARTS = (
     Chart(OPTIMIZER, "ema", "Averaged weights", "The exponential average of the weights (ema).",
           ((r"(ema.*)", ""),)),
     Chart(OPTIMIZER, "skipped", "Skipped and empty updates",
-          "Updates that were not finite (on_nonfinite=skip), and steps without any gradient.",
-          (("skipped", "not finite"), ("steps_without_signal", "steps without signal"))),
+          "Updates of a step that were not finite (on_nonfinite=skip), and how many steps so far "
+          "had no gradient.",
+          (("skipped", "not finite"),
+           ("steps_without_signal", "steps without signal, so far"))),
     Chart(OPTIMIZER, "updates", "Updates of a step", "Updates that were made (kl_stop).",
           (("updates", "updates"),)),
     Chart(OPTIMIZER, "update-norms", "Gradient norm of each update", "In their order.",
@@ -116,8 +118,9 @@ SPEED_CHARTS = (
           (("seconds/sync", "sync"),), "s"),
     Chart(RATES, "sync-rate", "Sync rate", "Bytes that a sync moves, by its seconds.",
           (("sync/gb_per_second", "rate"),), "GB/s"),
-    Chart(RATES, "sync-size", "Size of a sync", "Bytes that a sync moves.",
-          (("sync/gb", "moved"),), "GB"),
+    Chart(RATES, "sync-size", "Size of a sync",
+          "Bytes that a sync moves; 0 where trainer and generator share the weights.",
+          (("sync/gb", "size"),), "GB"),
     Chart(MEMORY, "gpu-memory", "GPU memory", "Of the fullest GPU, at the end of a phase.",
           ((r"gpu_gb/(.+)", ""),), "GB"),
     Chart(MEMORY, "host-memory", "Host memory", "Resident memory of the largest rank.",
@@ -160,7 +163,8 @@ def evaluation_chart(name: str, rest: str) -> tuple[Chart, str]:
             where = f"Evaluation set {name}. " if name else "Held-out prompts. "
             unit = "tokens" if kind == "length" else ""
             key = f"eval-{slug(name)}-{kind}" if name else f"eval-{kind}"
-            return Chart(EVALUATION, key, heading, where + meaning, (), unit, percent), rest
+            label = rest.removeprefix("response_length/").removeprefix("response/")
+            return Chart(EVALUATION, key, heading, where + meaning, (), unit, percent), label
     raise AssertionError(f"no chart of {rest}")
 
 

@@ -12,6 +12,7 @@ from tools.report.curves import Points
 from tools.report.headline import WALL_TIME, show, values_of
 from tools.report.intervals import Intervals, intervals_of
 from tools.report.reading import Run
+from tools.report.settings import clipped, entries
 
 Data = dict[str, Any]
 ABSENT = "(none)"
@@ -25,21 +26,31 @@ def comparison_of(runs: Sequence[Run], points: Sequence[Points], shown: Sequence
     """The comparison of two runs or more. shown: what the page has of each."""
     first = first_difference(runs)
     return {
-        "config": config_rows(shown),
+        "config": config_rows(runs, shown),
         "results": result_rows(runs, points, shown),
         "first_difference": first,
         "text": sentence(runs, first),
     }
 
 
-def config_rows(shown: Sequence[Data]) -> list[Data]:
+def config_rows(runs: Sequence[Run], shown: Sequence[Data]) -> list[Data]:
     """Keys, and entries of the environment, whose values are not the same in all runs."""
     tables = [{row["key"]: row["value"] for row in data["config"]} for data in shown]
-    machines = [{row["label"]: row["value"] for row in data["environment"]} for data in shown]
+    machines = [machine_of(run) for run in runs]
     known = {row["key"]: row["default"] for data in shown for row in data["config"]}
     rows = differing([key for key in joined(tables) if key not in IGNORED], tables, known)
-    names = [name for name in joined(machines) if name.rpartition(": ")[2] in MACHINE]
+    names = [name for name in joined(machines) if name in MACHINE]
     return rows + differing(names, machines, {})
+
+
+def machine_of(run: Run) -> dict[str, str]:
+    """Entries of the environment by label; all values of a run whose starts differ."""
+    found: dict[str, list[str]] = {}
+    for environment in run.environments:
+        for label, value in entries(environment):
+            if value not in found.setdefault(label, []):
+                found[label].append(value)
+    return {label: clipped("; then ".join(values)) for label, values in found.items()}
 
 
 def differing(
@@ -147,6 +158,8 @@ def sentence(runs: Sequence[Run], first: Data | None) -> str:
         count = min(len(run.metrics) for run in runs)
         which = "Both runs" if len(runs) == 2 else f"All {len(runs)} runs"
         return f"{which} have equal metrics, to the bit, in all {count:,} lines; {LEFT_OUT}."
+    if first["metric"] and first["step"] == min(line["step"] for line in runs[0].metrics):
+        return f"The metrics differ from their first line on: {first['text']}"
     if first["metric"]:
         return f"The metrics are equal to the bit before step {first['step']}; {first['text']}"
     return f"The metrics are equal to the bit as far as the shorter run goes: {first['text']}"

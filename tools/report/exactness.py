@@ -40,7 +40,8 @@ def exactness_of(run: Run, points: Points) -> list[Row]:
         also = rows["L2"][1] if rows["L2"][0] == "yes" and own[0] == "yes" else ""
         rows["L2"] = own[0], "; ".join(filter(None, [own[1], also]))
     rows["L4"] = "off", "Not promised: another layout sums gradients in another order."
-    rows["L5"] = resumed(run)
+    if switched:
+        rows["L5"] = resumed(run)
     if run.settings and str(run.settings.get("engine", "native")) == "native":
         rows["L6"] = "off", "The run used the native engine."
     return [
@@ -141,6 +142,8 @@ def measured(run: Run, points: Points, switched: bool) -> tuple[str, str] | None
         return "no", f"logprob_diff/max is not finite in {len(values) - len(known):,} steps."
     largest = max(known)
     how = f"logprob_diff/max is above 0 from step {first} on, at most {largest[0]:.1e}"
+    if "batch_invariant" not in run.settings:
+        return "unknown", f"{how} (step {largest[1]}); whether batch_invariant was on is not known."
     return ("no" if switched else "off"), f"{how} (step {largest[1]})."
 
 

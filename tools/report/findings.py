@@ -130,7 +130,19 @@ def as_finding(
     elif severity == BAD and count < len(lines) / 10:
         severity = WARN
     begun = lines[due - kind.steps + 1]["step"]
-    return Finding(severity, title, begun, said, f"{capital('; '.join(parts[clauses:]))}.")
+    remedy = f"{capital('; '.join(parts[clauses:]))}."
+    if kind.holds is without_signal:
+        remedy = fallen_before(evidence["reward/mean"], begun) + remedy
+    return Finding(severity, title, begun, said, remedy)
+
+
+def fallen_before(reward: Signal, step: int) -> str:
+    """What comes first where rewards fell before they became equal: prompts are not the cause."""
+    highest, now = reward.before(step), reward.at(step)
+    if highest is None or now is None or highest <= now:
+        return ""
+    fell = f"The mean reward fell from {highest:.3g} to {now:.3g} first"
+    return f"{fell}: lower trainer.lr; kl_coef=0.01 holds the policy near its start. "
 
 
 def capital(text: str) -> str:
@@ -171,9 +183,9 @@ def entropy(evidence: Evidence) -> Iterator[Finding]:
     if span := measured.smooth().streak(lambda value: value < limit, COLLAPSED_STEPS):
         yield Finding(
             BAD, "Entropy collapsed", span[0],
-            f"The entropy fell from {first:.3g} to {measured.last():.3g} nats: from step {span[0]} "
-            "on the model gives nearly the same response every time, and a group whose rewards are "
-            "equal teaches nothing.",
+            f"The entropy fell from {measured.values[0]:.3g} nats at step {measured.steps[0]} to "
+            f"{measured.last():.3g}: from step {span[0]} on the model gives nearly the same "
+            "response every time, and a group whose rewards are equal teaches nothing.",
             "Lower trainer.lr; a larger clip_high (0.28) leaves room for rare tokens; "
             "entropy_coef=0.001 adds an entropy bonus; kl_coef=0.01 holds the policy near its "
             "start; a higher generator.temperature keeps responses apart.",

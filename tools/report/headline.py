@@ -27,7 +27,7 @@ def headline_of(
     name, first, last = result(points)
     facts = [
         fact("Task", text(run.settings.get("task", "unknown")), arguments(run, "task_args")),
-        fact("Model", model(run), text(run.settings.get("model.path", ""))),
+        fact("Model", model(run), weights(run)),
         fact("Algorithm", text(run.settings.get("loss", "unknown")), batch(run)),
         *result_facts(points, intervals),
         fact("Steps", steps(run), ending(run)),
@@ -90,6 +90,15 @@ def model(run: Run) -> str:
         return PurePath(path.removeprefix("package:")).name
     flavor = text(run.settings.get("model.flavor", "unknown"))
     return f"Qwen3 {flavor}" if flavor != "unknown" else "an unknown model"
+
+
+def weights(run: Run) -> str:
+    """Where the first weights came from."""
+    path = text(run.settings.get("model.path", ""))
+    if path == "null":
+        return "random weights"
+    drawn = run.settings.get("model.init") == "random"
+    return f"random weights, shape of {path}" if drawn else path
 
 
 def arguments(run: Run, prefix: str) -> str:
@@ -199,31 +208,3 @@ def duration(seconds: float) -> str:
 
 def fact(label: str, value: str, note: str = "") -> Fact:
     return {"label": label, "value": value, "note": note}
-
-
-def speed_facts(points: Points) -> list[Fact]:
-    """Medians of seconds, rates and MFU over the steps but the first, and the most memory."""
-    found = []
-    for name, (_, values) in sorted(points.items()):
-        known = sorted(value for value in values[1:] or values if value is not None)
-        for pattern, label, unit, scale, largest in SPEED:
-            if known and (match := re.fullmatch(pattern, name)):
-                value = scale * (known[-1] if largest else known[len(known) // 2])
-                shown = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-                what = match[1] if match.groups() else ""
-                note = "largest" if largest else "median of the steps"
-                found.append(fact(label.format(what), f"{shown} {unit}", note))
-                break
-    return found
-
-
-SPEED = (
-    ("seconds/sync", "Sync", "ms", 1e3, False),
-    ("seconds/(.+)", "Phase {}", "s", 1.0, False),
-    ("tokens_per_second/(.+)", "Rate of {}", "tokens/s", 1.0, False),
-    ("mfu/(.+)", "MFU of {}", "%", 100.0, False),
-    ("sync/gb_per_second", "Sync rate", "GB/s", 1.0, False),
-    ("sync/gb", "Size of a sync", "GB", 1.0, False),
-    ("gpu_gb/(.+)", "GPU memory after {}", "GB", 1.0, True),
-    ("host_gb", "Host memory", "GB", 1.0, True),
-)  # fmt: skip

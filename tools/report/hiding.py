@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.report.reading import Run
+from tools.report.speed import RATES
 
 HOST, PATH, USER, ADDRESS = "[host]", "[path]", "[user]", "[address]"
 ROLLOUTS, MESSAGES, VALUES = 0, 1, 2  # how much is searched for what looks like a path
@@ -95,8 +96,11 @@ def one_of(names: Iterable[str], whole: bool = False) -> re.Pattern[str] | None:
 
 
 def kept(word: str) -> bool:
-    """True for a word with a slash that is no path: a metric, a program of ours, a fraction."""
-    return word.startswith(KEPT) or re.fullmatch(r"-?\d+(?:/\d+)+", word) is not None
+    """True for a word with a slash that is no path: a metric, a program of ours, a rate's unit, a
+    fraction."""
+    return (
+        word.startswith(KEPT) or word in RATES or re.fullmatch(r"-?\d+(?:/\d+)+", word) is not None
+    )
 
 
 def hidden(data: dict[str, Any], runs: Sequence[Run], hide: Sequence[str]) -> dict[str, Any]:

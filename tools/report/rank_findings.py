@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tools.report.findings import INFO, WARN, Evidence, Finding
 from tools.report.signals import Signal
@@ -87,12 +88,18 @@ def busy(steps: Sequence[TimelineStep]) -> Mapping[str, dict[int, float]]:
 
 
 WAITS, WAITS_LONG = 0.3, 0.6
+TAKE_TURNS = (
+    "The roles take turns, so more ranks for one of them would help little: with more waves the "
+    "trainer works on one part while the next is generated; mesh.mode=colocated lets both use all "
+    "ranks."
+)
 
 
 def waiting(evidence: Evidence) -> Iterator[Finding]:
     """A role of a split run that waits for the other more than 30% of the time; the longest such
     streak of steps."""
     steps = usual(evidence.timeline)
+    found = []
     for role, other, remedy in (
         ("trainer", "generator", "Give the generator more ranks (trainer.dp_shard smaller), or "
          "waves=2, with which the trainer works on one part while the next is generated."),
@@ -103,12 +110,13 @@ def waiting(evidence: Evidence) -> Iterator[Finding]:
         if span := lasting(Signal((*shares,), (*shares.values(),)), WAITS):
             inside = [share for step, share in shares.items() if span[0] <= step <= span[1]]
             mean = statistics.fmean(inside)
-            yield Finding(
+            found.append(Finding(
                 WARN if mean > WAITS_LONG else INFO, f"The {role} waits for the {other}", span[0],
                 f"From step {span[0]} to {span[1]} the {role}'s ranks spend {mean:.0%} of their "
                 "time waiting for other ranks.",
                 remedy,
-            )  # fmt: skip
+            ))  # fmt: skip
+    yield from found if len(found) == 1 else (replace(one, remedy=TAKE_TURNS) for one in found)
 
 
 def waited(step: TimelineStep, role: str) -> float | None:

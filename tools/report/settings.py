@@ -19,13 +19,29 @@ MOST = 4000  # characters of a value that are shown
 def config_of(run: Run) -> list[dict[str, Any]]:
     """Every key of the run in the schema's order, then those that the schema does not have."""
     keys = conf_keys()
-    known = [entry(keys[name], run.settings[name]) for name in keys if name in run.settings]
-    return known + [
+    later = changed_later(run)
+    now = run.settings | later
+    known = [entry(keys[name], now[name]) for name in keys if name in now]
+    rows = known + [
         {"key": name, "value": value_of(name, value), "default": "", "changed": True,
          "help": below(name, keys)}
-        for name, value in run.settings.items()
+        for name, value in now.items()
         if name not in keys
     ]  # fmt: skip
+    for row in rows:
+        if row["key"] in later and row["key"] in run.settings:
+            row["earlier"] = value_of(row["key"], run.settings[row["key"]])
+    return rows
+
+
+def changed_later(run: Run) -> dict[str, Any]:
+    """The keys that a later start has changed, with their last values: config.yaml is the first
+    start's."""
+    found: dict[str, Any] = {}
+    for environment in run.environments[1:]:
+        if isinstance(changed := environment.get("changed"), dict):
+            found |= {str(name): value for name, value in changed.items()}
+    return found
 
 
 def entry(key: ConfKey, value: Any) -> dict[str, Any]:
@@ -100,16 +116,20 @@ LABELS = {
 
 
 def environment_of(run: Run) -> list[dict[str, str]]:
-    """The environment of every start, by label. Only entries that mesh/runs/directory.py writes
-    are shown: another one might hold a secret."""
-    found = []
+    """The environment of every start, by label; of a later one what differs from the start before
+    it. Only entries that mesh/runs/directory.py writes are shown: another one might hold a
+    secret."""
+    found: list[tuple[str, str]] = []
+    before: dict[str, str] = {}
     for start, environment in enumerate(run.environments, 1):
         prefix = f"Start {start}: " if len(run.environments) > 1 else ""
-        found += [
-            {"label": prefix + label, "value": clipped(value)}
-            for label, value in entries(environment)
-        ]
-    return found
+        held = dict(entries(environment))
+        same = [label for label, value in held.items() if before.get(label) == value]
+        found += [(prefix + label, value) for label, value in held.items() if label not in same]
+        if same:
+            found.append((f"{prefix}As before", ", ".join(same)))
+        before = held
+    return [{"label": label, "value": clipped(value)} for label, value in found]
 
 
 def entries(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,11 @@ class Signal:
         known = [v for s, v in zip(self.steps, self.values, strict=True) if s <= step]
         return known[-1] if known else None
 
+    def before(self, step: int) -> float | None:
+        """The largest value before a step."""
+        known = (v for s, v in zip(self.steps, self.values, strict=True) if s < step)
+        return max(known, default=None)
+
     def streak(self, holds: Callable[[float], bool], least: int) -> tuple[int, int] | None:
         """First and last step of the longest unbroken streak of at least `least` values that
         hold; of equal ones the first."""

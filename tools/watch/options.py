@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.config.keys import problem
-from mesh.config.spelling import meant
-from tools.report.options import HIDEABLE
+from tools.report.options import hidden, hide_problems, read_words
 
 LOCAL = "127.0.0.1"
 DEFAULTS = {"port": "8765", "every": "5", "host": LOCAL, "hide": ""}
@@ -37,20 +36,8 @@ class WatchOptions:
 
 def read_options(argv: Sequence[str], usage: str) -> WatchOptions:
     """Raises ValueError with `usage`, or with all that is wrong with the command line."""
-    keys, run_dirs, wrong = dict(DEFAULTS), [], []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if word in ("-h", "--help"):
-            raise ValueError(usage)
-        if equals and name in keys:
-            keys[name] = value
-        elif equals and name.isidentifier() and not Path(word).exists():
-            remedy = f"{meant(name, keys)}the keys are {', '.join(keys)}"
-            wrong.append(problem(name, value, "unknown key", remedy))
-        else:
-            run_dirs.append(Path(word).expanduser())
-    if not run_dirs and not wrong:
-        raise ValueError(usage)
+    run_dirs, given, wrong = read_words(argv, DEFAULTS, usage)
+    keys = DEFAULTS | given
     address = address_of(keys["host"])
     wrong += [line for line in problems(keys, address) if line]
     if wrong:
@@ -61,7 +48,7 @@ def read_options(argv: Sequence[str], usage: str) -> WatchOptions:
         float(keys["every"]),
         keys["host"],
         address,
-        words(keys["hide"]),
+        hidden(keys["hide"]),
     )
 
 
@@ -79,16 +66,8 @@ def problems(keys: dict[str, str], address: str) -> list[str]:
         problem("host", host, "every address of this machine at once", remedy)
         if address and ipaddress.ip_address(address).is_unspecified
         else "",
-        *(
-            problem("hide", hide, f"{name} cannot be hidden", f"use {' or '.join(HIDEABLE)}")
-            for name in words(hide)
-            if name not in HIDEABLE
-        ),
+        *hide_problems(hide),
     ]
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def seconds(text: str) -> bool:

@@ -22,5 +22,10 @@
     fill(document.createElement(tag), attributes, children);
   Report.svg = (tag, attributes, ...children) =>
     fill(document.createElementNS(SVG, tag), attributes, children);
+
+  // A text that may go to the next line behind the signs of names and paths, rather than inside a word.
+  Report.breakable = (text) => String(text).split(/(?<=[_/:=])(?=\S\S)|(?<=[.,])(?=[a-z])/iu)
+    .flatMap((part, k) => (k ? [Report.el("wbr"), part] : [part]));
+
   Report.empty = (sentence) => Report.el("p", {class: "empty"}, sentence);
 })();

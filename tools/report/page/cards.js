@@ -10,8 +10,8 @@ Report.cards = (() => {
   // ---- making one
 
   function stroke(spec, series) {
-    return el("span", {class: spec.stacked ? "swatch" : "stroke", style: `--tone: ${series.tone}`,
-      "data-dash": series.dash % 4});
+    return spec.stacked ? el("span", {class: "swatch", style: `--tone: ${series.tone}`})
+      : Report.charts.stroke(series);
   }
 
   // A line of the legend for each label, with a reading for each run that has it.
@@ -30,9 +30,9 @@ Report.cards = (() => {
   }
 
   // The label of a chart's only line, where it says more than the title: the name of a reward's part.
-  function only({series: [{key, label}], title}) {
-    const told = !key.endsWith("/" + label) || title.toLowerCase().includes(label.toLowerCase());
-    return told ? null : el("p", {class: "note only"}, label);
+  function only({series: [{label}], title}) {
+    const told = title.toLowerCase().includes(label.toLowerCase());
+    return told ? null : el("p", {class: "note only"}, Report.breakable(label));
   }
 
   function heading(chart, buttons) {

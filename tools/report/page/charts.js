@@ -8,6 +8,7 @@
 Report.charts = (() => {
   const {el, svg} = Report;
   const live = new Set();
+  const MOST_BANDS = 6;
   let focus = null;
 
   const finite = (value) => value !== null && value !== undefined && Number.isFinite(value);
@@ -59,7 +60,7 @@ Report.charts = (() => {
     const tall = chart.height;
     const yTicks = log ? Report.scales.logTicks(...y) : Report.scales.ticks(...y, tall > 200 ? 8 : 5);
     const labels = tickLabels(spec, yTicks);
-    const left = 12 + 6.6 * Math.max(2, ...labels.map((label) => label.length));
+    const left = 12 + 6.6 * Math.max(3.5, ...labels.map((label) => label.length));
     const right = chart.width - 12;
     const make = log ? Report.scales.logarithmic : Report.scales.linear;
     return {
@@ -105,7 +106,8 @@ Report.charts = (() => {
 
   // Whiskers where an interval has no neighbour to make a band with: a point between gaps.
   function whiskers(p, series) {
-    return series.steps.map((step, k) => finite(series.low[k]) && finite(series.high[k])
+    const known = series.steps.map((_, k) => finite(series.low[k]) && finite(series.high[k]));
+    return series.steps.map((step, k) => known[k] && !known[k - 1] && !known[k + 1]
       ? "M" + point(p, step, series.low[k]) + "L" + point(p, step, series.high[k]) : "").join("");
   }
 
@@ -128,20 +130,51 @@ Report.charts = (() => {
     return Report.runningMean(series.steps, series.values, window);
   }
 
-  function drawSeries(p, series) {
+  // Dashes tell the keys of several runs apart; they go back and forth between equal lines.
+  const DASHES = ["", "6 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2 1 2"];
+  const TURN = 7; // pixels
+
+  function dashes({dash, twin}) {
+    if (!twin) return {"stroke-dasharray": DASHES[dash % DASHES.length]};
+    const [which, count] = twin;
+    if (which === 0) return {};
+    return {"stroke-dasharray": `${TURN} ${TURN * (count - 1)}`, "stroke-dashoffset": -TURN * which};
+  }
+
+  // A piece of a line, for a legend.
+  const stroke = ({tone, dash}) => svg("svg", {class: "stroke", width: dash ? 30 : 18, height: 4,
+    "aria-hidden": "true", style: `--tone: ${tone}`, "data-dash": dash % DASHES.length},
+  svg("path", {d: `M0 2H${dash ? 30 : 18}`, ...dashes({dash})}));
+
+  // The series whose intervals are drawn: those of equal lines once, and in a small chart with many,
+  // which would hide each other, those of the first key.
+  function withIntervals(chart) {
+    const {series} = chart.spec;
+    const shown = series.filter((one) => one.low && !(one.twin && one.twin[0]));
+    if (shown.length <= MOST_BANDS || isLarge(chart)) return new Set(shown);
+    return new Set(shown.filter((one) => one.key === series[0].key));
+  }
+
+  function drawSeries(p, series, interval) {
     const style = `--tone: ${series.tone}`;
-    const dash = ["", "6 3", "2 3", "8 3 2 3"][series.dash % 4];
     const mean = smoothed(series);
     const points = series.values.filter(finite).length;
     const line = (values, name, extra) => svg("path", {
-      class: name, d: linePath(p, series, values), "stroke-dasharray": dash, ...extra});
+      class: name, d: linePath(p, series, values), ...dashes(series), ...extra});
     const about = {"data-key": series.key, "data-run": series.run, "data-points": points};
     return svg("g", {style, class: mean ? "series faint" : "series"},
-      series.low && svg("path", {class: "band", d: bandPath(p, series)}),
-      series.low && series.steps.length < 40 && svg("path", {class: "whiskers", d: whiskers(p, series)}),
+      interval && svg("path", {class: "band", d: bandPath(p, series)}),
+      interval && svg("path", {class: "whiskers", d: whiskers(p, series)}),
       line(series.values, "line", about),
-      svg("path", {class: "dots", d: dotPath(p, series)}),
+      !(series.twin && series.twin[0]) && svg("path", {class: "dots", d: dotPath(p, series)}),
       mean && line(mean, "mean", {}));
+  }
+
+  // What the lower axis counts, at its beginning, where the first number leaves room.
+  function axisName(p) {
+    const first = p.xTicks.length ? p.x(p.xTicks[0]) - 3.3 * Report.number(p.xTicks[0]).length : Infinity;
+    const end = Math.min(p.left - 3, first - 5);
+    return end >= 23 ? svg("text", {class: "axis", x: end, y: p.bottom + 16, "text-anchor": "end"}, "step") : null;
   }
 
   function drawAxes(chart, p) {
@@ -151,7 +184,7 @@ Report.charts = (() => {
       svg("text", {x: p.left - 6, y: p.y(tick) + 4, "text-anchor": "end"}, p.labels[k]));
     const below = p.xTicks.map((tick) =>
       svg("text", {x: p.x(tick), y: p.bottom + 16, "text-anchor": "middle"}, Report.number(tick)));
-    return svg("g", {class: "axes", "aria-hidden": "true"}, grid, numbers, below);
+    return svg("g", {class: "axes", "aria-hidden": "true"}, grid, numbers, below, axisName(p));
   }
 
   function summary(spec) {
@@ -172,6 +205,7 @@ Report.charts = (() => {
     const {spec} = chart;
     chart.plan = plan(chart);
     const p = chart.plan;
+    const intervals = withIntervals(chart);
     const clip = "clip-" + chart.number;
     const box = {x: p.left - 4, y: 0, width: Math.max(0, p.right - p.left + 8), height: p.bottom + 4};
     chart.over = svg("g", {class: "over", "aria-hidden": "true"});
@@ -181,7 +215,7 @@ Report.charts = (() => {
       svg("clipPath", {id: clip}, svg("rect", box)),
       drawAxes(chart, p),
       svg("g", {"clip-path": `url(#${clip})`}, spec.stacked
-        ? Report.stacks.draw(p, spec) : spec.series.map((series) => drawSeries(p, series))),
+        ? Report.stacks.draw(p, spec) : spec.series.map((series) => drawSeries(p, series, intervals.has(series)))),
       chart.over);
     drawOver(chart);
   }
@@ -222,22 +256,23 @@ Report.charts = (() => {
     drawReadings(chart);
   }
 
-  // The value of each series at the step in focus; the last one otherwise.
+  // The value of each series at the step in focus, else at the marked one; the last one otherwise.
   function drawReadings(chart) {
     const p = chart.plan;
     const far = 0.02 * (p.range[1] - p.range[0]);
+    const step = focus === null ? numberIn("mark") : focus;
     chart.readings.forEach((reading, k) => {
       const series = chart.spec.series[k];
-      const found = at(series, focus === null ? Infinity : focus);
-      const apart = found && focus !== null && Math.abs(found.step - focus) > far;
+      const found = at(series, step === null ? Infinity : step);
+      const apart = found && step !== null && Math.abs(found.step - step) > far;
       let text = found ? format(chart.spec, found.value) : "no values";
-      if (found && focus !== null && series.low && finite(series.low[found.place]))
+      if (found && step !== null && series.low && finite(series.low[found.place]))
         text += ` (${format(chart.spec, series.low[found.place])} to ${format(chart.spec, series.high[found.place])})`;
       reading.textContent = text + (apart ? ` at ${found.step}` : "");
     });
   }
 
-  return {live, isLarge, isLog, numberIn, draw, drawOver, at, withUnit, finite, format,
+  return {live, stroke, isLarge, isLog, numberIn, draw, drawOver, at, withUnit, finite, format,
     get focus() {
       return focus;
     },

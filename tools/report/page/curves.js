@@ -21,6 +21,18 @@ Report.curves = (() => {
     return [...charts.values()].map((chart) => dressed(chart, runs));
   }
 
+  // Series that are equal in every point take turns along their line, so that each is seen:
+  // twin = [which of them it is, how many there are].
+  function twins(all) {
+    const equal = new Map();
+    for (const series of all) {
+      const points = JSON.stringify([series.steps, series.values, series.low, series.high]);
+      equal.set(points, [...(equal.get(points) || []), series]);
+    }
+    for (const same of equal.values())
+      if (same.length > 1) same.forEach((series, k) => (series.twin = [k, same.length]));
+  }
+
   // One run: a colour for each key. Several: a colour for each run, and dashes tell keys apart.
   function dressed(chart, runs) {
     const keys = [...new Set(chart.series.map((series) => series.key))];
@@ -33,6 +45,7 @@ Report.curves = (() => {
       const [label, short] = keys.length > 1 ? [`${series.label}, ${name}`, series.label] : [name, ""];
       return {...series, label, short, tone: Report.tone(tone), dash};
     });
+    twins(chart.series);
     const names = [...chart.runs].map((place) => runs[place].name);
     chart.note = names.length < runs.length ? "Only in " + names.join(", ") : "";
     return chart;
@@ -58,7 +71,7 @@ Report.curves = (() => {
 
   function runsLegend(runs) {
     return el("ul", {class: "legend runs-legend", "aria-label": "Runs"}, runs.map((run, place) =>
-      el("li", {}, el("span", {class: "stroke", style: `--tone: ${Report.tone(place)}`}), run.name)));
+      el("li", {}, Report.charts.stroke({tone: Report.tone(place), dash: 0}), run.name)));
   }
 
   function smoothing() {
@@ -76,7 +89,7 @@ Report.curves = (() => {
       el("label", {class: "controls"}, "Metric", el("input", {type: "search", id: "metrics-search",
         "data-keep": "metrics-search", value: Report.state.get("metric"),
         oninput: (event) => Report.state.set({metric: event.target.value})})),
-      el("span", {class: "muted controls"}, "Click marks a step, dragging chooses a range."));
+      el("span", {class: "muted controls"}, "A click or a tap marks a step, dragging with the mouse chooses a range."));
   }
 
   function section(runs) {

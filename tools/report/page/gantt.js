@@ -53,7 +53,7 @@ Report.gantt = (() => {
   }
 
   function rankLabel({rank, role}, left, middle) {
-    const text = left > 60 ? `${rank} ${role === "both" ? "" : role}` : String(rank);
+    const text = role === "both" ? String(rank) : `${rank} ${role}`;
     return svg("text", {x: left - 8, y: middle + 4, "text-anchor": "end"}, text);
   }
 
@@ -69,7 +69,7 @@ Report.gantt = (() => {
     const row = rowHeight(timeline.ranks.length);
     const gap = row > 15 ? 4 : 2;
     const split = timeline.ranks.some(({role}) => role !== "both");
-    const left = split && width > 560 ? 92 : 34;
+    const left = split ? 86 : 34;
     const bottom = timeline.ranks.length * row + 6;
     const whole = lasts(step, all);
     const x = Report.scales.linear(0, whole, left, width - 10);

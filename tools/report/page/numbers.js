@@ -4,7 +4,7 @@
 (() => {
   const SIZES = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
-  const signed = (text) => text.replace("-", "\u2212");
+  const signed = (text) => text.replaceAll("-", "\u2212");
   const plain = (value) => String(Number(value));
 
   // Four significant digits, or three with a unit or an exponent; k, M, G from ten thousand; powers of ten below a ten thousandth.

@@ -24,7 +24,7 @@
     const list = [
       {id: "headline", title: "", data: runs.map((one) => [one.name, one.done, one.headline]),
         make: () => Report.headline.section(runs)},
-      {id: "findings", title: "Findings", data: runs.map((one) => [one.name, one.findings, one.samples.kept]),
+      {id: "findings", title: "Findings", data: runs.map((one) => [one.name, one.findings, one.samples.kept, one.missing]),
         make: () => Report.findings.section(runs)},
       {id: "curves", title: "Curves", data: runs.map((one) => [one.name, one.curves]),
         make: () => Report.curves.section(runs), after: () => Report.state.get("metric") && Report.curves.filter()},

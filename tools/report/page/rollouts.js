@@ -1,6 +1,6 @@
 // The rollout browser: Report.rollouts(element, RUN, Report.state), again with new data as often as a live
-// page wants. The chosen group, the filters and the scroll position stay. rollout_*.js: what there is to
-// know of rollouts, and their texts; rollouts_*.js: the parts of the browser.
+// page wants. The chosen group, the filters and the scroll position stay. rollouts_*.js: the parts of the
+// browser. What they draw is worked out in groups.js, levels.js, new_tokens.js and printable_text.js.
 "use strict";
 
 (() => {
@@ -74,14 +74,14 @@
       const {parts} = this;
       if (this.run && this.run.name !== run.name) this.fallback = {};
       this.run = run;
-      this.model = Report.rolloutRows.modelOf((run.samples && run.samples.rows) || []);
+      this.model = Report.groups.modelOf((run.samples && run.samples.rows) || []);
       this.range = Report.rolloutList.rangeOf(this.model.rows);
-      this.scales = Report.rolloutValues.scalesOf(this.model.rows);
+      this.scales = Report.levels.scalesOf(this.model.rows);
       const any = this.model.rows.length > 0;
       parts.empty.hidden = any;
       parts.body.hidden = !any;
       parts.empty.textContent = NONE;
-      this.plain = !this.model.rows.some((row) => Report.rolloutValues.tokensOf(row));
+      this.plain = !this.model.rows.some((row) => Report.levels.tokensOf(row));
       parts.notice.textContent = PLAIN;
       parts.notice.hidden = !this.plain;
       parts.colours.node.hidden = this.plain;
@@ -105,7 +105,7 @@
     look() {
       const colour = this.state.get("colour", "logprob");
       const measure =
-        colour === "none" ? "" : Object.hasOwn(Report.rolloutValues.MEASURES, colour) ? colour : "logprob";
+        colour === "none" ? "" : Object.hasOwn(Report.levels.MEASURES, colour) ? colour : "logprob";
       return {
         measure,
         top: measure ? this.scales(measure) : 0,
@@ -262,7 +262,7 @@
     absent(id) {
       if (!id) return Report.empty("Nothing to show: no rollout matches the filters.");
       return Report.empty(
-        `The ${this.name} ${Report.rolloutText.visible(id)} is not among the rollouts of this page.`,
+        `The ${this.name} ${Report.printable.visible(id)} is not among the rollouts of this page.`,
       );
     }
   }

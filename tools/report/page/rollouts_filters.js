@@ -2,7 +2,7 @@
 "use strict";
 
 Report.rolloutFilters = (() => {
-  const R = Report.rolloutRows;
+  const R = Report.groups;
   const KEYS = ["step", "split", "set", "kept", "finish", "correct", "min", "max", "look", "q"];
   const KEPT = {
     best: "best of its step",
@@ -49,7 +49,7 @@ Report.rolloutFilters = (() => {
     max: (text) => (limit(text) === null ? null : (row) => row.reward <= limit(text)),
     look: (wanted) => (Object.hasOwn(R.SIGNS, wanted) ? R.SIGNS[wanted][2] : null),
     q: (text) => {
-      const found = Report.rolloutText.matcher(text);
+      const found = Report.printable.matcher(text);
       return (row) => found.test(haystack(row));
     },
   };
@@ -160,7 +160,7 @@ Report.rolloutFilters = (() => {
     select.closest("label").hidden = all.length < 2 && !wanted;
   }
 
-  const T = (words) => Report.rolloutText.visible(words);
+  const T = (words) => Report.printable.visible(words);
 
   // A step that is marked in the charts leads here: to its rollouts, or those of the nearest step that has some.
   function marked(rows, state, change) {

@@ -26,7 +26,7 @@ Report.rolloutFrame = (() => {
   }
 
   function sorts(state) {
-    const {SORTS} = Report.rolloutRows;
+    const {SORTS} = Report.groups;
     const options = Object.entries(SORTS).map(([value, [title]]) => el("option", {value}, title));
     const chosen = (event) => state.set({sort: event.target.value === "-step" ? "" : event.target.value});
     const select = el("select", {id: "rollouts-sort", onchange: chosen}, options);
@@ -41,7 +41,7 @@ Report.rolloutFrame = (() => {
 
   // What tokens are coloured by, with the scale of it.
   function colours(state) {
-    const {MEASURES} = Report.rolloutValues;
+    const {MEASURES} = Report.levels;
     const titles = COLOURS.map((colour) => [colour, colour === "none" ? "none" : MEASURES[colour].title]);
     const buttons = toggles(
       "Colour tokens by",

@@ -2,9 +2,9 @@
 "use strict";
 
 Report.rolloutGroup = (() => {
-  const R = Report.rolloutRows;
-  const T = Report.rolloutText;
-  const V = Report.rolloutValues;
+  const R = Report.groups;
+  const T = Report.printable;
+  const V = Report.levels;
   const el = Report.el;
   const FIRST = 8; // answers that are shown before the others are asked for
   const WHY = {
@@ -37,25 +37,33 @@ Report.rolloutGroup = (() => {
     );
   }
 
+  // The reward of an evaluation's greedy answer, which is in none of the means.
+  function greedy({rows, counted}) {
+    const found = rows.find((row) => !counted.includes(row));
+    return found ? `reward ${list().score(found.reward)}` : "";
+  }
+
+  // Means and counts are over the sampled answers.
   function factsOf(group) {
-    const {rows, first} = group;
-    const judged = rows.filter((row) => typeof row.correct === "boolean");
+    const {counted, first} = group;
+    const judged = counted.filter((row) => typeof row.correct === "boolean");
     const right = judged.filter((row) => row.correct).length;
-    const cut = rows.filter(R.isTruncated).length;
+    const cut = counted.filter(R.isTruncated).length;
     return el(
       "dl",
       {class: "ro-facts"},
       fact("expected answer", T.excerpt(R.text(first.answer), 300), "answer"),
       fact("mean reward", list().score(group.reward), "reward"),
-      meansOfParts(rows),
+      meansOfParts(counted),
       fact(
         "spread",
-        rows.length > 1 && group.spread !== null ? "\u00b1 " + Report.number(group.spread, 3) : "",
+        counted.length > 1 && group.spread !== null ? "\u00b1 " + Report.number(group.spread, 3) : "",
         "spread",
       ),
       fact("correct", judged.length ? `${right} of ${judged.length}` : "", "correct"),
-      fact("mean length", group.length === null ? "" : `${Report.number(group.length, 3)} tokens`, "length"),
-      fact("truncated", cut ? `${cut} of ${rows.length}` : "none", "truncated"),
+      fact("mean length", group.length === null ? "" : `${Report.number(group.length, 3)} ${group.length === 1 ? "token" : "tokens"}`, "length"),
+      fact("truncated", cut ? `${cut} of ${counted.length}` : "none", "truncated"),
+      fact("greedy answer", greedy(group), "greedy"),
       fact(
         "task\u2019s prompt id",
         first.task_prompt_id === undefined ? "" : String(first.task_prompt_id),

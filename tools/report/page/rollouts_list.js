@@ -3,8 +3,8 @@
 "use strict";
 
 Report.rolloutList = (() => {
-  const R = Report.rolloutRows;
-  const T = Report.rolloutText;
+  const R = Report.groups;
+  const T = Report.printable;
   const BARS = 32;
 
   const score = (value) => (R.isNumber(value) ? Report.number(value, 3) : "\u2013");
@@ -20,10 +20,11 @@ Report.rolloutList = (() => {
     const bars = shown.map((row) => {
       const share = shareOf(row.reward, range);
       const kind = R.isTruncated(row) ? "cut" : row.correct === true ? "right" : "";
-      return Report.el("i", {class: kind || null, style: `--share:${share.toFixed(3)}`});
+      const greedy = row.sample_id < 0 && rows.length > 1 ? "greedy" : "";
+      return Report.el("i", {class: [kind, greedy].filter(Boolean).join(" ") || null, style: `--share:${share.toFixed(3)}`});
     });
     const words =
-      `rewards ${shown.map((row) => score(row.reward)).join(", ")}` +
+      `rewards ${shown.map((row) => (row.sample_id < 0 ? "greedy " : "") + score(row.reward)).join(", ")}` +
       (rows.length > BARS ? ` and ${rows.length - BARS} more` : "");
     return Report.el("span", {class: "ro-strip", role: "img", "aria-label": words, title: words}, bars);
   }
@@ -57,8 +58,8 @@ Report.rolloutList = (() => {
       .join(" \u00b7 ");
   }
 
-  function groupEntry(found, context) {
-    const {group} = found;
+  // An entry that chooses {[name]: id}: a text between two lines.
+  function entry(name, id, context, above, text, below) {
     return Report.el(
       "li",
       {},
@@ -67,20 +68,25 @@ Report.rolloutList = (() => {
         {
           type: "button",
           class: "ro-item",
-          "data-group": group.id,
-          onclick: () => context.choose({group: group.id}),
+          [`data-${name}`]: id,
+          onclick: () => context.choose({[name]: id}),
         },
-        Report.el("span", {class: "ro-item-top"}, Report.el("b", {}, where(group)), pill(group.chosen)),
-        Report.el("span", {class: "ro-item-text", dir: "auto"}, T.excerpt(group.question)),
-        Report.el(
-          "span",
-          {class: "ro-item-top"},
-          strip(group.rows, context.range),
-          Report.el("span", {class: "ro-mean"}, score(group.reward)),
-          Report.el("span", {class: "ro-notes"}, notes(found)),
-        ),
+        Report.el("span", {class: "ro-item-top"}, above),
+        Report.el("span", {class: "ro-item-text", dir: "auto"}, T.excerpt(text)),
+        Report.el("span", {class: "ro-item-top"}, below),
       ),
     );
+  }
+
+  function groupEntry(found, context) {
+    const {group} = found;
+    const above = [Report.el("b", {}, where(group)), pill(group.chosen)];
+    const below = [
+      strip(group.rows, context.range),
+      Report.el("span", {class: "ro-mean"}, score(group.reward)),
+      Report.el("span", {class: "ro-notes"}, notes(found)),
+    ];
+    return entry("group", group.id, context, above, group.question, below);
   }
 
   function stepCell(kind, group, context) {
@@ -117,42 +123,14 @@ Report.rolloutList = (() => {
     const {evaluations} = question;
     const [first, last] = [evaluations[0], evaluations.at(-1)];
     const path = `${evaluations.length} ${evaluations.length === 1 ? "evaluation" : "evaluations"}`;
-    return Report.el(
-      "li",
-      {},
-      Report.el(
-        "button",
-        {
-          type: "button",
-          class: "ro-item",
-          "data-question": question.id,
-          onclick: () => context.choose({question: question.id}),
-        },
-        Report.el(
-          "span",
-          {class: "ro-item-top"},
-          Report.el(
-            "b",
-            {},
-            `question ${question.first.prompt_id}${question.set ? " of " + T.visible(question.set) : ""}`,
-          ),
-          Report.el("span", {class: "ro-notes"}, path),
-        ),
-        Report.el("span", {class: "ro-item-text", dir: "auto"}, T.excerpt(question.question)),
-        Report.el(
-          "span",
-          {class: "ro-item-top"},
-          means(evaluations, context.range),
-          Report.el(
-            "span",
-            {class: "ro-mean"},
-            evaluations.length > 1
-              ? `${score(first.reward)} \u2192 ${score(last.reward)}`
-              : score(first.reward),
-          ),
-        ),
-      ),
-    );
+    const name = `question ${question.first.prompt_id}${question.set ? " of " + T.visible(question.set) : ""}`;
+    const rewards = [...new Set([first, last])].map((group) => score(group.reward));
+    const above = [Report.el("b", {}, name), Report.el("span", {class: "ro-notes"}, path)];
+    const below = [
+      means(evaluations, context.range),
+      Report.el("span", {class: "ro-mean"}, rewards.join(" \u2192 ")),
+    ];
+    return entry("question", question.id, context, above, question.question, below);
   }
 
   // Mean rewards of an evaluation question through time.

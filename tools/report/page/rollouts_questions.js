@@ -2,9 +2,9 @@
 "use strict";
 
 Report.rolloutQuestions = (() => {
-  const R = Report.rolloutRows;
-  const T = Report.rolloutText;
-  const V = Report.rolloutValues;
+  const R = Report.groups;
+  const T = Report.printable;
+  const V = Report.levels;
   const el = Report.el;
   const DENSE = 24; // evaluations beyond which their squares are narrow
   const FIRST = 12; // evaluations that are shown before the others are asked for
@@ -100,7 +100,7 @@ Report.rolloutQuestions = (() => {
     const [old, now] = [before, row].map((one) => one && V.tokensOf(one));
     if (!old || !now) return null;
     return new Set(
-      Report.rolloutChanges.freshIn(
+      Report.newTokens.freshIn(
         old.map((token) => token.text),
         now.map((token) => token.text),
       ),

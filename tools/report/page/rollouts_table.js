@@ -2,8 +2,8 @@
 "use strict";
 
 Report.rolloutTable = (() => {
-  const T = Report.rolloutText;
-  const V = Report.rolloutValues;
+  const T = Report.printable;
+  const V = Report.levels;
   const el = Report.el;
   const PAGE = 200; // rows that are added at once
   const MEASURES = ["logprob", "entropy", "difference", "advantage"];

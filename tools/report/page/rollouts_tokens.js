@@ -2,8 +2,8 @@
 "use strict";
 
 Report.rolloutTokens = (() => {
-  const T = Report.rolloutText;
-  const M = Report.rolloutValues;
+  const T = Report.printable;
+  const M = Report.levels;
   const HEAD = 800; // tokens of a long turn that are shown before it is asked for
   const TAIL = 160;
   const PIECE = 500; // tokens of a box, of which a long text has many

@@ -17,9 +17,9 @@ Report.jump = (section, changes, text) => {
 Report.facts = (facts) => {
   const {el} = Report;
   return el("dl", {class: "facts", style: `--n: ${facts.length}`}, facts.map(({label, value, note}) => el("div", {class: "fact"},
-    el("dt", {}, label),
-    el("dd", {class: String(value).length > 15 ? "long" : ""}, value),
-    note && el("dd", {class: "note"}, note))));
+    el("dt", {}, Report.breakable(label)),
+    el("dd", {class: String(value).length > 15 ? "long" : ""}, Report.breakable(value)),
+    note && el("dd", {class: "note"}, Report.breakable(note)))));
 };
 
 Report.missing = (runs) => {
@@ -45,7 +45,7 @@ Report.headline = (() => {
   function rungList(rungs) {
     return el("ul", {class: "rungs"}, rungs.map((one) =>
       el("li", {"data-rung": one.rung, "data-holds": one.holds},
-        el("strong", {}, one.rung), holds(one.holds), el("span", {}, one.promise),
+        el("strong", {}, one.rung), holds(one.holds), el("span", {class: "promise"}, one.promise),
         el("span", {class: "how"}, one.how))));
   }
 
@@ -67,7 +67,7 @@ Report.headline = (() => {
         el(several ? "h2" : "h1", {}, several ? run.name : title),
         el("span", {class: run.done ? "pill" : "pill info", "data-done": String(run.done)},
           run.done ? "finished" : "not finished")),
-      several && el("p", {class: "muted"}, title),
+      several && !run.name.endsWith(title) && el("p", {class: "muted"}, title),
       el("p", {class: "sentence"}, sentence),
       Report.facts(facts), ladder(exactness, place, several));
   }
@@ -108,7 +108,8 @@ Report.findings = (() => {
   function section(runs) {
     const items = runs.flatMap((run, place) =>
       run.findings.map((finding) => one(finding, run, place, runs.length > 1)));
-    if (!items.length) return [Report.empty("No problem was found in what the run recorded.")];
+    const what = runs.some((run) => run.missing.length) ? "could be read of the run" : "the run recorded";
+    if (!items.length) return [Report.empty(`No problem was found in what ${what}.`)];
     return [el("ul", {class: "findings"}, items)];
   }
 

@@ -6,10 +6,11 @@ Report.table = (headers, rows, {tall = false, keep = "", label = "", classes = [
   const {el} = Report;
   const head = el("thead", {}, el("tr", {}, headers.map((text) => el("th", {scope: "col"}, text))));
   const body = el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, k) =>
-    el(k ? "td" : "th", {class: classes[k], scope: k ? null : "row"}, cell)))));
+    el(k ? "td" : "th", {class: classes[k], scope: k ? null : "row"},
+      typeof cell === "string" ? Report.breakable(cell) : cell)))));
   return el("div", {class: tall ? "scroll tall" : "scroll", tabindex: 0, role: "region",
     "aria-label": label || headers.join(", "), "data-keep": keep || null},
-    el("table", {}, head, body));
+    el("table", {class: headers.length > 2 ? "columns" : null}, head, body));
 };
 
 Report.configuration = (() => {
@@ -17,8 +18,9 @@ Report.configuration = (() => {
 
   function row(entry) {
     return el("tr", {class: entry.changed ? "changed" : "", "data-key": entry.key},
-      el("th", {class: "key", scope: "row"}, entry.key),
-      el("td", {class: "value"}, entry.value),
+      el("th", {class: "key", scope: "row"}, Report.breakable(entry.key)),
+      el("td", {class: "value"}, Report.breakable(entry.value),
+        entry.earlier !== undefined && el("span", {class: "earlier"}, `, first ${entry.earlier}`)),
       el("td", {class: "value default"}, entry.changed ? entry.default : ""),
       el("td", {class: "help"}, entry.help));
   }

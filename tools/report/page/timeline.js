@@ -47,7 +47,8 @@ Report.timeline = (() => {
     const least = ranks.reduce((best, one) => (one.share < best.share ? one : best));
     const spread = Math.max(...ranks.map((one) => one.share)) - least.share;
     const slow = spread > 0.05
-      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)}): it is the bottleneck.` : "";
+      ? ` Rank ${least.rank} waits least (${Report.percent(least.share, 2)})` +
+        (least.share < 0.1 ? ": it is the bottleneck." : ".") : "";
     return `${takes}: ${inWords(roles, "step")}.${slow}`;
   }
 
@@ -132,7 +133,7 @@ Report.timeline = (() => {
     shown.root.querySelector("#timeline-next").disabled = place === timeline.steps.length - 1;
     const mark = Report.charts.numberIn("mark");
     shown.root.querySelector("#timeline-where").textContent =
-      `step ${step.step}, recorded ${place + 1} of ${timeline.steps.length}` +
+      `step ${step.step} (${place + 1} of ${timeline.steps.length} recorded)` +
       (mark !== null && mark !== step.step ? `; nearest to step ${mark}` : "");
   }
 

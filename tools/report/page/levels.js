@@ -1,8 +1,8 @@
 // What a token can be coloured by: its values in a row, their levels on a fixed scale, and the same in words.
 "use strict";
 
-Report.rolloutValues = (() => {
-  const {isNumber, largest, mean, splitOf, text} = Report.rolloutRows;
+Report.levels = (() => {
+  const {isNumber, largest, mean, splitOf, text} = Report.groups;
   const LEVELS = 8; // 0: no colour
   const PROBABILITIES = [0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01, 0.001];
   const SIZES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1];
@@ -92,7 +92,7 @@ Report.rolloutValues = (() => {
     const token = tokensOf(row).find((other) => other.place === at);
     return {
       at: token.at,
-      words: `token ${token.at + 1} \u201c${Report.rolloutText.visible(Report.rolloutTokens.shown(token.text.slice(0, 40)))}\u201d`,
+      words: `token ${token.at + 1} \u201c${Report.printable.visible(Report.rolloutTokens.shown(token.text.slice(0, 40)))}\u201d`,
     };
   }
 

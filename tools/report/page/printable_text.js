@@ -2,7 +2,7 @@
 // visible. Bidirectional controls are named instead of obeyed, so a text cannot rearrange the page.
 "use strict";
 
-Report.rolloutText = (() => {
+Report.printable = (() => {
   const HEAD = 3000; // characters of a long text that are shown before it is asked for
   const TAIL = 600; // and of its end: truncation and loops are seen there
   const PIECE = 20000; // characters a text node

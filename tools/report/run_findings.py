@@ -1,4 +1,4 @@
-"""Findings about exactness, failures, evaluations and starts; and the list of all findings."""
+"""Findings about exactness, failures, evaluations and starts of a run; and the list of all."""
 
 from __future__ import annotations
 

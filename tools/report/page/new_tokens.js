@@ -1,7 +1,7 @@
 // What is new in an answer beside an earlier one: the tokens outside a longest common subsequence.
 "use strict";
 
-Report.rolloutChanges = (() => {
+Report.newTokens = (() => {
   const MOST = 4e6; // cells of the table: beyond, only a common beginning and end are recognized
 
   function common(before, after) {

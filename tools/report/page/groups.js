@@ -1,7 +1,7 @@
 // Rollouts as groups and questions: pure functions of the rows of a run.
 "use strict";
 
-Report.rolloutRows = (() => {
+Report.groups = (() => {
   const CUT = {
     length: "cut at the most new tokens",
     context: "cut: the context is full",
@@ -136,7 +136,8 @@ Report.rolloutRows = (() => {
     const first = rows[0];
     const sorted = [...rows].sort((a, b) => a.sample_id - b.sample_id);
     const sampled = sorted.filter((row) => row.sample_id >= 0);
-    const rewards = (sampled.length ? sampled : sorted).map((row) => row.reward);
+    const counted = sampled.length ? sampled : sorted;
+    const rewards = counted.map((row) => row.reward);
     return {
       id,
       rows: sorted,
@@ -148,7 +149,8 @@ Report.rolloutRows = (() => {
       question: questionOf(first),
       reward: mean(rewards),
       spread: spread(rewards),
-      length: mean(sorted.map((row) => row.length)),
+      length: mean(counted.map((row) => row.length)),
+      counted,
       difference: largest(sorted.map(largestDifference)),
     };
   }
