@@ -82,7 +82,8 @@ def test_a_profiled_step_leaves_a_trace_and_a_table_and_no_other_step_does(proce
         with phases("generate"), torch.no_grad():
             model(torch.ones(4, 8))
         with phases("train"):
-            torch.nn.functional.silu(model(torch.ones(4, 8))).sum().backward()
+            wide = model(torch.ones(65_536, 8))  # so that it is among the operations that are named
+            torch.nn.functional.silu(wide).sum().backward()
     folder = tmp_path / "profiles"
     assert sorted(path.name for path in folder.iterdir()) == [
         "step-2-rank-0.json.gz", "step-2-rank-0.txt",
