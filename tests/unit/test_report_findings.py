@@ -167,6 +167,19 @@ def rank(number, role, *events):
     return RankStep(number, role, tuple(events))
 
 
+def split_steps(numbers, generated, waits):
+    """Steps of 4 s: rollouts until `generated`, then training, of which the generator waits so many
+    seconds for the weights."""
+    return [
+        TimelineStep(number, (
+            rank(0, "trainer", ("exchange", 0.0, generated, generated),
+                 ("train", generated, 4.0, 0.0)),
+            rank(1, "generator", ("generate", 0.0, generated, 0.0),
+                 ("sync", generated, 4.0, waits))))
+        for number in numbers
+    ]  # fmt: skip
+
+
 def test_a_slow_rank_and_who_waits_for_whom_are_found(tmp_path):
     slow = [
         TimelineStep(s, (
@@ -177,26 +190,14 @@ def test_a_slow_rank_and_who_waits_for_whom_are_found(tmp_path):
     ]  # fmt: skip
     found = found_in(tmp_path, timeline=slow)
     assert found.keys() == {"Rank 1 is slow"} and "generate" in found["Rank 1 is slow"]["text"]
-    split = [
-        TimelineStep(s, (
-            rank(0, "trainer", ("exchange", 0.0, 3.0, 3.0), ("train", 3.0, 4.0, 0.0)),
-            rank(1, "generator", ("generate", 0.0, 3.0, 0.0), ("sync", 3.0, 4.0, 0.2))))
-        for s in range(1, 6)
-    ]  # fmt: skip
-    found = found_in(tmp_path, timeline=split)
+    found = found_in(tmp_path, timeline=split_steps(range(1, 6), generated=3.0, waits=0.2))
     assert found.keys() == {"The trainer waits for the generator"}
     assert found["The trainer waits for the generator"]["severity"] == "warn"
     assert "75%" in found["The trainer waits for the generator"]["text"]
 
 
 def test_roles_that_wait_for_each_other_are_not_told_to_take_ranks_from_each_other(tmp_path):
-    split = [
-        TimelineStep(s, (
-            rank(0, "trainer", ("exchange", 0.0, 2.0, 2.0), ("train", 2.0, 4.0, 0.0)),
-            rank(1, "generator", ("generate", 0.0, 2.0, 0.0), ("sync", 2.0, 4.0, 2.0))))
-        for s in range(1, 11)
-    ]  # fmt: skip
-    found = found_in(tmp_path, timeline=split)
+    found = found_in(tmp_path, timeline=split_steps(range(1, 11), generated=2.0, waits=2.0))
     assert len(found) == 2 and {one["try"] for one in found.values()} == {TAKE_TURNS}
 
 
